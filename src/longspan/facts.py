@@ -1,0 +1,123 @@
+"""What a model is, known from its configuration alone: enough to refuse an impossible request before weights load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from longspan.errors import NotSupported
+
+
+@dataclass(frozen=True)
+class RopeFacts:
+    """How the model rotates. `dim` is the number of rotated channels of a head, `window` the length it was trained for
+    before any scaling that the checkpoint already carries."""
+
+    theta: float
+    dim: int
+    type: str
+    window: int
+    per_layer_type: bool
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes in elements and tokens; `window` is the longest input that the checkpoint promises to read."""
+
+    model_type: str
+    architecture: str
+    window: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    parameters: int
+    rope: RopeFacts | None
+    attention_interface: bool
+    sliding_window: int | None
+
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes that a full key-value cache grows by with each token, over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the language model itself, for checkpoints that wrap it."""
+    return config.get_text_config(decoder=True)
+
+
+def rope_parameters(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The rotary settings that scaling methods change: the flat dict, or the full-attention entry of a dict per layer type."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        return None
+    if "rope_theta" in parameters or "rope_type" in parameters:
+        return parameters
+    return parameters.get("full_attention") or next(iter(parameters.values()))
+
+
+def _rope_facts(config: PreTrainedConfig, window: int, head_dim: int) -> RopeFacts | None:
+    parameters = rope_parameters(config)
+    if parameters is None:
+        return None
+    theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0
+    share = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    original = parameters.get("original_max_position_embeddings") or window
+    return RopeFacts(
+        theta=float(theta),
+        dim=int(head_dim * share),
+        type=parameters.get("rope_type", "default"),
+        window=int(original),
+        per_layer_type=parameters is not getattr(config, "rope_parameters", None),
+    )
+
+
+def facts_of(model_or_config: Any) -> ModelFacts:
+    """Facts of a model, or of a configuration (then an empty model is built on the meta device to count parameters).
+
+    Raises `NotSupported` for what is not a decoder-only language model that transformers itself knows.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(model_or_config, PreTrainedConfig):
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(model_or_config)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise NotSupported(
+                f"no causal language model can be built from a {model_or_config.model_type!r} configuration: {error}"
+            ) from error
+    else:
+        model = model_or_config
+    config = text_config(model.config)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window = int(getattr(config, "max_position_embeddings", None) or 2048)
+    can_set = getattr(type(model), "_can_set_attn_implementation", lambda: True)
+    return ModelFacts(
+        model_type=config.model_type,
+        architecture=type(model).__name__,
+        window=window,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=head_dim,
+        vocab=config.vocab_size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        rope=_rope_facts(config, window, head_dim) if rotary_modules(model) else None,
+        attention_interface=bool(can_set()),
+        sliding_window=getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None,
+    )
+
+
+def rotary_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The model's own rotary modules with their dotted names: those that compute angles from the configuration."""
+    return [(name, m) for name, m in model.named_modules() if hasattr(m, "rope_type") and hasattr(m, "config")]
+
+
