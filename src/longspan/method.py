@@ -71,6 +71,14 @@ class Method:
         """The longest input, in tokens, that these settings are meant for; None where there is no end."""
         return facts.window
 
+    def neutral_length(self) -> int:
+        """The longest input, in tokens, that the resolved method reads exactly as the plain model does."""
+        return 0
+
+    def cache_tokens(self, facts: ModelFacts, length: int) -> int:
+        """How many tokens' keys and values are kept after `length` tokens were read."""
+        return length
+
     def attach(self, site: Site) -> None:
         """Puts the method on a model through the seams of `site`."""
 

@@ -1,0 +1,317 @@
+"""Puts a method on a model and takes it off again; the only code that touches a model's modules.
+
+Everything goes through places that transformers and torch keep open: the model's own rotary module rebuilt from a changed
+configuration, `AttentionInterface` with `AttentionMaskInterface` beside it, forward pre-hooks, cache layers. No class is
+patched. `remove` restores the model bit for bit.
+
+    apply(model, "yarn:factor=4")
+    with applied(model, "streaming:window=2044"):
+        model.generate(...)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from longspan.errors import LongspanError, NotSupported
+from longspan.facts import ModelFacts, facts_of, rope_parameters, rotary_modules, text_config
+from longspan.method import Combination, Method, combination
+from longspan.positions.rotary import Rotary, unrotated_copy
+
+ATTENTION = "longspan"
+"""Attention implementation whose masks are made as for SDPA: None where plainly causal, else boolean (B, 1, Tq, Tk)."""
+ATTENTION_OWN_MASK = "longspan_own_mask"
+"""The same for methods that know by themselves what each query sees."""
+
+_SITE = "_longspan"
+T = TypeVar("T")
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@dataclass
+class Attend:
+    """One call of attention. Shapes: query (B, H, Tq, D), key and value (B, H_kv, Tk, D) as the cache returned them,
+    mask None or boolean (B, 1, Tq, Tk), position_ids (B or 1, Tq)."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+    dropout: float
+    position_ids: Tensor
+    softcap: float | None
+    sliding_window: int | None
+
+    @property
+    def key_positions(self) -> Tensor:
+        """(B or 1, Tk). Without a cache they are the queries' own, whatever these are; with one, keys end where queries end."""
+        if self.key.shape[2] == self.query.shape[2]:
+            return self.position_ids
+        back = torch.arange(self.key.shape[2] - 1, -1, -1, device=self.key.device)
+        return self.position_ids[:, -1:] - back
+
+
+class Site:
+    """A model with methods on it: what methods may change, and how each change is undone."""
+
+    def __init__(self, model: PreTrainedModel, methods: Combination, facts: ModelFacts):
+        self.model = model
+        self.methods = methods
+        self.facts = facts
+        self.attention_modules: list[nn.Module] = []
+        self._undo: list[Callable[[], None]] = []
+        self._attend: Callable[[Attend], Tensor] | None = None
+        self._memo: dict[str, Any] = {}
+
+    @property
+    def rotary(self) -> Rotary:
+        """The angles that the model would use: of its rotary module, with whatever scaling has been put on it."""
+        return self._rotary if hasattr(self, "_rotary") else Rotary(self._only_rotary()[1])
+
+    def set_rope(self, changes: dict[str, Any], window: int) -> None:
+        """Static scaling: sets `rope_parameters` and `max_position_embeddings` and rebuilds the rotary modules from them.
+        What stands in the configuration afterwards is the whole method, so a saved model keeps it."""
+        config = text_config(self.model.config)
+        before = copy.deepcopy(config.rope_parameters), config.max_position_embeddings
+        parameters = rope_parameters(config)
+        assert parameters is not None, "check() refuses models without rotary positions"
+        keep = {k: parameters[k] for k in ("rope_theta", "partial_rotary_factor") if k in parameters}
+        parameters.clear()
+        parameters.update({**keep, **changes})
+        config.max_position_embeddings = window
+        for name, old in rotary_modules(self.model):
+            device = next(old.buffers()).device
+            self._replace(name, type(old)(config=config).to(device))  # type: ignore[call-arg]
+
+        def restore() -> None:
+            config.rope_parameters, config.max_position_embeddings = before
+
+        self._undo.append(restore)
+
+    def unrotate(self) -> None:
+        """Lets queries and keys reach the attention function, and the cache, without rotation. `rotary` still gives the
+        true angles, and the method rotates by itself."""
+        name, module = self._only_rotary()
+        self._rotary = Rotary(module)
+        self._replace(name, unrotated_copy(module))
+
+    def attention(self, attend: Callable[[Attend], Tensor], *, own_mask: bool = False) -> None:
+        """Runs `attend` as every layer's attention; it returns (B, H, Tq, D)."""
+        config = text_config(self.model.config)
+        before = config._attn_implementation
+        self._attend = attend
+        self.model.set_attn_implementation(ATTENTION_OWN_MASK if own_mask else ATTENTION)
+        self._undo.append(lambda: self.model.set_attn_implementation(before))
+        self.attention_modules = [m for m in self.model.modules() if _is_attention(m)]
+        for module in self.attention_modules:
+            object.__setattr__(module, _SITE, self)
+            self._undo.append(lambda m=module: object.__delattr__(m, _SITE))  # type: ignore[misc]
+        self.before_forward(lambda arguments: self._memo.clear())
+
+    def before_forward(self, hook: Callable[[dict[str, Any]], None]) -> None:
+        """Calls `hook` with the keyword arguments of each forward of the decoder; it may change them."""
+
+        def pre(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            if args:  # some architectures pass input_ids by position
+                kwargs = {"input_ids": args[0], **kwargs}
+            hook(kwargs)
+            return args[1:], kwargs
+
+        handle = self.model.base_model.register_forward_pre_hook(pre, with_kwargs=True)
+        self._undo.append(handle.remove)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """`make()`, computed by the first layer of a forward and shared by the others."""
+        if name not in self._memo:
+            self._memo[name] = make()
+        return self._memo[name]
+
+    def layer_type(self, module: nn.Module) -> str | None:
+        """The module's entry in `config.layer_types` where rotary angles differ by it (Gemma 3), else None."""
+        if self.facts.rope is None or not self.facts.rope.per_layer_type:
+            return None
+        return text_config(self.model.config).layer_types[module.layer_idx]
+
+    def undo(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _only_rotary(self) -> tuple[str, nn.Module]:
+        modules = rotary_modules(self.model)
+        if len(modules) != 1:
+            raise NotSupported(
+                f"{self.facts.architecture} has {len(modules)} rotary modules; methods that rotate by themselves need exactly one"
+            )
+        return modules[0]
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        old = getattr(owner, leaf)
+        setattr(owner, leaf, module)
+        self._undo.append(lambda: setattr(owner, leaf, old))
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "layer_idx") and "attention" in type(module).__name__.lower()
+
+
+def _run_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_ids: Tensor | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers: hands the call to the method that is on this module's model."""
+    site: Site | None = getattr(module, _SITE, None)
+    if site is None or site._attend is None:
+        raise LongspanError("the attention implementation 'longspan' runs only on a model that a method was applied to")
+    if kwargs.get("s_aux") is not None:
+        raise NotSupported(
+            f"{site.facts.architecture} has learned attention sinks, which {site.methods.spec} does not know"
+        )
+    if position_ids is None:
+        position_ids = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)[None]
+    call = Attend(
+        module=module,
+        query=query,
+        key=key,
+        value=value,
+        mask=attention_mask,
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        dropout=dropout,
+        position_ids=position_ids,
+        softcap=softcap,
+        sliding_window=sliding_window,
+    )
+    return site._attend(call).transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+for _name, _mask in ((ATTENTION, AttentionMaskInterface()["sdpa"]), (ATTENTION_OWN_MASK, _no_mask)):
+    AttentionInterface.register(_name, _run_attention)
+    AttentionMaskInterface.register(_name, _mask)
+
+
+def apply(
+    model: Model, method: str | Method | Combination | Iterable[str | Method], *, length: int | None = None
+) -> Model:
+    """Puts `method` on `model` in place and returns the model; what was on it before is taken off first.
+
+    length: the target length in tokens, from which settings that were left open are derived.
+    Raises `SpecError` for a method that cannot be read and `NotSupported` for one that cannot work on this model; the model
+    is then as it was.
+    """
+    methods = combination(method)
+    previous = current(model)
+    remove(model)
+    try:
+        facts = facts_of(model)
+        site = Site(model, methods.resolve(facts, length), facts)
+        _attach(site)
+    except LongspanError:
+        if previous is not None:
+            apply(model, previous)
+        raise
+    object.__setattr__(model, _SITE, site)
+    text_config(model.config).longspan = {"method": site.methods.spec}
+    return model
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Takes off whatever `apply` put on; a model without a method is left alone."""
+    site: Site | None = getattr(model, _SITE, None)
+    if site is not None:
+        site.undo()
+        object.__delattr__(model, _SITE)
+        del text_config(model.config).longspan
+
+
+def current(model: PreTrainedModel) -> Combination | None:
+    """What is on the model, with every derived setting filled in; None where nothing is."""
+    site: Site | None = getattr(model, _SITE, None)
+    return site.methods if site else None
+
+
+@contextlib.contextmanager
+def applied(
+    model: Model, method: str | Method | Combination | Iterable[str | Method], *, length: int | None = None
+) -> Iterator[Model]:
+    """`apply` for the length of a `with` block; afterwards the model is as it was before."""
+    previous = current(model)
+    apply(model, method, length=length)
+    try:
+        yield model
+    finally:
+        remove(model)
+        if previous is not None:
+            apply(model, previous)
+
+
+def _attach(site: Site) -> None:
+    """Frequencies first, attention after them; a method with an own attention must leave short inputs unchanged."""
+    try:
+        for method in sorted(site.methods.methods, key=lambda m: "attention" in m.slots):
+            if "attention" in method.slots:
+                _attach_attention(site, method)
+            else:
+                method.attach(site)
+    except BaseException:
+        site.undo()
+        raise
+
+
+def _attach_attention(site: Site, method: Method) -> None:
+    """Attaches, then proves on one short input that the model calls our attention and that nothing changed where the method
+    changes nothing: an architecture with a rotation or a kernel that we do not know is refused, never run wrongly."""
+    if not site.facts.attention_interface:
+        raise NotSupported(
+            f"{method.name} needs a model that calls its attention through transformers' AttentionInterface; "
+            f"{site.facts.architecture} does not. Methods that only change frequencies still work: ntk, yarn"
+        )
+    length = min(8, method.neutral_length())
+    before = _probe(site.model, length)
+    method.attach(site)
+    after = _probe(site.model, length)
+    tolerance = 1e-3 if before.dtype in (torch.float32, torch.float64) else 5e-2
+    error = ((after - before).double().norm() / before.double().norm()).item()
+    if not error < tolerance:
+        raise NotSupported(
+            f"{method.name} does not reproduce {site.facts.architecture} on a short input (relative error {error:.1e}): this "
+            "architecture rotates or attends in a way that the method does not know. Methods that only change frequencies "
+            "may still work: ntk, yarn"
+        )
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, length: int) -> Tensor:
+    """Logits of a short fixed input, in evaluation mode."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    vocabulary = text_config(model.config).vocab_size
+    ids = (torch.arange(length, device=model.device) * 7919 + 17)[None] % vocabulary
+    try:
+        return model(input_ids=ids, use_cache=False).logits
+    finally:
+        for module, training in modes:
+            module.training = training

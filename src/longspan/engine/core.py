@@ -1,0 +1,63 @@
+"""Attention itself: the reference that defines what is right, and the form that the methods call.
+
+Shapes everywhere: query (B, H, Tq, D), key and value (B, H_kv, Tk, D) with H a multiple of H_kv, mask boolean and
+broadcastable to (B, H, Tq, Tk) with True where a query sees a key. Callers let every query see at least one key: kernels
+differ on what they return for one that sees none.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None = None
+) -> Tensor:
+    """softmax(scale · q kᵀ) v by its formula, every score held at once, in the dtype given (tests give float64)."""
+    scores = (query @ expand_heads(key, query.shape[1]).mT) * scale
+    return reference_mix(scores, expand_heads(value, query.shape[1]), mask, softcap)
+
+
+def reference_mix(scores: Tensor, value: Tensor, mask: Tensor, softcap: float | None = None) -> Tensor:
+    """softmax(scores) v over the visible keys; scores (B, H, Tq, Tk) already scaled."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    wide = scores.double() if scores.dtype == torch.float64 else scores.float()
+    weights = wide.masked_fill(~mask, float("-inf")).softmax(-1)
+    return weights.to(value.dtype) @ value
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """The same through SDPA, which knows no softcap: with one, the reference form runs."""
+    if softcap is not None:
+        if mask is None:
+            mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
+            mask = mask.tril(key.shape[2] - query.shape[2]) if causal else mask
+        return reference_attention(query, key, value, mask, scale, softcap)
+    grouped = key.shape[1] != query.shape[1]
+    if grouped and mask is not None:  # grouped heads keep SDPA from its fused kernels when there is a mask
+        key, value, grouped = expand_heads(key, query.shape[1]), expand_heads(value, query.shape[1]), False
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """Key or value heads repeated so that there is one for every query head: (B, H_kv, T, D) → (B, heads, T, D)."""
+    groups = heads // x.shape[1]
+    if groups == 1:
+        return x
+    batch, kv_heads, length, width = x.shape
+    return x[:, :, None].expand(batch, kv_heads, groups, length, width).reshape(batch, heads, length, width)

@@ -1,0 +1,156 @@
+"""Dynamic NTK: the base grows with the length read so far, so short inputs are left as they were.
+
+At length l the NTK-aware base takes s = factor·l/L - (factor - 1) (factor 1: the paper's s = l/L), and s = 1 up to L. Keys
+enter the cache unrotated, as the paper asks: a cache of rotated keys would mix the bases of all earlier lengths, and the
+result would depend on how the prompt was cut.
+
+Here l belongs to the query: a query at position i takes the base of length i + 1, rounded up to `step` past the window. So
+prefill, chunked prefill and decoding agree with each other, and step = 1 is the paper's token-by-token reading.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from longspan.apply import Attend, Site
+from longspan.engine.core import attention
+from longspan.errors import NotSupported
+from longspan.facts import ModelFacts, RopeFacts
+from longspan.method import Method
+from longspan.positions.rotary import rotate
+
+
+@dataclass(frozen=True)
+class DynamicNTK(Method):
+    """`factor` stretches further than the length asks; `step` is how many tokens share a base past the window."""
+
+    factor: float = 1.0
+    step: int = 512
+
+    name: ClassVar[str] = "dynamic-ntk"
+    title: ClassVar[str] = "Dynamic NTK with unrotated keys"
+    paper: ClassVar[str] = "emozilla 2023; Peng 2023, arXiv 2309.00071 §3.3"
+    seam: ClassVar[Any] = "position"
+    slots: ClassVar[frozenset[str]] = frozenset({"frequencies", "attention"})
+    cost: ClassVar[str] = "time n² (keys rotated again for every step), cache n"
+    why_not_exportable: ClassVar[str] = (
+        "its keys are cached unrotated, which no checkpoint can say; transformers' own `dynamic` type caches rotated keys"
+    )
+
+    def __post_init__(self) -> None:
+        self.require(1 <= self.factor <= 4096, f"factor must be from 1 to 4096, not {self.factor}")
+        self.require(1 <= self.step <= 2**20, f"step must be from 1 to 1m, not {self.step}")
+
+    def check(self, facts: ModelFacts) -> None:
+        if facts.rope is None or facts.rope.type != "default":
+            raise NotSupported(
+                f"dynamic-ntk needs plain rotary positions; {facts.architecture} has "
+                + (f"{facts.rope.type} scaling already" if facts.rope else "none")
+                + ". Use none, or streaming"
+            )
+
+    def reach(self, facts: ModelFacts) -> int | None:
+        return 4 * facts.window  # beyond about four windows no fixed-data result supports it without training
+
+    def neutral_length(self) -> int:
+        return 2  # any window is longer
+
+    def attach(self, site: Site) -> None:
+        site.unrotate()
+        site.attention(lambda call: self.attend(site, call))
+
+    def lengths(self, positions: Tensor, window: int) -> Tensor:
+        """The length whose base each query position takes: the window, then steps past it."""
+        past = (positions + 1 - window).clamp(min=0)
+        return window + torch.div(past + self.step - 1, self.step, rounding_mode="floor") * self.step
+
+    def inverse_frequencies(self, rope: RopeFacts, length: int) -> list[float]:
+        """The NTK-aware frequencies at `length`."""
+        s = max(1.0, self.factor * length / rope.window - (self.factor - 1))
+        theta = rope.theta * s ** (rope.dim / (rope.dim - 2))
+        return [theta ** (-i / rope.dim) for i in range(0, rope.dim, 2)]
+
+    def attend(self, site: Site, call: Attend) -> Tensor:
+        rope = site.facts.rope
+        assert rope is not None
+        parts = site.once("parts", lambda: self._parts(call, rope.window))
+        layer_type = site.layer_type(call.module)
+        out = torch.empty_like(call.query)
+        for row, start, end, length in parts:
+            rows = slice(None) if row is None else slice(row, row + 1)
+            if layer_type not in (None, "full_attention"):
+                length = rope.window  # a sliding layer never looks past its window
+            out[rows, :, start:end] = self._attend_part(site, call, rows, start, end, length, layer_type)
+        return out
+
+    def _parts(self, call: Attend, window: int) -> list[tuple[int | None, int, int, int]]:
+        """(row or None for all, first query, end, length): runs of queries that share a base."""
+        shared = call.position_ids.shape[0] == 1 or bool((call.position_ids == call.position_ids[:1]).all())
+        parts: list[tuple[int | None, int, int, int]] = []
+        for row in range(1 if shared else call.position_ids.shape[0]):
+            lengths = self.lengths(call.position_ids[row], window)
+            values, counts = torch.unique_consecutive(lengths, return_counts=True)
+            start = 0
+            for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+                parts.append((None if shared else row, start, start + count, value))
+                start += count
+        return parts
+
+    def _attend_part(
+        self, site: Site, call: Attend, rows: slice, start: int, end: int, length: int, layer_type: str | None
+    ) -> Tensor:
+        """Attention of the queries start … end under the base of `length`."""
+        query, key, value = call.query[rows, :, start:end], call.key[rows], call.value[rows]
+        offset = key.shape[2] - call.query.shape[2]
+        seen = offset + end  # causal: later keys are invisible to these queries
+        pick = (lambda p: p[rows]) if call.position_ids.shape[0] > 1 else (lambda p: p)
+        query_positions, key_positions = pick(call.position_ids)[:, start:end], pick(call.key_positions)[:, :seen]
+
+        def tables(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+            with _frequencies(site, self.inverse_frequencies(site.facts.rope, length), layer_type):  # type: ignore[arg-type]
+                return site.rotary.tables(positions, like, layer_type)
+
+        name = f"{layer_type}:{rows}:{start}:"
+        query = rotate(call.module, query, *site.once(name + "q", lambda: tables(query_positions, query)))
+        key = rotate(call.module, key[:, :, :seen], *site.once(name + "k", lambda: tables(key_positions, key)))
+        whole = start == 0 and offset == 0
+        if call.mask is not None:
+            mask = call.mask[rows] if call.mask.shape[0] > 1 else call.mask
+            mask = mask[:, :, start:end, :seen]
+        elif end - start == 1 or whole:
+            mask = None
+        else:
+            mask = query.new_ones(end - start, seen, dtype=torch.bool).tril(offset + start)
+        return attention(
+            query,
+            key,
+            value[:, :, :seen],
+            mask,
+            call.scale,
+            dropout=call.dropout,
+            softcap=call.softcap,
+            causal=whole and mask is None and end - start > 1,
+        )
+
+
+class _frequencies:
+    """Lends the site's true rotary module other frequencies for the length of a `with` block."""
+
+    def __init__(self, site: Site, inverse: list[float], layer_type: str | None):
+        self.module = site.rotary.module
+        self.name = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
+        self.inverse = inverse
+        self.layer_type = layer_type
+
+    def __enter__(self) -> None:
+        self.before = getattr(self.module, self.name)
+        if self.layer_type in (None, "full_attention"):
+            new = torch.tensor(self.inverse, dtype=self.before.dtype, device=self.before.device)
+            setattr(self.module, self.name, new)
+
+    def __exit__(self, *error: object) -> None:
+        setattr(self.module, self.name, self.before)

@@ -1,0 +1,300 @@
+"""Static RoPE scaling: other rotation frequencies, so that positions past the training length turn into seen angles.
+
+With d rotated channels, base b, training length L, target length L' and s = L'/L, the plain frequencies are
+theta_i = b^(-2i/d), i = 0 … d/2 - 1. Each method here is one rule from theta_i to new frequencies (and a factor on cos and
+sin). It is written into `config.rope_parameters` in a form that transformers already knows, so a saved model needs nothing
+of ours: where transformers has no name for a rule, its frequencies travel as LongRoPE factors theta_i / new_i.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+
+from longspan.errors import NotSupported, SpecError
+from longspan.facts import ModelFacts, RopeFacts
+from longspan.method import Method
+
+Frequencies = np.ndarray
+
+
+def plain_frequencies(rope: RopeFacts) -> Frequencies:
+    """theta_i of the unscaled model, float64, (d/2,)."""
+    return rope.theta ** (-np.arange(0, rope.dim, 2) / rope.dim)
+
+
+@dataclass(frozen=True)
+class RopeScaling(Method):
+    """Base of the static rules. `factor` is s; without it, it follows from the target length."""
+
+    factor: float | None = None
+
+    seam: ClassVar[Any] = "position"
+    slots: ClassVar[frozenset[str]] = frozenset({"frequencies"})
+    cost: ClassVar[str] = "time n², cache n"
+    exportable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.require(self.factor is None or 1 <= self.factor <= 4096, f"factor must be from 1 to 4096, not {self.factor}")
+
+    def check(self, facts: ModelFacts) -> None:
+        if facts.rope is None:
+            raise NotSupported(
+                f"{self.name} rescales rotary positions and {facts.architecture} has none that can be rescaled; "
+                "use none, or a model with RoPE (Llama, Mistral, Qwen, Phi-3, Gemma, …)"
+            )
+        if facts.rope.type != "default":
+            raise NotSupported(
+                f"{self.name}: this checkpoint's positions are scaled already ({facts.rope.type}, window {facts.window:,}); "
+                "a second scaling would not be the paper's. Its window is the longer one: use none, or streaming beyond it"
+            )
+
+    def resolve(self, facts: ModelFacts, length: int | None) -> Self:
+        if self.factor is not None:
+            return self
+        if length is None:
+            raise SpecError(f"{self.name} needs factor=… or a target length, for example {self.name}:factor=4")
+        return replace(self, factor=self.factor_for(max(1.0, length / facts.window)))
+
+    def factor_for(self, ratio: float) -> float:
+        """The factor that a target of `ratio` times the window needs: the ratio, rounded up to a quarter."""
+        return math.ceil(ratio * 4) / 4
+
+    def reach(self, facts: ModelFacts) -> int | None:
+        return int(facts.window * (self.factor or 1))
+
+    def neutral_length(self) -> int:
+        return 2**31 if self.factor == 1 else 0
+
+    def frequencies(self, rope: RopeFacts) -> Frequencies:
+        """The scaled frequencies by the paper's formula, float64, (d/2,)."""
+        raise NotImplementedError
+
+    def attention_factor(self, rope: RopeFacts) -> float:
+        """What cos and sin are multiplied by (attention logits carry its square)."""
+        return 1.0
+
+    def rope_parameters(self, rope: RopeFacts) -> dict[str, Any]:
+        """The rule in transformers' own terms."""
+        return as_longrope(rope, self.frequencies(rope), self.factor or 1.0, self.attention_factor(rope))
+
+    def attach(self, site: Any) -> None:
+        assert self.factor is not None, "resolve() comes before attach()"
+        window = int(site.facts.window * self.factor)
+        site.set_rope(self.rope_parameters(site.facts.rope), window)
+
+
+def as_longrope(rope: RopeFacts, frequencies: Frequencies, factor: float, attention_factor: float) -> dict[str, Any]:
+    """Any static frequencies as a `longrope` configuration: the same factors for short and long inputs."""
+    factors = (plain_frequencies(rope) / frequencies).tolist()
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": factor,
+        "attention_factor": attention_factor,
+        "original_max_position_embeddings": rope.window,
+    }
+
+
+@dataclass(frozen=True)
+class PositionInterpolation(RopeScaling):
+    """Every frequency divided by s, which squeezes positions into the trained range. Made for a short fine-tuning."""
+
+    name: ClassVar[str] = "pi"
+    title: ClassVar[str] = "Position interpolation"
+    paper: ClassVar[str] = "Chen 2023, arXiv 2306.15595"
+
+    def frequencies(self, rope: RopeFacts) -> Frequencies:
+        return plain_frequencies(rope) / (self.factor or 1.0)
+
+    def rope_parameters(self, rope: RopeFacts) -> dict[str, Any]:
+        return {"rope_type": "linear", "factor": self.factor}
+
+
+@dataclass(frozen=True)
+class NTKAware(RopeScaling):
+    """A larger base, b·s^(d/(d-2)): the fastest pair keeps its frequency, the slowest is divided by s.
+
+    The pairs between are stretched by less than s, so s must exceed the wanted ratio; derived from a length it is twice the
+    ratio (1 where nothing is to be lengthened).
+    """
+
+    name: ClassVar[str] = "ntk"
+    title: ClassVar[str] = "NTK-aware scaling"
+    paper: ClassVar[str] = "bloc97 2023; Peng 2023, arXiv 2309.00071 §3.1"
+
+    def factor_for(self, ratio: float) -> float:
+        return 1.0 if ratio <= 1 else 2 * super().factor_for(ratio)
+
+    def reach(self, facts: ModelFacts) -> int | None:
+        return int(facts.window * max(1.0, (self.factor or 1) / 2))
+
+    def theta(self, rope: RopeFacts) -> float:
+        return rope.theta * (self.factor or 1.0) ** (rope.dim / (rope.dim - 2))
+
+    def frequencies(self, rope: RopeFacts) -> Frequencies:
+        return plain_frequencies(replace(rope, theta=self.theta(rope)))
+
+    def rope_parameters(self, rope: RopeFacts) -> dict[str, Any]:
+        return {"rope_type": "default", "rope_theta": self.theta(rope)}
+
+
+def _blend(rope: RopeFacts, factor: float, keep: Frequencies) -> Frequencies:
+    """Frequencies between theta/s (keep = 0) and theta (keep = 1)."""
+    theta = plain_frequencies(rope)
+    return theta * (keep + (1 - keep) / factor)
+
+
+def rotations(rope: RopeFacts) -> Frequencies:
+    """r_i = L·theta_i / 2π: how often each pair turns over the training length."""
+    return rope.window * plain_frequencies(rope) / (2 * math.pi)
+
+
+def keep_by_rotations(rope: RopeFacts, slow: float, fast: float) -> Frequencies:
+    """The paper's ramp: 0 up to `slow` rotations, 1 from `fast` on, linear in the rotations between (YaRN, eq. 18)."""
+    return np.clip((rotations(rope) - slow) / (fast - slow), 0, 1)
+
+
+def keep_by_index(rope: RopeFacts, slow: float, fast: float) -> Frequencies:
+    """The ramp of YaRN's code: linear in the pair's index, between the rounded indices that turn `fast` and `slow` times."""
+
+    def index(turns: float) -> float:
+        return rope.dim * math.log(rope.window / (2 * math.pi * turns)) / (2 * math.log(rope.theta))
+
+    low, high = max(math.floor(index(fast)), 0), min(math.ceil(index(slow)), rope.dim - 1)
+    ramp = (np.arange(rope.dim // 2) - low) / max(high - low, 0.001)
+    return 1 - np.clip(ramp, 0, 1)
+
+
+@dataclass(frozen=True)
+class NTKByParts(RopeScaling):
+    """Pairs that turn often over the training length stay, pairs that do not complete a turn are divided by s."""
+
+    slow: float = 1.0
+    fast: float = 32.0
+
+    name: ClassVar[str] = "ntk-by-parts"
+    title: ClassVar[str] = "NTK-by-parts"
+    paper: ClassVar[str] = "Peng 2023, arXiv 2309.00071 §3.2"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.slow < self.fast, f"needs 0 < slow < fast, not slow={self.slow:g}, fast={self.fast:g}")
+
+    def frequencies(self, rope: RopeFacts) -> Frequencies:
+        return _blend(rope, self.factor or 1.0, keep_by_rotations(rope, self.slow, self.fast))
+
+
+@dataclass(frozen=True)
+class YaRN(NTKByParts):
+    """NTK-by-parts with a temperature: cos and sin times 0.1·ln s + 1.
+
+    The paper and its code ramp differently, by up to 67 % in a frequency: `ramp=code` (what every checkpoint and library
+    uses) is linear in the pair's index, `ramp=paper` in its rotations.
+    """
+
+    ramp: Literal["code", "paper"] = "code"
+
+    name: ClassVar[str] = "yarn"
+    title: ClassVar[str] = "YaRN"
+    paper: ClassVar[str] = "Peng 2023, arXiv 2309.00071"
+
+    def attention_factor(self, rope: RopeFacts) -> float:
+        return 0.1 * math.log(self.factor or 1.0) + 1.0
+
+    def frequencies(self, rope: RopeFacts) -> Frequencies:
+        keep = keep_by_index if self.ramp == "code" else keep_by_rotations
+        return _blend(rope, self.factor or 1.0, keep(rope, self.slow, self.fast))
+
+    def rope_parameters(self, rope: RopeFacts) -> dict[str, Any]:
+        if self.ramp == "paper":
+            return super().rope_parameters(rope)
+        return {
+            "rope_type": "yarn",
+            "factor": self.factor,
+            "beta_slow": self.slow,
+            "beta_fast": self.fast,
+            "attention_factor": self.attention_factor(rope),
+            "original_max_position_embeddings": rope.window,
+        }
+
+
+@dataclass(frozen=True)
+class Llama3(RopeScaling):
+    """Llama 3.1's rule: wavelengths under L/high stay, over L/low are divided by s, linear in the rotations between."""
+
+    low: float = 1.0
+    high: float = 4.0
+
+    name: ClassVar[str] = "llama3"
+    title: ClassVar[str] = "Llama 3.1 scaling"
+    paper: ClassVar[str] = "Llama 3.1 model release, 2024"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.low < self.high, f"needs 0 < low < high, not low={self.low:g}, high={self.high:g}")
+
+    def frequencies(self, rope: RopeFacts) -> Frequencies:
+        return _blend(rope, self.factor or 1.0, keep_by_rotations(rope, self.low, self.high))
+
+    def rope_parameters(self, rope: RopeFacts) -> dict[str, Any]:
+        return {
+            "rope_type": "llama3",
+            "factor": self.factor,
+            "low_freq_factor": self.low,
+            "high_freq_factor": self.high,
+            "original_max_position_embeddings": rope.window,
+        }
+
+
+@dataclass(frozen=True)
+class LongRoPE(RopeScaling):
+    """Each frequency divided by a factor of its own, found by a search that others have run: `factors` names a JSON file
+    with a list of d/2 numbers, or an object with `long_factor` (as in a model's config.json). The search is not part of this
+    method, and the paper's unscaled first tokens are not either (transformers has no place for them, and the paper found
+    them useless at 2M)."""
+
+    factors: str | None = None
+
+    name: ClassVar[str] = "longrope"
+    title: ClassVar[str] = "LongRoPE with given factors"
+    paper: ClassVar[str] = "Ding 2024, arXiv 2402.13753"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.factors is not None, "needs factors=FILE.json, a list of one number for each rotated pair")
+        self.read_factors()
+
+    def read_factors(self) -> list[float]:
+        path = Path(self.factors or "")
+        try:
+            data = json.loads(path.read_text())
+            values = data if isinstance(data, list) else data["long_factor"]
+            numbers = [float(v) for v in values]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"longrope: cannot read factors={self.factors}: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise SpecError(f"longrope: {path} must hold a JSON list of numbers, or an object with long_factor") from error
+        self.require(bool(numbers) and all(v >= 1 and math.isfinite(v) for v in numbers), f"{path}: every factor must be ≥ 1")
+        return numbers
+
+    def check(self, facts: ModelFacts) -> None:
+        super().check(facts)
+        count = len(self.read_factors())
+        if facts.rope and count != facts.rope.dim // 2:
+            raise NotSupported(
+                f"longrope: {self.factors} has {count} factors and {facts.architecture} rotates {facts.rope.dim // 2} pairs"
+            )
+
+    def frequencies(self, rope: RopeFacts) -> Frequencies:
+        return plain_frequencies(rope) / np.array(self.read_factors())
+
+    def attention_factor(self, rope: RopeFacts) -> float:
+        s = self.factor or 1.0
+        return math.sqrt(1 + math.log(s) / math.log(rope.window)) if s > 1 else 1.0

@@ -1,0 +1,59 @@
+"""The rotary angles of any architecture, and rotation by them with that architecture's own function.
+
+Layouts differ (half-split or interleaved pairs, whole or part of the head), and each architecture's
+`apply_rotary_pos_emb` knows its own; so the angles come from its rotary module and the rotation from that function.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import torch
+from torch import Tensor, nn
+
+
+class Rotary:
+    """Angles of one rotary module. Angles are computed in float32 and hold to about a million positions."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def tables(self, positions: Tensor, like: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (B, T, rotated channels), for `positions` (B, T), in the dtype and on the device of `like`,
+        with the attention factor that scaled models carry in them."""
+        if layer_type is None:
+            return self.module(like, positions)
+        return self.module(like, positions, layer_type)
+
+    def shift_tables(self, shift: Tensor, like: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        """The same for moving what is rotated already: rotations add up, the attention factor must not be taken twice."""
+        cos, sin = self.tables(shift, like, layer_type)
+        prefix = f"{layer_type}_" if layer_type else ""
+        factor = getattr(self.module, f"{prefix}attention_scaling", 1.0)
+        return (cos, sin) if factor == 1.0 else (cos / factor, sin / factor)
+
+
+def rotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, H, T, D) turned by the angles, in the layout of attention `module`'s architecture; channels past the rotated
+    ones pass. Layers that the architecture leaves without positions (SmolLM3's) are left alone."""
+    if not getattr(module, "use_rope", True):
+        return x
+    turn = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    width = cos.shape[-1]
+    turned = turn(x[..., :width], x[:, :0, :, :width], cos, sin)[0]
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+
+
+def unrotated_copy(module: nn.Module) -> nn.Module:
+    """A copy of a rotary module whose angles are all zero (cos 1, sin 0), so that rotation by it changes nothing."""
+    still = copy.deepcopy(module)
+    for name, buffer in still.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.zero_()
+    for name in list(vars(still)):
+        if name.endswith("attention_scaling"):
+            setattr(still, name, 1.0)
+    # Types that recompute their frequencies as the context grows would overwrite the zeros.
+    still.rope_type = {k: "default" for k in still.rope_type} if isinstance(still.rope_type, dict) else "default"
+    return still
