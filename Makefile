@@ -1,0 +1,47 @@
+# Everything from nothing: `make demo` shows a comparison with its report, `make test` runs every check.
+# The first call makes the environment; later calls find it by its stamp.
+
+PYTHON ?= python3
+VENV ?= .venv
+# On Linux pip's plain torch brings CUDA's packages along. Where a CPU build can be had, name it: make TORCH="torch==2.13.0+cpu"
+TORCH ?= torch==2.13.0
+DEMO ?= longspan compare smollm2-135m -m none -m ntk -m streaming -t ppl -t passkey -l 12k --samples 1 --out runs/demo
+WORKERS ?= 2
+
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.ready
+BROWSER := $(VENV)/.browser
+
+.PHONY: demo test lint format clean
+
+demo: $(READY)
+	PATH="$(BIN):$$PATH" $(DEMO)
+
+test: $(READY) $(BROWSER) lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+
+# torch comes first: a range such as longspan's own would take the newest build there is.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longspan needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { test "$$(id -u)" = 0 && apt-get update && apt-get install -y python3-venv; } || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# A browser for the tests of the report's page. Without one they are skipped, and say so.
+$(BROWSER): | $(READY)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver; } || echo "no chromium: tests that need a browser are skipped"
+	@touch $@

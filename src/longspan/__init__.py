@@ -1,0 +1,85 @@
+"""Long-context methods for Hugging Face language models, measured for quality and cost in one table.
+
+    import longspan as ls
+    model, tokenizer = ls.load("smollm2-135m")
+    ls.apply(model, "yarn:factor=4")                      # ls.remove(model) undoes it
+    run = ls.compare("smollm2-135m", methods=["none", "ntk"], tasks=["ppl"], lengths=[8192, 16384], out="runs/first")
+
+Names are imported when they are first used, so that `import longspan` and the command line's help cost no time. Every
+method of the catalogue is here by the name of its class: `ls.YaRN(factor=4)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longspan.apply import applied as applied
+    from longspan.apply import apply as apply
+    from longspan.apply import remove as remove
+    from longspan.compare import Run as Run
+    from longspan.compare import compare as compare
+    from longspan.errors import LongspanError as LongspanError
+    from longspan.errors import NotSupported as NotSupported
+    from longspan.errors import SpecError as SpecError
+    from longspan.generation import Chat as Chat
+    from longspan.generation import generate_text as generate_text
+    from longspan.method import Method as Method
+    from longspan.method import catalogue as methods  # noqa: F401
+    from longspan.models import load as load
+    from longspan.tasks.base import Task as Task
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "applied": "longspan.apply:applied",
+    "apply": "longspan.apply:apply",
+    "remove": "longspan.apply:remove",
+    "Run": "longspan.compare:Run",
+    "compare": "longspan.compare:compare",
+    "LongspanError": "longspan.errors:LongspanError",
+    "NotSupported": "longspan.errors:NotSupported",
+    "SpecError": "longspan.errors:SpecError",
+    "Chat": "longspan.generation:Chat",
+    "generate_text": "longspan.generation:generate_text",
+    "Method": "longspan.method:Method",
+    "methods": "longspan.method:catalogue",
+    "load": "longspan.models:load",
+    "Task": "longspan.tasks.base:Task",
+}
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported on first use, or the class of a method of the catalogue."""
+    if name in _WHERE:
+        module, _, attribute = _WHERE[name].partition(":")
+        value = globals()[name] = getattr(importlib.import_module(module), attribute)
+        return value
+    if not name.startswith("_"):
+        from longspan.method import catalogue
+
+        for cls in catalogue().values():
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module 'longspan' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from longspan.method import catalogue
+
+    return sorted({*__all__, *(cls.__name__ for cls in catalogue().values())})
+
+
+class _Package(ModuleType):
+    """Importing the submodule `longspan.apply` must not hide the function `longspan.apply`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,391 @@
+"""Text from a model with a method on it: one answer through transformers' own `generate`, or a chat without end.
+
+The chat keeps one cache for the whole conversation and feeds only what is new in each turn. With a method that bounds
+the cache (`streaming`) memory stays constant however long it goes on. What a turn adds is read off the tokenizer's own
+chat template, rendered with and without the turn; where the template rewrites what was said before, everything is fed
+again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopPLogitsWarper,
+)
+
+from longspan.apply import _SITE, current
+from longspan.compare.cost import cache_bytes
+from longspan.errors import NotSupported, SpecError
+from longspan.facts import ModelFacts, facts_of
+from longspan.method import combination
+
+CHUNK = 512
+"""Tokens of a prompt that go through the model at once: bounds the memory of a prefill."""
+
+OnText = Callable[[str], None]
+Messages = list[dict[str, str]]
+_ANSWER = "\u2063answer\u2063"
+"""Stands for the model's answers where the template is rendered only to see what it puts around them: templates trim
+answers, and hide parts of them, which must not look like a changed conversation."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: temperature 0 takes the likeliest. Raises `SpecError` for what has no meaning."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise SpecError(f"temperature must be 0 or a positive number, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise SpecError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.temperature == 0 and self.top_p != 1:
+            raise SpecError("top_p has no effect at temperature 0; give a temperature too, for example 0.7")
+        if self.temperature == 0 and self.seed is not None:
+            raise SpecError("a seed has no effect at temperature 0; give a temperature too, for example 0.7")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise SpecError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
+
+    def settings(self) -> dict[str, Any]:
+        """As settings of transformers' `GenerationConfig`."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+    @contextlib.contextmanager
+    def seeded(self, device: torch.device) -> Iterator[None]:
+        """Random numbers from `seed` for the length of a `with` block; the caller's own are as before afterwards."""
+        if self.seed is None:
+            yield
+            return
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            yield
+
+
+def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> Sampling:
+    """What can be refused before a model is loaded. Raises `SpecError`."""
+    if not 1 <= max_new_tokens < 2**31:
+        raise SpecError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    return Sampling(temperature, top_p, seed)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate_text` made. `decode_s_per_token` is None where only one token came; `stop` says whether the model
+    ended by itself or ran into `max_new_tokens`."""
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    prefill_s: float
+    decode_s_per_token: float | None
+    stop: Literal["end", "length"]
+    warnings: tuple[str, ...]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool | None = None) -> list[int]:
+    """The token ids of a prompt, with at most one beginning-of-text token.
+
+    chat: True puts the prompt into the tokenizer's chat template as a user's message, False takes it as plain text,
+    None uses the template where there is one. Raises `NotSupported` for True without a template, `SpecError` for an
+    empty prompt.
+    """
+    if not prompt.strip():
+        raise SpecError("the prompt is empty")
+    if chat is None:
+        chat = tokenizer.chat_template is not None
+    if chat:
+        text = _render(tokenizer, [{"role": "user", "content": prompt}])
+        return _ids(tokenizer, text)
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text itself began with it
+        del ids[0]
+    return ids
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    chat: bool | None = None,
+    on_text: OnText | None = None,
+) -> Generation:
+    """Continues `prompt` with whatever method is on the model; `on_text` gets the text piece by piece as it is made.
+
+    Raises `SpecError` for settings without meaning. A prompt that, with its answer, is longer than the method can read
+    is still answered: `warnings` of the result says so.
+    """
+    sampling = check_settings(max_new_tokens, temperature, top_p, seed)
+    ids = prompt_ids(tokenizer, prompt, chat=chat)
+    ends = end_tokens(model, tokenizer)
+    stream = _Stream(tokenizer, on_text)
+    inputs = torch.tensor([ids], device=model.device)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0],
+        prefill_chunk_size=chunk_size(model) if len(ids) > chunk_size(model) else None,
+        **sampling.settings(),
+    )
+    with torch.no_grad(), sampling.seeded(model.device):
+        stream.start()
+        output = model.generate(  # type: ignore[operator]
+            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=stream
+        )
+    tokens = tuple(output[0, len(ids) :].tolist())
+    return Generation(
+        text=_text(tokenizer, tokens, special=False),
+        tokens=tokens,
+        prompt_tokens=len(ids),
+        prefill_s=stream.times[0] - stream.started,
+        decode_s_per_token=(stream.times[-1] - stream.times[0]) / (len(tokens) - 1) if len(tokens) > 1 else None,
+        stop="end" if tokens[-1] in ends else "length",
+        warnings=tuple(filter(None, [reach_warning(model, len(ids) + len(tokens))])),
+    )
+
+
+def reach_warning(model: PreTrainedModel, length: int) -> str | None:
+    """A sentence for the user where `length` tokens are more than the model can read with the method on it."""
+    methods = current(model) or combination("none")
+    reach = methods.reach(plain_facts(model))
+    if reach is None or length <= reach:
+        return None
+    return (
+        f"{length:,} tokens are more than the {reach:,} that the model can read with {methods.spec}: expect nonsense "
+        "past them. A larger factor, or streaming, reaches further"
+    )
+
+
+def plain_facts(model: PreTrainedModel) -> ModelFacts:
+    """Facts of the model as it was before a method was put on it."""
+    site = getattr(model, _SITE, None)
+    return site.facts if site is not None else facts_of(model)
+
+
+def default_chat_method(facts: ModelFacts) -> str:
+    """A chat without end under constant memory: four sinks and a window of 2,044 tokens, or what the model has."""
+    return f"streaming:sinks=4,window={min(2044, facts.window - 4)}"
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer, by the model's generation settings and by the tokenizer."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    found = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
+    return sorted(token for token in found if token is not None)
+
+
+def chunk_size(model: PreTrainedModel) -> int:
+    """How many tokens go through the model at once: `CHUNK`, or fewer where a method keeps a shorter window of them."""
+    methods = current(model)
+    windows = [getattr(m, "window", None) for m in methods.methods if "cache" in m.slots] if methods else []
+    return min([CHUNK, *(w for w in windows if w)])
+
+
+@dataclass
+class ChatStats:
+    """Where a chat stands: tokens that the model has read in this conversation, bytes of its cache, turns, how often
+    everything had to be fed again, and the speed of the last answer."""
+
+    tokens: int = 0
+    cache_bytes: int = 0
+    turns: int = 0
+    refed: int = 0
+    tokens_per_s: float | None = None
+
+
+class Chat:
+    """A conversation that goes on as long as the method on the model lets it.
+
+        chat = Chat(model, tokenizer)
+        chat.say("Hello", on_text=print)
+
+    Raises `NotSupported` for a tokenizer without a chat template.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ):
+        self.sampling = check_settings(max_new_tokens, temperature, top_p, seed)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self._system: Messages = [{"role": "system", "content": system}] if system else []
+        self._ends = frozenset(end_tokens(model, tokenizer))
+        self._pick = _Picker(self.sampling, model.device)
+        self.reset()
+        _render(tokenizer, [*self._system, {"role": "user", "content": "Hello"}])  # refuses before the first turn
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        self.stats = ChatStats()
+        self._said: Messages = list(self._system)
+        self._forget()
+
+    def say(self, text: str, on_text: OnText | None = None) -> str:
+        """The model's answer to `text`; `on_text` gets it piece by piece. An answer that is broken off by
+        KeyboardInterrupt leaves the conversation as it was before this turn."""
+        if not text.strip():
+            raise SpecError("an empty message; write something, or /exit")
+        user = {"role": "user", "content": text}
+        try:
+            answer = self._answer(self._new_tokens(user), _Stream(self.tokenizer, on_text))
+        except BaseException:
+            self._forget()  # the cache may hold half a token: the next turn feeds everything again
+            raise
+        self._said += [user, {"role": "assistant", "content": answer}]
+        self.stats.turns += 1
+        self.stats.cache_bytes = cache_bytes(self._cache)
+        return answer
+
+    @property
+    def warning(self) -> str | None:
+        """What the user should know once the conversation is longer than the method can read."""
+        return reach_warning(self.model, self.stats.tokens)
+
+    def _forget(self) -> None:
+        self._cache: Any = None
+        self._shape: Messages = list(self._system)
+        self._rendered = ""
+        self._unread: list[int] = []
+        self.stats.tokens = 0
+
+    def _new_tokens(self, user: dict[str, str]) -> list[int]:
+        """What the model has not read yet: the last token of the last answer and what the template puts after it."""
+        rendered = _render(self.tokenizer, [*self._shape, user])
+        added = rendered[len(self._rendered) :]
+        before, _, tail = added.partition(_ANSWER)
+        if self._cache is None or not rendered.startswith(self._rendered) or before.strip() or before == added:
+            return self._everything(user)
+        unread = self._unread
+        if unread[-1] in self._ends:
+            end = _text(self.tokenizer, unread, special=True)
+            tail, unread = (tail.lstrip()[len(end) :], unread) if tail.lstrip().startswith(end) else (tail, [])
+        self._next_shape(user, rendered)
+        return unread + _ids(self.tokenizer, tail)
+
+    def _everything(self, user: dict[str, str]) -> list[int]:
+        """The whole conversation with the new turn: for the first turn, and where the template rewrote earlier ones."""
+        if self._cache is not None:
+            self.stats.refed += 1
+        self._forget()
+        self._shape = [m if m["role"] != "assistant" else {**m, "content": _ANSWER} for m in self._said]
+        self._next_shape(user, _render(self.tokenizer, [*self._shape, user]))
+        return _ids(self.tokenizer, _render(self.tokenizer, [*self._said, user]))
+
+    def _next_shape(self, user: dict[str, str], rendered: str) -> None:
+        self._rendered = rendered
+        self._shape += [user, {"role": "assistant", "content": _ANSWER}]
+
+    @torch.no_grad()
+    def _answer(self, ids: list[int], stream: _Stream) -> str:
+        logits = self._read(ids)
+        stream.start(prompt=False)
+        answer: list[int] = []
+        while not answer or (answer[-1] not in self._ends and len(answer) < self.max_new_tokens):
+            if answer:
+                logits = self._read(answer[-1:])
+            answer.append(self._pick(logits))
+            stream.put(torch.tensor(answer[-1:]))
+        stream.end()
+        self._unread = answer[-1:]
+        self.stats.tokens_per_s = len(answer) / (stream.times[-1] - stream.started)
+        return _text(self.tokenizer, answer, special=False)
+
+    def _read(self, ids: list[int]) -> Tensor:
+        """Feeds `ids` in chunks; (1, vocabulary) logits after the last one."""
+        for chunk in torch.tensor([ids], device=self.model.device).split(chunk_size(self.model), dim=1):
+            output = self.model(input_ids=chunk, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            self._cache = output.past_key_values
+        self.stats.tokens += len(ids)
+        return output.logits[:, -1].float()
+
+
+class _Picker:
+    """The next token from (1, vocabulary) logits, as `Sampling` says."""
+
+    def __init__(self, sampling: Sampling, device: torch.device):
+        self.warpers = None
+        if sampling.temperature:
+            self.warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+            self.random = torch.Generator(device)
+            self.random.manual_seed(sampling.seed) if sampling.seed is not None else self.random.seed()
+
+    def __call__(self, logits: Tensor) -> int:
+        if self.warpers is None:
+            return int(logits.argmax(-1))
+        scores = self.warpers(torch.empty(1, 0, dtype=torch.long, device=logits.device), logits)  # type: ignore[arg-type]
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self.random))
+
+
+class _Stream(TextStreamer):
+    """Hands text on in whole words, and notes when each token came (reading a token waits for the device)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText | None):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.on_text = on_text
+        self.times: list[float] = []
+
+    def start(self, *, prompt: bool = True) -> None:
+        """prompt: whether the first tokens that come are the prompt, as `generate` sends them."""
+        self.next_tokens_are_prompt = prompt
+        self.started = time.perf_counter()
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.on_text is not None and text:
+            self.on_text(text)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """The conversation as the text that the model reads, up to where its answer begins."""
+    if tokenizer.chat_template is None:
+        raise NotSupported("this model's tokenizer has no chat template; use an instruction-tuned model, or plain text")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise NotSupported(f"the model's chat template refuses the conversation: {error}") from error
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of rendered text, whose special tokens are in it already."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
