@@ -40,6 +40,8 @@ class ModelFacts:
     rope: RopeFacts | None
     attention_interface: bool
     sliding_window: int | None
+    layer_types: frozenset[str]
+    """Kinds of layers that the configuration names (`full_attention`, `sliding_attention`, …); empty where it names none."""
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that a full key-value cache grows by with each token, over all layers."""
@@ -113,11 +115,10 @@ def facts_of(model_or_config: Any) -> ModelFacts:
         rope=_rope_facts(config, window, head_dim) if rotary_modules(model) else None,
         attention_interface=bool(can_set()),
         sliding_window=getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None,
+        layer_types=frozenset(getattr(config, "layer_types", None) or ()),
     )
 
 
 def rotary_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """The model's own rotary modules with their dotted names: those that compute angles from the configuration."""
     return [(name, m) for name, m in model.named_modules() if hasattr(m, "rope_type") and hasattr(m, "config")]
-
-

@@ -40,7 +40,9 @@ class RopeScaling(Method):
     exportable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.require(self.factor is None or 1 <= self.factor <= 4096, f"factor must be from 1 to 4096, not {self.factor}")
+        self.require(
+            self.factor is None or 1 <= self.factor <= 4096, f"factor must be from 1 to 4096, not {self.factor}"
+        )
 
     def check(self, facts: ModelFacts) -> None:
         if facts.rope is None:
@@ -280,8 +282,12 @@ class LongRoPE(RopeScaling):
         except (OSError, UnicodeDecodeError) as error:
             raise SpecError(f"longrope: cannot read factors={self.factors}: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise SpecError(f"longrope: {path} must hold a JSON list of numbers, or an object with long_factor") from error
-        self.require(bool(numbers) and all(v >= 1 and math.isfinite(v) for v in numbers), f"{path}: every factor must be ≥ 1")
+            raise SpecError(
+                f"longrope: {path} must hold a JSON list of numbers, or an object with long_factor"
+            ) from error
+        self.require(
+            bool(numbers) and all(v >= 1 and math.isfinite(v) for v in numbers), f"{path}: every factor must be ≥ 1"
+        )
         return numbers
 
     def check(self, facts: ModelFacts) -> None:

@@ -41,7 +41,9 @@ class SelfExtend(Method):
     seam: ClassVar[Any] = "position"
     slots: ClassVar[frozenset[str]] = frozenset({"attention"})
     cost: ClassVar[str] = "time n² (about twice plain attention), cache n"
-    why_not_exportable: ClassVar[str] = "it changes the attention itself, and a checkpoint only holds weights and settings"
+    why_not_exportable: ClassVar[str] = (
+        "it changes the attention itself, and a checkpoint only holds weights and settings"
+    )
 
     def __post_init__(self) -> None:
         self.require(self.group is None or self.group >= 1, f"group must be at least 1, not {self.group}")
@@ -143,12 +145,16 @@ class SelfExtend(Method):
         )
         value = torch.cat((call.value[:, :, :end_far], call.value[:, :, first_near:seen]), dim=2)
         mask = torch.cat((far_mask[..., :end_far], near_mask[..., first_near:]), dim=-1)
-        return attention(query, key, _pad_width(value), mask, call.scale, dropout=call.dropout)[..., : call.value.shape[-1]]
+        return attention(query, key, _pad_width(value), mask, call.scale, dropout=call.dropout)[
+            ..., : call.value.shape[-1]
+        ]
 
     def _split(self, queries: Tensor, keys: Tensor) -> tuple[int, int]:
         """(first near key, end of far keys) as column numbers that hold for every query of the block in every row."""
         window = self.window or 0
-        if not bool((keys.diff(dim=-1) >= 0).all()):  # padding written with other positions: keep all columns in both parts
+        if not bool(
+            (keys.diff(dim=-1) >= 0).all()
+        ):  # padding written with other positions: keep all columns in both parts
             return 0, keys.shape[1]
         near = (queries.amin(-1, keepdim=True) - keys) < window
         far = (queries.amax(-1, keepdim=True) - keys) >= window

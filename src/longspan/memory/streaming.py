@@ -1,0 +1,429 @@
+"""StreamingLLM: attention sinks and a rolling window, so that a model reads without end in constant memory and time.
+
+A query sees the first `sinks` tokens and the last `window` tokens (itself among them), at the distances that they have
+inside the cache: past sinks + window tokens, the query stands at slot sinks + window - 1 and sink s at slot s. What left the
+window is gone: this lengthens the stream, not what the model can remember.
+
+Keys stay in the cache at the rotation they came with. Only the distance to the sinks must be mended, by the number of
+tokens evicted before the query: with one query the few sink keys are turned forward, always from their originals, so that
+nothing drifts; with many queries each query is turned back instead. So any cut of the input into chunks gives the result of
+feeding it token by token.
+
+Where the sinks' scores must join the window's in one softmax, they travel as extra channels of the head: the query carries
+its score with sink s there, sink key s carries a one, and any fused kernel does the rest, with gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from longspan.apply import Attend, Site
+from longspan.engine.core import attention, expand_heads
+from longspan.errors import NotSupported
+from longspan.facts import ModelFacts, text_config
+from longspan.method import Method
+from longspan.positions.rotary import rotate
+
+QUERIES_AT_ONCE = 1024
+"""How many queries share one SDPA call when many come at once: bounds the mask."""
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Method):
+    """`sinks` first tokens and `window` most recent tokens are kept; the paper's cache of 1,024 is 4 + 1,020."""
+
+    sinks: int = 4
+    window: int = 1020
+
+    name: ClassVar[str] = "streaming"
+    title: ClassVar[str] = "StreamingLLM: attention sinks and a rolling window"
+    paper: ClassVar[str] = "Xiao 2024, arXiv 2309.17453"
+    seam: ClassVar[Any] = "memory"
+    slots: ClassVar[frozenset[str]] = frozenset({"attention", "cache"})
+    cost: ClassVar[str] = "time n, cache constant"
+    why_not_exportable: ClassVar[str] = "it lives in the cache, and a checkpoint only holds weights and settings"
+
+    def __post_init__(self) -> None:
+        self.require(0 <= self.sinks <= 2**16, f"sinks must be from 0 to 65,536, not {self.sinks:,}")
+        self.require(1 <= self.window <= 2**26, f"window must be at least 1 token, not {self.window:,}")
+
+    def check(self, facts: ModelFacts) -> None:
+        if facts.rope is None:
+            raise NotSupported(
+                f"streaming mends rotary distances and {facts.architecture} has no rotary positions that it can mend; "
+                "use a model with RoPE (Llama, Mistral, Qwen, Phi-3, Gemma, …)"
+            )
+        if other := facts.layer_types - {"full_attention", "sliding_attention"}:
+            raise NotSupported(
+                f"streaming keeps keys and values, and {facts.architecture} has {', '.join(sorted(other))} layers"
+            )
+
+    def reach(self, facts: ModelFacts) -> int | None:
+        return None
+
+    def neutral_length(self) -> int:
+        return self.window
+
+    def cache_tokens(self, facts: ModelFacts, length: int) -> int:
+        return self.sinks + self.window
+
+    def attach(self, site: Site) -> None:
+        Streaming(self, site).attach()
+
+
+class StreamingLayer(CacheLayerMixin):
+    """Keys and values of one layer: `sinks` slots, then a ring of `window` slots; token t ≥ sinks lives in slot
+    sinks + (t - sinks) mod window. `get_seq_length` is the number of tokens seen, so positions go on past evictions."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, sinks: int, window: int):
+        super().__init__()
+        self.sinks, self.window = sinks, window
+        self.seen = 0
+        self.pad: Tensor | None = None
+        """How many left-padding tokens each row starts with, (B,); None where there are none."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads, _, width = key_states.shape
+        size = self.sinks + self.window
+        self.keys = key_states.new_zeros(batch, heads, size, width)
+        self.values = value_states.new_zeros(batch, heads, size, value_states.shape[-1])
+        self.sink_keys = key_states.new_zeros(batch, heads, self.sinks, width)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes in T tokens and returns what they may look at: for one token the ring as it lies, its sinks still to be
+        turned; for more the original sinks, the window in order of time, and the new tokens. What is kept is detached:
+        gradients reach the tokens of this call only."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, new = self.seen, key_states.shape[2]
+        old = self._slots(max(self.sinks, start - self.window + 1), start)
+        window = self.keys[:, :, old], self.values[:, :, old]
+        self._keep_sinks(key_states.detach(), value_states.detach())
+        self._write(key_states.detach(), value_states.detach())
+        self.seen += new
+        if in_ring(new, key_states):
+            filled = min(self.seen, self.sinks + self.window)
+            return self.keys[:, :, :filled], self.values[:, :, :filled]
+        if start == 0 and self.pad is None:
+            return key_states, value_states
+        fresh = max(0, self.sinks - start)
+        keys = torch.cat((self.sink_keys, window[0], key_states[:, :, fresh:]), dim=2)
+        values = torch.cat((self.values[:, :, : self.sinks], window[1], value_states[:, :, fresh:]), dim=2)
+        return keys, values
+
+    def _slots(self, start: int, end: int) -> Tensor:
+        """Ring slots of tokens start … end - 1, all of them past the sinks."""
+        tokens = torch.arange(start, max(start, end), device=self.device)
+        return self.sinks + (tokens - self.sinks) % self.window
+
+    def _write(self, keys: Tensor, values: Tensor) -> None:
+        """Puts the newest tokens that fit into the ring."""
+        end = self.seen + keys.shape[2]
+        first = max(self.seen, self.sinks, end - self.window)
+        if first < end:
+            slots = self._slots(first, end)
+            self.keys[:, :, slots] = keys[:, :, first - self.seen :]
+            self.values[:, :, slots] = values[:, :, first - self.seen :]
+
+    def _keep_sinks(self, keys: Tensor, values: Tensor) -> None:
+        """Fills the sink slots from the first real tokens of each row, as they come."""
+        start, new = self.seen, keys.shape[2]
+        pad = self.pad
+        latest = 0 if pad is None else int(pad.max())
+        if self.sinks == 0 or start >= latest + self.sinks:
+            return
+        offset = keys.new_zeros(1, dtype=torch.long) if pad is None else pad.to(keys.device)
+        index = (
+            offset[:, None] + torch.arange(self.sinks, device=keys.device) - start
+        )  # (B or 1, sinks), into the new tokens
+        arrives = ((index >= 0) & (index < new))[:, None, :, None]
+        where = index.clamp(0, new - 1)[:, None, :, None].expand(keys.shape[0], keys.shape[1], -1, -1)
+        for store, source in ((self.sink_keys, keys), (self.values[:, :, : self.sinks], values)):
+            taken = source.gather(2, where.expand(-1, -1, -1, source.shape[-1]))
+            store.copy_(torch.where(arrives, taken, store))
+        self.keys[:, :, : self.sinks] = self.sink_keys
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.seen = 0
+        self.pad = None
+        if self.is_initialized:
+            for store in (self.keys, self.values, self.sink_keys):
+                store.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last -tokens_to_remove tokens, which is possible as long as nothing has been evicted."""
+        if self.seen > self.sinks + self.window:
+            raise NotSupported(
+                "streaming: tokens that left the window cannot be brought back; assisted decoding needs `none`"
+            )
+        self.seen += tokens_to_remove
+
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self.keys, self.values, self.sink_keys = (change(x) for x in (self.keys, self.values, self.sink_keys))
+            self.pad = None if self.pad is None else change(self.pad)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each_row(lambda x: x[indices, ...])
+
+
+def in_ring(new: int, key: Tensor) -> bool:
+    """Whether a call of `new` tokens is answered from the ring: single tokens without gradients."""
+    return new == 1 and not key.requires_grad
+
+
+def streaming_cache(layers: int, sinks: int = 4, window: int = 1020) -> Cache:
+    """A rolling cache for a model of `layers` layers with `StreamingLLM(sinks, window)` on it."""
+    return Cache(layers=[StreamingLayer(sinks, window) for _ in range(layers)])
+
+
+@dataclass
+class Pass:
+    """One forward: token numbers start … start + new - 1, and the rows' padding."""
+
+    start: int
+    new: int
+    pad: Tensor | None
+    layers: list[StreamingLayer] | None
+
+
+class Streaming:
+    """StreamingLLM on one model: gives every forward a rolling cache and computes its attention."""
+
+    def __init__(self, method: StreamingLLM, site: Site):
+        self.method, self.site = method, site
+        self.now = Pass(0, 0, None, None)
+
+    def attach(self) -> None:
+        self.site.attention(self.attend, own_mask=True)
+        self.site.before_forward(self.before_forward)
+
+    # Before a forward: the cache, the padding, the positions.
+
+    def before_forward(self, arguments: dict[str, Any]) -> None:
+        ids = arguments.get("input_ids")
+        new = (ids if ids is not None else arguments["inputs_embeds"]).shape[1]
+        layers = self._layers(arguments)
+        start = layers[0].seen if layers else 0
+        pad = self._padding(arguments.get("attention_mask"), start, new, layers)
+        if arguments.get("position_ids") is None:
+            device = (ids if ids is not None else arguments["inputs_embeds"]).device
+            arguments["position_ids"] = torch.arange(start, start + new, device=device)[None]
+        arguments["attention_mask"] = None
+        self.now = Pass(start, new, pad, layers)
+
+    def _layers(self, arguments: dict[str, Any]) -> list[StreamingLayer] | None:
+        """The rolling layers of this forward's cache. An empty `DynamicCache`, which `generate` and most callers bring, gets
+        them in place, so that whoever holds the cache goes on with it."""
+        cache = arguments.get("past_key_values")
+        config = text_config(self.site.model.config)
+        use = arguments.get("use_cache")
+        own = (self.method.sinks, self.method.window)
+        if cache is None:
+            if not (config.use_cache if use is None else use):
+                return None
+            cache = arguments["past_key_values"] = streaming_cache(self.site.facts.layers, *own)
+        layers = cache.layers
+        if layers and isinstance(layers[0], StreamingLayer):
+            if (layers[0].sinks, layers[0].window) != own:
+                raise NotSupported(
+                    f"this cache keeps {layers[0].sinks} + {layers[0].window:,} tokens and the model has {self.method.spec} "
+                    "on it; start a new cache after changing the method"
+                )
+            return layers
+        if type(cache) is not DynamicCache or cache.get_seq_length() > 0:
+            raise NotSupported(
+                f"streaming keeps its own kind of cache; a {type(cache).__name__} "
+                + ("with tokens in it " if cache.get_seq_length() > 0 else "")
+                + "cannot be turned into it. Pass past_key_values=None or an empty DynamicCache"
+            )
+        cache.layer_class_to_replicate = None
+        cache.layers = streaming_cache(self.site.facts.layers, *own).layers
+        return cache.layers
+
+    def _padding(self, mask: Any, start: int, new: int, layers: list[StreamingLayer] | None) -> Tensor | None:
+        """Left-padding tokens of each row, (B,), or None where there are none."""
+        if mask is None or start > 0:
+            return layers[0].pad if layers else None
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            raise NotSupported("streaming knows by itself what a query sees: give a 2-D attention mask (padding only)")
+        real = mask[:, : start + new].bool()
+        pad = (real.cumsum(-1) == 0).sum(-1)
+        if layers and bool((real.shape[1] - pad - real.sum(-1) > 0).any()):
+            raise NotSupported("streaming keeps a cache of left-padded rows only: set tokenizer.padding_side = 'left'")
+        if not bool((pad > 0).any()):
+            return None
+        for layer in layers or ():
+            layer.pad = pad
+        return pad
+
+    # The attention of one layer.
+
+    def attend(self, call: Attend) -> Tensor:
+        if self.now.layers and in_ring(self.now.new, call.key):
+            return self._one_query(call, self.now.layers[call.module.layer_idx])  # type: ignore[index]
+        sinks = min(self.method.sinks, call.key.shape[2])
+        sink_keys, sink_values = call.key[:, :, :sinks], call.value[:, :, :sinks]
+        if not self.now.layers and self.now.pad is not None:
+            where = self._first_real(sinks, call)
+            sink_keys, sink_values = (
+                x.gather(2, where.expand(-1, x.shape[1], -1, x.shape[-1])) for x in (call.key, call.value)
+            )
+        scores = self._sink_scores(call, sink_keys)
+        first = max(
+            self.method.sinks, self.now.start - self.method.window + 1
+        )  # number of the first token after the sinks
+        blocks = self._blocks(call, scores, sink_values, call.key[:, :, sinks:], call.value[:, :, sinks:], first)
+        return torch.cat(list(blocks), dim=2)
+
+    def _first_real(self, sinks: int, call: Attend) -> Tensor:
+        assert self.now.pad is not None
+        index = self.now.pad[:, None] + torch.arange(sinks, device=call.key.device)
+        return index.clamp(max=call.key.shape[2] - 1)[:, None, :, None]
+
+    def _evicted(self, tokens: Tensor) -> Tensor:
+        """How many tokens of its row were evicted before each token number: (B or 1, T)."""
+        pad = 0 if self.now.pad is None else self.now.pad[:, None].to(tokens.device)
+        return (tokens[None] - pad + 1 - self.method.sinks - self.method.window).clamp(min=0)
+
+    def _turn(self, call: Attend, x: Tensor, name: str, shift: Tensor) -> Tensor:
+        """x rotated by `shift` more positions, in float32."""
+        layer_type = self.site.layer_type(call.module)
+        tables = self.site.once(
+            f"{layer_type}:{name}", lambda: self.site.rotary.shift_tables(shift, x.float(), layer_type)
+        )
+        return rotate(call.module, x.float(), *tables).to(x.dtype)
+
+    def _one_query(self, call: Attend, layer: StreamingLayer) -> Tensor:
+        """Decoding: the few sink keys are turned forward from their originals, inside the ring."""
+        sinks = self.method.sinks
+        if sinks and self.now.start >= sinks + self.method.window:
+            token = torch.tensor([self.now.start], device=call.query.device)
+            shift = self.site.once("shift", lambda: self._evicted(token).expand(-1, sinks))
+            call.key[:, :, :sinks] = self._turn(call, layer.sink_keys, "sinks", shift)
+        mask = self.site.once(f"ring:{call.sliding_window}", lambda: self._ring_mask(call))
+        return attention(call.query, call.key, call.value, mask, call.scale, softcap=call.softcap)
+
+    def _ring_mask(self, call: Attend) -> Tensor | None:
+        """Which slots one query sees, (B, 1, 1, slots); None when it sees them all."""
+        filled, token = call.key.shape[2], self.now.start
+        sinks, window = self.method.sinks, self.method.window
+        short = call.sliding_window is not None and call.sliding_window < sinks + window
+        padded = self.now.pad is not None and token < int(self.now.pad.max()) + sinks + window
+        if not short and not padded:
+            return None
+        device = call.query.device
+        slot = torch.arange(filled, device=device)
+        age = (token - sinks - (slot - sinks)) % window  # of ring slots, in tokens before the query
+        pad = torch.zeros(1, dtype=torch.long, device=device) if self.now.pad is None else self.now.pad.to(device)
+        position = token - pad[:, None]  # of the query, (B, 1)
+        held = position - age  # of the ring's tokens
+        distance = torch.where(slot < sinks, position.clamp(max=sinks + window - 1) - slot, age)
+        seen = torch.where(slot < sinks, slot <= position, (held >= sinks) & (age <= token))
+        if call.sliding_window is not None:
+            seen = seen & (distance < call.sliding_window)
+        return seen[:, None, None]
+
+    def _sink_scores(self, call: Attend, sink_keys: Tensor) -> Tensor:
+        """Scaled scores (B, H, T, sinks) of each query, turned back by what was evicted before it, with each sink;
+        -inf where the sink is not before the query."""
+        tokens = torch.arange(self.now.start, self.now.start + self.now.new, device=call.query.device)
+        evicted = self.site.once("evicted", lambda: self._evicted(tokens))
+        query = self._turn(call, call.query, "queries", -evicted) if self._any_evicted() else call.query
+        scores = (query @ expand_heads(sink_keys, query.shape[1]).mT).float() * call.scale
+        pad = 0 if self.now.pad is None else self.now.pad[:, None].to(tokens.device)
+        position = (tokens[None] - pad)[:, None, :, None]
+        slot = torch.arange(sink_keys.shape[2], device=tokens.device)
+        visible = slot <= position
+        if call.sliding_window is not None:
+            inside = position.clamp(max=self.method.sinks + self.method.window - 1) - slot
+            visible = visible & (inside < call.sliding_window)
+        return scores.masked_fill(~visible, float("-inf"))
+
+    def _any_evicted(self) -> bool:
+        return self.now.start + self.now.new > self.method.sinks + self.method.window
+
+    def _blocks(
+        self, call: Attend, scores: Tensor, sink_values: Tensor, key: Tensor, value: Tensor, first: int
+    ) -> Iterator[Tensor]:
+        """Attention of QUERIES_AT_ONCE queries after one another over their part of the window and the sinks."""
+        for begin in range(0, self.now.new, QUERIES_AT_ONCE):
+            end = min(begin + QUERIES_AT_ONCE, self.now.new)
+            start = self.now.start + begin
+            left = max(0, start - self.method.window + 1 - first)
+            right = max(0, self.now.start + end - first)
+            rows = torch.arange(start, self.now.start + end, device=key.device)[:, None]
+            columns = torch.arange(first + left, first + right, device=key.device)[None]
+            band = self._band(rows, columns, call.sliding_window)
+            yield self._joined(
+                call,
+                call.query[:, :, begin:end],
+                scores[:, :, begin:end],
+                sink_values,
+                key[:, :, left:right],
+                value[:, :, left:right],
+                band,
+            )
+
+    def _band(self, rows: Tensor, columns: Tensor, sliding_window: int | None) -> Tensor:
+        """(B or 1, 1, queries, keys): the last `window` tokens, without those that are sinks or padding of their row."""
+        reach = min(self.method.window, sliding_window or self.method.window)
+        band = (columns <= rows) & (rows - columns < reach)
+        if self.now.pad is None:
+            return band[None, None]
+        pad = self.now.pad[:, None, None].to(rows.device)
+        real = band & (columns - pad >= self.method.sinks)
+        return (real | ((columns == rows) & (rows < pad)))[:, None]  # padding looks at itself: a row must see something
+
+    def _joined(
+        self, call: Attend, query: Tensor, scores: Tensor, sink_values: Tensor, key: Tensor, value: Tensor, band: Tensor
+    ) -> Tensor:
+        """One softmax over sinks and window: the sinks' scores ride in extra channels, as high and low halves so that
+        16-bit queries carry them exactly enough."""
+        sinks = scores.shape[-1]
+        if sinks == 0:
+            return attention(query, key, value, band, call.scale, dropout=call.dropout, softcap=call.softcap)
+        seen = torch.isfinite(scores)
+        wanted = scores.masked_fill(~seen, 0.0) / call.scale
+        high = wanted.to(query.dtype)
+        low = (wanted - high.float()).to(query.dtype)
+        width = -(-2 * sinks // 8) * 8 - 2 * sinks  # fused kernels want widths of eights
+        query = F.pad(torch.cat((query, high, low), dim=-1), (0, width))
+        eye = torch.eye(sinks, dtype=key.dtype, device=key.device).repeat(1, 2)
+        ones = F.pad(eye, (key.shape[-1], width)).expand(*key.shape[:2], -1, -1)
+        key = torch.cat((ones, F.pad(key, (0, 2 * sinks + width))), dim=2)
+        joined = torch.cat((sink_values, value), dim=2)
+        shape = (*seen.shape[:1], 1, *seen.shape[2:])
+        visible = torch.cat((seen[:, :1].expand(shape), band.expand(seen.shape[0], -1, -1, -1)), dim=-1)
+        padded = F.pad(joined, (0, key.shape[-1] - joined.shape[-1]))
+        out = attention(query, key, padded, visible, call.scale, dropout=call.dropout, softcap=call.softcap)
+        return out[..., : value.shape[-1]]
