@@ -69,6 +69,8 @@ class Site:
         self.methods = methods
         self.facts = facts
         self.attention_modules: list[nn.Module] = []
+        self.state: Any = None
+        """What the method that computes attention keeps between calls, for the fast paths in `longspan.engine`."""
         self._undo: list[Callable[[], None]] = []
         self._attend: Callable[[Attend], Tensor] | None = None
         self._memo: dict[str, Any] = {}

@@ -26,6 +26,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from longspan.apply import Attend, Site
+from longspan.engine import windowed
 from longspan.engine.core import attention, expand_heads
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts, text_config
@@ -76,7 +77,8 @@ class StreamingLLM(Method):
         return self.sinks + self.window
 
     def attach(self, site: Site) -> None:
-        Streaming(self, site).attach()
+        site.state = Streaming(self, site)
+        site.state.attach()
 
 
 class StreamingLayer(CacheLayerMixin):
@@ -93,6 +95,8 @@ class StreamingLayer(CacheLayerMixin):
         self.seen = 0
         self.pad: Tensor | None = None
         """How many left-padding tokens each row starts with, (B,); None where there are none."""
+        self.fixed_slot: Tensor | None = None
+        """Where a step of fixed shape writes, (1,); `longspan.engine.decode` sets it and keeps the count."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -107,6 +111,10 @@ class StreamingLayer(CacheLayerMixin):
         """Takes in T tokens and returns what they may look at: for one token the ring as it lies, its sinks still to be
         turned; for more the original sinks, the window in order of time, and the new tokens. What is kept is detached:
         gradients reach the tokens of this call only."""
+        if self.fixed_slot is not None:
+            self.keys.index_copy_(2, self.fixed_slot, key_states)
+            self.values.index_copy_(2, self.fixed_slot, value_states)
+            return self.keys, self.values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, new = self.seen, key_states.shape[2]
@@ -222,6 +230,8 @@ class Streaming:
     def __init__(self, method: StreamingLLM, site: Site):
         self.method, self.site = method, site
         self.now = Pass(0, 0, None, None)
+        self.fixed = False
+        """Whether a step of fixed shape is running: the ring is full, its sinks are turned, nothing is masked."""
 
     def attach(self) -> None:
         self.site.attention(self.attend, own_mask=True)
@@ -230,6 +240,8 @@ class Streaming:
     # Before a forward: the cache, the padding, the positions.
 
     def before_forward(self, arguments: dict[str, Any]) -> None:
+        if self.fixed:
+            return
         ids = arguments.get("input_ids")
         new = (ids if ids is not None else arguments["inputs_embeds"]).shape[1]
         layers = self._layers(arguments)
@@ -289,6 +301,8 @@ class Streaming:
     # The attention of one layer.
 
     def attend(self, call: Attend) -> Tensor:
+        if self.fixed:
+            return attention(call.query, call.key, call.value, None, call.scale)
         if self.now.layers and in_ring(self.now.new, call.key):
             return self._one_query(call, self.now.layers[call.module.layer_idx])  # type: ignore[index]
         sinks = min(self.method.sinks, call.key.shape[2])
@@ -302,8 +316,12 @@ class Streaming:
         first = max(
             self.method.sinks, self.now.start - self.method.window + 1
         )  # number of the first token after the sinks
-        blocks = self._blocks(call, scores, sink_values, call.key[:, :, sinks:], call.value[:, :, sinks:], first)
-        return torch.cat(list(blocks), dim=2)
+        key, value = call.key[:, :, sinks:], call.value[:, :, sinks:]
+        if self.now.pad is None and windowed.serves(call, key):
+            reach = min(self.method.window, call.sliding_window or self.method.window)
+            out, lse = windowed.window_attention(call.query, key, value, self.now.start - first, reach, call.scale)
+            return windowed.join(out, lse, scores, sink_values)
+        return torch.cat(list(self._blocks(call, scores, sink_values, key, value, first)), dim=2)
 
     def _first_real(self, sinks: int, call: Attend) -> Tensor:
         assert self.now.pad is not None

@@ -1,0 +1,178 @@
+"""Decoding with a rolling cache as one step of fixed shape, which a CUDA graph replays.
+
+Once the ring is full, every step is the same work on the same tensors: turn the sink keys of all layers by one more
+position, write the new key and value over the oldest ones, attend to all slots. Token number, slot and positions live on
+the device, so nothing is decided on the host and thousands of kernel launches become one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from longspan.apply import Site
+from longspan.errors import NotSupported
+from longspan.memory.streaming import Streaming, StreamingLayer
+from longspan.positions.rotary import rotate
+
+
+class StreamDecoder:
+    """Steps of one token for a model with `streaming` on it, going on from a cache that the prompt has filled.
+
+        decoder = StreamDecoder(model, cache)
+        logits = decoder.step(ids)            # (B, 1) -> (B, vocabulary)
+        ids = decoder.greedy(ids, 100)        # (B, 1) -> (B, 100) next tokens, without leaving the device
+
+    graph: replay a CUDA graph (on CUDA); compile: let torch.compile fuse the step first, which takes about a minute.
+    Until the ring is full, steps run through the model's ordinary forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, *, graph: bool | None = None, compile: bool = False):
+        site: Site | None = getattr(model, "_longspan", None)
+        if site is None or not isinstance(site.state, Streaming):
+            raise NotSupported('StreamDecoder needs a model with streaming on it: apply(model, "streaming") first')
+        if not cache.layers or not isinstance(cache.layers[0], StreamingLayer) or cache.get_seq_length() == 0:
+            raise NotSupported(
+                "StreamDecoder goes on from a streaming cache that holds the prompt: run the prompt first"
+            )
+        self.model, self.site, self.cache = model, site, cache
+        self.layers: list[StreamingLayer] = cache.layers
+        if len({layer.device for layer in self.layers}) > 1:
+            raise NotSupported("StreamDecoder runs on one device; this model's layers are spread over several")
+        if site.facts.sliding_window is not None and site.facts.sliding_window < self.capacity:
+            raise NotSupported(
+                f"StreamDecoder sees the whole ring; this model's layers look back {site.facts.sliding_window:,} tokens only"
+            )
+        device = self.layers[0].device
+        self.graph = device.type == "cuda" if graph is None else graph
+        self.compile = compile
+        self._ready = False
+        self._recorded: torch.cuda.CUDAGraph | None = None
+        batch = self.layers[0].keys.shape[0]
+        pad = self.layers[0].pad
+        self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.pad = torch.zeros(batch, 1, dtype=torch.long, device=device) if pad is None else pad[:, None].to(device)
+        self.token = torch.zeros(1, dtype=torch.long, device=device)
+
+    @property
+    def capacity(self) -> int:
+        return self.layers[0].sinks + self.layers[0].window
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        """Reads one token per row, (B, 1), and returns the logits of the next, (B, vocabulary). With a graph the result is
+        overwritten by the next step."""
+        if self.layers[0].seen < self.capacity + int(self.pad.max()) - 1:
+            return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        self._prepare()
+        self.ids.copy_(ids)
+        return self._advance()
+
+    @torch.inference_mode()
+    def greedy(self, ids: Tensor, count: int) -> Tensor:
+        """The `count` most likely next tokens after `ids` (B, 1): (B, count)."""
+        tokens = []
+        for _ in range(count):
+            ids = self.step(ids).argmax(-1, keepdim=True)
+            tokens.append(ids)
+        return torch.cat(tokens, dim=1)
+
+    def _advance(self) -> Tensor:
+        if self._recorded is not None:
+            self._recorded.replay()
+        else:
+            self.logits = self._run()
+        for layer in self.layers:
+            layer.seen += 1
+        return self.logits
+
+    def _prepare(self) -> None:
+        """Gathers all layers' rings into one tensor each, records the graph; once."""
+        if self._ready:
+            self.token.fill_(self.layers[0].seen)
+            return
+        self.token.fill_(self.layers[0].seen)
+        self.keys = torch.stack([layer.keys for layer in self.layers])
+        self.sink_keys = torch.stack([layer.sink_keys for layer in self.layers])
+        for i, layer in enumerate(self.layers):
+            layer.keys = self.keys[i]
+        self._groups = self._rotations()
+        self._forward = torch.compile(self._model_step, dynamic=False) if self.compile else self._model_step
+        if self.graph:
+            self._record()
+        self._ready = True
+
+    def _rotations(self) -> list[tuple[nn.Module, str | None, list[int]]]:
+        """(an attention module, its layer type, layers) for each group of layers that rotate alike; layers without
+        positions need no turning."""
+        groups: dict[str | None, tuple[nn.Module, list[int]]] = {}
+        for module in self.site.attention_modules:
+            if getattr(module, "use_rope", True):
+                kind = self.site.layer_type(module)
+                groups.setdefault(kind, (module, []))[1].append(module.layer_idx)  # type: ignore[arg-type]
+        return [(module, kind, layers) for kind, (module, layers) in groups.items()]
+
+    def _run(self) -> Tensor:
+        """One step on the device tensors; what a graph records."""
+        sinks, window = self.layers[0].sinks, self.layers[0].window
+        slot = sinks + (self.token - sinks) % window
+        if sinks:
+            self._turn_sinks(sinks, window)
+        logits = self._forward(self.ids, self.token - self.pad, slot)
+        self.token.add_(1)
+        return logits
+
+    def _turn_sinks(self, sinks: int, window: int) -> None:
+        evicted = (self.token + 1 - sinks - window - self.pad).expand(-1, sinks)  # (B, sinks)
+        for module, kind, layers in self._groups:
+            whole = len(layers) == len(self.layers)
+            originals = (self.sink_keys if whole else self.sink_keys[layers]).float()
+            cos, sin = self.site.rotary.shift_tables(evicted, originals, kind)
+            count = originals.shape[0]
+            turned = rotate(module, originals.flatten(0, 1), cos.repeat(count, 1, 1), sin.repeat(count, 1, 1))
+            turned = turned.to(self.keys.dtype).unflatten(0, (count, -1))
+            if whole:
+                self.keys[:, :, :, :sinks] = turned
+            else:
+                for i, layer in enumerate(layers):
+                    self.keys[layer, :, :, :sinks] = turned[i]
+
+    def _model_step(self, ids: Tensor, positions: Tensor, slot: Tensor) -> Tensor:
+        state: Streaming = self.site.state
+        state.fixed = True
+        for layer in self.layers:
+            layer.fixed_slot = slot
+        try:
+            out = self.model(
+                input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
+        finally:
+            state.fixed = False
+            for layer in self.layers:
+                layer.fixed_slot = None
+        return out.logits[:, -1]
+
+    def _record(self) -> None:
+        """Warms up on a side stream, puts the cache back as it was, and records one step."""
+        held: dict[str, Any] = {
+            "keys": self.keys.clone(),
+            "values": [layer.values.clone() for layer in self.layers],
+            "token": self.token.clone(),
+        }
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.keys.copy_(held["keys"])
+        for layer, values in zip(self.layers, held["values"], strict=True):
+            layer.values.copy_(values)
+        self.token.copy_(held["token"])
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            self.logits = self._run()
+        self._recorded = recorded
