@@ -32,9 +32,10 @@ from longspan.compare.cost import cache_bytes
 from longspan.errors import NotSupported, SpecError
 from longspan.facts import ModelFacts, facts_of
 from longspan.method import combination
+from longspan.tasks.base import chunk_size, encode, with_bos
 
-CHUNK = 512
-"""Tokens of a prompt that go through the model at once: bounds the memory of a prefill."""
+CHUNK = 1024
+"""Tokens of a chat's turn that go through the model at once, so that a long turn needs no more memory than a short one."""
 
 OnText = Callable[[str], None]
 Messages = list[dict[str, str]]
@@ -102,7 +103,7 @@ class Generation:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool | None = None) -> list[int]:
-    """The token ids of a prompt, with at most one beginning-of-text token.
+    """The token ids of a prompt, with one beginning-of-text token where the tokenizer uses one.
 
     chat: True puts the prompt into the tokenizer's chat template as a user's message, False takes it as plain text,
     None uses the template where there is one. Raises `NotSupported` for True without a template, `SpecError` for an
@@ -112,13 +113,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool | 
         raise SpecError("the prompt is empty")
     if chat is None:
         chat = tokenizer.chat_template is not None
-    if chat:
-        text = _render(tokenizer, [{"role": "user", "content": prompt}])
-        return _ids(tokenizer, text)
-    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text itself began with it
-        del ids[0]
-    return ids
+    text = _render(tokenizer, [{"role": "user", "content": prompt}]) if chat else prompt
+    return with_bos(tokenizer, encode(tokenizer, text))
 
 
 def generate_text(
@@ -140,14 +136,14 @@ def generate_text(
     """
     sampling = check_settings(max_new_tokens, temperature, top_p, seed)
     ids = prompt_ids(tokenizer, prompt, chat=chat)
-    ends = end_tokens(model, tokenizer)
+    ends, chunk = end_tokens(model, tokenizer), chunk_size(model, len(ids))
     stream = _Stream(tokenizer, on_text)
     inputs = torch.tensor([ids], device=model.device)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0],
-        prefill_chunk_size=chunk_size(model) if len(ids) > chunk_size(model) else None,
+        prefill_chunk_size=chunk if len(ids) > chunk else None,
         **sampling.settings(),
     )
     with torch.no_grad(), sampling.seeded(model.device):
@@ -195,13 +191,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     named = getattr(model.generation_config, "eos_token_id", None)
     found = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
     return sorted(token for token in found if token is not None)
-
-
-def chunk_size(model: PreTrainedModel) -> int:
-    """How many tokens go through the model at once: `CHUNK`, or fewer where a method keeps a shorter window of them."""
-    methods = current(model)
-    windows = [getattr(m, "window", None) for m in methods.methods if "cache" in m.slots] if methods else []
-    return min([CHUNK, *(w for w in windows if w)])
 
 
 @dataclass
@@ -292,7 +281,7 @@ class Chat:
             end = _text(self.tokenizer, unread, special=True)
             tail, unread = (tail.lstrip()[len(end) :], unread) if tail.lstrip().startswith(end) else (tail, [])
         self._next_shape(user, rendered)
-        return unread + _ids(self.tokenizer, tail)
+        return unread + encode(self.tokenizer, tail)
 
     def _everything(self, user: dict[str, str]) -> list[int]:
         """The whole conversation with the new turn: for the first turn, and where the template rewrote earlier ones."""
@@ -301,7 +290,7 @@ class Chat:
         self._forget()
         self._shape = [m if m["role"] != "assistant" else {**m, "content": _ANSWER} for m in self._said]
         self._next_shape(user, _render(self.tokenizer, [*self._shape, user]))
-        return _ids(self.tokenizer, _render(self.tokenizer, [*self._said, user]))
+        return with_bos(self.tokenizer, encode(self.tokenizer, _render(self.tokenizer, [*self._said, user])))
 
     def _next_shape(self, user: dict[str, str], rendered: str) -> None:
         self._rendered = rendered
@@ -324,7 +313,7 @@ class Chat:
 
     def _read(self, ids: list[int]) -> Tensor:
         """Feeds `ids` in chunks; (1, vocabulary) logits after the last one."""
-        for chunk in torch.tensor([ids], device=self.model.device).split(chunk_size(self.model), dim=1):
+        for chunk in torch.tensor([ids], device=self.model.device).split(CHUNK, dim=1):
             output = self.model(input_ids=chunk, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
             self._cache = output.past_key_values
         self.stats.tokens += len(ids)
@@ -380,11 +369,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except TemplateError as error:
         raise NotSupported(f"the model's chat template refuses the conversation: {error}") from error
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of rendered text, whose special tokens are in it already."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool) -> str:
