@@ -1,0 +1,267 @@
+"""What a cell costs: time of prefill and decode apart, three memory figures apart, and the estimate before the run.
+
+Both ends of a timed phase are synchronised with the device. The peak is reset at the start of each phase: on CUDA it
+is what the allocator held at most, on the CPU the largest resident set of the process, interpreter and libraries
+included (Linux can reset that; elsewhere it is the peak since the process began). Weights, cache and peak are
+separate figures, since most methods lower one of them only. Repeats give the median and the quartiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from longspan.facts import ModelFacts
+
+
+@dataclass
+class _Phase:
+    """Repeats of one phase: seconds and tokens of each, and the highest peak of them all, in bytes."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    peak: int | None = None
+
+
+class Meter:
+    """Takes the cost of the phases that a task marks. `tokens` counts all tokens that passed so far."""
+
+    def __init__(self, device: torch.device | str, model: nn.Module | None = None):
+        self.device = torch.device(device)
+        self.tokens = 0
+        self._prefill, self._decode = _Phase(), _Phase()
+        self._cache: int | None = None
+        self._weights = weights_bytes(model) if model is not None else None
+
+    def prefill(self, tokens: int) -> contextlib.AbstractContextManager[None]:
+        """Times the block as the reading of `tokens` input tokens."""
+        return self._timed(self._prefill, tokens)
+
+    def decode(self, tokens: int) -> contextlib.AbstractContextManager[None]:
+        """Times the block as the making of `tokens` output tokens, one after another."""
+        return self._timed(self._decode, tokens)
+
+    def cache(self, past: Any) -> None:
+        """Takes the size of a cache; the largest that was seen is reported."""
+        self._cache = max(self._cache or 0, cache_bytes(past))
+
+    def report(self) -> dict[str, Any]:
+        """Seconds, tokens and bytes; None where a figure was not taken. Times are medians over the repeats; the
+        `_quartiles` beside them are None under four repeats."""
+        per_token = [s / n for s, n in zip(self._decode.seconds, self._decode.tokens, strict=True) if n]
+        return {
+            "prefill_s": _median(self._prefill.seconds),
+            "prefill_s_quartiles": _quartiles(self._prefill.seconds),
+            "prefill_tokens": _median(self._prefill.tokens),
+            "prefill_repeats": len(self._prefill.seconds),
+            "decode_s_per_token": _median(per_token),
+            "decode_s_per_token_quartiles": _quartiles(per_token),
+            "decode_repeats": len(per_token),
+            "peak_prefill_bytes": self._prefill.peak,
+            "peak_decode_bytes": self._decode.peak,
+            "weights_bytes": self._weights,
+            "cache_bytes": self._cache,
+        }
+
+    @contextlib.contextmanager
+    def _timed(self, phase: _Phase, tokens: int) -> Iterator[None]:
+        synchronise(self.device)
+        reset_peak(self.device)
+        start = time.perf_counter()
+        yield  # a phase that raises is not counted
+        synchronise(self.device)
+        seconds = time.perf_counter() - start
+        peak = read_peak(self.device)
+        phase.seconds.append(seconds)
+        phase.tokens.append(int(tokens))
+        phase.peak = peak if phase.peak is None else max(phase.peak, peak or 0)
+        self.tokens += int(tokens)
+
+
+def _median(values: list) -> Any:
+    return statistics.median(values) if values else None
+
+
+def _quartiles(values: list[float]) -> list[float] | None:
+    if len(values) < 4:
+        return None
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts a new peak at what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        # refused where /proc is read-only or there is none: the peak is then the process's own since its start
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+
+def read_peak(device: torch.device) -> int | None:
+    """Bytes held at most since `reset_peak`; None on a device that cannot tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes of the storages of all parameters; tied weights count once."""
+    return _storage_bytes(model.parameters())
+
+
+def cache_bytes(past: Any) -> int:
+    """Bytes of the distinct storages that a key-value cache holds: a view counts as the whole storage that it keeps
+    alive."""
+    found: list[Tensor] = []
+    _collect(past, found, set())
+    return _storage_bytes(found)
+
+
+def _storage_bytes(tensors: Any) -> int:
+    storages = [t.untyped_storage() for t in tensors if t.device.type != "meta"]
+    return sum({(s.device, s.data_ptr()): s.nbytes() for s in storages}.values())
+
+
+def _collect(value: Any, found: list[Tensor], seen: set[int]) -> None:
+    """Gathers the tensors that an object of a cache holds, through lists, dicts and attributes, never through
+    modules."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, dict):
+        for part in value.values():
+            _collect(part, found, seen)
+    elif isinstance(value, list | tuple | set):
+        for part in value:
+            _collect(part, found, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, _NOT_CACHE):
+        _collect(vars(value), found, seen)
+
+
+_NOT_CACHE = (nn.Module, PreTrainedConfig, ModelFacts, type, ModuleType, FunctionType, MethodType)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device and the host: `device_memory` is what a run can have, in bytes."""
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "device_name": _processor_name(),
+        "device_memory": _host_memory(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "host_memory": _host_memory(),
+        "platform": platform.platform(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "device_name": properties.name,
+            "device_memory": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    return {
+        "longspan": version("longspan"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def command_line() -> str:
+    return shlex.join(sys.argv)
+
+
+def _processor_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _host_memory() -> int:
+    """Bytes of memory, or the limit that a container sets, where that is smaller."""
+    memory = psutil.virtual_memory().total
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{limit}") as file:
+            memory = min(memory, int(file.read()))
+    return memory
+
+
+def prefill_flops(facts: ModelFacts, length: int) -> float:
+    """Floating point operations of reading `length` tokens with dense causal attention: 2 per parameter and token, and
+    2·d per layer, head and pair of tokens (half of the square, two products)."""
+    return 2.0 * facts.parameters * length + 2.0 * facts.layers * facts.heads * facts.head_dim * float(length) ** 2
+
+
+def memory_needed(facts: ModelFacts, length: int, dtype: torch.dtype) -> int:
+    """Bytes that one input of `length` tokens takes with a full cache, roughly: weights, the cache twice over (it is
+    copied as it grows), logits of a chunk of 1,024 tokens, and 1 GB for libraries."""
+    weights = facts.parameters * dtype.itemsize
+    cache = facts.cache_bytes_per_token(dtype) * length
+    logits = min(length, 1024) * facts.vocab * 4
+    return weights + 2 * cache + logits + 2**30
+
+
+def speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations a second that a model can be expected to reach, roughly: measured on the CPU by a
+    product of matrices; on CUDA from the number of multiprocessors, so that this process takes no memory there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count * (1e12 if dtype.itemsize == 2 else 1e11)
+    size = 768
+    a = torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 0.4 * 2 * size**3 / statistics.median(times)
+
+
+def card(facts: ModelFacts, dtype: torch.dtype) -> dict[str, Any]:
+    """What the model costs by its shape alone, beside which the measured figures are read."""
+    return {
+        "parameters": facts.parameters,
+        "weights_bytes": facts.parameters * dtype.itemsize,
+        "cache_bytes_per_token": facts.cache_bytes_per_token(dtype),
+    }

@@ -1,0 +1,255 @@
+"""The main job: plans the cells, runs what is missing one process after another, and stores each as soon as it is done.
+
+Everything that a user can have got wrong is found before the first cell starts. After that nothing but Ctrl-C, a kill
+or a full disk ends a run: a cell that runs out of memory is a result, a cell that fails is recorded and runs again
+next time. The same command goes on where the run stopped.
+
+Worker processes come from a fork server that has torch, transformers and longspan imported but has never touched a
+device: a fresh process for each cell, without the seconds that the imports take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import pickle
+import pkgutil
+import signal
+import sys
+import time
+import types
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import longspan
+from longspan.compare import cost
+from longspan.compare.cells import SOURCES, Cell, MethodLike, Plan, Request, as_list, make_plan
+from longspan.compare.screen import Screen, duration, size
+from longspan.compare.store import LOGS, MANIFEST, Record, Run, Store, is_finished, read_manifest
+from longspan.compare.worker import Job, run_job
+from longspan.errors import LongspanError, SpecError
+from longspan.method import Combination, Method
+from longspan.tasks.base import Task
+
+Ending = tuple[str, Any]
+"""How a worker ended: `("done", result)`, `("out_of_memory", text)` or `("failed", text)`."""
+
+
+def compare(
+    model: str | Path,
+    *,
+    methods: Iterable[MethodLike] | None = None,
+    tasks: Iterable[str | Task] | None = None,
+    lengths: Iterable[int | str] | None = None,
+    out: str | Path,
+    seed: int = 0,
+    samples: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    timeout: float | None = None,
+) -> Run:
+    """Measures methods × tasks × lengths on a model, for quality and cost, into the folder `out`; returns the run.
+
+    What is not named is chosen: every method of the catalogue that is legal on the model, `ppl` and `passkey`, and
+    lengths from the native window upwards as far as memory and half an hour allow. The native window and the bare
+    model are always among the cells. Cells that `out` already holds are not run again.
+
+    lengths: tokens, as numbers or like "16k". samples: how many of each cell (None: each task's own number).
+    timeout: seconds after which a cell counts as failed.
+    Raises `LongspanError` before anything runs where a part of the request cannot be carried out, and
+    `KeyboardInterrupt` after Ctrl-C, when the worker is gone and what is finished is stored.
+    """
+    if not isinstance(model, str | Path):
+        raise SpecError(
+            f"compare takes the name or the folder of a model, not a {type(model).__name__}: workers load it"
+        )
+    if timeout is not None and not timeout > 0:
+        raise SpecError(f"timeout must be a number of seconds above 0, not {timeout!r}")
+    request = Request(
+        model=str(model),
+        methods=None if methods is None else as_list(methods, (str, Method, Combination)),
+        tasks=None if tasks is None else as_list(tasks, (str, Task)),
+        lengths=None if lengths is None else as_list(lengths, (str, int)),
+        seed=seed,
+        samples=samples,
+        dtype=dtype,
+        device=device,
+    )
+    plan = make_plan(request)
+    with Store(out) as store:
+        _refuse_other_model(store.folder, plan)
+        store.write_manifest(plan.manifest() | {"written": _now()})
+        _run(plan, store, progress, timeout)
+    return Run(out)
+
+
+def _refuse_other_model(folder: Path, plan: Plan) -> None:
+    if (folder / MANIFEST).exists():
+        before = read_manifest(folder)
+        if before["fingerprint"] != plan.fingerprint:
+            raise LongspanError(f"{folder} is a run of {before['model']}, whose weights are others; name a new folder")
+
+
+def _run(plan: Plan, store: Store, progress: bool, timeout: float | None) -> None:
+    cells = plan.cells()
+    memory = plan.machine["device_memory"]
+    todo = [c for c in cells if not is_finished(store.records.get(c.key), memory)]
+    done = len(cells) - len(todo)
+    workers = Workers(plan)
+    with Screen(progress, todo, {c.key: plan.seconds(c) for c in todo}) as screen:
+        _announce(screen, plan, store, done, todo)
+        try:
+            for cell in todo:
+                screen.start(cell)
+                record = _finished(cell, plan, *workers.run(cell, store.folder, timeout, screen))
+                store.append(record)
+                done += 1
+                screen.finish(cell, record)
+        except KeyboardInterrupt:
+            screen.say(
+                f"stopped: {done} of {len(cells)} cells are in {store.folder}; the same command goes on from there"
+            )
+            raise
+
+
+def _announce(screen: Screen, plan: Plan, store: Store, done: int, todo: list[Cell]) -> None:
+    """Says what will run, why, roughly how long it takes and how much memory it needs."""
+    for problem in filter(None, [store.repaired, *store.problems]):
+        screen.say(problem)
+    native = plan.facts.window
+    lengths = ", ".join(f"{x:,}" + (" (native)" if x == native else "") for x in plan.lengths)
+    screen.say(
+        f"{plan.request.model} on {plan.machine['device_name']} in {plan.dtype_name}: {len(plan.methods)} methods × "
+        f"{len(plan.tasks)} tasks × {len(plan.lengths)} lengths = {done + len(todo)} cells, {done} of them finished"
+    )
+    screen.say(f"methods: {'; '.join(m.spec for m in plan.methods)}")
+    for name, reason in plan.left_out.items():
+        screen.say(f"left out: {name}: {reason}")
+    screen.say(f"tasks: {'; '.join(f'{spec} ({n} samples)' for spec, n in plan.counts.items())}")
+    screen.say(f"lengths: {lengths} ({plan.why})")
+    if todo:
+        need = cost.memory_needed(plan.facts, max(c.length for c in todo), plan.dtype)
+        have = plan.machine["device_memory"]
+        screen.say(
+            f"forecast: about {duration(sum(map(plan.seconds, todo)))}, up to {size(need)} of {size(have)} of memory"
+            + ("; cells that do not fit are recorded as such" if need > have else "")
+        )
+
+
+def _finished(cell: Cell, plan: Plan, kind: str, what: Any) -> Record:
+    """The record of a cell that ended, however it ended."""
+    empty: Record = {"score": None, "interval": None, "n": 0, "samples": [], "cost": {}, "first_prompt": None}
+    result = what if kind == "done" else empty
+    return {
+        **cell.describe(),
+        "status": "ok" if kind == "done" else kind,
+        "error": None if kind == "done" else what,
+        **result,
+        "dtype": cell.dtype,
+        "device": cell.device,
+        "device_memory": plan.machine["device_memory"],
+        "versions": cost.versions(),
+        "finished": _now(),
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class Workers:
+    """Starts one process after another, a cell in each, and hears how it ends."""
+
+    def __init__(self, plan: Plan):
+        self.device = str(plan.device)
+        # Apple's frameworks do not survive a fork, so macOS pays for the imports in each cell
+        self._context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        if sys.platform == "linux":
+            self._context.set_forkserver_preload(_modules_to_preload(plan.facts.model_type))
+
+    def run(self, cell: Cell, folder: Path, timeout: float | None, screen: Screen) -> Ending:
+        """Runs a cell to its end. Raises `LongspanError` where no worker can be started at all, and lets
+        `KeyboardInterrupt` through; in every case the process is gone afterwards."""
+        log = folder / LOGS / f"{cell.key[:16]}.log"
+        ours = {k: v for k, v in os.environ.items() if k.startswith("LONGSPAN_")}
+        job = Job(pickle.dumps(cell), self.device, str(log), ours)
+        receive, send = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=run_job, args=(job, send), daemon=True)
+        with _script_hidden(cell):
+            process.start()
+        send.close()
+        try:
+            ending = self._listen(process, receive, timeout, screen)
+        finally:
+            receive.close()
+            if process.is_alive():
+                process.kill()
+            process.join()
+        if ending is None:
+            self._context = multiprocessing.get_context("spawn")
+            return self.run(cell, folder, timeout, screen)
+        if log.exists() and (ending[0] == "done" and not log.stat().st_size):
+            log.unlink()
+        return ending
+
+    def _listen(self, process: Any, receive: Connection, timeout: float | None, screen: Screen) -> Ending | None:
+        """Hears a worker out. None where the fork server's process has spoilt CUDA for its children."""
+        started = False
+        end = time.monotonic() + timeout if timeout else None
+        with contextlib.suppress(EOFError):
+            while receive.poll(max(0.0, end - time.monotonic()) if end else None):
+                kind, *what = receive.recv()
+                if kind == "hello":
+                    started = True
+                    if what[0]:
+                        return None
+                elif kind == "sample":
+                    screen.sample(*what)
+                else:
+                    process.join(10)
+                    return kind, what[0]
+            return "failed", f"took longer than the timeout of {timeout:g} s"
+        process.join(10)
+        return _died(process.exitcode, started)
+
+
+def _died(exitcode: int | None, started: bool) -> Ending:
+    """How a worker ended that said nothing more."""
+    if exitcode == -signal.SIGKILL:
+        return "out_of_memory", "killed, most likely by the kernel for memory"
+    if exitcode is not None and exitcode < 0:
+        return "failed", f"ended by {signal.Signals(-exitcode).name}; its log is in the run's folder {LOGS}"
+    if started:
+        return "failed", f"the worker ended with code {exitcode}; its log is in the run's folder {LOGS}"
+    raise LongspanError(
+        f"a worker process ended with code {exitcode} before it began. A script that defines its own methods or tasks "
+        'must call compare under `if __name__ == "__main__":`, since workers read the script to find them'
+    )
+
+
+@contextlib.contextmanager
+def _script_hidden(cell: Cell) -> Iterator[None]:
+    """Keeps multiprocessing from running the user's script again in the worker, so that a script needs no guard. Only
+    where the cell's own method or task is defined in that script must it be read."""
+    main = sys.modules["__main__"]
+    if all(type(part).__module__ != "__main__" for part in cell.parts):
+        sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _modules_to_preload(model_type: str) -> list[str]:
+    """What a worker imports, for the fork server to import once. Importing must not touch a device."""
+    root = Path(longspan.__file__).parent
+    own = [f"longspan.{d}.{m.name}" for d in SOURCES for m in pkgutil.iter_modules([str(root / d)])]
+    modeling = f"transformers.models.{model_type}.modeling_{model_type}"
+    return ["torch", "transformers.generation.utils", modeling, "longspan.compare.worker", *own]

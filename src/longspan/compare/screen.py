@@ -1,0 +1,105 @@
+"""What a comparison says while it runs: what will run, bars with the time left on a terminal, one line for each
+finished cell.
+
+All of it goes to standard error, so that standard output stays free for results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from longspan.compare.cells import Cell
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `31.2 s`, `12 min`, `2 h 05 min`."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(number: float) -> str:
+    """Bytes as people say them, in powers of ten: `270 MB`, `1.4 GB`."""
+    return f"{number / 1e9:.1f} GB" if number >= 9.995e8 else f"{number / 1e6:.0f} MB"
+
+
+def result_line(record: dict[str, Any], metric: str) -> str:
+    """One finished cell in one line."""
+    head = f"{record['method']}  {record['task_spec']}  {record['length']:,}  "
+    if record["status"] != "ok":
+        what = "out of memory" if record["status"] == "out_of_memory" else "failed"
+        return f"{head}{what}: {record['error']}"
+    low, high = record["interval"]
+    spent = record["cost"]
+    peak = max(spent["peak_prefill_bytes"] or 0, spent["peak_decode_bytes"] or 0)
+    lost = sum(s["failed"] for s in record["samples"])
+    return (
+        f"{head}{metric} {record['score']:.3g}  [{low:.3g}, {high:.3g}]  {duration(spent['wall_s'])}"
+        + (f"  {size(peak)}" if peak else "")
+        + (f"  {lost} of {record['n']} samples failed" if lost else "")
+    )
+
+
+class Screen:
+    """Shows the cells of a run as they pass. `work` is each cell's estimated time in seconds, by key."""
+
+    def __init__(self, enabled: bool, cells: Sequence[Cell], work: dict[str, float]):
+        self.console = Console(stderr=True, quiet=not enabled, highlight=False, soft_wrap=True)
+        self._total, self._done = len(cells), 0
+        self._work, self._left = work, sum(work.values())
+        self._spent = self._estimated = 0.0
+        self._bars: Progress | None = None
+        self._cells: TaskID | None = None
+        self._samples: TaskID | None = None
+
+    def say(self, text: str) -> None:
+        """One line, as it is."""
+        (self._bars.console if self._bars else self.console).print(text, markup=False)
+
+    def __enter__(self) -> Screen:
+        if self.console.is_terminal and not self.console.quiet and self._total:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[note]}"))
+            self._bars = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
+            self._cells = self._bars.add_task("cells", total=self._total, note="")
+            self._samples = self._bars.add_task("", total=None, note="")
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars:
+            self._bars.stop()
+            self._bars = None
+
+    def start(self, cell: Cell) -> None:
+        self._started = time.perf_counter()
+        if self._bars and self._cells is not None and self._samples is not None:
+            self._bars.update(self._cells, completed=self._done, note=self._forecast())
+            name = f"{cell.method.spec}  {cell.task.spec}  {cell.length:,}"
+            self._bars.reset(self._samples, total=None, description=name, note="loading the model")
+
+    def sample(self, done: int, of: int, tokens: int) -> None:
+        """`done` of `of` samples of the current cell are through, `tokens` tokens in all."""
+        if self._bars and self._samples is not None:
+            note = f"{done}/{of} samples" + (f", {tokens:,} tokens" if tokens else "")
+            self._bars.update(self._samples, completed=done, total=of, note=note)
+
+    def finish(self, cell: Cell, record: dict[str, Any]) -> None:
+        self._spent += time.perf_counter() - self._started
+        self._estimated += self._work[cell.key]
+        self._left -= self._work[cell.key]
+        self._done += 1
+        self.say(result_line(record, cell.task.metric.partition(" (")[0]))
+
+    def _forecast(self) -> str:
+        """The time left: the estimate of what is left, corrected by how the estimates of finished cells came out."""
+        ratio = self._spent / self._estimated if self._estimated else 1.0
+        return f"{self._done}/{self._total}, about {duration(self._left * ratio)} left"

@@ -1,0 +1,160 @@
+"""Scores with their uncertainty, and the difference to the baseline on the same samples. All intervals are 95 %.
+
+A sample that failed counts as the worst score and stays in the denominator. Which interval a score gets:
+
+- a share (every sample is right or wrong, more is better): Wilson's interval; the difference of two shares on the same
+  samples: Newcombe's interval for paired shares (1998, method 10), which stays open where all samples agree;
+- a mean of many samples: the bootstrap over samples, 2,000 resamples with a fixed seed;
+- a mean of few long windows that carry their loss by position (`nll_by_position`, perplexity): the windows are too
+  few to resample, so positions are. The buckets of all windows are cut into eight strata by position, and buckets are
+  resampled within each stratum: the trend over positions stays fixed and only the scatter around it widens the
+  interval. It says how well these texts were measured; that other texts would differ more, only more windows can
+  show.
+
+A difference is always taken sample by sample (or bucket by bucket), so that what is hard in a sample cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
+FEW_WINDOWS = 10
+STRATA = 8
+_Z = 1.959963984540054  # the 97.5 % point of the normal distribution
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score, or a difference of scores, over `n` samples; the interval is None where nothing could be counted."""
+
+    value: float | None
+    interval: Interval | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a task's score reads: whether more is better, and the score of a sample that failed."""
+
+    higher_is_better: bool
+    worst: float
+
+
+def score(samples: Sequence[dict[str, Any]], scale: Scale) -> Estimate:
+    """The mean score of a cell's samples, records with `score`, `failed` and `detail`, with its interval."""
+    if not samples:
+        return Estimate(None, None, 0)
+    values = _values(samples, scale)
+    if _is_share(values, scale):
+        return Estimate(float(values.mean()), wilson(float(values.sum()), len(values)), len(values))
+    curves = _curves(samples)
+    if curves is not None and len(samples) < FEW_WINDOWS:
+        low, high = _bootstrap_positions(*curves)
+    else:
+        low, high = bootstrap(values)
+    mean = float(values.mean())
+    return Estimate(mean, (min(low, mean), max(high, mean)), len(values))
+
+
+def difference(samples: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], scale: Scale) -> Estimate:
+    """Mean of score minus baseline's score over the samples that both have, by id, with its interval."""
+    others = {s["id"]: s for s in baseline}
+    mine = [s for s in samples if s["id"] in others]
+    theirs = [others[s["id"]] for s in mine]
+    if not mine:
+        return Estimate(None, None, 0)
+    a, b = _values(mine, scale), _values(theirs, scale)
+    mean = float((a - b).mean())
+    if _is_share(np.concatenate([a, b]), scale):
+        return Estimate(mean, newcombe(a, b), len(mine))
+    curves, other_curves = _curves(mine), _curves(theirs)
+    if curves is not None and other_curves is not None and len(mine) < FEW_WINDOWS:
+        low, high = _bootstrap_positions(curves[0] - other_curves[0], curves[1])
+    else:
+        low, high = bootstrap(a - b)
+    return Estimate(mean, (min(low, mean), max(high, mean)), len(mine))
+
+
+def wilson(hits: float, n: int) -> Interval:
+    """Wilson's interval of a share of `hits` in `n` trials."""
+    p = hits / n
+    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+def newcombe(a: np.ndarray, b: np.ndarray) -> Interval:
+    """Newcombe's interval (1998, method 10) of the difference of two shares, `a` minus `b`, taken on the same
+    samples."""
+    n, p, q = len(a), float(a.mean()), float(b.mean())
+    (low_p, high_p), (low_q, high_q) = wilson(a.sum(), n), wilson(b.sum(), n)
+    both, neither = float((a * b).sum()), float(((1 - a) * (1 - b)).sum())
+    only_a, only_b = float((a * (1 - b)).sum()), float(((1 - a) * b).sum())
+    spread = math.sqrt((both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither))
+    agreement = both * neither - only_a * only_b
+    if agreement > n / 2:
+        agreement -= n / 2
+    elif agreement > 0:
+        agreement = 0.0
+    phi = agreement / spread if spread else 0.0
+
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x**2 - 2 * phi * x * y + y**2))
+
+    return max(-1.0, p - q - reach(p - low_p, high_q - q)), min(1.0, p - q + reach(high_p - p, q - low_q))
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
+    """Percentile interval of the mean of `values` (n,); a single value has no scatter, so its interval is the value."""
+    draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _bootstrap_positions(means: np.ndarray, counts: np.ndarray, seed: int = 0) -> Interval:
+    """Interval of the mean over all tokens of `means` (windows, buckets), weighted by `counts` of the same shape.
+    Buckets are resampled within strata of neighbouring positions, over all windows together."""
+    generator = np.random.default_rng(seed)
+    total = np.zeros(RESAMPLES)
+    for part_means, part_counts in zip(
+        np.array_split(means, STRATA, axis=1), np.array_split(counts, STRATA, axis=1), strict=True
+    ):
+        values, weights = part_means[part_counts > 0], part_counts[part_counts > 0]
+        if not len(values):
+            continue
+        draws = generator.integers(len(values), size=(RESAMPLES, len(values)))
+        drawn = (values[draws] * weights[draws]).sum(axis=1) / weights[draws].sum(axis=1)
+        total += drawn * weights.sum() / counts.sum()
+    low, high = np.percentile(total, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _values(samples: Sequence[dict[str, Any]], scale: Scale) -> np.ndarray:
+    return np.array([scale.worst if s["failed"] or s["score"] is None else s["score"] for s in samples], dtype=float)
+
+
+def _is_share(values: np.ndarray, scale: Scale) -> bool:
+    return scale.higher_is_better and bool(np.isin(values, (0.0, 1.0)).all())
+
+
+def _curves(samples: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Loss and token counts by position, each (windows, buckets), where every sample has them in the same shape."""
+    details = [s["detail"] or {} for s in samples]
+    if any(s["failed"] for s in samples) or not all(d.get("nll_by_position") for d in details):
+        return None
+    losses = [d["nll_by_position"] for d in details]
+    counts = [d.get("tokens_by_position") or [1] * len(d["nll_by_position"]) for d in details]
+    if len({len(row) for row in losses + counts}) != 1:
+        return None
+    means = np.array([[0.0 if v is None else v for v in row] for row in losses], dtype=float)
+    weights = np.array(counts, dtype=float)
+    weights[np.array([[v is None for v in row] for row in losses])] = 0
+    return (means, weights) if weights.sum() else None

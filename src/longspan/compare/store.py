@@ -1,0 +1,275 @@
+"""Where a run lives: `run.json` says what was asked and on which machine, `cells.jsonl` holds one finished cell a line.
+
+The cell file is only ever appended to. A line is written by one `os.write` and flushed to disk before the next cell
+starts, and carries a checksum of itself, so a kill at any moment loses at most the cell in flight: the torn tail that
+it may leave is cut off when the run is next opened, and what was cut is kept in `cells.jsonl.torn`. One process at a
+time writes to a run; the lock is the kernel's, so it ends with the process however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from longspan.compare import stats
+from longspan.errors import LongspanError
+
+MANIFEST = "run.json"
+CELLS = "cells.jsonl"
+TORN = "cells.jsonl.torn"
+LOCK = "lock"
+LOGS = "logs"
+
+Record = dict[str, Any]
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value: keys sorted, no spaces, ASCII. Raises `ValueError` for a float that is not
+    finite."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """sha256, in hex, of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def clean(value: Any) -> Any:
+    """`value` as plain JSON data: tensors and arrays become numbers or lists, floats that are not finite become
+    None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [clean(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if value is None or isinstance(value, str | int):
+        return value
+    raise TypeError(f"a result holds a {type(value).__name__}, which a run cannot store")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a kill, finds either the old content or the new. One writer at a time."""
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run. Raises `LongspanError` where `folder` is no run."""
+    path = folder / MANIFEST
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise LongspanError(
+            f"{folder} is not a run: there is no {MANIFEST} in it. `longspan compare` makes one"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise LongspanError(f"{path} cannot be read ({error}); the cells beside it are unharmed") from error
+
+
+def read_cells(folder: Path) -> tuple[list[Record], list[str]]:
+    """Every whole record in the order of writing, and one line for people about each damaged line that was skipped."""
+    path = folder / CELLS
+    content = path.read_bytes() if path.exists() else b""
+    records, problems = [], []
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else [], start=1):
+        record = _read_line(line)
+        if record is None:
+            problems.append(f"{path}, line {number}: damaged, so its cell counts as not run")
+        else:
+            records.append(record)
+    return records, problems
+
+
+def is_finished(record: Record | None, memory: int | None) -> bool:
+    """True where a cell need not run again: it succeeded, or ran out of memory on a device of this size (in bytes,
+    within 2 %, since two starts of one machine can differ a little)."""
+    if record is None or record["status"] == "failed":
+        return False
+    if record["status"] == "ok":
+        return True
+    before = record.get("device_memory")
+    return memory is None or before is None or abs(memory - before) <= 0.02 * before
+
+
+class Store:
+    """The cells of a run, opened for writing. Use it as a context manager: it holds the run's lock until it is
+    closed."""
+
+    def __init__(self, folder: str | Path):
+        """Creates the folder where there is none, takes the lock, and repairs what a kill left.
+
+        Raises `LongspanError` where the folder holds something else, or another process is writing to the run.
+        """
+        self.folder = Path(folder)
+        _make_folder(self.folder)
+        self._lock = _take_lock(self.folder)
+        try:
+            self.repaired = _repair(self.folder / CELLS)
+            records, self.problems = read_cells(self.folder)
+            self.records: dict[str, Record] = {r["key"]: r for r in records}
+            self._file = os.open(self.folder / CELLS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            _sync_folder(self.folder)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def append(self, record: Record) -> bool:
+        """Writes a finished cell to disk; returns after it is safe there. A cell that already succeeded is left as it
+        is, and the answer is then False."""
+        known = self.records.get(record["key"])
+        if known is not None and known["status"] == "ok":
+            return False
+        line = _write_line(record)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            size = os.fstat(self._file).st_size
+            if os.write(self._file, line) != len(line):
+                os.ftruncate(self._file, size)
+                raise OSError(f"{self.folder / CELLS}: the disk took only a part of a cell; is it full?")
+            os.fsync(self._file)
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        self.records[record["key"]] = record
+        return True
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_atomically(self.folder / MANIFEST, json.dumps(clean(manifest), indent=1, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        os.close(self._file)
+        os.close(self._lock)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Run:
+    """A run as it lies on disk, to be read; it may be read while it is being written."""
+
+    def __init__(self, folder: str | Path):
+        """Raises `LongspanError` where `folder` is no run."""
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        records, self.problems = read_cells(self.folder)
+        self._latest: dict[str, Record] = {r["key"]: r for r in records}
+
+    def cells(self, *, all: bool = False) -> list[Record]:
+        """The latest record of each planned cell that has one, in the plan's order. With `all`, of every cell in the
+        folder: those of earlier requests, other settings or other versions too, which no table mixes with these."""
+        if all:
+            return list(self._latest.values())
+        return [self._latest[c["key"]] for c in self.manifest["cells"] if c["key"] in self._latest]
+
+    def missing(self) -> list[dict[str, Any]]:
+        """The planned cells, as the manifest describes them, that the same command would run: without a result, or
+        failed."""
+        memory = self.manifest["environment"]["device_memory"]
+        return [c for c in self.manifest["cells"] if not is_finished(self._latest.get(c["key"]), memory)]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each planned cell, in the plan's order: what it is, its status (`missing` where it has not
+        run), score with interval, number of samples and failures, the paired difference to the bare model on the same
+        samples with its interval, and the cost. Figures that there are none of are None."""
+        planned = self.manifest["cells"]
+        bare = {(c["task_spec"], c["length"]): c["key"] for c in planned if c["method"] == "none"}
+        return [self._row(c, self._latest.get(bare[c["task_spec"], c["length"]])) for c in planned]
+
+    def _row(self, cell: dict[str, Any], baseline: Record | None) -> dict[str, Any]:
+        record = self._latest.get(cell["key"], {})
+        samples = record.get("samples") or []
+        row = {k: cell[k] for k in ("key", "method", "asked", "task", "task_spec", "length")}
+        row |= {"status": record.get("status", "missing"), "failed": sum(s["failed"] for s in samples)}
+        row |= {k: record.get(k) for k in ("error", "score", "interval", "n")}
+        task = self.manifest["tasks"][cell["task_spec"]]
+        scale = stats.Scale(task["higher_is_better"], task["worst"])
+        to_compare = baseline is not None and cell["method"] != "none" and samples
+        change = stats.difference(samples, baseline["samples"], scale) if to_compare and baseline else None
+        row["difference"] = change.value if change else None
+        row["difference_interval"] = list(change.interval) if change and change.interval else None
+        row["pairs"] = change.n if change else 0
+        row["cost"] = record.get("cost") or {}
+        return row
+
+
+def _write_line(record: Record) -> bytes:
+    return (canonical(record | {"check": digest(record)}) + "\n").encode()
+
+
+def _read_line(line: bytes) -> Record | None:
+    """The record of a line, or None where the line is not what was once written."""
+    try:
+        record = json.loads(line)
+        check = record.pop("check")
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return None
+    return record if isinstance(record.get("key"), str) and digest(record) == check else None
+
+
+def _repair(path: Path) -> str | None:
+    """Cuts a damaged last line off into the file of torn tails. Returns a line for people where there was one."""
+    content = path.read_bytes() if path.exists() else b""
+    body = content.removesuffix(b"\n")
+    start = body.rfind(b"\n") + 1
+    if not content or (_read_line(body[start:]) is not None and content.endswith(b"\n")):
+        return None
+    if _read_line(body[start:]) is not None:  # only its line end is missing
+        with open(path, "ab") as file:
+            file.write(b"\n")
+        return None
+    with open(path.with_name(TORN), "ab") as torn:
+        torn.write(body[start:] + b"\n")
+    os.truncate(path, start)
+    return f"{path}: the last line was torn, most likely by a kill; it is now in {TORN}, and its cell runs again"
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        inside = {p.name for p in folder.iterdir()}
+    except OSError as error:
+        raise LongspanError(f"{folder} cannot hold a run: {error.strerror or error}") from error
+    if inside - {LOCK} and not inside & {MANIFEST, CELLS}:
+        raise LongspanError(f"{folder} is not a run and is not empty ({min(inside)} is in it); name a new folder")
+
+
+def _take_lock(folder: Path) -> int:
+    """The descriptor that holds the run's lock: a kernel lock, which a dead process does not keep."""
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(lock, 64).decode(errors="replace").strip()
+        os.close(lock)
+        who = f" (process {holder})" if holder else ""
+        raise LongspanError(
+            f"another comparison{who} is writing to {folder}; wait until it ends, or name another folder"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    return lock
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems do not let folders be synced
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

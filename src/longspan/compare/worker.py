@@ -1,0 +1,194 @@
+"""One cell in one process: loads the model, applies the method, runs the samples, and reports through a pipe.
+
+A fresh process gives every cell a memory peak and a device context of its own. The process ends when its parent does,
+however that happens; out of memory is a result that it reports like any other; what libraries print goes to the
+cell's log.
+
+Messages, in order: `("hello", cuda_is_broken)`, `("sample", done, of, tokens)` before the first and after each
+sample, then `("done", result)`, `("out_of_memory", text)` or `("failed", text)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from longspan.apply import apply, current
+from longspan.compare import stats
+from longspan.compare.cells import Cell, scale_of
+from longspan.compare.cost import Meter
+from longspan.compare.store import clean
+from longspan.errors import LongspanError
+from longspan.facts import text_config
+from longspan.include import load_from_environment
+from longspan.method import NoMethod
+from longspan.models import load
+from longspan.tasks.base import Outcome, Sample
+
+_NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "not enough memory")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is given. `cell` is pickled, since its classes may come from files named in `environment`."""
+
+    cell: bytes
+    device: str
+    log: str
+    environment: Mapping[str, str]
+
+
+def run_job(job: Job, pipe: Connection) -> None:
+    """The whole life of a worker process."""
+    _end_with_parent()
+    _settle(job)
+    try:
+        pipe.send(("hello", _cuda_is_broken(job.device)))
+        load_from_environment()
+        message: tuple[str, Any] = ("done", measure(pickle.loads(job.cell), job.device, pipe))
+    except BaseException as error:
+        traceback.print_exc()
+        message = ("out_of_memory" if is_out_of_memory(error) else "failed", one_line(error))
+    pipe.send(message)
+    pipe.close()
+
+
+def measure(cell: Cell, device: str, pipe: Connection) -> dict[str, Any]:
+    """Runs a cell and returns the part of its record that it decides, as JSON data."""
+    start = time.perf_counter()
+    torch.manual_seed(cell.seed)
+    model, tokenizer = load(cell.model, dtype=getattr(torch, cell.dtype), device=device)
+    _apply(model, cell)
+    load_s = time.perf_counter() - start
+    samples = cell.task.samples(tokenizer, cell.length, cell.samples, cell.seed)
+    check_samples(samples, cell)
+    meter = Meter(model.device, model)
+    pipe.send(("sample", 0, len(samples), 0))
+    records = []
+    with torch.no_grad():
+        if model.device.type == "cuda":  # the first run of a shape loads kernels and sizes buffers: it is not timed
+            cell.task.run(model, tokenizer, samples[0], Meter(model.device))
+        for number, sample in enumerate(samples, start=1):
+            records.append(sample_record(sample, cell.task.run(model, tokenizer, sample, meter)))
+            pipe.send(("sample", number, len(samples), meter.tokens))
+    scale = scale_of(cell.task, text_config(model.config).vocab_size)
+    estimate = stats.score(records, scale)
+    return clean(
+        {
+            "score": estimate.value,
+            "interval": estimate.interval,
+            "n": estimate.n,
+            "samples": records,
+            "cost": {**meter.report(), "load_s": load_s, "wall_s": time.perf_counter() - start},
+            "first_prompt": cell.task.describe_first(samples[0], tokenizer),
+        }
+    )
+
+
+def sample_record(sample: Sample, outcome: Outcome) -> dict[str, Any]:
+    """One sample's result as JSON data; a score that is not finite is a failure."""
+    score = clean(float(outcome.score))
+    return {
+        "id": sample.id,
+        "score": score,
+        "failed": bool(outcome.failed) or score is None,
+        "detail": clean(outcome.detail),
+    }
+
+
+def check_samples(samples: list[Sample], cell: Cell) -> None:
+    """Raises `LongspanError` for what would make a table wrong without a sign of it."""
+    if not samples:
+        raise LongspanError(f"{cell.task.spec} has no samples of {cell.length:,} tokens")
+    if len({s.id for s in samples}) < len(samples):
+        raise LongspanError(f"{cell.task.spec} drew two samples with one id")
+    if (longest := max(len(s.tokens) for s in samples)) > cell.length:
+        raise LongspanError(f"{cell.task.spec} drew a sample of {longest:,} tokens for a length of {cell.length:,}")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True where the error, or one that it came from, says that memory did not suffice, on any device."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one short line, with its kind where it is not one that is written for users."""
+    lines = str(error).strip().splitlines() or [""]
+    kind = "" if isinstance(error, LongspanError) else f"{type(error).__name__}: "
+    return f"{kind}{lines[0]}"[:500].removesuffix(": ")
+
+
+def _apply(model: Any, cell: Cell) -> None:
+    """Applies the cell's method and proves that what is on the model is what the cell says."""
+    if cell.method.spec == NoMethod.name:
+        return
+    apply(model, cell.method)
+    present = current(model)
+    if present is None or present.spec != cell.method.spec:
+        found = present.spec if present else "nothing"
+        raise LongspanError(f"{cell.method.spec} was to be measured, but {found} is on the model")
+
+
+def _settle(job: Job) -> None:
+    """Makes the process ready: Ctrl-C is the parent's business, output goes to the log, and where memory runs out the
+    kernel ends this process, not its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(job.environment)
+    Path(job.log).parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    faulthandler.enable()
+    logging.disable_progress_bar()
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as its parent is gone, be it by SIGKILL: the parent alone holds the other end of a
+    pipe, and the kernel closes it. The fork server's end is watched too."""
+    parent, above = multiprocessing.parent_process(), os.getppid()
+    assert parent is not None, "a worker is always a child process"
+
+    def watch() -> None:
+        while parent.is_alive() and os.getppid() == above:
+            parent.join(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
+
+
+def _cuda_is_broken(device: str) -> bool:
+    """True where the fork server had touched CUDA, which a forked process then cannot use."""
+    if torch.device(device).type != "cuda":
+        return False
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return "forked subprocess" in str(error)
+    return False
