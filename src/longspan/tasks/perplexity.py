@@ -1,0 +1,251 @@
+"""Perplexity of long text: how well the model predicts each token from those before it.
+
+`window` reads each window of `length` tokens once, from places evenly spread over the text, and shows the loss by
+position, which is where methods differ. The other protocols are what papers report; they slide a shorter window over a
+sample of `length` tokens and differ in which tokens they count, so that their numbers cannot be compared with each other:
+
+    nonoverlapping  disjoint blocks; early tokens of a block have little context (ALiBi)
+    sliding         the window moves by `stride`, its last `stride` tokens count (PI); stride=1 is ALiBi's sliding
+    rolling         disjoint, each token once, the last block moved back to be full (lm-evaluation-harness)
+    longlora        every window's whole loss, overlaps counted again (LongLoRA)
+    yarn            sliding, but each window's mean weighs the same, and each begins with BOS (YaRN)
+
+A protocol is a pure function from sizes to windows.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from longspan.facts import text_config
+from longspan.tasks.base import Outcome, Sample, Task, bos_id, check_fits, chunked_prefill, forced
+from longspan.tasks.text import check_text, read_text, tokenised
+
+if TYPE_CHECKING:
+    from longspan.compare.cost import Meter
+
+BUCKETS = 64
+"""Parts of a window, of equal length, for which the loss is given apart."""
+TIMED = 8
+"""Tokens at the end of a window that are read one by one, so that every cell has a decoding speed."""
+SHORTEST = 64
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class Window(NamedTuple):
+    """The model reads tokens start … end - 2 and is asked for first … end - 1, each from those before it."""
+
+    start: int
+    end: int
+    first: int
+
+
+def whole(total: int, length: int, stride: int) -> list[Window]:
+    """One window over everything."""
+    return [Window(0, total, 1)]
+
+
+def nonoverlapping(total: int, length: int, stride: int) -> list[Window]:
+    """Blocks of `length` tokens, each asked for its own tokens and the one after; the last block may be shorter."""
+    return [Window(s, min(s + length + 1, total), s + 1) for s in range(0, total - 1, length)]
+
+
+def sliding(total: int, length: int, stride: int) -> list[Window]:
+    """The first window counts whole, each further one its last `stride` tokens; what is left at the end is counted by a
+    full window that ends there."""
+    windows = [Window(0, min(length + 1, total), 1)]
+    while (done := windows[-1].end) < total:
+        end = min(done + stride, total)
+        windows.append(Window(end - 1 - length, end, done))
+    return windows
+
+
+def rolling(total: int, length: int, stride: int) -> list[Window]:
+    """`sliding` with a stride of the whole window."""
+    return sliding(total, length, length)
+
+
+def longlora(total: int, length: int, stride: int) -> list[Window]:
+    """Full windows every `stride` tokens, each counted whole; a rest shorter than that is not read."""
+    return [Window(s, min(s + length, total), s + 1) for s in range(0, max(1, total - length), stride)]
+
+
+def yarn(total: int, length: int, stride: int) -> list[Window]:
+    """Windows every `stride` tokens, each counted from where the one before ended; the last one may be shorter."""
+    windows: list[Window] = []
+    for start in range(0, total, stride):
+        end = min(start + length, total)
+        windows.append(Window(start, end, windows[-1].end if windows else 1))
+        if end == total:
+            break
+    return windows
+
+
+Plan = Callable[[int, int, int], list[Window]]
+PROTOCOLS: dict[str, Plan] = {
+    "window": whole,
+    "nonoverlapping": nonoverlapping,
+    "sliding": sliding,
+    "rolling": rolling,
+    "longlora": longlora,
+    "yarn": yarn,
+}
+STRIDED = ("sliding", "longlora", "yarn")
+
+
+def mean_loss(protocol: str, losses: Sequence[Tensor]) -> float:
+    """The protocol's figure from the losses of each window's tokens, in nats a token: `yarn` and `longlora` take the mean
+    of the windows' means, the others the mean over all tokens."""
+    if protocol in ("yarn", "longlora"):
+        return math.fsum(float(x.mean()) for x in losses) / len(losses)
+    return float(torch.cat(list(losses)).mean())
+
+
+def by_position(
+    windows: Sequence[Window], losses: Sequence[Tensor], length: int
+) -> tuple[list[float | None], list[int]]:
+    """Mean loss and number of tokens in each of `BUCKETS` equal parts of [0, length), by place in the window; None where
+    no token lies."""
+    place = torch.cat([torch.arange(w.first - w.start, w.end - w.start) for w in windows])
+    bucket = (place * BUCKETS // length).clamp(max=BUCKETS - 1)
+    counts = torch.bincount(bucket, minlength=BUCKETS)
+    sums = torch.zeros(BUCKETS, dtype=torch.float64).index_add(0, bucket, torch.cat(list(losses)))
+    return [float(s / n) if n else None for s, n in zip(sums, counts, strict=True)], counts.tolist()
+
+
+@dataclass(frozen=True)
+class Perplexity(Task):
+    """The score is the mean negative log-likelihood in nats a token. Compare it across tokenizers by `bits_per_byte`.
+
+    `window` and `stride` belong to the sliding protocols: the window is the longest context, and the length is then how
+    much text a sample has.
+    """
+
+    protocol: Literal["window", "nonoverlapping", "sliding", "rolling", "longlora", "yarn"] = "window"
+    window: int | None = None
+    stride: int | None = None
+    text: str = "prose"
+
+    name: ClassVar[str] = "ppl"
+    title: ClassVar[str] = "Perplexity of long text"
+    measures: ClassVar[str] = "how well each token is predicted, by its position in the window"
+    source: ClassVar[str] = "Python's own help texts or library sources, or a text file of yours"
+    default_count: ClassVar[int] = 6
+    metric: ClassVar[str] = "NLL (nats a token)"
+    higher_is_better: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        one, example = self.protocol == "window", f"ppl:protocol={self.protocol},window=2k"
+        self.require(
+            self.protocol in PROTOCOLS, f"protocol must be one of {', '.join(PROTOCOLS)}, not {self.protocol!r}"
+        )
+        self.require(
+            not one or self.window is None, "protocol=window reads the whole length at once; leave out window="
+        )
+        self.require(one or self.window is not None, f"{self.protocol} needs the window that it moves, as in {example}")
+        most = self.window or SHORTEST
+        self.require(most >= SHORTEST, f"window must be at least {SHORTEST} tokens, not {most:,}")
+        if self.stride is not None:
+            self.require(self.protocol in STRIDED, f"stride has no effect on protocol={self.protocol}; leave it out")
+            self.require(
+                1 <= self.stride <= most, f"stride must be from 1 to the window of {most:,}, not {self.stride:,}"
+            )
+        check_text(self.text, self.name)
+
+    def data_digest(self) -> str:
+        return read_text(self.text, self.name).sha256
+
+    def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
+        """Windows of exactly `length` tokens, BOS included. Their places follow the golden ratio, which spreads any number
+        of them evenly, and do not depend on `length` or `count`: shorter and fewer windows are parts of longer and more."""
+        self.require(length >= SHORTEST, f"a length of at least {SHORTEST} tokens is needed, not {length:,}")
+        text = tokenised(tokenizer, read_text(self.text, self.name))
+        begin = self._begin(tokenizer)
+        meta = {
+            "text": text.name,
+            "text_sha256": text.sha256,
+            "text_tokens": len(text.ids),
+            "begins_with": str(tokenizer.decode(begin)) if begin else None,
+        }
+        place, samples = random.Random(f"ppl/{seed}").random(), []
+        for number in range(count):
+            start = int((place + number * _GOLDEN) % 1 * len(text.ids))
+            ids = begin + text.take(start, length - len(begin), self.name)
+            samples.append(Sample(f"window-{number}", ids, meta | {"start": start}))
+        return check_fits(samples, length)
+
+    def _begin(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """What stands before the text: BOS where the tokenizer uses it; `rolling` has BOS or EOS in any case."""
+        begin = bos_id(tokenizer)
+        if self.protocol == "rolling" and begin is None:
+            begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return [] if begin is None else [begin]
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, meter: Meter) -> Outcome:
+        length = min(self.window or len(sample.tokens), len(sample.tokens))
+        stride = self.stride or min(256, length)
+        windows = PROTOCOLS[self.protocol](len(sample.tokens), length, stride)
+        losses = [
+            self._losses(model, self._inputs(sample, w), w.first - w.start, meter, timed=w is windows[0])
+            for w in windows
+        ]
+        detail: dict[str, Any] = {**sample.meta, "protocol": self.protocol, "window": length, "windows": len(windows)}
+        if self.protocol in STRIDED:
+            detail["stride"] = stride
+        if not all(bool(x.isfinite().all()) for x in losses):
+            detail["reason"] = "the model gave logits that are not numbers"
+            return Outcome(math.log(text_config(model.config).vocab_size), detail, failed=True)
+        return Outcome(
+            mean_loss(self.protocol, losses), detail | self._figures(tokenizer, sample, windows, losses, length)
+        )
+
+    def _inputs(self, sample: Sample, window: Window) -> list[int]:
+        """The tokens of a window; YaRN's evaluation puts BOS in the place of the first token of each."""
+        ids = sample.tokens[window.start : window.end]
+        return [sample.tokens[0], *ids[1:]] if self.protocol == "yarn" and sample.meta["begins_with"] else ids
+
+    def _losses(self, model: PreTrainedModel, ids: list[int], first: int, meter: Meter, timed: bool) -> Tensor:
+        """Loss of ids[first:] in nats, float64 on the CPU. With `timed`, the last `TIMED` inputs are read one by one."""
+        end = len(ids) - 1 - (TIMED if timed else 0)
+        losses: list[Tensor] = []
+
+        def score(logits: Tensor, position: int) -> None:
+            targets = torch.tensor(ids[position + 1 : position + 1 + len(logits)], device=logits.device)
+            losses.append(F.cross_entropy(logits, targets, reduction="none").double().cpu())
+
+        read = chunked_prefill(model, ids[:end], meter=meter, logits=score, first=first - 1)
+        if timed:
+            score(forced(model, read, ids[end:-1], meter), end)
+        return torch.cat(losses)
+
+    def _figures(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sample: Sample,
+        windows: Sequence[Window],
+        losses: Sequence[Tensor],
+        length: int,
+    ) -> dict[str, Any]:
+        """What is told beside the score. Bytes and words are those of the tokens that were counted, as often as they
+        were."""
+        texts = [str(tokenizer.decode(sample.tokens[w.first : w.end])) for w in windows]
+        total = math.fsum(float(x.sum()) for x in losses)
+        positions, counts = by_position(windows, losses, length)
+        mean = mean_loss(self.protocol, losses)
+        return {
+            "tokens": sum(counts),
+            "ppl": math.exp(mean) if mean < 700 else None,
+            "bits_per_byte": total / sum(len(t.encode()) for t in texts) / math.log(2),
+            "nll_per_word": total / max(1, sum(len(t.split()) for t in texts)),
+            "nll_by_position": positions,
+            "tokens_by_position": counts,
+        }
