@@ -33,7 +33,7 @@ from longspan.tasks.base import Task, parse_task
 
 PATIENCE = 30 * 60.0
 """Seconds that a run may take, roughly, where the user named no lengths."""
-START = 4.0
+START = 2.0
 """Seconds that a cell takes beside its samples, roughly: a process, the model, the method."""
 DEFAULT_TASKS = ("ppl", "passkey")
 SOURCES = ("positions", "attention", "memory", "prompts", "engine", "tasks")

@@ -30,7 +30,8 @@ import torch
 import longspan
 from longspan.compare import cost
 from longspan.compare.cells import SOURCES, Cell, MethodLike, Plan, Request, as_list, make_plan
-from longspan.compare.screen import Screen, duration, size
+from longspan.compare.results import duration, size
+from longspan.compare.screen import Screen
 from longspan.compare.store import LOGS, MANIFEST, Record, Run, Store, is_finished, read_manifest
 from longspan.compare.worker import Job, run_job
 from longspan.errors import LongspanError, SpecError
@@ -138,7 +139,7 @@ def _announce(screen: Screen, plan: Plan, store: Store, done: int, todo: list[Ce
         need = cost.memory_needed(plan.facts, max(c.length for c in todo), plan.dtype)
         have = plan.machine["device_memory"]
         screen.say(
-            f"forecast: about {duration(sum(map(plan.seconds, todo)))}, up to {size(need)} of {size(have)} of memory"
+            f"forecast: about {duration(round(sum(map(plan.seconds, todo))))}, up to {size(need)} of {size(have)} of memory"
             + ("; cells that do not fit are recorded as such" if need > have else "")
         )
 
@@ -177,7 +178,7 @@ class Workers:
     def run(self, cell: Cell, folder: Path, timeout: float | None, screen: Screen) -> Ending:
         """Runs a cell to its end. Raises `LongspanError` where no worker can be started at all, and lets
         `KeyboardInterrupt` through; in every case the process is gone afterwards."""
-        log = folder / LOGS / f"{cell.key[:16]}.log"
+        log = folder.absolute() / LOGS / f"{cell.key[:16]}.log"
         ours = {k: v for k, v in os.environ.items() if k.startswith("LONGSPAN_")}
         job = Job(pickle.dumps(cell), self.device, str(log), ours)
         receive, send = self._context.Pipe(duplex=False)

@@ -15,19 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from longspan.compare.cells import Cell
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: `31.2 s`, `12 min`, `2 h 05 min`."""
-    if seconds < 99.95:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(number: float) -> str:
-    """Bytes as people say them, in powers of ten: `270 MB`, `1.4 GB`."""
-    return f"{number / 1e9:.1f} GB" if number >= 9.995e8 else f"{number / 1e6:.0f} MB"
+from longspan.compare.results import duration, size
 
 
 def result_line(record: dict[str, Any], metric: str) -> str:
@@ -56,20 +44,14 @@ class Screen:
         self._work, self._left = work, sum(work.values())
         self._spent = self._estimated = 0.0
         self._bars: Progress | None = None
-        self._cells: TaskID | None = None
-        self._samples: TaskID | None = None
+        self._cells = self._samples = TaskID(0)
+        self._started = time.perf_counter()
 
     def say(self, text: str) -> None:
         """One line, as it is."""
         (self._bars.console if self._bars else self.console).print(text, markup=False)
 
     def __enter__(self) -> Screen:
-        if self.console.is_terminal and not self.console.quiet and self._total:
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[note]}"))
-            self._bars = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
-            self._cells = self._bars.add_task("cells", total=self._total, note="")
-            self._samples = self._bars.add_task("", total=None, note="")
-            self._bars.start()
         return self
 
     def __exit__(
@@ -80,20 +62,29 @@ class Screen:
             self._bars = None
 
     def start(self, cell: Cell) -> None:
+        """A cell begins; the first one brings the bars up."""
         self._started = time.perf_counter()
-        if self._bars and self._cells is not None and self._samples is not None:
-            self._bars.update(self._cells, completed=self._done, note=self._forecast())
+        if self._bars is None and self.console.is_terminal and not self.console.quiet:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[note]}"))
+            self._bars = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
+            self._cells = self._bars.add_task("cells", total=self._total, note="")
+            self._samples = self._bars.add_task("", total=None, note="")
+            self._bars.start()
+        if self._bars:
             name = f"{cell.method.spec}  {cell.task.spec}  {cell.length:,}"
+            self._bars.update(self._cells, completed=self._done, note=self._forecast())
             self._bars.reset(self._samples, total=None, description=name, note="loading the model")
 
     def sample(self, done: int, of: int, tokens: int) -> None:
         """`done` of `of` samples of the current cell are through, `tokens` tokens in all."""
-        if self._bars and self._samples is not None:
+        if self._bars:
             note = f"{done}/{of} samples" + (f", {tokens:,} tokens" if tokens else "")
             self._bars.update(self._samples, completed=done, total=of, note=note)
+            self._bars.update(self._cells, note=self._forecast())
 
     def finish(self, cell: Cell, record: dict[str, Any]) -> None:
-        self._spent += time.perf_counter() - self._started
+        # the worker's own time, without the fork server's start; a worker that did not end well has told none
+        self._spent += record["cost"].get("wall_s") or time.perf_counter() - self._started
         self._estimated += self._work[cell.key]
         self._left -= self._work[cell.key]
         self._done += 1
@@ -102,4 +93,5 @@ class Screen:
     def _forecast(self) -> str:
         """The time left: the estimate of what is left, corrected by how the estimates of finished cells came out."""
         ratio = self._spent / self._estimated if self._estimated else 1.0
-        return f"{self._done}/{self._total}, about {duration(self._left * ratio)} left"
+        left = self._left * ratio - (time.perf_counter() - self._started)
+        return f"{self._done}/{self._total}, about {duration(max(1, round(left)))} left"

@@ -129,7 +129,7 @@ class Store:
 
     def append(self, record: Record) -> bool:
         """Writes a finished cell to disk; returns after it is safe there. A cell that already succeeded is left as it
-        is, and the answer is then False."""
+        is, and the answer is then False. Raises `LongspanError` where the disk does not take it."""
         known = self.records.get(record["key"])
         if known is not None and known["status"] == "ok":
             return False
@@ -139,8 +139,12 @@ class Store:
             size = os.fstat(self._file).st_size
             if os.write(self._file, line) != len(line):
                 os.ftruncate(self._file, size)
-                raise OSError(f"{self.folder / CELLS}: the disk took only a part of a cell; is it full?")
+                raise OSError("the disk took only a part of a line")
             os.fsync(self._file)
+        except OSError as error:
+            raise LongspanError(
+                f"{self.folder / CELLS} cannot be written ({error}); the cells in it are whole"
+            ) from error
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self.records[record["key"]] = record
