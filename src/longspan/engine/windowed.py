@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
@@ -20,23 +21,34 @@ if TYPE_CHECKING:
     from longspan.apply import Attend
 
 BLOCK = 128
-LEAST_QUERIES = 2048
-"""Under this many queries at once compiling for their shape does not pay."""
+QUERIES = 4096
+"""Queries of one kernel call. One number, so that any prompt compiles once for each window."""
+MOST_SHAPES = 6
+"""Shapes compiled in one process: past torch's limit of eight it would fall back to holding every score, without a word."""
 
 
-def serves(call: Attend, key: Tensor) -> bool:
+_shapes: set[tuple] = set()
+
+
+def serves(call: Attend, key: Tensor, reach: int) -> bool:
     """Whether this path can run the call; what it cannot run goes through SDPA in blocks, with the same result."""
     new, width = call.query.shape[2], call.query.shape[3]
     return (
         call.query.is_cuda
-        and new >= LEAST_QUERIES
-        and new % BLOCK == 0
+        and new % QUERIES == 0
         and key.shape[2] > 0
         and width in (16, 32, 64, 128, 256)
         and call.softcap is None
         and call.dropout == 0
         and not (torch.is_grad_enabled() and call.query.requires_grad)
+        and _may_compile((reach, call.query.shape[:2], width, call.query.dtype))
     )
+
+
+def _may_compile(shape: tuple) -> bool:
+    if shape not in _shapes and len(_shapes) < MOST_SHAPES:
+        _shapes.add(shape)
+    return shape in _shapes
 
 
 def window_attention(
@@ -47,10 +59,18 @@ def window_attention(
     query (B, H, Tq, D), key and value (B, H_kv, Tk, D). Returns the output (B, H, Tq, D) and the natural logarithm of each
     row's sum of exponentials (B, H, Tq), float32; a row that sees nothing has zeros and -inf.
     """
-    mask = _block_mask(query.shape[2], key.shape[2], offset, window, query.device)
     key, value = expand_heads(key, query.shape[1]), expand_heads(value, query.shape[1])
-    out, aux = _compiled()(query, key, value, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
-    return out, aux.lse
+    span = -(-(window - 1 + QUERIES) // BLOCK) * BLOCK  # keys that one call's queries can see, in whole blocks
+    parts = []
+    for row in range(0, query.shape[2], QUERIES):
+        left = max(0, row + offset - window + 1)
+        near = [x[:, :, left : left + span] for x in (key, value)]
+        if (short := span - near[0].shape[2]) > 0:  # columns past the last query: never seen
+            near = [F.pad(x, (0, 0, 0, short)) for x in near]
+        mask = _block_mask(QUERIES, span, row + offset - left, window, query.device)
+        rows = query[:, :, row : row + QUERIES]
+        parts.append(_compiled()(rows, *near, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True)))
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat([aux.lse for _, aux in parts], dim=2)
 
 
 def join(out: Tensor, lse: Tensor, scores: Tensor, values: Tensor) -> Tensor:
@@ -67,7 +87,7 @@ def _compiled() -> Callable:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _block_mask(queries: int, keys: int, offset: int, window: int, device: torch.device) -> BlockMask:
     """Blocks that the window touches, those inside it marked as full so that the kernel skips the mask there."""
     blocks = torch.arange(queries // BLOCK, device=device)

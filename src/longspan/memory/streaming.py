@@ -118,12 +118,13 @@ class StreamingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, new = self.seen, key_states.shape[2]
-        old = self._slots(max(self.sinks, start - self.window + 1), start)
-        window = self.keys[:, :, old], self.values[:, :, old]
+        ring = in_ring(new, key_states)
+        old = None if ring else self._slots(max(self.sinks, start - self.window + 1), start)
+        window = None if old is None else (self.keys[:, :, old], self.values[:, :, old])
         self._keep_sinks(key_states.detach(), value_states.detach())
         self._write(key_states.detach(), value_states.detach())
         self.seen += new
-        if in_ring(new, key_states):
+        if window is None:
             filled = min(self.seen, self.sinks + self.window)
             return self.keys[:, :, :filled], self.values[:, :, :filled]
         if start == 0 and self.pad is None:
@@ -142,10 +143,13 @@ class StreamingLayer(CacheLayerMixin):
         """Puts the newest tokens that fit into the ring."""
         end = self.seen + keys.shape[2]
         first = max(self.seen, self.sinks, end - self.window)
-        if first < end:
-            slots = self._slots(first, end)
-            self.keys[:, :, slots] = keys[:, :, first - self.seen :]
-            self.values[:, :, slots] = values[:, :, first - self.seen :]
+        while first < end:  # once, and once more where the ring's end is crossed
+            slot = self.sinks + (first - self.sinks) % self.window
+            count = min(end - first, self.sinks + self.window - slot)
+            part = slice(first - self.seen, first - self.seen + count)
+            self.keys[:, :, slot : slot + count] = keys[:, :, part]
+            self.values[:, :, slot : slot + count] = values[:, :, part]
+            first += count
 
     def _keep_sinks(self, keys: Tensor, values: Tensor) -> None:
         """Fills the sink slots from the first real tokens of each row, as they come."""
@@ -317,8 +321,8 @@ class Streaming:
             self.method.sinks, self.now.start - self.method.window + 1
         )  # number of the first token after the sinks
         key, value = call.key[:, :, sinks:], call.value[:, :, sinks:]
-        if self.now.pad is None and windowed.serves(call, key):
-            reach = min(self.method.window, call.sliding_window or self.method.window)
+        reach = min(self.method.window, call.sliding_window or self.method.window)
+        if self.now.pad is None and windowed.serves(call, key, reach):
             out, lse = windowed.window_attention(call.query, key, value, self.now.start - first, reach, call.scale)
             return windowed.join(out, lse, scores, sink_values)
         return torch.cat(list(self._blocks(call, scores, sink_values, key, value, first)), dim=2)
