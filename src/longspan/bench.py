@@ -225,11 +225,9 @@ def _fixed_step(model: PreTrainedModel, method: StreamingLLM, prompt: Tensor, to
         first = _seconds(model, lambda: decoder.step(ids))
 
         def step() -> Iterator[float]:
-            nonlocal ids
             for _ in range(tokens + 3):
                 start = time.perf_counter()
-                ids = decoder.step(ids).argmax(-1, keepdim=True)
-                ids.cpu()  # a user sees every token, as a streamer of `generate` does
+                decoder.greedy_step().cpu()  # a user sees every token, as a streamer of `generate` does
                 yield time.perf_counter() - start
 
         return _row(list(step())[3:], first)

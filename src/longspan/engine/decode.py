@@ -33,10 +33,11 @@ class StreamDecoder:
 
         decoder = StreamDecoder(model, cache)
         logits = decoder.step(ids)            # (B, 1) -> (B, vocabulary)
-        ids = decoder.greedy(ids, 100)        # (B, 1) -> (B, 100) next tokens, without leaving the device
+        ids = decoder.greedy(ids, 100)        # (B, 1) -> (B, 100) most likely tokens, chosen on the device
 
     graph: replay a CUDA graph (on CUDA); compile: let torch.compile fuse the step first, which takes about a minute.
-    Until the ring is full, steps run through the model's ordinary forward.
+    Until the ring is full, steps run through the model's ordinary forward. While a decoder is in use, nothing else may feed
+    the same cache.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, *, graph: bool | None = None, compile: bool = False):
@@ -65,6 +66,7 @@ class StreamDecoder:
         self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.pad = torch.zeros(batch, 1, dtype=torch.long, device=device) if pad is None else pad[:, None].to(device)
         self.token = torch.zeros(1, dtype=torch.long, device=device)
+        self._fixed_from = self.capacity + int(self.pad.max()) - 1
 
     @property
     def capacity(self) -> int:
@@ -74,19 +76,31 @@ class StreamDecoder:
     def step(self, ids: Tensor) -> Tensor:
         """Reads one token per row, (B, 1), and returns the logits of the next, (B, vocabulary). With a graph the result is
         overwritten by the next step."""
-        if self.layers[0].seen < self.capacity + int(self.pad.max()) - 1:
-            return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        if self.layers[0].seen < self._fixed_from:
+            logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
+            self.ids.copy_(logits.argmax(-1, keepdim=True))
+            return logits
         self._prepare()
         self.ids.copy_(ids)
         return self._advance()
 
     @torch.inference_mode()
+    def greedy_step(self) -> Tensor:
+        """Reads the token that the last step found most likely and returns the next one, (B, 1), on the device; the next
+        step overwrites it."""
+        if self.layers[0].seen < self._fixed_from:
+            self.step(self.ids.clone())
+        else:
+            self._prepare()
+            self._advance()
+        return self.ids
+
     def greedy(self, ids: Tensor, count: int) -> Tensor:
-        """The `count` most likely next tokens after `ids` (B, 1): (B, count)."""
-        tokens = []
-        for _ in range(count):
-            ids = self.step(ids).argmax(-1, keepdim=True)
-            tokens.append(ids)
+        """The `count` most likely tokens after `ids` (B, 1): (B, count)."""
+        self.step(ids)
+        tokens = [self.ids.clone()]
+        while len(tokens) < count:
+            tokens.append(self.greedy_step().clone())
         return torch.cat(tokens, dim=1)
 
     def _advance(self) -> Tensor:
@@ -101,7 +115,6 @@ class StreamDecoder:
     def _prepare(self) -> None:
         """Gathers all layers' rings into one tensor each, records the graph; once."""
         if self._ready:
-            self.token.fill_(self.layers[0].seen)
             return
         self.token.fill_(self.layers[0].seen)
         self.keys = torch.stack([layer.keys for layer in self.layers])
@@ -137,6 +150,7 @@ class StreamDecoder:
         with sdpa_kernel(PREFERRED, set_priority=True):
             logits = self._forward(self.ids, self.token - self.pad, slot)
         self.token.add_(1)
+        self.ids.copy_(logits.argmax(-1, keepdim=True))
         return logits
 
     def _turn_sinks(self, sinks: int, window: int) -> None:
@@ -175,6 +189,7 @@ class StreamDecoder:
             "keys": self.keys.clone(),
             "values": [layer.values.clone() for layer in self.layers],
             "token": self.token.clone(),
+            "ids": self.ids.clone(),
         }
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -186,6 +201,7 @@ class StreamDecoder:
         for layer, values in zip(self.layers, held["values"], strict=True):
             layer.values.copy_(values)
         self.token.copy_(held["token"])
+        self.ids.copy_(held["ids"])
         recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(recorded):
             self.logits = self._run()
