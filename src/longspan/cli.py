@@ -7,8 +7,9 @@ bug.
 from __future__ import annotations
 
 import dataclasses
-import json
+import datetime
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,12 @@ import typer
 from typer.core import TyperGroup
 
 from longspan import __version__
-from longspan.errors import LongspanError, SpecError, nearest
+from longspan.errors import LongspanError, SpecError
+from longspan.printing import console, print_bench, print_catalogue, print_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from longspan.bench import Row
+    from longspan.compare import Run
     from longspan.generation import Chat
 
     Ready = Callable[[int | None], Any]
@@ -83,6 +85,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Long-context methods on language models, measured for quality and cost in one table.",
 )
+bench = typer.Typer(help="Speed and memory against named peers, as ratios in one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 Include = Annotated[
     list[Path] | None,
     typer.Option(callback=_include, is_eager=True, help="Python file with methods or tasks of your own."),
@@ -96,6 +100,8 @@ MaxNew = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Share of probability to sample from.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+BenchOut = Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")]
 
 
 @app.callback()
@@ -116,7 +122,7 @@ def methods(
     """The catalogue: what each method fills, costs and works on."""
     from longspan.method import catalogue
 
-    _catalogue(catalogue(), name, "method", ["title", "seam", "works_on", "cost", "exportable", "paper"], as_json)
+    print_catalogue(catalogue(), name, "method", ["title", "seam", "works_on", "cost", "exportable", "paper"], as_json)
 
 
 @app.command()
@@ -128,78 +134,93 @@ def tasks(
     """The benchmarks: what each measures and where its data comes from."""
     from longspan.tasks.base import task_catalogue
 
-    _catalogue(task_catalogue(), name, "task", ["title", "measures", "higher_is_better", "source"], as_json)
+    print_catalogue(
+        task_catalogue(),
+        name,
+        "task",
+        ["title", "measures", "metric", "higher_is_better", "offline", "source"],
+        as_json,
+    )
 
 
-def _catalogue(known: dict[str, type], name: str | None, kind: str, columns: list[str], as_json: bool) -> None:
-    if name is not None and name not in known:
-        raise SpecError(f"there is no {kind} {name!r}; {nearest(name, known)}")
+@app.command()
+def compare(
+    model: Model,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="Once for each method. Left out: every method that the model can take."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="Once for each task. Left out: ppl and passkey.")
+    ] = None,
+    length: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--length", "-l", help="Once for each length, like 16k. Left out: as far as half an hour reaches."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Left out: runs/MODEL-DATE.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the samples.")] = 0,
+    samples: Annotated[int | None, typer.Option(help="Of each cell. Left out: each task's own number.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which a cell counts as failed.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+    include: Include = None,
+) -> None:
+    """Methods × tasks × lengths, quality and cost, in one table and one page. The same command resumes."""
+    from longspan.compare import compare as run_comparison
+
+    made = run_comparison(
+        model,
+        methods=method,
+        tasks=task,
+        lengths=length,
+        out=out or _default_out(model),
+        seed=seed,
+        samples=samples,
+        dtype=dtype,
+        device=device,
+        timeout=timeout,
+    )
+    _report(made, None, as_json)
+
+
+def _default_out(model: str) -> Path:
+    name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
+    return Path("runs") / f"{name}-{datetime.date.today().isoformat()}"
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    html: Annotated[Path | None, typer.Option(help="Where the page goes. Left out: report.html in the run.")] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The run's table in the terminal, and one page with its plots that needs nothing else."""
+    from longspan.compare import Run
+
+    page = _report(Run(run), html, as_json)
+    if show and page is not None:
+        typer.launch(page.resolve().as_uri())
+
+
+def _report(made: Run, page: Path | None, as_json: bool) -> Path | None:
+    """Prints the report; for people, or where `page` says where, it is written as a page too."""
+    from longspan.compare import report
+
+    manifest, cells = made.manifest, made.cells()
     if as_json:
-        _print_json(_describe(known[name]) if name else {n: _describe(cls) for n, cls in known.items()})
-    elif name:
-        _print_entry(_describe(known[name]))
+        print_json(report.table_json(manifest, cells))
     else:
-        _print_table([kind, *columns], [[n, *(_cell(getattr(cls, c)) for c in columns)] for n, cls in known.items()])
-
-
-def _describe(cls: Any) -> dict[str, Any]:
-    """A method or a task as data: its class variables, its settings and what its author says of it."""
-    facts = {
-        key: sorted(value) if isinstance(value, frozenset) else value
-        for base in reversed(cls.__mro__)
-        for key, value in vars(base).items()
-        if not key.startswith("_") and isinstance(value, str | bool | int | frozenset) and key not in _settings_of(cls)
-    }
-    partners = _partners(cls) if "slots" in facts else {}
-    about = " ".join((cls.__doc__ or "").split())
-    return {**facts, **partners, "settings": list(_settings_of(cls).values()), "about": about}
-
-
-def _settings_of(cls: Any) -> dict[str, dict[str, Any]]:
-    return {f.name: {"name": f.name, "type": f.type, "default": f.default} for f in dataclasses.fields(cls)}
-
-
-def _partners(cls: Any) -> dict[str, list[str]]:
-    from longspan.method import catalogue
-
-    free = {n for n, other in catalogue().items() if other.slots and cls.slots and not other.slots & cls.slots}
-    return {"combines_with": sorted(free)}
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-def _print_table(columns: list[str], rows: list[list[str]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*(c.replace("_", " ") for c in columns))
-    for row in rows:
-        table.add_row(*map(escape, row))
-    _console().print(table)
-
-
-def _print_entry(entry: dict[str, Any]) -> None:
-    """One method or task: its facts, one a line, then its settings."""
-    settings = entry.pop("settings")
-    for key, value in entry.items():
-        if value != "":
-            typer.echo(f"{key.replace('_', ' '):>20}  {_cell(value)}")
-    for s in settings:
-        typer.echo(f"{'setting':>20}  {s['name']}: {s['type']} = {s['default']}")
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple | frozenset) else str(value)
+        page = page or made.folder / "report.html"
+        report.terminal(manifest, cells, console())
+    if page is None:
+        return None
+    report.html(manifest, cells, page)
+    typer.echo(f"page: {page}", err=as_json)
+    return page
 
 
 @app.command()
@@ -240,7 +261,7 @@ def generate(
         chat=chat,
         on_text=None if as_json else _stream,
     )
-    _print_json(dataclasses.asdict(made)) if as_json else typer.echo()
+    print_json(dataclasses.asdict(made)) if as_json else typer.echo()
 
 
 @app.command()
@@ -336,6 +357,49 @@ def _load(model: str, method: str, dtype: str | None, device: str | None) -> tup
     wanted.check(inspect_model(model))
     network, tokenizer = load(model, dtype=dtype, device=device)
     return network, tokenizer, lambda length: apply(network, wanted, length=length)
+
+
+@bench.command("decode")
+def bench_decode(
+    model: Model,
+    method: OneMethod = "streaming:sinks=4,window=2044",
+    tokens: Annotated[int, typer.Option(help="Steps that are timed.")] = 64,
+    out: BenchOut = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time per output token at a full cache."""
+    from longspan import bench
+
+    network, _, _ = _load(model, method, dtype, device)
+    print_bench(bench.decode(network, method=method, tokens=tokens, on_row=_say_row), out, as_json)
+
+
+@bench.command("prefill")
+def bench_prefill(
+    model: Model,
+    length: Annotated[str, typer.Option("--length", "-l", help="Tokens to read, like 32k.")],
+    method: OneMethod = "streaming:sinks=4,window=4092",
+    chunk: Annotated[str, typer.Option(help="Tokens that go through the model at once.")] = "16k",
+    repeats: Annotated[int, typer.Option(help="Of each contender.")] = 3,
+    out: BenchOut = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time and memory of reading a prompt."""
+    from longspan import bench
+    from longspan.method import read_size
+
+    size, at_once = read_size(length), read_size(chunk, "chunk")
+    network, _, _ = _load(model, method, dtype, device)
+    made = bench.prefill(network, length=size, method=method, chunk=at_once, repeats=repeats, on_row=_say_row)
+    print_bench(made, out, as_json)
+
+
+def _say_row(row: Row) -> None:
+    typer.echo(f"{row.name}: {row.note or f'{row.seconds:.4g} s'}", err=True)
 
 
 def run(arguments: list[str] | None = None) -> int:

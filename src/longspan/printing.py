@@ -1,0 +1,120 @@
+"""What the command line prints: JSON for programs, tables and entries for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from longspan.errors import SpecError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from longspan.bench import Bench, Row
+
+
+def print_catalogue(known: dict[str, type], name: str | None, kind: str, columns: list[str], as_json: bool) -> None:
+    """Every entry in a table, or the one named `name` in full. Raises `SpecError` for a name that there is not."""
+    if name is not None and name not in known:
+        raise SpecError(f"there is no {kind} {name!r}; {nearest(name, known)}")
+    if as_json:
+        print_json(_describe(known[name]) if name else {n: _describe(cls) for n, cls in known.items()})
+    elif name:
+        _print_entry(_describe(known[name]))
+    else:
+        print_table([kind, *columns], [[n, *(_cell(getattr(cls, c)) for c in columns)] for n, cls in known.items()])
+
+
+def _describe(cls: Any) -> dict[str, Any]:
+    """A method or a task as data: its class variables, its settings and what its author says of it."""
+    facts = {
+        key: sorted(value) if isinstance(value, frozenset) else value
+        for base in reversed(cls.__mro__)
+        for key, value in vars(base).items()
+        if not key.startswith("_") and isinstance(value, str | bool | int | frozenset) and key not in _settings_of(cls)
+    }
+    partners = _partners(cls) if "slots" in facts else {}
+    about = " ".join((cls.__doc__ or "").split())
+    return {**facts, **partners, "settings": list(_settings_of(cls).values()), "about": about}
+
+
+def _settings_of(cls: Any) -> dict[str, dict[str, Any]]:
+    return {
+        f.name: {"name": f.name, "type": str(f.type)}
+        | ({"default": f.default} if f.default is not dataclasses.MISSING else {"required": True})
+        for f in dataclasses.fields(cls)
+    }
+
+
+def _partners(cls: Any) -> dict[str, list[str]]:
+    from longspan.method import catalogue
+
+    free = {n for n, other in catalogue().items() if other.slots and cls.slots and not other.slots & cls.slots}
+    return {"combines_with": sorted(free)}
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def console() -> Console:
+    """Standard output, at the terminal's width; wide where it is read from a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*(c.replace("_", " ") for c in columns))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console().print(table)
+
+
+def _print_entry(entry: dict[str, Any]) -> None:
+    """One method or task: its facts, one a line, then its settings."""
+    settings = entry.pop("settings")
+    for key, value in entry.items():
+        if value != "":
+            typer.echo(f"{key.replace('_', ' '):>20}  {_cell(value)}")
+    for s in settings:
+        default = "must be given" if s.get("required") else f"{s['default']} if left out"
+        typer.echo(f"{'setting':>20}  {s['name']}: {s['type']}, {default}")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple | frozenset) else str(value)
+
+
+def print_bench(made: Bench, out: Path | None, as_json: bool) -> None:
+    """The rows of a bench as a table or as JSON, and into the file `out`."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(made.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        return print_json(made.to_dict())
+    columns = [made.what, f"median {made.unit}", "quartiles", "times slower than the first", "first call s", "peak MB"]
+    return print_table(columns, [_bench_row(made, row) for row in made.rows])
+
+
+def _bench_row(made: Bench, row: Row) -> list[str]:
+    quartiles = f"{row.quartiles[0]:.4g} … {row.quartiles[1]:.4g}" if row.quartiles else ""
+    ratio, first, peak = made.ratio(row), row.first_s, row.peak_bytes
+    return [
+        row.name,
+        f"{row.seconds:.4g}" if row.seconds else row.note,
+        quartiles,
+        f"{ratio:.2f}" if ratio else "",
+        f"{first:.3g}" if first else "",
+        f"{peak / 1e6:,.0f}" if peak else "",
+    ]

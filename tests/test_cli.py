@@ -1,0 +1,260 @@
+"""The command line from outside: what it prints, what it writes, and how it ends; and the names of `import longspan`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import longspan as ls
+import tiny
+from longspan import method
+from longspan.cli import run
+from longspan.generation import generate_text
+from longspan.include import include, load_user_file
+
+GUIDE = Path(__file__).parent.parent / "docs" / "adding-a-method.md"
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """Runs the command line with the given arguments and standard input."""
+    before = dict(os.environ)
+
+    def call(*arguments: object, stdin: str = "") -> Done:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        return Done(run([str(a) for a in arguments]), *capfd.readouterr())
+
+    yield call
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """The files of the guide to adding a method, by name; what they register is gone after the test."""
+    monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
+    monkeypatch.setenv("LONGSPAN_INCLUDE", "")
+    found = re.findall(r"<!-- example: (\S+) -->\n```python\n(.*?)```", GUIDE.read_text(), re.S)
+    for name, code in found:
+        (tmp_path / name).write_text(code)
+    return {name: tmp_path / name for name, _ in found}
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+class TestStart:
+    def test_help_needs_neither_torch_nor_transformers(self) -> None:
+        done = python(
+            "import sys; from longspan.cli import run; code = run(['--help']); "
+            "print({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules), file=sys.stderr); sys.exit(code)"
+        )
+        assert (done.returncode, done.stderr.strip()) == (0, "set()")
+
+    def test_help_names_what_there_is(self, command: Command) -> None:
+        text = command("--help").out
+        for name in ("methods", "tasks", "models", "compare", "report", "apply", "generate", "chat", "plan", "bench"):
+            assert f" {name} " in text
+            assert command(name, "--help").code == 0
+        assert "train" not in text
+
+    def test_version(self, command: Command) -> None:
+        assert command("--version").out == f"longspan {ls.__version__}\n"
+
+    @pytest.mark.parametrize("arguments", ["--help", "methods"])
+    def test_a_reader_that_stops_reading_is_no_error(self, arguments: str) -> None:
+        read, write = os.pipe()
+        os.close(read)
+        code = f"from longspan.cli import run; run(['{arguments}'])"
+        done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, timeout=120)
+        os.close(write)
+        assert done.stderr == b""
+
+
+class TestEnds:
+    @pytest.fixture
+    def catalogue(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+        """Makes the command `methods` raise."""
+
+        def fail(error: BaseException) -> None:
+            def raise_it() -> None:
+                raise error
+
+            monkeypatch.setattr(sys.modules["longspan.method"], "catalogue", raise_it)
+
+        return fail
+
+    @pytest.mark.parametrize(
+        ("error", "says"),
+        [
+            (ls.SpecError("no such thing"), "error: no such thing"),
+            (ls.NotSupported("it cannot"), "error: it cannot"),
+            (PermissionError(13, "Permission denied", "/root/x"), "error: Permission denied: /root/x"),
+            (OSError(28, "No space left on device", "/full"), "error: No space left on device: /full"),
+            (MemoryError(), "error: out of memory"),
+            (
+                torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+                "error: out of memory: CUDA out of memory. Tried;",
+            ),
+        ],
+    )
+    def test_what_a_user_can_mend_is_one_line(
+        self, command: Command, catalogue: Callable, error: Exception, says: str
+    ) -> None:
+        catalogue(error)
+        done = command("methods")
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(says)
+        assert done.err.count("\n") == 1
+
+    def test_interrupted(self, command: Command, catalogue: Callable) -> None:
+        catalogue(KeyboardInterrupt())
+        done = command("methods")
+        assert (done.code, done.err.strip()) == (130, "interrupted")
+
+    @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), RuntimeError("another")])
+    def test_a_bug_keeps_its_traceback(self, command: Command, catalogue: Callable, error: Exception) -> None:
+        catalogue(error)
+        with pytest.raises(type(error)):
+            command("methods")
+
+
+class TestPublicNames:
+    def test_each_can_be_had(self) -> None:
+        for name in ls.__all__:
+            assert getattr(ls, name) is not None
+
+    def test_methods_by_the_names_of_their_classes(self) -> None:
+        assert ls.YaRN(factor=4).spec == "yarn:factor=4"
+        assert ls.StreamingLLM(sinks=4, window=1020).sinks == 4
+        assert {cls.__name__ for cls in ls.methods().values()} <= set(dir(ls))
+
+    def test_others_do_not_exist(self) -> None:
+        with pytest.raises(AttributeError, match="nonsense"):
+            _ = ls.nonsense
+
+    def test_a_submodule_does_not_hide_the_function_of_its_name(self) -> None:
+        done = python(
+            "import types, longspan.apply, longspan as ls\n"
+            "from longspan import apply\n"
+            "assert isinstance(apply, types.FunctionType) and ls.apply is longspan.apply is apply\n"
+        )
+        assert done.stderr == ""
+
+    def test_importing_it_imports_nothing_else(self) -> None:
+        done = python("import sys, longspan; print({'torch', 'transformers'} & set(sys.modules))")
+        assert done.stdout.strip() == "set()"
+
+
+class TestCatalogues:
+    @pytest.mark.parametrize(("kind", "name"), [("methods", "yarn"), ("tasks", "ppl")])
+    def test_list_and_entry(self, command: Command, kind: str, name: str) -> None:
+        assert name in command(kind).out
+        everything = json.loads(command(kind, "--json").out)
+        entry = json.loads(command(kind, name, "--json").out)
+        assert everything[name] == entry
+        assert {"title", "settings", "about"} <= entry.keys()
+        assert entry["title"] in command(kind, name).out
+
+    def test_settings_and_partners(self, command: Command) -> None:
+        entry = json.loads(command("methods", "streaming", "--json").out)
+        assert {"name": "sinks", "type": "int", "default": 4} in entry["settings"]
+        assert "yarn" in entry["combines_with"]
+        assert "self-extend" not in entry["combines_with"]
+
+
+class TestGenerate:
+    def test_prints_the_answer(self, command: Command, model: Path) -> None:
+        done = command("generate", model, "--prompt", "hello", "--max-new-tokens", 8)
+        expected = generate_text(tiny.model(), tiny.tokenizer(), "hello", max_new_tokens=8)
+        assert (done.code, done.out) == (0, expected.text + "\n")
+
+    def test_json(self, command: Command, model: Path) -> None:
+        done = command("generate", model, "--prompt", "hello", "--max-new-tokens", 8, "--json")
+        made = json.loads(done.out)
+        assert len(made["tokens"]) == 8
+        assert made["stop"] == "length"
+
+    def test_a_method_takes_its_settings_from_the_length(self, command: Command, model: Path) -> None:
+        done = command("generate", model, "-m", "yarn", "--prompt", "x" * 300, "--max-new-tokens", 4, "--json")
+        assert (done.code, done.err) == (0, "")
+        assert json.loads(done.out)["prompt_tokens"] == 305
+
+    def test_past_the_reach_it_warns_and_answers(self, command: Command, model: Path) -> None:
+        done = command("generate", model, "--prompt", "x" * 300, "--max-new-tokens", 4, "--json")
+        assert done.code == 0
+        assert done.err.startswith("warning: 309 tokens are more than the 128")
+
+    def test_a_file_stands_before_the_question(self, command: Command, model: Path, tmp_path: Path) -> None:
+        (tmp_path / "text.txt").write_text("a text")
+        both = command("generate", model, "--file", tmp_path / "text.txt", "--prompt", "Why?", "--max-new-tokens", 4)
+        joined = command("generate", model, "--prompt", "a text\n\nWhy?", "--max-new-tokens", 4)
+        stdin = command("generate", model, "--file", "-", "--max-new-tokens", 4, stdin="a text\n\nWhy?")
+        assert both.out == joined.out == stdin.out
+
+    def test_plain_leaves_the_template_out(self, command: Command, model: Path) -> None:
+        arguments = ("generate", model, "--prompt", "hello", "--max-new-tokens", 4, "--json")
+        templated, plain = (json.loads(command(*arguments, *more).out) for more in ((), ("--plain",)))
+        assert (templated["prompt_tokens"], plain["prompt_tokens"]) == (10, 6)
+
+
+class TestChat:
+    def test_talks_until_it_is_told_to_stop(self, command: Command, model: Path) -> None:
+        lines = ["hello", "/stats", "", "again", "/reset", "/stats", "/what", "/exit", "never said"]
+        done = command("chat", model, "--max-new-tokens", 4, stdin="\n".join(lines))
+        assert done.code == 0
+        assert "streaming:sinks=4,window=124" in done.err
+        assert "13 tokens seen in 1 turns" in done.err
+        assert "0 tokens seen in 0 turns" in done.err
+        assert "no command /what" in done.err
+
+    def test_ends_with_its_input(self, command: Command, model: Path) -> None:
+        assert command("chat", model, "--max-new-tokens", 4, stdin="hello").code == 0
+
+
+class TestInclude:
+    def test_the_guides_examples_are_methods(self, command: Command, examples: dict[str, Path]) -> None:
+        assert sorted(examples) == ["cutoff.py", "sharpen.py"]
+        for name, path in examples.items():
+            entry = json.loads(command("methods", Path(name).stem, "--include", path, "--json").out)
+            assert entry["paper"] == "this page"
+
+    def test_they_do_what_they_say(self, examples: dict[str, Path]) -> None:
+        include(examples.values())
+        assert os.environ["LONGSPAN_INCLUDE"] == os.pathsep.join(map(str, examples.values()))
+        model, ids = tiny.model(), torch.arange(200)[None]
+        with torch.no_grad():
+            before = model(ids).logits
+            for spec in ("cutoff:factor=4", "sharpen", "cutoff:factor=2 + self-extend:group=2"):
+                with ls.applied(model, spec):
+                    assert not torch.allclose(model(ids).logits, before, atol=1e-5)
+                    assert torch.allclose(model(ids[:, :1]).logits, before[:, :1], atol=1e-4)
+            assert torch.equal(model(ids).logits, before)
+
+    def test_a_file_is_run_once(self, examples: dict[str, Path]) -> None:
+        assert load_user_file(examples["cutoff.py"]) is load_user_file(examples["cutoff.py"])
