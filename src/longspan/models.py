@@ -1,0 +1,335 @@
+"""Where models come from: a built-in name, a folder, a hub id or a GGUF file.
+
+Whatever it is becomes a folder of safetensors with a tokenizer (`longspan.fetching`); from then on there is one way to load.
+Weights are read as safetensors only, and code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from longspan import fetching
+from longspan.errors import LongspanError, NotSupported, nearest
+from longspan.facts import ModelFacts, facts_of, text_config
+from longspan.fetching import ALIASES, UNUSABLE, Alias, digest, first_line
+
+if TYPE_CHECKING:
+    from longspan.method import Combination, Method
+
+Name = str | Path
+"""A built-in name, a folder, a hub id (`owner/name`) or a path that ends in .gguf."""
+
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+}
+_DEFAULT_DTYPES = {"cuda": torch.bfloat16, "mps": torch.float16}
+_NOT_IDENTITY = ("transformers_version", "_name_or_path", "name_or_path")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def aliases() -> dict[str, Alias]:
+    """The built-in models by name."""
+    return dict(ALIASES)
+
+
+def load(
+    name: Name,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    method: str | Method | Combination | None = None,
+    length: int | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode and its tokenizer, which pads on the left.
+
+    dtype: bfloat16 on CUDA, float16 on MPS and float32 on a CPU if left out. device: the first accelerator, else the CPU.
+    method, length: as for `apply`, checked before weights load. A model that was saved with a method on it has it again.
+    Raises `LongspanError`, with what to do about it, for whatever cannot be found, read or run.
+    """
+    from longspan.apply import apply
+
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    folder = _ready(name)
+    config = _read_config(folder)
+    wanted = _wanted(config, method)
+    facts = _facts(config)
+    if wanted is not None:
+        wanted.resolve(facts, length)
+    tokenizer = _read_tokenizer(folder)
+    model = _read_weights(folder, config, kind, where)
+    model.name_or_path = str(name)
+    return (model if wanted is None else apply(model, wanted, length=length)), tokenizer
+
+
+def inspect_model(name: Name) -> ModelFacts:
+    """What the model is, from its configuration alone; of a model on the hub nothing else is fetched."""
+    folder = local_folder(name)
+    if folder is None and _kind(name) == "hub":
+        folder = fetching.from_hub(str(name), ["config.json"])
+    config = _read_config(folder or _ready(name))
+    _wanted(config, None)
+    return _facts(config)
+
+
+def describe(model: PreTrainedModel) -> str:
+    """One line: `smollm2-135m · LlamaForCausalLM · 134.5 M parameters · window 8,192 · float32 on cpu`."""
+    name = str(model.name_or_path or "")
+    name = Path(name).name if Path(name).exists() else name
+    count = sum(p.numel() for p in model.parameters())
+    size = f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    window = f"window {facts_of(model).window:,}"
+    parts = [name, type(model).__name__, f"{size} parameters", window]
+    return " · ".join([*filter(None, parts), f"{str(model.dtype).removeprefix('torch.')} on {model.device}"])
+
+
+def fingerprint(name: Name) -> str:
+    """sha256, in hex, of what decides the model's output: weights, configuration, tokenizer and chat template."""
+    folder = _ready(name)
+    total = hashlib.sha256()
+    for path in _weight_files(folder):
+        total.update(f"{path.name} {digest(path)}\n".encode())
+    # Who wrote the configuration, and with which version, decides nothing.
+    config = {k: v for k, v in _read_json(folder / "config.json").items() if k not in _NOT_IDENTITY}
+    total.update(json.dumps(config, sort_keys=True).encode())
+    for part in (*_TOKENIZER_FILES, "chat_template.jinja"):
+        if (folder / part).is_file():
+            total.update(f"{part} {digest(folder / part)}\n".encode())
+    return total.hexdigest()
+
+
+def local_folder(name: Name) -> Path | None:
+    """The folder with the model's files where they are on this machine already; None where they must be fetched or
+    converted first. Raises `LongspanError` for what can be no model."""
+    kind = _kind(name)
+    if kind == "alias":
+        alias = ALIASES[str(name)]
+        return fetching.converted(alias.sha256) or _whole_in_hub_cache(alias.hub)
+    if kind == "hub":
+        return _whole_in_hub_cache(str(name))
+    path = Path(name).expanduser()
+    return path if kind == "folder" else fetching.converted(digest(path))
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device named, or the first accelerator, or the CPU. Raises `LongspanError` for one that this machine lacks."""
+    if device is None:
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(found)
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise LongspanError(f"there is no device {device!r}; use cpu, cuda, cuda:1 or mps") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        has = f"this machine has {count}: cuda:0 to cuda:{count - 1}" if count else "torch finds no CUDA here"
+        raise NotSupported(f"device {wanted} cannot be used: {has}. Use cpu, or leave the device out")
+    if wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise NotSupported("device mps cannot be used: torch finds no Metal here. Use cpu, or leave the device out")
+    if wanted.type not in ("cpu", "cuda", "mps"):
+        raise NotSupported(f"device {wanted} cannot run a model here; use cpu, cuda or mps")
+    return wanted
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> torch.dtype:
+    """The number format named, or the usual one of `device`. Raises `LongspanError` for one that models do not run in."""
+    if dtype is None:
+        return _DEFAULT_DTYPES.get(torch.device(device).type, torch.float32)
+    found = _DTYPES.get(str(dtype).removeprefix("torch.").lower())
+    if found is None:
+        raise LongspanError(f"there is no dtype {dtype!s} for weights; {nearest(str(dtype), _DTYPES)}")
+    return found
+
+
+def _kind(name: Name) -> Literal["alias", "folder", "file", "hub"]:
+    text, path = str(name), Path(name).expanduser()
+    if text in ALIASES:
+        return "alias"
+    if path.is_dir():
+        return "folder"
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise LongspanError(
+                f"{path} is a file; a model is a folder with config.json and safetensors, or a .gguf file"
+            )
+        return "file"
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", text) and path.suffix != ".gguf":
+        return "hub"
+    if path.suffix == ".gguf" or re.search(r"[/\\]|^[.~]", text):
+        raise LongspanError(f"there is no folder or file {path}")
+    raise LongspanError(
+        f"there is no model {text!r}: neither built in nor a folder here; {nearest(text, ALIASES)}. "
+        "A hub id is written owner/name"
+    )
+
+
+def _ready(name: Name) -> Path:
+    """The folder with the model's files, fetched and converted where that has not been done."""
+    folder, kind = local_folder(name), _kind(name)
+    if kind == "alias":
+        alias = ALIASES[str(name)]
+        if folder is not None and not (folder / fetching.MANIFEST).is_file():
+            fetching.say(f"{name}: using {alias.hub} out of the hub's cache")
+        return folder or fetching.fetch(alias)
+    if kind == "hub":
+        return folder or fetching.from_hub(str(name), fetching.HUB_FILES)
+    return folder or fetching.convert_file(Path(name).expanduser())
+
+
+def _whole_in_hub_cache(name: str) -> Path | None:
+    """The snapshot of a hub model that was fetched before, where weights and tokenizer are in it."""
+    folder = fetching.in_hub_cache(name)
+    if folder is None or not any((folder / part).is_file() for part in _TOKENIZER_FILES):
+        return None
+    try:
+        _weight_files(folder)
+    except LongspanError:
+        return None
+    return folder
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        hint = "a model's folder has one, beside its safetensors"
+        if (path.parent / "adapter_config.json").is_file():
+            hint = "it holds an adapter: merge it into its model first"
+        raise LongspanError(f"there is no {path.name} in {path.parent}; {hint}") from error
+    except (OSError, ValueError) as error:
+        raise LongspanError(f"{path} cannot be read: {first_line(error)}; copy the model again") from error
+    if not isinstance(value, dict):
+        raise LongspanError(f"{path} is not a JSON object; copy the model again")
+    return value
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    """The folder's configuration; refuses what is no decoder-only model."""
+    from transformers import AutoConfig
+
+    _read_json(folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except UNUSABLE as error:
+        raise NotSupported(
+            f"{folder}/config.json is of no model that transformers itself knows: {first_line(error)}"
+        ) from error
+    kinds = config.architectures or []
+    if getattr(config, "is_encoder_decoder", False) or (kinds and not any(k.endswith(_CAUSAL) for k in kinds)):
+        raise NotSupported(
+            f"{', '.join(kinds) or config.model_type} in {folder} is no decoder-only language model; longspan needs one, such as "
+            "a LlamaForCausalLM"
+        )
+    return config
+
+
+def _facts(config: PreTrainedConfig) -> ModelFacts:
+    try:
+        return facts_of(config)
+    except (ArithmeticError, AssertionError) as error:
+        raise NotSupported(f"no model can be built from this configuration: {first_line(error)}") from error
+
+
+def _wanted(config: PreTrainedConfig, method: Any) -> Combination | None:
+    """What to put on the model: `method`, or what it was saved with. Scaling of frequencies is part of the saved
+    configuration, so only the rest is put on again."""
+    from longspan.method import Combination, combination
+
+    text = text_config(config)
+    saved = vars(text).pop("longspan", None)
+    if method is not None:
+        return combination(method)
+    if not isinstance(saved, dict) or "method" not in saved:
+        return None
+    rest = tuple(m for m in combination(saved["method"]).methods if not m.exportable)
+    return Combination(rest) if rest else None
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, padding_side="left"
+        )
+    except UNUSABLE as error:
+        raise LongspanError(
+            f"{folder} has no tokenizer that can be read: {first_line(error)}. Copy tokenizer.json and "
+            "tokenizer_config.json from the model's source"
+        ) from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, sorted; raises `LongspanError` where they are missing or cut short."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    files = [folder / name for name in names]
+    if missing := [f.name for f in files if not f.is_file()]:
+        raise NotSupported(_missing_weights(folder, missing))
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise LongspanError(f"{file} is damaged or cut short ({first_line(error)}); copy it again") from error
+    return files
+
+
+def _missing_weights(folder: Path, missing: list[str]) -> str:
+    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
+    if pickles:
+        return (
+            f"{folder} has its weights as a pickle only ({pickles[0]}), which can run code when it is read; have its source "
+            "save them as safetensors: model.save_pretrained(folder)"
+        )
+    if gguf := next(folder.glob("*.gguf"), None):
+        return f"{folder} has no safetensors; name its GGUF file: {gguf}"
+    return f"{folder} lacks the weights {missing[0]}; copy the model again, with its safetensors"
+
+
+def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    _weight_files(folder)
+    try:
+        with fetching.quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                device_map=device,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except UNUSABLE as error:
+        raise LongspanError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise NotSupported(
+            f"the weights in {folder} lack {missing[0]} and {len(missing) - 1:,} more of {type(model).__name__}: they belong to "
+            "another kind of model, or are not whole"
+        )
+    return model.eval()
