@@ -87,9 +87,9 @@ class Site:
         before = copy.deepcopy(config.rope_parameters), config.max_position_embeddings
         parameters = rope_parameters(config)
         assert parameters is not None, "check() refuses models without rotary positions"
-        keep = {k: parameters[k] for k in ("rope_theta", "partial_rotary_factor") if k in parameters}
-        parameters.clear()
-        parameters.update({**keep, **changes})
+        for key in set(parameters) - {"rope_theta", "partial_rotary_factor"}:
+            del parameters[key]
+        parameters.update(changes)
         config.max_position_embeddings = window
         for name, old in rotary_modules(self.model):
             device = next(old.buffers()).device
@@ -142,7 +142,7 @@ class Site:
         """The module's entry in `config.layer_types` where rotary angles differ by it (Gemma 3), else None."""
         if self.facts.rope is None or not self.facts.rope.per_layer_type:
             return None
-        return text_config(self.model.config).layer_types[module.layer_idx]
+        return text_config(self.model.config).layer_types[layer_number(module)]
 
     def undo(self) -> None:
         while self._undo:
@@ -162,6 +162,11 @@ class Site:
         old = getattr(owner, leaf)
         setattr(owner, leaf, module)
         self._undo.append(lambda: setattr(owner, leaf, old))
+
+
+def layer_number(module: nn.Module) -> int:
+    """The attention module's place in the model, from 0."""
+    return int(module.layer_idx)  # type: ignore[arg-type]
 
 
 def _is_attention(module: nn.Module) -> bool:

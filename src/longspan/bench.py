@@ -6,6 +6,7 @@ Ratios are to the peer named in the row, never to a figure from elsewhere.
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
@@ -155,7 +156,8 @@ def prefill(
         ("stock dense SDPA, one forward", dense, None),
         ("longspan none, one forward", none, None),
     ]
-    _run(bench, [(name, lambda f=f, w=w: _timed(model, f, repeats, w)) for name, f, w in timed], on_row)
+    contenders = [(name, functools.partial(_timed, model, work, repeats, warm_up)) for name, work, warm_up in timed]
+    _run(bench, contenders, on_row)
     return bench
 
 
@@ -249,7 +251,7 @@ def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int, *, static: bo
 
     def run() -> _Clock:
         clock = _Clock()
-        model.generate(
+        model.generate(  # type: ignore[operator]
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=tokens + 4,

@@ -7,17 +7,17 @@ the device, so nothing is decided on the host and thousands of kernel launches b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, PreTrainedModel
 
 from longspan.apply import Site
+from longspan.engine.rolling import StreamingLayer
 from longspan.errors import NotSupported
-from longspan.memory.streaming import Streaming, StreamingLayer
-from longspan.positions.rotary import rotate
+from longspan.memory.streaming import SinkKeys, Streaming
 
 PREFERRED = [
     SDPBackend.CUDNN_ATTENTION,
@@ -49,7 +49,7 @@ class StreamDecoder:
                 "StreamDecoder goes on from a streaming cache that holds the prompt: run the prompt first"
             )
         self.model, self.site, self.cache = model, site, cache
-        self.layers: list[StreamingLayer] = cache.layers
+        self.layers = cast(list[StreamingLayer], cache.layers)
         if len({layer.device for layer in self.layers}) > 1:
             raise NotSupported("StreamDecoder runs on one device; this model's layers are spread over several")
         if site.facts.sliding_window is not None and site.facts.sliding_window < self.capacity:
@@ -118,28 +118,17 @@ class StreamDecoder:
             return
         self.token.fill_(self.layers[0].seen)
         self.keys = torch.stack([layer.keys for layer in self.layers])
-        self.sink_keys = torch.stack([layer.sink_keys for layer in self.layers])
         for i, layer in enumerate(self.layers):
             layer.keys = self.keys[i]
-        self._groups = self._rotations()
+        self._sinks = SinkKeys(self.site, self.layers)
         self._forward = self._model_step
         if self.compile:
             # Products with one row become reductions that fuse with what stands before and after them.
-            options = {"coordinate_descent_tuning": True} if self.graph else None
+            options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if self.graph else None
             self._forward = torch.compile(self._model_step, dynamic=False, options=options)
         if self.graph:
             self._record()
         self._ready = True
-
-    def _rotations(self) -> list[tuple[nn.Module, str | None, list[int]]]:
-        """(an attention module, its layer type, layers) for each group of layers that rotate alike; layers without
-        positions need no turning."""
-        groups: dict[str | None, tuple[nn.Module, list[int]]] = {}
-        for module in self.site.attention_modules:
-            if getattr(module, "use_rope", True):
-                kind = self.site.layer_type(module)
-                groups.setdefault(kind, (module, []))[1].append(module.layer_idx)  # type: ignore[arg-type]
-        return [(module, kind, layers) for kind, (module, layers) in groups.items()]
 
     def _run(self) -> Tensor:
         """One step on the device tensors; what a graph records."""
@@ -154,19 +143,9 @@ class StreamDecoder:
         return logits
 
     def _turn_sinks(self, sinks: int, window: int) -> None:
-        evicted = (self.token + 1 - sinks - window - self.pad).expand(-1, sinks)  # (B, sinks)
-        for module, kind, layers in self._groups:
-            whole = len(layers) == len(self.layers)
-            originals = (self.sink_keys if whole else self.sink_keys[layers]).float()
-            cos, sin = self.site.rotary.shift_tables(evicted, originals, kind)
-            count = originals.shape[0]
-            turned = rotate(module, originals.flatten(0, 1), cos.repeat(count, 1, 1), sin.repeat(count, 1, 1))
-            turned = turned.to(self.keys.dtype).unflatten(0, (count, -1))
-            if whole:
-                self.keys[:, :, :, :sinks] = turned
-            else:
-                for i, layer in enumerate(layers):
-                    self.keys[layer, :, :, :sinks] = turned[i]
+        for numbers, turned in self._sinks.turned(self.token + 1 - sinks - window - self.pad):
+            which = slice(None) if len(numbers) == len(self.layers) else numbers
+            self.keys[which, :, :, :sinks] = turned.to(self.keys.dtype)
 
     def _model_step(self, ids: Tensor, positions: Tensor, slot: Tensor) -> Tensor:
         state: Streaming = self.site.state

@@ -15,19 +15,19 @@ its score with sink s there, sink key s carries a one, and any fused kernel does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from torch import Tensor, nn
+from transformers import DynamicCache
 
-from longspan.apply import Attend, Site
+from longspan.apply import Attend, Site, layer_number
 from longspan.engine import windowed
 from longspan.engine.core import attention, expand_heads
+from longspan.engine.rolling import StreamingLayer, in_ring, streaming_cache
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts, text_config
 from longspan.method import Method
@@ -81,141 +81,35 @@ class StreamingLLM(Method):
         site.state.attach()
 
 
-class StreamingLayer(CacheLayerMixin):
-    """Keys and values of one layer: `sinks` slots, then a ring of `window` slots; token t ≥ sinks lives in slot
-    sinks + (t - sinks) mod window. `get_seq_length` is the number of tokens seen, so positions go on past evictions."""
+class SinkKeys:
+    """The sink keys of all layers as they came, side by side, so that one rotation turns them all."""
 
-    is_compileable = False
-    is_sliding = False
-    is_croppable = True
+    def __init__(self, site: Site, layers: list[StreamingLayer]):
+        self.rotary = site.rotary
+        self.held = layers[0].sink_keys
+        groups: dict[tuple, list[nn.Module]] = {}
+        for module in site.attention_modules:
+            keys = layers[layer_number(module)].sink_keys
+            alike = (getattr(module, "use_rope", True), site.layer_type(module), keys.device, keys.shape)
+            groups.setdefault(alike, []).append(module)
+        self.groups = [
+            (modules, kind, torch.stack([layers[layer_number(m)].sink_keys for m in modules]).float())
+            for (turns, kind, _, _), modules in groups.items()
+            if turns  # layers without positions keep their sinks as they are
+        ]
 
-    def __init__(self, sinks: int, window: int):
-        super().__init__()
-        self.sinks, self.window = sinks, window
-        self.seen = 0
-        self.pad: Tensor | None = None
-        """How many left-padding tokens each row starts with, (B,); None where there are none."""
-        self.fixed_slot: Tensor | None = None
-        """Where a step of fixed shape writes, (1,); `longspan.engine.decode` sets it and keeps the count."""
+    def belong_to(self, layers: list[StreamingLayer]) -> bool:
+        """Whether these are still the layers' keys: reordered beams have others."""
+        return self.held is layers[0].sink_keys
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        batch, heads, _, width = key_states.shape
-        size = self.sinks + self.window
-        self.keys = key_states.new_zeros(batch, heads, size, width)
-        self.values = value_states.new_zeros(batch, heads, size, value_states.shape[-1])
-        self.sink_keys = key_states.new_zeros(batch, heads, self.sinks, width)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes in T tokens and returns what they may look at: for one token the ring as it lies, its sinks still to be
-        turned; for more the original sinks, the window in order of time, and the new tokens. What is kept is detached:
-        gradients reach the tokens of this call only."""
-        if self.fixed_slot is not None:
-            self.keys.index_copy_(2, self.fixed_slot, key_states)
-            self.values.index_copy_(2, self.fixed_slot, value_states)
-            return self.keys, self.values
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, new = self.seen, key_states.shape[2]
-        ring = in_ring(new, key_states)
-        old = None if ring else self._slots(max(self.sinks, start - self.window + 1), start)
-        window = None if old is None else (self.keys[:, :, old], self.values[:, :, old])
-        self._keep_sinks(key_states.detach(), value_states.detach())
-        self._write(key_states.detach(), value_states.detach())
-        self.seen += new
-        if window is None:
-            filled = min(self.seen, self.sinks + self.window)
-            return self.keys[:, :, :filled], self.values[:, :, :filled]
-        if start == 0 and self.pad is None:
-            return key_states, value_states
-        fresh = max(0, self.sinks - start)
-        keys = torch.cat((self.sink_keys, window[0], key_states[:, :, fresh:]), dim=2)
-        values = torch.cat((self.values[:, :, : self.sinks], window[1], value_states[:, :, fresh:]), dim=2)
-        return keys, values
-
-    def _slots(self, start: int, end: int) -> Tensor:
-        """Ring slots of tokens start … end - 1, all of them past the sinks."""
-        tokens = torch.arange(start, max(start, end), device=self.device)
-        return self.sinks + (tokens - self.sinks) % self.window
-
-    def _write(self, keys: Tensor, values: Tensor) -> None:
-        """Puts the newest tokens that fit into the ring."""
-        end = self.seen + keys.shape[2]
-        first = max(self.seen, self.sinks, end - self.window)
-        while first < end:  # once, and once more where the ring's end is crossed
-            slot = self.sinks + (first - self.sinks) % self.window
-            count = min(end - first, self.sinks + self.window - slot)
-            part = slice(first - self.seen, first - self.seen + count)
-            self.keys[:, :, slot : slot + count] = keys[:, :, part]
-            self.values[:, :, slot : slot + count] = values[:, :, part]
-            first += count
-
-    def _keep_sinks(self, keys: Tensor, values: Tensor) -> None:
-        """Fills the sink slots from the first real tokens of each row, as they come."""
-        start, new = self.seen, keys.shape[2]
-        pad = self.pad
-        latest = 0 if pad is None else int(pad.max())
-        if self.sinks == 0 or start >= latest + self.sinks:
-            return
-        offset = keys.new_zeros(1, dtype=torch.long) if pad is None else pad.to(keys.device)
-        index = (
-            offset[:, None] + torch.arange(self.sinks, device=keys.device) - start
-        )  # (B or 1, sinks), into the new tokens
-        arrives = ((index >= 0) & (index < new))[:, None, :, None]
-        where = index.clamp(0, new - 1)[:, None, :, None].expand(keys.shape[0], keys.shape[1], -1, -1)
-        for store, source in ((self.sink_keys, keys), (self.values[:, :, : self.sinks], values)):
-            taken = source.gather(2, where.expand(-1, -1, -1, source.shape[-1]))
-            store.copy_(torch.where(arrives, taken, store))
-        self.keys[:, :, : self.sinks] = self.sink_keys
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self.seen = 0
-        self.pad = None
-        if self.is_initialized:
-            for store in (self.keys, self.values, self.sink_keys):
-                store.zero_()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last -tokens_to_remove tokens, which is possible as long as nothing has been evicted."""
-        if self.seen > self.sinks + self.window:
-            raise NotSupported(
-                "streaming: tokens that left the window cannot be brought back; assisted decoding needs `none`"
-            )
-        self.seen += tokens_to_remove
-
-    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.is_initialized:
-            self.keys, self.values, self.sink_keys = (change(x) for x in (self.keys, self.values, self.sink_keys))
-            self.pad = None if self.pad is None else change(self.pad)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._each_row(lambda x: x[indices, ...])
-
-
-def in_ring(new: int, key: Tensor) -> bool:
-    """Whether a call of `new` tokens is answered from the ring: single tokens without gradients."""
-    return new == 1 and not key.requires_grad
-
-
-def streaming_cache(layers: int, sinks: int = 4, window: int = 1020) -> Cache:
-    """A rolling cache for a model of `layers` layers with `StreamingLLM(sinks, window)` on it."""
-    return Cache(layers=[StreamingLayer(sinks, window) for _ in range(layers)])
+    def turned(self, evicted: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        """Layer numbers and their keys (layers, B, H, sinks, D), float32, turned forward by `evicted` (B or 1, 1) positions."""
+        for modules, kind, keys in self.groups:
+            count, batch, _, sinks, _ = keys.shape
+            shift = evicted.to(keys.device).expand(batch, sinks)
+            cos, sin = self.rotary.shift_tables(shift, keys, kind)
+            flat = rotate(modules[0], keys.flatten(0, 1), cos.repeat(count, 1, 1), sin.repeat(count, 1, 1))
+            yield [layer_number(m) for m in modules], flat.unflatten(0, (count, batch))
 
 
 @dataclass
@@ -226,6 +120,8 @@ class Pass:
     new: int
     pad: Tensor | None
     layers: list[StreamingLayer] | None
+    sink_keys: dict[int, Tensor]
+    """Turned sink keys of each layer, where one query decodes past the ring's filling."""
 
 
 class Streaming:
@@ -233,7 +129,8 @@ class Streaming:
 
     def __init__(self, method: StreamingLLM, site: Site):
         self.method, self.site = method, site
-        self.now = Pass(0, 0, None, None)
+        self.now = Pass(0, 0, None, None, {})
+        self._sinks: SinkKeys | None = None
         self.fixed = False
         """Whether a step of fixed shape is running: the ring is full, its sinks are turned, nothing is masked."""
 
@@ -255,7 +152,19 @@ class Streaming:
             device = (ids if ids is not None else arguments["inputs_embeds"]).device
             arguments["position_ids"] = torch.arange(start, start + new, device=device)[None]
         arguments["attention_mask"] = None
-        self.now = Pass(start, new, pad, layers)
+        self.now = Pass(start, new, pad, layers, {})
+        if layers and new == 1 and self.method.sinks and start >= self.method.sinks + self.method.window:
+            self.now.sink_keys = self._turned(layers, arguments["position_ids"].device)
+
+    def _turned(self, layers: list[StreamingLayer], device: torch.device) -> dict[int, Tensor]:
+        if self._sinks is None or not self._sinks.belong_to(layers):
+            self._sinks = SinkKeys(self.site, layers)
+        evicted = self._evicted(torch.tensor([self.now.start], device=device))
+        return {
+            number: keys
+            for numbers, stack in self._sinks.turned(evicted)
+            for number, keys in zip(numbers, stack.to(layers[0].dtype), strict=True)
+        }
 
     def _layers(self, arguments: dict[str, Any]) -> list[StreamingLayer] | None:
         """The rolling layers of this forward's cache. An empty `DynamicCache`, which `generate` and most callers bring, gets
@@ -275,7 +184,7 @@ class Streaming:
                     f"this cache keeps {layers[0].sinks} + {layers[0].window:,} tokens and the model has {self.method.spec} "
                     "on it; start a new cache after changing the method"
                 )
-            return layers
+            return cast(list[StreamingLayer], layers)
         if type(cache) is not DynamicCache or cache.get_seq_length() > 0:
             raise NotSupported(
                 f"streaming keeps its own kind of cache; a {type(cache).__name__} "
@@ -284,7 +193,7 @@ class Streaming:
             )
         cache.layer_class_to_replicate = None
         cache.layers = streaming_cache(self.site.facts.layers, *own).layers
-        return cache.layers
+        return cast(list[StreamingLayer], cache.layers)
 
     def _padding(self, mask: Any, start: int, new: int, layers: list[StreamingLayer] | None) -> Tensor | None:
         """Left-padding tokens of each row, (B,), or None where there are none."""
@@ -308,7 +217,7 @@ class Streaming:
         if self.fixed:
             return attention(call.query, call.key, call.value, None, call.scale)
         if self.now.layers and in_ring(self.now.new, call.key):
-            return self._one_query(call, self.now.layers[call.module.layer_idx])  # type: ignore[index]
+            return self._one_query(call)
         sinks = min(self.method.sinks, call.key.shape[2])
         sink_keys, sink_values = call.key[:, :, :sinks], call.value[:, :, :sinks]
         if not self.now.layers and self.now.pad is not None:
@@ -345,13 +254,11 @@ class Streaming:
         )
         return rotate(call.module, x.float(), *tables).to(x.dtype)
 
-    def _one_query(self, call: Attend, layer: StreamingLayer) -> Tensor:
+    def _one_query(self, call: Attend) -> Tensor:
         """Decoding: the few sink keys are turned forward from their originals, inside the ring."""
-        sinks = self.method.sinks
-        if sinks and self.now.start >= sinks + self.method.window:
-            token = torch.tensor([self.now.start], device=call.query.device)
-            shift = self.site.once("shift", lambda: self._evicted(token).expand(-1, sinks))
-            call.key[:, :, :sinks] = self._turn(call, layer.sink_keys, "sinks", shift)
+        turned = self.now.sink_keys.get(layer_number(call.module))
+        if turned is not None:
+            call.key[:, :, : self.method.sinks] = turned
         mask = self.site.once(f"ring:{call.sliding_window}", lambda: self._ring_mask(call))
         return attention(call.query, call.key, call.value, mask, call.scale, softcap=call.softcap)
 

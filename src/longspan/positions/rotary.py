@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,5 +56,6 @@ def unrotated_copy(module: nn.Module) -> nn.Module:
         if name.endswith("attention_scaling"):
             setattr(still, name, 1.0)
     # Types that recompute their frequencies as the context grows would overwrite the zeros.
-    still.rope_type = {k: "default" for k in still.rope_type} if isinstance(still.rope_type, dict) else "default"
+    kind: Any = still.rope_type
+    setattr(still, "rope_type", dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default")  # noqa: B010
     return still

@@ -1,0 +1,157 @@
+"""The rolling cache: a few first tokens and a ring of the latest ones, of one size however much is read.
+
+`get_seq_length` is what the model has seen, not what is kept, so positions go on past evictions and `generate` feeds only
+what is new. A layer returns keys in the rotation they came with; the distance to the sinks is the caller's to mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from longspan.errors import NotSupported
+
+
+class StreamingLayer(CacheLayerMixin):
+    """Keys and values of one layer: `sinks` slots, then a ring of `window` slots; token t ≥ sinks lives in slot
+    sinks + (t - sinks) mod window. `get_seq_length` is the number of tokens seen, so positions go on past evictions."""
+
+    keys: Tensor
+    values: Tensor
+    sink_keys: Tensor
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, sinks: int, window: int):
+        super().__init__()
+        self.sinks, self.window = sinks, window
+        self.seen = 0
+        self.pad: Tensor | None = None
+        """How many left-padding tokens each row starts with, (B,); None where there are none."""
+        self.fixed_slot: Tensor | None = None
+        """Where a step of fixed shape writes, (1,); `longspan.engine.decode` sets it and keeps the count."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads, _, width = key_states.shape
+        size = self.sinks + self.window
+        self.keys = key_states.new_zeros(batch, heads, size, width)
+        self.values = value_states.new_zeros(batch, heads, size, value_states.shape[-1])
+        self.sink_keys = key_states.new_zeros(batch, heads, self.sinks, width)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes in T tokens and returns what they may look at: for one token the ring as it lies, its sinks still to be
+        turned; for more the original sinks, the window in order of time, and the new tokens. What is kept is detached:
+        gradients reach the tokens of this call only."""
+        if self.fixed_slot is not None:
+            self.keys.index_copy_(2, self.fixed_slot, key_states)
+            self.values.index_copy_(2, self.fixed_slot, value_states)
+            return self.keys, self.values
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, new = self.seen, key_states.shape[2]
+        ring = in_ring(new, key_states)
+        old = None if ring else self._slots(max(self.sinks, start - self.window + 1), start)
+        window = None if old is None else (self.keys[:, :, old], self.values[:, :, old])
+        self._keep_sinks(key_states.detach(), value_states.detach())
+        self._write(key_states.detach(), value_states.detach())
+        self.seen += new
+        if window is None:
+            filled = min(self.seen, self.sinks + self.window)
+            return self.keys[:, :, :filled], self.values[:, :, :filled]
+        if start == 0 and self.pad is None:
+            return key_states, value_states
+        fresh = max(0, self.sinks - start)
+        keys = torch.cat((self.sink_keys, window[0], key_states[:, :, fresh:]), dim=2)
+        values = torch.cat((self.values[:, :, : self.sinks], window[1], value_states[:, :, fresh:]), dim=2)
+        return keys, values
+
+    def _slots(self, start: int, end: int) -> Tensor:
+        """Ring slots of tokens start … end - 1, all of them past the sinks."""
+        tokens = torch.arange(start, max(start, end), device=self.device)
+        return self.sinks + (tokens - self.sinks) % self.window
+
+    def _write(self, keys: Tensor, values: Tensor) -> None:
+        """Puts the newest tokens that fit into the ring."""
+        end = self.seen + keys.shape[2]
+        first = max(self.seen, self.sinks, end - self.window)
+        while first < end:  # once, and once more where the ring's end is crossed
+            slot = self.sinks + (first - self.sinks) % self.window
+            count = min(end - first, self.sinks + self.window - slot)
+            part = slice(first - self.seen, first - self.seen + count)
+            self.keys[:, :, slot : slot + count] = keys[:, :, part]
+            self.values[:, :, slot : slot + count] = values[:, :, part]
+            first += count
+
+    def _keep_sinks(self, keys: Tensor, values: Tensor) -> None:
+        """Fills the sink slots from the first real tokens of each row, as they come."""
+        start, new = self.seen, keys.shape[2]
+        pad = self.pad
+        latest = 0 if pad is None else int(pad.max())
+        if self.sinks == 0 or start >= latest + self.sinks:
+            return
+        offset = keys.new_zeros(1, dtype=torch.long) if pad is None else pad.to(keys.device)
+        index = (
+            offset[:, None] + torch.arange(self.sinks, device=keys.device) - start
+        )  # (B or 1, sinks), into the new tokens
+        arrives = ((index >= 0) & (index < new))[:, None, :, None]
+        where = index.clamp(0, new - 1)[:, None, :, None].expand(keys.shape[0], keys.shape[1], -1, -1)
+        for store, source in ((self.sink_keys, keys), (self.values[:, :, : self.sinks], values)):
+            taken = source.gather(2, where.expand(-1, -1, -1, source.shape[-1]))
+            store.copy_(torch.where(arrives, taken, store))
+        self.keys[:, :, : self.sinks] = self.sink_keys
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.seen = 0
+        self.pad = None
+        if self.is_initialized:
+            for store in (self.keys, self.values, self.sink_keys):
+                store.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last -tokens_to_remove tokens, which is possible as long as nothing has been evicted."""
+        if self.seen > self.sinks + self.window:
+            raise NotSupported(
+                "streaming: tokens that left the window cannot be brought back; assisted decoding needs `none`"
+            )
+        self.seen += tokens_to_remove
+
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self.keys, self.values, self.sink_keys = (change(x) for x in (self.keys, self.values, self.sink_keys))
+            self.pad = None if self.pad is None else change(self.pad)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each_row(lambda x: x[indices, ...])
+
+
+def in_ring(new: int, key: Tensor) -> bool:
+    """Whether a call of `new` tokens is answered from the ring: single tokens without gradients."""
+    return new == 1 and not key.requires_grad
+
+
+def streaming_cache(layers: int, sinks: int = 4, window: int = 1020) -> Cache:
+    """A rolling cache for a model of `layers` layers with `StreamingLLM(sinks, window)` on it."""
+    return Cache(layers=[StreamingLayer(sinks, window) for _ in range(layers)])
