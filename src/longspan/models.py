@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from longspan import fetching
 from longspan.errors import LongspanError, NotSupported, nearest
 from longspan.facts import ModelFacts, facts_of, text_config
-from longspan.fetching import ALIASES, UNUSABLE, Alias, digest, first_line
+from longspan.fetching import ALIASES, Alias, digest, reading, reason
 
 if TYPE_CHECKING:
     from longspan.method import Combination, Method
@@ -159,6 +159,8 @@ def pick_dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> t
 
 def _kind(name: Name) -> Literal["alias", "folder", "file", "hub"]:
     text, path = str(name), Path(name).expanduser()
+    if not text.strip():
+        raise LongspanError(f"no model named; give a folder, a .gguf file, a hub id or {', '.join(ALIASES)}")
     if text in ALIASES:
         return "alias"
     if path.is_dir():
@@ -213,7 +215,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             hint = "it holds an adapter: merge it into its model first"
         raise LongspanError(f"there is no {path.name} in {path.parent}; {hint}") from error
     except (OSError, ValueError) as error:
-        raise LongspanError(f"{path} cannot be read: {first_line(error)}; copy the model again") from error
+        raise LongspanError(f"{path} cannot be read: {reason(error)}; copy the model again") from error
     if not isinstance(value, dict):
         raise LongspanError(f"{path} is not a JSON object; copy the model again")
     return value
@@ -224,12 +226,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     _read_json(folder / "config.json")
-    try:
+    with reading(f"{folder}/config.json is of no model that transformers itself knows"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except UNUSABLE as error:
-        raise NotSupported(
-            f"{folder}/config.json is of no model that transformers itself knows: {first_line(error)}"
-        ) from error
     kinds = config.architectures or []
     if getattr(config, "is_encoder_decoder", False) or (kinds and not any(k.endswith(_CAUSAL) for k in kinds)):
         raise NotSupported(
@@ -240,10 +238,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _facts(config: PreTrainedConfig) -> ModelFacts:
-    try:
+    with reading("no model can be built from this configuration"):
         return facts_of(config)
-    except (ArithmeticError, AssertionError) as error:
-        raise NotSupported(f"no model can be built from this configuration: {first_line(error)}") from error
 
 
 def _wanted(config: PreTrainedConfig, method: Any) -> Combination | None:
@@ -264,15 +260,10 @@ def _wanted(config: PreTrainedConfig, method: Any) -> Combination | None:
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    try:
+    with reading(f"{folder} has no tokenizer that can be read; copy it from the model's source"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, padding_side="left"
         )
-    except UNUSABLE as error:
-        raise LongspanError(
-            f"{folder} has no tokenizer that can be read: {first_line(error)}. Copy tokenizer.json and "
-            "tokenizer_config.json from the model's source"
-        ) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -290,7 +281,7 @@ def _weight_files(folder: Path) -> list[Path]:
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise LongspanError(f"{file} is damaged or cut short ({first_line(error)}); copy it again") from error
+            raise LongspanError(f"{file} is damaged or cut short ({reason(error)}); copy it again") from error
     return files
 
 
@@ -310,22 +301,17 @@ def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, de
     from transformers import AutoModelForCausalLM
 
     _weight_files(folder)
-    try:
-        with fetching.quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                device_map=device,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except UNUSABLE as error:
-        raise LongspanError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
+    with reading(f"the weights in {folder} cannot be loaded"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map=device,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise NotSupported(

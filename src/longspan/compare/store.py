@@ -71,13 +71,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a run. Raises `LongspanError` where `folder` is no run."""
     path = folder / MANIFEST
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise LongspanError(
             f"{folder} is not a run: there is no {MANIFEST} in it. `longspan compare` makes one"
         ) from None
     except (OSError, ValueError) as error:
         raise LongspanError(f"{path} cannot be read ({error}); the cells beside it are unharmed") from error
+    if not (isinstance(manifest, dict) and isinstance(manifest.get("cells"), list)):
+        raise LongspanError(f"{path} is not what a comparison writes, or is damaged; the cells beside it are unharmed")
+    return manifest
 
 
 def read_cells(folder: Path) -> tuple[list[Record], list[str]]:
