@@ -331,10 +331,11 @@ def _plain_head(model: PreTrainedModel) -> nn.Module | None:
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
         return None
-    probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    probe = (torch.arange(8, device=model.device) * 7919 + 17)[None] % text_config(model.config).vocab_size
     with _hidden_states(model) as states:
         logits = model(input_ids=probe, use_cache=False, logits_to_keep=1).logits
-    return head if torch.equal(head(states[0][:, -1:]).to(logits), logits) else None
+    plain = torch.equal(head(states[0][:, -1:]).to(logits), logits) and bool(logits.any())
+    return head if plain else None  # all-zero logits, as of a padding token, would prove nothing
 
 
 def _most_logits(model: PreTrainedModel) -> int:

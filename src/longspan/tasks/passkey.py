@@ -112,8 +112,8 @@ class Passkey(Task):
             not spread or self.protocol == "pi", "depths and trials belong to protocol=pi; landmark draws depths"
         )
         self.require(self.trials is None or self.depths is not None, "trials needs depths, as in depths=32,trials=10")
-        self.require((self.depths or 2) >= 2, f"depths must be at least 2, not {self.depths}")
-        self.require((self.trials or 1) >= 1, f"trials must be at least 1, not {self.trials}")
+        self.require(self.depths is None or self.depths >= 2, f"depths must be at least 2, not {self.depths}")
+        self.require(self.trials is None or self.trials >= 1, f"trials must be at least 1, not {self.trials}")
         if self.depths is not None:
             object.__setattr__(self, "default_count", self.depths * (self.trials or 1))
 

@@ -152,7 +152,7 @@ class Perplexity(Task):
             not one or self.window is None, "protocol=window reads the whole length at once; leave out window="
         )
         self.require(one or self.window is not None, f"{self.protocol} needs the window that it moves, as in {example}")
-        most = self.window or SHORTEST
+        most = SHORTEST if self.window is None else self.window
         self.require(most >= SHORTEST, f"window must be at least {SHORTEST} tokens, not {most:,}")
         if self.stride is not None:
             self.require(self.protocol in STRIDED, f"stride has no effect on protocol={self.protocol}; leave it out")
