@@ -258,3 +258,42 @@ class TestInclude:
 
     def test_a_file_is_run_once(self, examples: dict[str, Path]) -> None:
         assert load_user_file(examples["cutoff.py"]) is load_user_file(examples["cutoff.py"])
+
+
+class TestCompare:
+    def test_measures_reports_and_resumes(self, command: Command, model: Path, tmp_path: Path) -> None:
+        arguments = ["compare", model, "-m", "none", "-m", "yarn", "-t", "ppl", "-l", 200, "--samples", 2]
+        out = tmp_path / "run"
+        first = command(*arguments, "--out", out)
+        assert first.code == 0, first.err
+        assert "yarn" in first.out
+        assert f"page: {out / 'report.html'}" in first.out.replace("\n", "")
+        assert "<html" in (out / "report.html").read_text()
+        again = command(*arguments, "--out", out, "--json")
+        assert "4 of them finished" in again.err
+        rows = json.loads(again.out)["rows"]
+        assert {(r["method"], r["length"]) for r in rows} == {
+            (m, n) for m in ("none", "yarn:factor=1.75") for n in (128, 200)
+        }
+
+    def test_a_users_method_reaches_the_workers(
+        self, command: Command, model: Path, tmp_path: Path, examples: dict[str, Path]
+    ) -> None:
+        done = command(
+            *["compare", model, "--include", examples["cutoff.py"], "-m", "cutoff:factor=2", "-t", "ppl", "-l", 128],
+            *["--samples", 1, "--out", tmp_path / "run", "--json"],
+        )
+        assert done.code == 0, done.err
+        assert {r["method"]: r["status"] for r in json.loads(done.out)["rows"]} == {
+            "none": "ok",
+            "cutoff:factor=2": "ok",
+        }
+
+    def test_report_writes_the_page_where_it_is_told(self, command: Command, model: Path, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        command("compare", model, "-m", "none", "-t", "ppl", "-l", 128, "--samples", 1, "--out", run)
+        page = tmp_path / "elsewhere.html"
+        assert command("report", run, "--html", page).code == 0
+        assert page.exists()
+        assert "none" in command("report", run).out
+        assert json.loads(command("report", run, "--json").out)["native_length"] == 128

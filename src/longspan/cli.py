@@ -240,7 +240,9 @@ def _report(made: Run, page: Path | None, as_json: bool) -> Path | None:
 @app.command()
 def generate(
     model: Model,
-    method: OneMethod = "none",
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="Spec. Left out: what the model was saved with, or none.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt, or the question about --file.")] = None,
     file: Annotated[Path | None, typer.Option(help="A text file as prompt; - reads standard input.")] = None,
     max_new_tokens: MaxNew = 256,
@@ -361,16 +363,18 @@ def _read_text(file: Path) -> str:
         raise LongspanError(f"{file} is not text in UTF-8 (byte {error.start:,} is not); convert it first") from error
 
 
-def _load(model: str, method: str, dtype: str | None, device: str | None) -> tuple[Any, Any, Ready]:
+def _load(model: str, method: str | None, dtype: str | None, device: str | None) -> tuple[Any, Any, Ready]:
     """(model, tokenizer, what puts the method on for a length). What can be refused is refused before weights load."""
     from longspan.apply import apply
     from longspan.method import parse
     from longspan.models import inspect_model, load
 
-    wanted = parse(method)
-    wanted.check(inspect_model(model))
+    wanted = None if method is None else parse(method)
+    facts = inspect_model(model)
+    if wanted is not None:
+        wanted.check(facts)
     network, tokenizer = load(model, dtype=dtype, device=device)
-    return network, tokenizer, lambda length: apply(network, wanted, length=length)
+    return network, tokenizer, lambda length: network if wanted is None else apply(network, wanted, length=length)
 
 
 @bench.command("decode")
