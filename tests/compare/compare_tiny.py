@@ -39,7 +39,7 @@ class TinyLoss(TinyTask):
     higher_is_better: ClassVar[bool] = False
 
     def run(self, model, tokenizer, sample: Sample, meter) -> Outcome:
-        ids = torch.tensor([sample.tokens])
+        ids = torch.tensor([sample.tokens], device=model.device)
         with meter.prefill(tokens=ids.shape[1]):
             out = model(ids, use_cache=True)
         meter.cache(out.past_key_values)
@@ -61,7 +61,7 @@ class TinyHit(TinyTask):
     higher_is_better: ClassVar[bool] = True
 
     def run(self, model, tokenizer, sample: Sample, meter) -> Outcome:
-        ids = torch.tensor([sample.tokens])
+        ids = torch.tensor([sample.tokens], device=model.device)
         with meter.prefill(tokens=ids.shape[1]):
             out = model(ids, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)

@@ -67,7 +67,7 @@ def run_and_kill(tiny: Path, out: Path, chance: random.Random) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 60 * KILLS)
+@pytest.mark.timeout(300 + 120 * KILLS)
 def test_kills_lose_nothing_and_change_nothing(tiny, tmp_path):
     chance = random.Random(7)
     assert start(tiny, tmp_path / "unbroken").wait() == 0

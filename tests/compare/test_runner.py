@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,10 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from compare_tiny import TinyHit, TinyLoss, TinyTooLong, TinyTrouble
 
 import tiny as tiny_model
-from longspan.compare import Run, compare
+from longspan.compare import Run, compare, runner, worker
 from longspan.compare.screen import result_line
 from longspan.compare.store import CELLS, LOGS, Store
 from longspan.errors import LongspanError
@@ -268,12 +270,13 @@ def start_sleeper(tiny: Path, tmp_path: Path) -> tuple[subprocess.Popen, set[int
         f"compare({str(tiny)!r}, methods=['none'], tasks=tasks, lengths=[128], out={str(tmp_path / 'run')!r})\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert wait_for(lambda: mark.exists() and mark.read_text().strip(), 120), parent.stderr.read()
+    assert wait_for(lambda: mark.exists() and mark.read_text().strip(), 300), parent.stderr.read()
     below = children(parent.pid)
     assert int(mark.read_text()) in below
     return parent, below
 
 
+@pytest.mark.slow
 def test_nothing_is_left_when_the_parent_is_killed(tiny, tmp_path):
     parent, below = start_sleeper(tiny, tmp_path)
     parent.kill()
@@ -283,6 +286,7 @@ def test_nothing_is_left_when_the_parent_is_killed(tiny, tmp_path):
     assert [c["task"] for c in Run(tmp_path / "run").cells()] == ["tinyhit"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_worker_and_says_how_to_go_on(tiny, tmp_path):
     parent, below = start_sleeper(tiny, tmp_path)
     os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to all of them
@@ -296,14 +300,14 @@ def test_ctrl_c_ends_the_worker_and_says_how_to_go_on(tiny, tmp_path):
 SCRIPT = """
 import sys
 sys.path.insert(0, {here!r})
-from dataclasses import dataclass
 from compare_tiny import TinyHit
 from longspan.compare import compare
-from longspan.method import Method
 {definition}
 {guard}compare({model!r}, methods=[{method}], tasks=[TinyHit()], lengths=[128], out={out!r}, samples=1)
 """
 OWN = """
+from dataclasses import dataclass
+from longspan.method import Method
 @dataclass(frozen=True)
 class Mine(Method):
     name = "mine"
@@ -312,23 +316,61 @@ class Mine(Method):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("definition", "method", "guard", "works"),
     [
         ("", "'ntk:factor=2'", "", True),  # a plain script needs no guard
         (OWN, "Mine()", "if __name__ == '__main__': ", True),
         (OWN, "Mine()", "", False),
+        ("from longspan.include import include; include([{folder!r} + '/own.py'])", "'mine'", "", True),
     ],
 )
 def test_scripts(tiny, tmp_path, definition, method, guard, works):
     script, out = tmp_path / "script.py", tmp_path / "run"
-    script.write_text(
-        SCRIPT.format(here=str(HERE), definition=definition, method=method, guard=guard, model=str(tiny), out=str(out))
-    )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
+    (tmp_path / "own.py").write_text(OWN)
+    filled = {"definition": definition.format(folder=str(tmp_path)), "method": method, "guard": guard}
+    script.write_text(SCRIPT.format(here=str(HERE), model=str(tiny), out=str(out), **filled))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=400)
     if works:
         assert done.returncode == 0, done.stderr
         assert [r["status"] for r in Run(out).table()] == ["ok", "ok"]
     else:
         assert 'under `if __name__ == "__main__":`' in done.stderr
         assert all(c["method"] == "none" for c in Run(out).cells())
+
+
+@pytest.mark.slow
+def test_a_worker_starts_without_the_fork_server_too(tiny, tmp_path, monkeypatch):
+    real = multiprocessing.get_context
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: real("spawn"))
+    monkeypatch.setattr(runner.sys, "platform", "darwin")
+    run = compare(tiny, methods=["none"], tasks=[TinyHit()], lengths=[128], out=tmp_path / "run", samples=1)
+    assert [r["status"] for r in run.table()] == ["ok"]
+
+
+def test_a_fork_server_that_has_touched_cuda_is_noticed(monkeypatch):
+    def poisoned():
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA, use the 'spawn' start method")
+
+    monkeypatch.setattr(worker.torch.cuda, "init", poisoned)
+    assert worker._cuda_is_broken("cuda:0")
+    assert not worker._cuda_is_broken("cpu")
+    receive, send = multiprocessing.Pipe(duplex=False)
+    send.send(("hello", True))
+    workers = runner.Workers.__new__(runner.Workers)
+    assert workers._listen(None, receive, None, None) is None
+
+
+@pytest.mark.cuda
+def test_a_comparison_on_cuda(tiny, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    same = {"methods": ["ntk"], "tasks": [TinyLoss(), TinyHit()], "lengths": [256], "samples": 3, "device": "cuda"}
+    run = compare(tiny, out=tmp_path / "run", dtype="float32", **same)
+    assert [r["status"] for r in run.table()] == ["ok"] * 8
+    spent = run.cells()[0]["cost"]
+    assert spent["peak_prefill_bytes"] > spent["weights_bytes"] > 0
+    assert spent["peak_prefill_bytes"] < 100 * 10**6  # the allocator's peak, not the process
+    assert run.manifest["environment"]["cuda"]
+    assert quality(compare(tiny, out=tmp_path / "again", dtype="float32", **same)) == quality(run)

@@ -114,14 +114,14 @@ class Cell:
         }
 
 
-def as_list(value: Any, kinds: tuple[type, ...]) -> list[Any]:
-    """A single value of `kinds` as a list of one; any other iterable as a list. Raises `SpecError` where it is
-    neither."""
-    if isinstance(value, kinds):
-        return [value]
+def as_list(value: Any, kinds: tuple[type, ...]) -> list[Any] | None:
+    """A single value of `kinds` as a list of one, any other iterable as a list, and None where nothing is named. Raises
+    `SpecError` for anything else."""
+    if value is None or isinstance(value, kinds):
+        return None if value is None else [value]
     if not isinstance(value, Iterable):
         raise SpecError(f"a list was expected, not {type(value).__name__}")
-    return list(value)
+    return list(value) or None
 
 
 def read_lengths(lengths: Iterable[int | str], facts: ModelFacts) -> list[int]:

@@ -75,9 +75,9 @@ def compare(
         raise SpecError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     request = Request(
         model=str(model),
-        methods=None if methods is None else as_list(methods, (str, Method, Combination)),
-        tasks=None if tasks is None else as_list(tasks, (str, Task)),
-        lengths=None if lengths is None else as_list(lengths, (str, int)),
+        methods=as_list(methods, (str, Method, Combination)),
+        tasks=as_list(tasks, (str, Task)),
+        lengths=as_list(lengths, (str, int)),
         seed=seed,
         samples=samples,
         dtype=dtype,
@@ -193,6 +193,7 @@ class Workers:
             if process.is_alive():
                 process.kill()
             process.join()
+            process.close()
         if ending is None:
             self._context = multiprocessing.get_context("spawn")
             return self.run(cell, folder, timeout, screen)
