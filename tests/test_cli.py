@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import longspan as ls
 import tiny
@@ -297,3 +298,25 @@ class TestCompare:
         assert page.exists()
         assert "none" in command("report", run).out
         assert json.loads(command("report", run, "--json").out)["native_length"] == 128
+
+
+class TestApply:
+    def test_saves_a_model_that_plain_transformers_loads(self, command: Command, model: Path, tmp_path: Path) -> None:
+        done = command("apply", model, "yarn", "--length", 500, "--out", tmp_path / "long")
+        assert (done.code, done.err) == (0, "")
+        assert "it reads 512 tokens" in done.out
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
+        ids = torch.arange(200)[None]
+        with torch.no_grad(), ls.applied(tiny.model(), "yarn:factor=4") as applied:
+            assert torch.allclose(loaded(ids).logits, applied(ids).logits, atol=1e-5)
+
+    def test_overwrites_only_when_told_to(self, command: Command, model: Path, tmp_path: Path) -> None:
+        arguments = ("apply", model, "ntk:factor=2", "--out", tmp_path / "long", "--json")
+        assert json.loads(command(*arguments).out)["method"] == "ntk:factor=2"
+        assert command(*arguments).code == 2
+        assert command(*arguments, "--overwrite").code == 0
+
+    def test_what_it_was_saved_with_is_used(self, command: Command, model: Path, tmp_path: Path) -> None:
+        command("apply", model, "yarn:factor=4", "--out", tmp_path / "long")
+        done = command("generate", tmp_path / "long", "--prompt", "x" * 300, "--max-new-tokens", 4, "--json")
+        assert (done.code, done.err) == (0, "")

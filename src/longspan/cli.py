@@ -200,6 +200,15 @@ def compare(
     _report(made, None, as_json)
 
 
+def _size(text: str, what: str = "length") -> int:
+    """A number of tokens, at least 1."""
+    from longspan.method import read_size
+
+    if (size := read_size(text, what)) < 1:
+        raise SpecError(f"{what} must be at least 1 token, not {text}")
+    return size
+
+
 def _default_out(model: str) -> Path:
     name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
     return Path("runs") / f"{name}-{datetime.date.today().isoformat()}"
@@ -235,6 +244,31 @@ def _report(made: Run, page: Path | None, as_json: bool) -> Path | None:
     report.html(manifest, cells, page)
     typer.echo(f"page: {page}", err=as_json)
     return page
+
+
+@app.command()
+def apply(
+    model: Model,
+    method: Annotated[str, typer.Argument(help="Spec of a method that a checkpoint can hold.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new model.")],
+    length: Annotated[str | None, typer.Option("--length", "-l", help="Target length, like 32k.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that is in the folder.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Of the saved weights. Left out: the model's own.")] = None,
+    as_json: Json = False,
+    include: Include = None,
+) -> None:
+    """Saves a model that plain transformers loads."""
+    from longspan.export import export
+
+    size = None if length is None else _size(length)
+    made = export(model, method, out, length=size, dtype=dtype, overwrite=overwrite)
+    if as_json:
+        return print_json(made.to_dict())
+    typer.echo(f"{made.method} on {made.model} is in {made.folder}: {made.bytes / 1e6:,.1f} MB in {made.dtype}")
+    typer.echo(f"it reads {made.reach:,} tokens")
+    for note in made.notes:
+        typer.echo(f"note: {note}")
+    return typer.echo(f"\n{made.python}\n\n{made.vllm}")
 
 
 @app.command()
@@ -408,9 +442,8 @@ def bench_prefill(
 ) -> None:
     """Time and memory of reading a prompt."""
     from longspan import bench
-    from longspan.method import read_size
 
-    size, at_once = read_size(length), read_size(chunk, "chunk")
+    size, at_once = _size(length), _size(chunk, "chunk")
     network, _, _ = _load(model, method, dtype, device)
     made = bench.prefill(network, length=size, method=method, chunk=at_once, repeats=repeats, on_row=_say_row)
     print_bench(made, out, as_json)
