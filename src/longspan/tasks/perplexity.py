@@ -244,7 +244,7 @@ class Perplexity(Task):
         return {
             "tokens": sum(counts),
             "ppl": math.exp(mean) if mean < 700 else None,
-            "bits_per_byte": total / sum(len(t.encode()) for t in texts) / math.log(2),
+            "bits_per_byte": total / max(1, sum(len(t.encode()) for t in texts)) / math.log(2),
             "nll_per_word": total / max(1, sum(len(t.split()) for t in texts)),
             "nll_by_position": positions,
             "tokens_by_position": counts,
