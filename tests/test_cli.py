@@ -320,3 +320,14 @@ class TestApply:
         command("apply", model, "yarn:factor=4", "--out", tmp_path / "long")
         done = command("generate", tmp_path / "long", "--prompt", "x" * 300, "--max-new-tokens", 4, "--json")
         assert (done.code, done.err) == (0, "")
+
+
+class TestBench:
+    def test_figures_as_table_and_file(self, command: Command, model: Path, tmp_path: Path) -> None:
+        method = ("-m", "streaming:sinks=4,window=28")
+        done = command("bench", "decode", model, *method, "--tokens", 8, "--out", tmp_path / "new" / "decode.json")
+        assert done.code == 0
+        assert "stock generate, dynamic cache" in done.out
+        assert json.loads((tmp_path / "new" / "decode.json").read_text())["settings"]["tokens"] == 8
+        done = command("bench", "prefill", model, *method, "-l", 200, "--chunk", 64, "--repeats", 1, "--json")
+        assert json.loads(done.out)["settings"]["length"] == 200

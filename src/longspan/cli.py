@@ -6,6 +6,7 @@ bug.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -344,6 +345,8 @@ def chat(
         top_p=top_p,
         seed=seed,
     )
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() its arrow keys
     typer.echo(f"{model} with {method}. /stats, /reset, /exit", err=True)
     while (line := _ask()) is not None:
         _turn(talk, line.strip())
