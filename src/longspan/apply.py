@@ -100,6 +100,18 @@ class Site:
 
         self._undo.append(restore)
 
+    def takes_rope(self, parameters: dict[str, Any]) -> bool:
+        """Whether this architecture's configuration allows such `rope_parameters` (Phi-3 allows LongRoPE only)."""
+        config = copy.deepcopy(text_config(self.model.config))
+        current = rope_parameters(config)
+        assert current is not None, "check() refuses models without rotary positions"
+        current.update(parameters)
+        try:
+            config.validate_rope()
+        except ValueError:
+            return False
+        return True
+
     def unrotate(self) -> None:
         """Lets queries and keys reach the attention function, and the cache, without rotation. `rotary` still gives the
         true angles, and the method rotates by itself."""
@@ -118,7 +130,16 @@ class Site:
         for module in self.attention_modules:
             object.__setattr__(module, _SITE, self)
             self._undo.append(lambda m=module: object.__delattr__(m, _SITE))  # type: ignore[misc]
-        self.before_forward(lambda arguments: self._memo.clear())
+        self.before_forward(self._begin)
+
+    def _begin(self, arguments: dict[str, Any]) -> None:
+        self._memo.clear()
+        cache = arguments.get("past_key_values")
+        if getattr(cache, "is_compileable", False):
+            raise NotSupported(
+                f"{self.methods.spec} counts positions back from a cache's last key, and a {type(cache).__name__} has empty "
+                "places after it; use the default DynamicCache (in generate: leave out cache_implementation)"
+            )
 
     def before_forward(self, hook: Callable[[dict[str, Any]], None]) -> None:
         """Calls `hook` with the keyword arguments of each forward of the decoder; it may change them."""

@@ -1,8 +1,8 @@
 """Attention itself: the reference that defines what is right, and the form that the methods call.
 
 Shapes everywhere: query (B, H, Tq, D), key and value (B, H_kv, Tk, D) with H a multiple of H_kv, mask boolean and
-broadcastable to (B, H, Tq, Tk) with True where a query sees a key. Callers let every query see at least one key: kernels
-differ on what they return for one that sees none.
+broadcastable to (B, H, Tq, Tk) with True where a query sees a key. A query that sees none (padding) gets zeros, as SDPA
+gives them: anything but a number would reach the other rows through the next layer's values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def reference_mix(scores: Tensor, value: Tensor, mask: Tensor, softcap: float | 
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     wide = scores.double() if scores.dtype == torch.float64 else scores.float()
-    weights = wide.masked_fill(~mask, float("-inf")).softmax(-1)
+    sees = mask.any(-1, keepdim=True)
+    weights = wide.masked_fill(~mask & sees, float("-inf")).softmax(-1) * sees
     return weights.to(value.dtype) @ value
 
 

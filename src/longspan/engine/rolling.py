@@ -60,7 +60,7 @@ class StreamingLayer(CacheLayerMixin):
         ring = in_ring(new, key_states)
         old = None if ring else self._slots(max(self.sinks, start - self.window + 1), start)
         window = None if old is None else (self.keys[:, :, old], self.values[:, :, old])
-        self._keep_sinks(key_states.detach(), value_states.detach())
+        sinks = self._keep_sinks(key_states, value_states)
         self._write(key_states.detach(), value_states.detach())
         self.seen += new
         if window is None:
@@ -69,8 +69,8 @@ class StreamingLayer(CacheLayerMixin):
         if start == 0 and self.pad is None:
             return key_states, value_states
         fresh = max(0, self.sinks - start)
-        keys = torch.cat((self.sink_keys, window[0], key_states[:, :, fresh:]), dim=2)
-        values = torch.cat((self.values[:, :, : self.sinks], window[1], value_states[:, :, fresh:]), dim=2)
+        keys = torch.cat((sinks[0], window[0], key_states[:, :, fresh:]), dim=2)
+        values = torch.cat((sinks[1], window[1], value_states[:, :, fresh:]), dim=2)
         return keys, values
 
     def _slots(self, start: int, end: int) -> Tensor:
@@ -90,23 +90,28 @@ class StreamingLayer(CacheLayerMixin):
             self.values[:, :, slot : slot + count] = values[:, :, part]
             first += count
 
-    def _keep_sinks(self, keys: Tensor, values: Tensor) -> None:
-        """Fills the sink slots from the first real tokens of each row, as they come."""
+    def _keep_sinks(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Fills the sink slots from the first real tokens of each row, as they come. Returns the sinks' keys and values, with
+        gradients to those that came just now. `sink_keys` is another tensor whenever what it holds is another."""
         start, new = self.seen, keys.shape[2]
         pad = self.pad
         latest = 0 if pad is None else int(pad.max())
+        held = self.sink_keys, self.values[:, :, : self.sinks]
         if self.sinks == 0 or start >= latest + self.sinks:
-            return
+            return held
         offset = keys.new_zeros(1, dtype=torch.long) if pad is None else pad.to(keys.device)
         index = (
             offset[:, None] + torch.arange(self.sinks, device=keys.device) - start
         )  # (B or 1, sinks), into the new tokens
         arrives = ((index >= 0) & (index < new))[:, None, :, None]
         where = index.clamp(0, new - 1)[:, None, :, None].expand(keys.shape[0], keys.shape[1], -1, -1)
-        for store, source in ((self.sink_keys, keys), (self.values[:, :, : self.sinks], values)):
-            taken = source.gather(2, where.expand(-1, -1, -1, source.shape[-1]))
-            store.copy_(torch.where(arrives, taken, store))
-        self.keys[:, :, : self.sinks] = self.sink_keys
+        sink_keys, sink_values = (
+            torch.where(arrives, source.gather(2, where.expand(-1, -1, -1, source.shape[-1])), old)
+            for old, source in zip((held[0], held[1].clone()), (keys, values), strict=True)
+        )
+        self.sink_keys = self.keys[:, :, : self.sinks] = sink_keys.detach()
+        self.values[:, :, : self.sinks] = sink_values.detach()
+        return sink_keys, sink_values
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -121,11 +126,16 @@ class StreamingLayer(CacheLayerMixin):
         self.seen = 0
         self.pad = None
         if self.is_initialized:
-            for store in (self.keys, self.values, self.sink_keys):
-                store.zero_()
+            self.keys.zero_()
+            self.values.zero_()
+            self.sink_keys = torch.zeros_like(self.sink_keys)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last -tokens_to_remove tokens, which is possible as long as nothing has been evicted."""
+        if tokens_to_remove == 0:
+            return
+        if tokens_to_remove > 0:
+            raise NotSupported("streaming: crop takes a negative number, of the tokens to forget")
         if self.seen > self.sinks + self.window:
             raise NotSupported(
                 "streaming: tokens that left the window cannot be brought back; assisted decoding needs `none`"

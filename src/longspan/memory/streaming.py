@@ -173,6 +173,10 @@ class Streaming:
         config = text_config(self.site.model.config)
         use = arguments.get("use_cache")
         own = (self.method.sinks, self.method.window)
+        if self.site.model.training and any(
+            getattr(m, "gradient_checkpointing", False) for m in self.site.model.modules()
+        ):
+            return None  # transformers keeps the cache from such layers
         if cache is None:
             if not (config.use_cache if use is None else use):
                 return None

@@ -49,8 +49,11 @@ class DynamicNTK(Method):
         if facts.rope is None or facts.rope.type != "default":
             raise NotSupported(
                 f"dynamic-ntk needs plain rotary positions; {facts.architecture} has "
-                + (f"{facts.rope.type} scaling already" if facts.rope else "none")
-                + ". Use none, or streaming"
+                + (
+                    f"{facts.rope.type} scaling already. Use none, or streaming"
+                    if facts.rope
+                    else "none that can be rescaled. Use none, or a model with RoPE (Llama, Mistral, Qwen, Phi-3, Gemma, …)"
+                )
             )
 
     def reach(self, facts: ModelFacts) -> int | None:
@@ -114,7 +117,7 @@ class DynamicNTK(Method):
             with _frequencies(site, self.inverse_frequencies(site.facts.rope, length), layer_type):  # type: ignore[arg-type]
                 return site.rotary.tables(positions, like, layer_type)
 
-        name = f"{layer_type}:{rows}:{start}:"
+        name = f"{layer_type}:{rows}:{start}:{seen}:"  # layers that cache a sliding window only have fewer keys
         query = rotate(call.module, query, *site.once(name + "q", lambda: tables(query_positions, query)))
         key = rotate(call.module, key[:, :, :seen], *site.once(name + "k", lambda: tables(key_positions, key)))
         whole = start == 0 and offset == 0

@@ -87,8 +87,11 @@ class RopeScaling(Method):
 
     def attach(self, site: Any) -> None:
         assert self.factor is not None, "resolve() comes before attach()"
-        window = int(site.facts.window * self.factor)
-        site.set_rope(self.rope_parameters(site.facts.rope), window)
+        rope, window = site.facts.rope, int(site.facts.window * self.factor)
+        parameters = self.rope_parameters(rope)
+        if not site.takes_rope(parameters):
+            parameters = as_longrope(rope, self.frequencies(rope), self.factor, self.attention_factor(rope))
+        site.set_rope(parameters, window)
 
 
 def as_longrope(rope: RopeFacts, frequencies: Frequencies, factor: float, attention_factor: float) -> dict[str, Any]:

@@ -100,7 +100,9 @@ class SelfExtend(Method):
         layer_type = site.layer_type(call.module)
 
         def turn(name: str, x: Tensor, positions: Tensor) -> Tensor:
-            tables = site.once(f"{layer_type}:{name}", lambda: site.rotary.tables(positions, x, layer_type))
+            # Layers that cache a sliding window only have fewer keys than the others.
+            name = f"{layer_type}:{name}:{positions.shape[-1]}"
+            tables = site.once(name, lambda: site.rotary.tables(positions, x, layer_type))
             return rotate(call.module, x, *tables)
 
         queries, keys = call.position_ids, call.key_positions

@@ -1,0 +1,124 @@
+"""The matrix method × family: one line for each method, and whether a cell runs or is refused.
+
+    python tests/conformance/matrix.py > docs/conformance.md
+
+`test_matrix.py` proves every cell that runs; the table only says which these are.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+import families
+from longspan.apply import applied
+from longspan.errors import NotSupported
+from longspan.facts import facts_of
+from longspan.method import parse
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
+HEAD = """# Which method runs on which model
+
+Written by `python tests/conformance/matrix.py > docs/conformance.md`, from tiny random models of each family. Every cell
+that runs is tested (`tests/conformance/test_matrix.py`): it changes nothing where it must not, reads in one piece, in chunks
+and token by token alike, with left-padded batches, and comes off again bit for bit.
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row: `spec` as it is tried, `neutral` the same method where it must change nothing. `{ones}` and `{twos}` stand for
+    files of LongRoPE factors. `neutral` equals `spec` for a method that leaves inputs within the window as they are."""
+
+    spec: str
+    neutral: str
+    static: bool = False
+    """Whether a saved checkpoint must hold the method."""
+
+    @property
+    def title(self) -> str:
+        """The spec as the table shows it."""
+        return re.sub(r"{\w+}", "FILE", self.spec)
+
+    @property
+    def name(self) -> str:
+        """A name for tests."""
+        return re.sub(r"[^a-z0-9-]+", "-", self.title.lower())
+
+
+LINES = (
+    Line("pi:factor=2", "pi:factor=1", static=True),
+    Line("ntk:factor=4", "ntk:factor=1", static=True),
+    Line("ntk-by-parts:factor=2", "ntk-by-parts:factor=1", static=True),
+    Line("yarn:factor=2", "yarn:factor=1", static=True),
+    Line("yarn:factor=2,ramp=paper", "yarn:factor=1,ramp=paper", static=True),
+    Line("llama3:factor=2", "llama3:factor=1", static=True),
+    Line("longrope:factor=2,factors={twos}", "longrope:factor=1,factors={ones}", static=True),
+    Line("dynamic-ntk:step=4", "dynamic-ntk:step=4"),
+    Line("self-extend:group=4,window=6", "self-extend:group=1,window=6"),
+    Line("streaming:sinks=3,window=9", "streaming:sinks=3,window=64"),
+    Line("ntk:factor=4 + self-extend:group=4,window=6", "ntk:factor=1 + self-extend:group=1,window=6"),
+    Line("yarn:factor=2 + streaming:sinks=3,window=9", "yarn:factor=1 + streaming:sinks=3,window=64"),
+)
+"""A new method is one more line."""
+
+
+def filled(spec: str, model: PreTrainedModel, folder: Path) -> str:
+    """`spec` with the names of files that hold factors for this model's rotated pairs."""
+    rope = facts_of(model).rope
+    for name, value in (("ones", 1.0), ("twos", 2.0)):
+        (folder / f"{name}.json").write_text(json.dumps([value] * (rope.dim // 2 if rope else 8)))
+        spec = spec.replace(f"{{{name}}}", str(folder / f"{name}.json"))
+    return spec
+
+
+def refusal(line: Line, family: str, folder: Path) -> str | None:
+    """Why the cell is refused, told for any model and method; None where it runs."""
+    model = families.build(family)
+    spec = filled(line.spec, model, folder)
+    try:
+        with applied(model, spec):
+            return None
+    except NotSupported as error:
+        reason = str(error).replace(type(model).__name__, "the model")
+        return re.sub(rf"^({'|'.join(m.name for m in parse(spec).methods)})\b", "the method", reason)
+
+
+def table() -> str:
+    """The matrix in Markdown, with the reasons of refusals below it."""
+    reasons: list[str] = []
+    rows = [f"| | {' | '.join(f'`{line.title}`' for line in LINES)} |", "|---" * (len(LINES) + 1) + "|"]
+    with tempfile.TemporaryDirectory() as folder:
+        for family in families.FAMILIES:
+            cells = []
+            for line in LINES:
+                reason = refusal(line, family, Path(folder))
+                if reason is not None and reason not in reasons:
+                    reasons.append(reason)
+                cells.append("runs" if reason is None else f"no ({reasons.index(reason) + 1})")
+            rows.append(f"| {family} | {' | '.join(cells)} |")
+    notes = [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]
+    return "\n".join([HEAD, *rows, "", *notes])
+
+
+@functools.cache
+def _documented() -> dict[str, list[str]]:
+    rows = [row.strip("| ").split(" | ") for row in PAGE.read_text().splitlines() if row.startswith("| ")]
+    return {row[0]: row[1:] for row in rows[1:]}
+
+
+def documented(family: str, line: Line) -> str:
+    """What the page says of a cell: `runs`, or `no` with the number of the reason."""
+    row = _documented().get(family, [])
+    return row[LINES.index(line)] if len(row) == len(LINES) else "nothing: write the page again"
+
+
+if __name__ == "__main__":
+    print(table())
