@@ -190,9 +190,9 @@ def test_a_score_that_is_not_finite_is_a_failed_sample(tiny, tmp_path):
 
 def test_a_cell_that_takes_too_long_is_ended(tiny, tmp_path):
     mark = tmp_path / "mark"
-    record = trouble(tiny, tmp_path / "run", kind="sleep", mark=str(mark), timeout=8)
+    record = trouble(tiny, tmp_path / "run", kind="sleep", mark=str(mark), timeout=10)
     assert record["status"] == "failed"
-    assert "timeout of 8 s" in record["error"]
+    assert "timeout of 10 s" in record["error"]
     assert not alive(int(mark.read_text()))
 
 

@@ -203,13 +203,12 @@ class Workers:
 
     def _listen(self, process: Any, receive: Connection, timeout: float | None, screen: Screen) -> Ending | None:
         """Hears a worker out. None where the fork server's process has spoilt CUDA for its children."""
-        started = False
-        end = time.monotonic() + timeout if timeout else None
+        started, end = False, None  # the time for the cell begins when the worker has begun
         with contextlib.suppress(EOFError):
             while receive.poll(max(0.0, end - time.monotonic()) if end else None):
                 kind, *what = receive.recv()
                 if kind == "hello":
-                    started = True
+                    started, end = True, time.monotonic() + timeout if timeout else None
                     if what[0]:
                         return None
                 elif kind == "sample":

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from longspan.apply import apply, current
+from longspan.apply import current
 from longspan.compare import stats
 from longspan.compare.cells import Cell, scale_of
 from longspan.compare.cost import Meter
@@ -37,7 +38,6 @@ from longspan.compare.store import clean
 from longspan.errors import LongspanError
 from longspan.facts import text_config
 from longspan.include import load_from_environment
-from longspan.method import NoMethod
 from longspan.models import load
 from longspan.tasks.base import Outcome, Sample
 
@@ -73,8 +73,8 @@ def measure(cell: Cell, device: str, pipe: Connection) -> dict[str, Any]:
     """Runs a cell and returns the part of its record that it decides, as JSON data."""
     start = time.perf_counter()
     torch.manual_seed(cell.seed)
-    model, tokenizer = load(cell.model, dtype=getattr(torch, cell.dtype), device=device)
-    _apply(model, cell)
+    model, tokenizer = load(cell.model, dtype=cell.dtype, device=device, method=cell.method)
+    _check_method(model, cell)
     load_s = time.perf_counter() - start
     samples = cell.task.samples(tokenizer, cell.length, cell.samples, cell.seed)
     check_samples(samples, cell)
@@ -140,11 +140,8 @@ def one_line(error: BaseException) -> str:
     return f"{kind}{lines[0]}"[:500].removesuffix(": ")
 
 
-def _apply(model: Any, cell: Cell) -> None:
-    """Applies the cell's method and proves that what is on the model is what the cell says."""
-    if cell.method.spec == NoMethod.name:
-        return
-    apply(model, cell.method)
+def _check_method(model: PreTrainedModel, cell: Cell) -> None:
+    """Raises `LongspanError` unless what is on the model is what the cell says."""
     present = current(model)
     if present is None or present.spec != cell.method.spec:
         found = present.spec if present else "nothing"
