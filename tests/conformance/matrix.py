@@ -14,14 +14,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import families
 from transformers import PreTrainedModel
 
-import families
 from longspan.apply import applied
 from longspan.errors import NotSupported
 from longspan.facts import facts_of
 from longspan.method import parse
-
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 HEAD = """# Which method runs on which model

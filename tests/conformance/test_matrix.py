@@ -6,16 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
+from matrix import LINES, Line, documented, filled
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-import families
 from longspan.apply import apply, remove
 from longspan.errors import LongspanError, NotSupported
 from longspan.method import catalogue
-from matrix import LINES, Line, documented, filled
 
 LENGTH = 40
 CUTS = (1, 1, 3, 9, 1, 1, 2, 1, 13, 1, 1, 1, 1, 4)
