@@ -66,7 +66,7 @@ def load(
 
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    folder = _ready(name)
+    folder = ready_folder(name)
     config = _read_config(folder)
     wanted = _wanted(config, method)
     facts = _facts(config)
@@ -83,7 +83,7 @@ def inspect_model(name: Name) -> ModelFacts:
     folder = local_folder(name)
     if folder is None and _kind(name) == "hub":
         folder = fetching.from_hub(str(name), ["config.json"])
-    config = _read_config(folder or _ready(name))
+    config = _read_config(folder or ready_folder(name))
     _wanted(config, None)
     return _facts(config)
 
@@ -101,7 +101,7 @@ def describe(model: PreTrainedModel) -> str:
 
 def fingerprint(name: Name) -> str:
     """sha256, in hex, of what decides the model's output: weights, configuration, tokenizer and chat template."""
-    folder = _ready(name)
+    folder = ready_folder(name)
     total = hashlib.sha256()
     for path in _weight_files(folder):
         total.update(f"{path.name} {digest(path)}\n".encode())
@@ -125,6 +125,19 @@ def local_folder(name: Name) -> Path | None:
         return _whole_in_hub_cache(str(name))
     path = Path(name).expanduser()
     return path if kind == "folder" else fetching.converted(digest(path))
+
+
+def ready_folder(name: Name) -> Path:
+    """The folder with the model's files, fetched and converted where that has not been done."""
+    folder, kind = local_folder(name), _kind(name)
+    if kind == "alias":
+        alias = ALIASES[str(name)]
+        if folder is not None and not (folder / fetching.MANIFEST).is_file():
+            fetching.say(f"{name}: using {alias.hub} out of the hub's cache")
+        return folder or fetching.fetch(alias)
+    if kind == "hub":
+        return folder or fetching.from_hub(str(name), fetching.HUB_FILES)
+    return folder or fetching.convert_file(Path(name).expanduser())
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -179,19 +192,6 @@ def _kind(name: Name) -> Literal["alias", "folder", "file", "hub"]:
         f"there is no model {text!r}: neither built in nor a folder here; {nearest(text, ALIASES)}. "
         "A hub id is written owner/name"
     )
-
-
-def _ready(name: Name) -> Path:
-    """The folder with the model's files, fetched and converted where that has not been done."""
-    folder, kind = local_folder(name), _kind(name)
-    if kind == "alias":
-        alias = ALIASES[str(name)]
-        if folder is not None and not (folder / fetching.MANIFEST).is_file():
-            fetching.say(f"{name}: using {alias.hub} out of the hub's cache")
-        return folder or fetching.fetch(alias)
-    if kind == "hub":
-        return folder or fetching.from_hub(str(name), fetching.HUB_FILES)
-    return folder or fetching.convert_file(Path(name).expanduser())
 
 
 def _whole_in_hub_cache(name: str) -> Path | None:

@@ -1,0 +1,294 @@
+"""A model with a method on it as a folder that plain transformers and vLLM load, for the methods that a checkpoint can hold.
+
+Those are the static scalings of rotary frequencies: the whole method is a few entries of config.json. They are written so
+that each reader finds what it looks for: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (transformers 4),
+and the lengths and magnitudes as vLLM understands them. The folder is made beside its place and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shlex
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from longspan import models
+from longspan.errors import LongspanError, NotSupported
+from longspan.facts import ModelFacts, rope_parameters, text_config
+from longspan.fetching import reading
+from longspan.method import Combination, Method, NoMethod, catalogue, combination
+
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+    "LICENSE*",
+)
+# vLLM multiplies max_position_embeddings by `factor` for these types, but not on a Gemma 3.
+_SCALED_BY_VLLM = ("linear", "dynamic")
+# Their configurations refuse any complete `rope_scaling` in transformers 4.
+_STRICT_IN_4 = ("olmo", "olmo2", "olmo3", "phi3", "hunyuan_v1_dense", "hunyuan_v1_moe")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written. `window` is in tokens: what the positions were scaled for; `reach` the longest input that the
+    method is meant for, which is what should be served."""
+
+    folder: str
+    model: str
+    method: str
+    dtype: str
+    bytes: int
+    window: int
+    reach: int
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any] | None
+    notes: tuple[str, ...]
+
+    @property
+    def vllm(self) -> str:
+        """The command that serves the folder."""
+        return f"vllm serve {shlex.quote(self.folder)} --max-model-len {self.reach}"
+
+    @property
+    def python(self) -> str:
+        """What loads the folder without longspan."""
+        return (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f"model = AutoModelForCausalLM.from_pretrained({self.folder!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({self.folder!r})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "vllm": self.vllm, "python": self.python}
+
+
+def export(
+    model_name: str | Path,
+    method: str | Method | Combination,
+    out: str | Path,
+    *,
+    length: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Saves `model_name` with `method` on it in the folder `out`.
+
+    length: the target length in tokens, from which settings that were left open follow. dtype: that of the saved weights;
+    the model's own if left out. overwrite: replace a model that is in `out`.
+    Raises `NotSupported` for a method that a checkpoint cannot hold, before any weights load.
+    """
+    place = _free_place(Path(out), overwrite, models.local_folder(model_name))
+    facts = models.inspect_model(model_name)
+    wanted = combination(method).resolve(facts, length)
+    if not wanted.exportable:
+        raise NotSupported(_why_not(wanted, facts, model_name))
+    source = models.ready_folder(model_name)
+    model, _ = models.load(model_name, dtype=dtype or _own_dtype(source), device="cpu", method=wanted)
+    with _filling(place) as folder:
+        notes = _save(model, facts, source, folder)
+        size = sum(p.stat().st_size for p in folder.iterdir())
+    config = text_config(model.config)
+    return ExportReport(
+        folder=str(out),
+        model=str(model_name),
+        method=wanted.spec,
+        dtype=str(model.dtype).removeprefix("torch."),
+        bytes=size,
+        window=config.max_position_embeddings,
+        reach=wanted.reach(facts) or config.max_position_embeddings,
+        max_position_embeddings=_section(_read(place / "config.json"))["max_position_embeddings"],
+        rope_parameters=getattr(config, "rope_parameters", None),
+        notes=tuple(notes),
+    )
+
+
+def _why_not(wanted: Combination, facts: ModelFacts, name: str | Path) -> str:
+    """Why a method stays behind, and the nearest thing that a checkpoint can hold."""
+    reasons = "; ".join(f"{m.name}: {m.why_not_exportable}" for m in wanted.methods if not m.exportable)
+    rest = " + ".join(m.spec for m in wanted.methods if m.exportable)
+    can = [n for n, cls in catalogue().items() if cls.exportable and cls is not NoMethod and _legal(cls, facts)]
+    nearest = f'export "{rest}" and put the rest on after loading' if rest else f"export one of {', '.join(can)}"
+    if not rest and not can:
+        nearest = "export none"
+    return (
+        f"{wanted.spec} cannot be saved for plain transformers ({reasons}). Nearest: {nearest}, or keep the method beside "
+        f'the model: longspan.load("{name}", method="{wanted.spec}")'
+    )
+
+
+def _legal(cls: type[Method], facts: ModelFacts) -> bool:
+    try:
+        cls().check(facts)
+    except LongspanError:
+        return False
+    return True
+
+
+# The folder
+
+
+def _free_place(out: Path, overwrite: bool, source: Path | None) -> Path:
+    """Where the folder will be; refuses to write over anything but an earlier model, and that only when told to."""
+    place = out.expanduser().resolve()
+    if source is not None and place in (source.resolve(), *source.resolve().parents):
+        raise LongspanError(f"{out} holds the model that is to be exported; name another folder")
+    if place.is_file():
+        raise LongspanError(f"{out} is a file; name a folder that is new or empty")
+    if place.is_dir() and any(place.iterdir()):
+        if not overwrite:
+            raise LongspanError(f"{out} is not empty; name another folder, or say that it may be overwritten")
+        if not (place / "config.json").is_file():
+            raise LongspanError(f"{out} holds something else than a model and is left alone; name another folder")
+    return place
+
+
+@contextlib.contextmanager
+def _filling(place: Path) -> Iterator[Path]:
+    """A folder beside `place` that takes its place, whole, when the block ends well."""
+    part = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+    old = part.with_suffix(".old")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if place.is_dir():
+            place.rename(old)
+        part.rename(place)
+    except OSError as error:
+        if old.is_dir() and not place.exists():
+            old.rename(place)
+        raise LongspanError(f"{place} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _save(model: PreTrainedModel, facts: ModelFacts, source: Path, folder: Path) -> list[str]:
+    """Writes weights, tokenizer and configuration; returns what a user should know about them."""
+    needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(folder).free
+    if free < needed:
+        raise LongspanError(f"{folder.parent} has {free / 1e9:.1f} GB free and the model needs {needed / 1e9:.1f} GB")
+    with reading(f"transformers does not save {facts.architecture} with this method"):
+        model.save_pretrained(folder)
+    for pattern in _TOKENIZER:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    _mend_tokenizer(folder, text_config(model.config).max_position_embeddings)
+    written = _read(folder / "config.json")
+    notes = _complete(written, model.config, facts)
+    _write(folder / "config.json", written)
+    if not _same_rope(model.config, type(model.config).from_pretrained(folder)):
+        raise NotSupported(
+            f"{facts.architecture} does not read its own saved positions back; this model cannot be exported"
+        )
+    return notes
+
+
+def _mend_tokenizer(folder: Path, window: int) -> None:
+    """vLLM takes the smaller of the model's and the tokenizer's length, and transformers 4 does not know the name that
+    transformers 5 gives to a tokenizer.json without a class of its own."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    settings = _read(path)
+    settings["model_max_length"] = max(window, settings.get("model_max_length") or 0)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write(path, settings)
+
+
+# config.json
+
+
+def _complete(written: dict[str, Any], config: PreTrainedConfig, facts: ModelFacts) -> list[str]:
+    """Adds to a saved configuration what other readers look for; changes `written` in place and says what it did."""
+    for key in ("_name_or_path", "name_or_path"):
+        written.pop(key, None)
+    section = _section(written)
+    section.pop("longspan", None)
+    parameters = rope_parameters(text_config(config))
+    if parameters is None:
+        return []
+    notes = []
+    saved = section["rope_parameters"]
+    nested = parameters is not text_config(config).rope_parameters
+    own = next(v for k, v in saved.items() if v == parameters) if nested else saved
+    own.update(_for_vllm(own))
+    kind = section["model_type"]
+    if nested and not kind.startswith("gemma3"):
+        notes.append(f"transformers 4 does not know {kind}'s positions by layer: load the folder with transformers 5")
+    else:
+        _for_transformers_4(section, own, saved if nested else None)
+    if kind in _STRICT_IN_4 and own["rope_type"] != "default":
+        notes.append(f"transformers 4 refuses {kind} with {own['rope_type']}: load the folder with transformers 5")
+    if own["rope_type"] in _SCALED_BY_VLLM and not kind.startswith("gemma3"):
+        section["max_position_embeddings"] = facts.window
+        notes.append(
+            f"max_position_embeddings stays {facts.window:,}: vLLM multiplies it by the factor of {own['rope_type']} scaling"
+        )
+    return notes
+
+
+def _for_vllm(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The magnitude of cos and sin as vLLM reads it."""
+    magnitude, factor = parameters.get("attention_factor"), parameters.get("factor", 1.0)
+    if magnitude is None:
+        return {}
+    if parameters["rope_type"] == "longrope":
+        return {"short_mscale": magnitude, "long_mscale": magnitude}
+    if parameters["rope_type"] == "yarn" and not math.isclose(usual := 0.1 * math.log(factor) + 1, magnitude):
+        return {"attn_factor": magnitude / usual}
+    return {}
+
+
+def _for_transformers_4(section: dict[str, Any], own: dict[str, Any], by_layer: dict[str, Any] | None) -> None:
+    """The keys of transformers 4. Where `rope_scaling` is there, transformers 5 takes it for the whole of
+    `rope_parameters`, so it must be complete; unscaled positions have none."""
+    section["rope_theta"] = own["rope_theta"]
+    if "partial_rotary_factor" in own:
+        section["partial_rotary_factor"] = own["partial_rotary_factor"]
+    if by_layer is not None:
+        section["rope_local_base_freq"] = by_layer["sliding_attention"]["rope_theta"]
+    if section["model_type"] == "gpt_neox":
+        section["rotary_emb_base"], section["rotary_pct"] = own["rope_theta"], own["partial_rotary_factor"]
+    if own["rope_type"] != "default":
+        section["rope_scaling"] = dict(own)
+
+
+def _same_rope(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
+    """True where both rotate alike; keys that only other readers know do not count."""
+    first, second = rope_parameters(text_config(one)), rope_parameters(text_config(other))
+    return (first is None) == (second is None) and all((second or {}).get(k) == v for k, v in (first or {}).items())
+
+
+def _section(written: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a configuration."""
+    return written.get("text_config", written)
+
+
+def _own_dtype(folder: Path) -> torch.dtype:
+    """The dtype that the checkpoint says it has."""
+    written = _read(folder / "config.json")
+    kind = written.get("dtype") or written.get("torch_dtype") or _section(written).get("dtype")
+    return models.pick_dtype(kind, "cpu")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
