@@ -1,7 +1,8 @@
 """Self-Extend: exact positions near by, grouped positions far away, in one softmax; nothing is trained.
 
 With neighbour window W and group G, a key at distance i - j < W is met at its true distance, and one further away at
-floor(i/G) - floor(j/G) + W - floor(W/G). Distances stay under L as long as the input stays under (L - W)·G + W.
+floor(i/G) - floor(j/G) + W - floor(W/G). Distances stay under L up to an input of (L - W + floor(W/G))·G tokens, which is
+the paper's (L - W)·G + W where G divides W.
 
 Both kinds of score need their own rotation of query and key, so keys are cached unrotated. The fast form lays the two
 rotations side by side in one head of twice the width, [near | far], with zeros in the half that a key does not use; one
@@ -81,7 +82,7 @@ class SelfExtend(Method):
 
     def reach(self, facts: ModelFacts) -> int | None:
         assert self.group is not None and self.window is not None
-        return (facts.window - self.window) * self.group + self.window
+        return (facts.window - self.window + self.window // self.group) * self.group
 
     def neutral_length(self) -> int:
         return 2**31 if self.group == 1 else self.window or 0
