@@ -10,7 +10,7 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -233,14 +233,12 @@ def _fixed_step(model: PreTrainedModel, method: StreamingLLM, prompt: Tensor, to
         cache, ids = _fill(model, prompt)
         decoder = StreamDecoder(model, cache, compile=compile)
         first = _seconds(model, lambda: decoder.step(ids))
-
-        def step() -> Iterator[float]:
-            for _ in range(tokens + 3):
-                start = time.perf_counter()
-                decoder.greedy_step().cpu()  # a user sees every token, as a streamer of `generate` does
-                yield time.perf_counter() - start
-
-        return _row(list(step())[3:], first)
+        times = []
+        start = time.perf_counter()
+        for _ in zip(range(tokens + 4), decoder.stream(decoder.ids.clone()), strict=False):
+            times.append(time.perf_counter() - start)  # a user sees every token, as a streamer of `generate` does
+            start = time.perf_counter()
+        return _row(times[4:], first)
 
 
 def _rolling_generate(model: PreTrainedModel, method: StreamingLLM, prompt: Tensor, tokens: int) -> Row:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from longspan import __version__
 from longspan.facts import ModelFacts
 
 
@@ -200,7 +201,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
     return {
-        "longspan": version("longspan"),
+        "longspan": __version__,
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),

@@ -7,6 +7,7 @@ the device, so nothing is decided on the host and thousands of kernel launches b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,7 @@ class StreamDecoder:
         decoder = StreamDecoder(model, cache)
         logits = decoder.step(ids)            # (B, 1) -> (B, vocabulary)
         ids = decoder.greedy(ids, 100)        # (B, 1) -> (B, 100) most likely tokens, chosen on the device
+        for token in decoder.stream(ids): …   # the same one by one, without end
 
     graph: replay a CUDA graph (on CUDA); compile: let torch.compile fuse the step first, which takes about a minute.
     Until the ring is full, steps run through the model's ordinary forward. While a decoder is in use, nothing else may feed
@@ -95,6 +97,17 @@ class StreamDecoder:
             self._advance()
         return self.ids
 
+    def stream(self, ids: Tensor) -> Iterator[Tensor]:
+        """The most likely tokens after `ids` (B, 1), without end, each (B, 1) on the CPU. While one is on its way to the
+        caller the next is being made, so a cache that is left after n tokens has read one more."""
+        self.step(ids)
+        pending = self._on_its_way()
+        while True:
+            self.greedy_step()
+            following = self._on_its_way()
+            yield pending()
+            pending = following
+
     def greedy(self, ids: Tensor, count: int) -> Tensor:
         """The `count` most likely tokens after `ids` (B, 1): (B, count)."""
         self.step(ids)
@@ -102,6 +115,22 @@ class StreamDecoder:
         while len(tokens) < count:
             tokens.append(self.greedy_step().clone())
         return torch.cat(tokens, dim=1)
+
+    def _on_its_way(self) -> Callable[[], Tensor]:
+        """Starts copying the newest token to the CPU; calling what comes back waits for it."""
+        if self.ids.device.type != "cuda":
+            token = self.ids.clone()
+            return lambda: token
+        host = torch.empty(self.ids.shape, dtype=self.ids.dtype, pin_memory=True)
+        host.copy_(self.ids, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def wait() -> Tensor:
+            arrived.synchronize()
+            return host
+
+        return wait
 
     def _advance(self) -> Tensor:
         if self._recorded is not None:
