@@ -88,6 +88,17 @@ def test_of_equal_methods_the_cheapest_is_advised():
         assert advise(Results(manifest, cells)).method == faster
 
 
+def test_a_loss_that_is_only_slightly_higher_counts_as_equal():
+    for more, advised in ((0.005, "yarn:factor=4"), (0.05, "ntk:factor=8")):
+        manifest, cells = sample_run(("none", "ntk:factor=8", "yarn:factor=4"), samples=20)
+        twin(cells, "yarn:factor=4", "ntk:factor=8", 0.5)
+        for record in (c for c in cells if c["method"] == "yarn:factor=4" and c["task"] == "ppl"):
+            record["score"] += more
+            for sample in record["samples"]:
+                sample["score"] += more  # the same in each sample, so the difference is measured without any doubt
+        assert advise(Results(manifest, cells)).method == advised
+
+
 def test_a_cheaper_method_that_is_measurably_worse_is_not_advised():
     manifest, cells = sample_run(("none", "ntk:factor=8", "yarn:factor=4"), samples=200)
     for record in (c for c in cells if c["method"] == "yarn:factor=4"):
@@ -134,7 +145,7 @@ def test_a_task_that_the_model_fails_everywhere_is_left_aside():
             sample["score"], sample["detail"]["found"] = 0.0, False
     advice = advise(Results(manifest, cells))
     assert advice.method is not None
-    assert "passkey says nothing here: the plain model scores 0 at its native length too." in advice.notes
+    assert "passkey says nothing here: no method scores, nor does the plain model at its native length." in advice.notes
 
 
 def test_collapse_everywhere_is_not_called_working():
@@ -243,6 +254,15 @@ def test_numbers_for_people():
     assert [tokens(n) for n in (100, 8192, 2**20)] == ["100", "8k", "1m"]
     loss = Results(*sample_run(["none"], tasks=[PPL])).tasks[0]
     assert [loss.number(-0.0001, True), loss.number(-0.25, True), loss.number(None)] == ["+0.000", "−0.250", "–"]
+
+
+def test_nought_is_never_marked_as_best():
+    screen = io.StringIO()
+    report.terminal(
+        *sample_run(("none", "pi:factor=4"), tasks=[PASSKEY], lengths=[32768]), Console(file=screen, width=90)
+    )
+    assert "0.00 " in screen.getvalue()
+    assert not re.search(r"0\.00[*~]", screen.getvalue())
 
 
 # Figures

@@ -7,7 +7,8 @@ Nothing but what was measured decides, in this order:
    native length too, and that no method passes, says nothing and is left aside.
 2. Of those that work, the ones stay that are not measurably worse than the best at a task where more is better: the
    interval of the paired difference does not exclude zero. A loss decides after that, since a low loss does not prove
-   that a text was read: a method goes where another has a measurably lower loss and is not behind at anything.
+   that a text was read: a method goes where another has a measurably lower loss and is not behind at anything. With
+   many tokens the smallest difference can be measured, so losses within 0.01 nats, 1 % of perplexity, count as equal.
 3. Of these the cheapest is named: time to read the input and write a hundred tokens. Within 5 % the bare model is named
    before any method, and else the better score.
 """
@@ -25,6 +26,8 @@ KEPT = 0.5
 """Share of the bare model's native score that a method must keep to count as working."""
 ROOM = 0.5
 """How far a loss may lie above the bare model's native loss, in the loss's unit (nats per token)."""
+SLIGHT = 0.01
+"""Losses that differ by no more than this, in the loss's unit, count as equal."""
 WRITTEN = 100
 """Tokens that are written after reading, in the time by which methods are compared."""
 TIE = 1.05
@@ -111,19 +114,26 @@ def _drops(results: Results, method: str) -> bool:
     return cache is not None and full is not None and cache < SMALL * full
 
 
+def _worse(results: Results, method: str, other: str, task: TaskFacts, length: int) -> bool:
+    """True where `method` is measurably worse than `other`, and not only slightly."""
+    change = results.difference(method, other, task, length).value or 0.0
+    return results.worse(method, other, task, length) and (task.higher_is_better or change > SLIGHT)
+
+
 def _not_worse(results: Results, working: Sequence[str], telling: Sequence[TaskFacts]) -> list[str]:
     left = list(working)
     for task in (t for t in telling if t.higher_is_better):
         best = results.best(task, results.target, left)
         assert best is not None, "a method that works has a score"
-        left = [m for m in left if not results.worse(m, best, task, results.target)]
+        left = [m for m in left if not _worse(results, m, best, task, results.target)]
     return [m for m in left if not any(_beats(results, other, m, telling) for other in left)]
 
 
 def _beats(results: Results, one: str, other: str, telling: Sequence[TaskFacts]) -> bool:
     """True where `one` is measurably better at a task and at none behind."""
-    ahead = [t.gain(_score(results, one, t)) >= t.gain(_score(results, other, t)) for t in telling]
-    return all(ahead) and any(results.worse(other, one, t, results.target) for t in telling)
+    room = {t: 0.0 if t.higher_is_better else SLIGHT for t in telling}
+    ahead = [t.gain(_score(results, one, t)) >= t.gain(_score(results, other, t)) - room[t] for t in telling]
+    return all(ahead) and any(_worse(results, other, one, t, results.target) for t in telling)
 
 
 def _score(results: Results, method: str, task: TaskFacts) -> float:
@@ -252,7 +262,7 @@ def _harm_phrase(results: Results, chosen: str) -> str:
     known = [t for t in results.tasks if results.difference(chosen, BARE, t, results.native).interval]
     if not known:
         return f"; what it does at the native {results.native:,} tokens was not measured"
-    harmed = [t for t in known if results.worse(chosen, BARE, t, results.native)]
+    harmed = [t for t in known if _worse(results, chosen, BARE, t, results.native)]
     if not harmed:
         return f"; at the native {results.native:,} tokens it does no measurable harm"
     changes = [f"{t.label} {t.number(results.difference(chosen, BARE, t, results.native).value, True)}" for t in harmed]
@@ -265,7 +275,7 @@ def _dropped_phrase(results: Results, chosen: str, telling: Sequence[TaskFacts])
         return ""
     return (
         f"; it keeps {size(results.cost(chosen)['cache_bytes'] or 0)} of {size(results.full_cache() or 0)} of cache, so it "
-        "forgets what it dropped, and no task that asks for it was run"
+        "forgets what it dropped, and no task here tells what that costs"
     )
 
 
@@ -286,7 +296,9 @@ def _notes(results: Results, chosen: str | None, telling: Sequence[TaskFacts]) -
         notes += [f"{_forget_phrase(results, m, telling)}." for m in results.methods if forgets(results, m, telling)]
     for task in results.tasks:
         if task not in telling and any(results.ok(m, task, results.target) for m in results.methods):
-            notes.append(f"{task.spec} says nothing here: the plain model scores 0 at its native length too.")
+            notes.append(
+                f"{task.spec} says nothing here: no method scores, nor does the plain model at its native length."
+            )
     ended = [
         m for m in results.methods if any(results.status(m, t, results.target) == "out_of_memory" for t in telling)
     ]

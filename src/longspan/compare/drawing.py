@@ -24,7 +24,7 @@ INK, SOFT, FAINT = "#1f2328", "#59636e", "#d8dde3"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7b61a8")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 MARKERS = "osD^vPX"
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "longspan",
     "font.family": "DejaVu Sans",
@@ -180,29 +180,23 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     return places
 
 
-def name_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
-    """Writes a name to the right of the axes at the height of each line's end (name, end, colour), as near as the others
-    leave room."""
+def name_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
+    """Writes a name to the right of the axes for each line's end (name, x, y, colour), as near to its height as the others
+    leave room, and joins the two."""
     low, high = axes.get_ylim()
     figure = axes.get_figure(root=True)
     assert figure is not None, "axes are always part of a figure"
     gap = (high - low) * 13 / (figure.get_size_inches()[1] * 72 * 0.8)  # a line of text, in data units
-    for (name, end, colour), place in zip(ends, spread([e for _, e, _ in ends], gap, low, high), strict=True):
+    places = spread([y for _, _, y, _ in ends], gap, low, high)
+    for (name, x, y, colour), place in zip(ends, places, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
         axes.annotate(
             name,
-            (1, end),
+            (x, y),
             xytext=(1.035, place),
-            xycoords=("axes fraction", "data"),
             textcoords=("axes fraction", "data"),
             va="center",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.9,
-                "shrinkA": 0,
-                "shrinkB": 0,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=line,
             annotation_clip=False,
         )
 

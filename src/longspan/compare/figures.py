@@ -127,13 +127,15 @@ def _draw_losses(axes: Axes, results: Results, task: TaskFacts, lines: dict[str,
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.08 * (high - low))  # room for that line of text
     if labelled:
-        _name_ends(axes, results, {m: y for m, (_, y, _) in lines.items()})
+        _name_ends(axes, results, {m: (x, y) for m, (x, y, _) in lines.items()})
 
 
-def _name_ends(axes: Axes, results: Results, lines: dict[str, np.ndarray]) -> None:
-    ends = {m: float(y[np.isfinite(y)][-1]) for m, y in lines.items() if np.isfinite(y).any()}
-    how = styles(results.methods)
-    name_ends(axes, [(results.labels[m], end, how[m].colour) for m, end in ends.items()])
+def _name_ends(axes: Axes, results: Results, lines: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    how, ends = styles(results.methods), []
+    for method, (x, y) in lines.items():
+        if (known := np.flatnonzero(np.isfinite(y))).size:
+            ends.append((results.labels[method], float(x[known[-1]]), float(y[known[-1]]), how[method].colour))
+    name_ends(axes, ends)
 
 
 def _collapse(results: Results, lines: dict[str, Line]) -> str:
@@ -363,7 +365,7 @@ def _draw_cost(
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: side.show(x) if x > 0 else "0"))
     axes.set_xlabel(f"{side.what} ({results.target:,} tokens)")
-    axes.set_ylabel(_axis_name(task))
+    axes.set_ylabel(task.axis)
     lines = [
         *itertools.pairwise(steps),
         *(((points[m][0], low), (points[m][0], high)) for m, (low, high) in bars.items()),
@@ -383,10 +385,6 @@ def _bar(results: Results, method: str, task: TaskFacts) -> tuple[float, float] 
     """The interval of a score at the target length."""
     record = results.ok(method, task, results.target)
     return (record["interval"][0], record["interval"][1]) if record and record["interval"] else None
-
-
-def _axis_name(task: TaskFacts) -> str:
-    return f"{task.metric}, {'higher' if task.higher_is_better else 'lower'} is better"
 
 
 # Harm at the native length
@@ -489,13 +487,13 @@ def _draw_by_length(axes: Axes, results: Results, task: TaskFacts) -> None:
             axes.plot(
                 x, y, color=style.colour, linestyle=style.dash, linewidth=style.width, marker=style.marker, markersize=5
             )
-            lines[method] = y
+            lines[method] = (x, y)
     if len(results.lengths) > 1:
         axes.set_xscale("log", base=2)
     axes.set_xticks(results.lengths, [tokens(n) for n in results.lengths])
     axes.minorticks_off()
     axes.set_xlabel("length of the input, tokens")
     axes.set_ylabel(f"{task.spec}: {task.metric}")
-    if all(0 <= s <= 1 for y in lines.values() for s in y):
+    if all(0 <= s <= 1 for _, y in lines.values() for s in y):
         axes.set_ylim(-0.04, 1.06)
     _name_ends(axes, results, lines)

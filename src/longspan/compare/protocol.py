@@ -36,7 +36,7 @@ def environment(results: Results) -> Facts:
         "Device": ", ".join(
             filter(None, [machine.get("device_name"), machine["device"], size(memory) if memory else ""])
         ),
-        "Processor cores": f"{machine.get('cores', UNKNOWN)}, {machine.get('threads', UNKNOWN)} threads",
+        "Processor cores": f"{machine.get('cores', UNKNOWN)} (threads of torch: {machine.get('threads', UNKNOWN)})",
         "Host": f"{machine.get('platform', UNKNOWN)}, {size(machine['host_memory'])} of memory"
         if machine.get("host_memory")
         else machine.get("platform", UNKNOWN),
@@ -62,7 +62,7 @@ def task_protocol(results: Results, task: TaskFacts) -> Facts:
         ("Data", task.source or UNKNOWN),
         ("Metric", f"{task.metric}, {better} is better; version {task.version} of the task"),
         ("Settings", ", ".join(filter(None, [task.spec, settings]))),
-        ("Chat template", said.get("template", UNKNOWN)),
+        ("Chat template", said.get("template", "see the prompt below")),
         ("Begins with", said.get("begins_with", "see the prompt below")),
         ("Truncated", "none of the samples: they are made to fit their length, and a longer one ends the cell"),
         ("Decoding", _decoding(done)),

@@ -189,13 +189,14 @@ def _score(results: Results, method: str, task: TaskFacts, length: int) -> Score
     best = results.best(task, length)
     assert best is not None, "this cell has a score"
     change = results.difference(method, BARE, task, length)
+    scores = not task.higher_is_better or record["score"] > 0  # nought is not a best score where more is better
     return Score(
         score=task.number(record["score"]),
         interval=_interval(task, record["interval"]),
         difference=task.number(change.value, signed=True) if change.value is not None else "",
         failed=failed_samples(record),
-        best=record["score"] == results.score(best, task, length),
-        near=not results.worse(method, best, task, length),
+        best=scores and record["score"] == results.score(best, task, length),
+        near=scores and not results.worse(method, best, task, length),
     )
 
 

@@ -48,6 +48,11 @@ class TaskFacts:
         """The spec, with a word where a low score is a good one."""
         return self.spec if self.higher_is_better else f"{self.spec} loss"
 
+    @property
+    def axis(self) -> str:
+        """The metric with its direction, for the axis of a figure."""
+        return f"{self.metric}, {'higher' if self.higher_is_better else 'lower'} is better"
+
     def gain(self, value: float) -> float:
         """A score, or a difference of scores, with its sign turned so that more is better."""
         return value if self.higher_is_better else -value
