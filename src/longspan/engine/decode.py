@@ -146,7 +146,8 @@ class StreamDecoder:
         if self._ready:
             return
         self.token.fill_(self.layers[0].seen)
-        self.keys = torch.stack([layer.keys for layer in self.layers])
+        with torch.inference_mode(False):  # the cache goes on after the decoder, in whatever mode
+            self.keys = torch.stack([layer.keys for layer in self.layers])
         for i, layer in enumerate(self.layers):
             layer.keys = self.keys[i]
         self._sinks = SinkKeys(self.site, self.layers)

@@ -34,6 +34,8 @@ class StreamingLayer(CacheLayerMixin):
         self.seen = 0
         self.pad: Tensor | None = None
         """How many left-padding tokens each row starts with, (B,); None where there are none."""
+        self.settled = 0
+        """The token number from which every row has begun and has its sinks."""
         self.fixed_slot: Tensor | None = None
         """Where a step of fixed shape writes, (1,); `longspan.engine.decode` sets it and keeps the count."""
 
@@ -41,9 +43,10 @@ class StreamingLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads, _, width = key_states.shape
         size = self.sinks + self.window
-        self.keys = key_states.new_zeros(batch, heads, size, width)
-        self.values = value_states.new_zeros(batch, heads, size, value_states.shape[-1])
-        self.sink_keys = key_states.new_zeros(batch, heads, self.sinks, width)
+        with torch.inference_mode(False):  # what is written in place must not belong to one inference mode
+            self.keys = key_states.new_zeros(batch, heads, size, width)
+            self.values = value_states.new_zeros(batch, heads, size, value_states.shape[-1])
+            self.sink_keys = key_states.new_zeros(batch, heads, self.sinks, width)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -57,7 +60,7 @@ class StreamingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, new = self.seen, key_states.shape[2]
-        ring = in_ring(new, key_states)
+        ring = self.in_ring(start, new, key_states)
         old = None if ring else self._slots(max(self.sinks, start - self.window + 1), start)
         window = None if old is None else (self.keys[:, :, old], self.values[:, :, old])
         sinks = self._keep_sinks(key_states, value_states)
@@ -72,6 +75,15 @@ class StreamingLayer(CacheLayerMixin):
         keys = torch.cat((sinks[0], window[0], key_states[:, :, fresh:]), dim=2)
         values = torch.cat((sinks[1], window[1], value_states[:, :, fresh:]), dim=2)
         return keys, values
+
+    def in_ring(self, start: int, new: int, key: Tensor) -> bool:
+        """Whether a call is answered from the ring as it lies: one token without gradients, after all rows' sinks."""
+        return new == 1 and not key.requires_grad and start >= self.settled
+
+    def set_padding(self, pad: Tensor) -> None:
+        """pad (B,): how many left-padding tokens each row starts with, as far as has been read."""
+        self.pad = pad
+        self.settled = int(pad.max()) + max(self.sinks, 1)
 
     def _slots(self, start: int, end: int) -> Tensor:
         """Ring slots of tokens start … end - 1, all of them past the sinks."""
@@ -94,12 +106,10 @@ class StreamingLayer(CacheLayerMixin):
         """Fills the sink slots from the first real tokens of each row, as they come. Returns the sinks' keys and values, with
         gradients to those that came just now. `sink_keys` is another tensor whenever what it holds is another."""
         start, new = self.seen, keys.shape[2]
-        pad = self.pad
-        latest = 0 if pad is None else int(pad.max())
         held = self.sink_keys, self.values[:, :, : self.sinks]
-        if self.sinks == 0 or start >= latest + self.sinks:
+        if self.sinks == 0 or start >= max(self.settled, self.sinks):
             return held
-        offset = keys.new_zeros(1, dtype=torch.long) if pad is None else pad.to(keys.device)
+        offset = keys.new_zeros(1, dtype=torch.long) if self.pad is None else self.pad.to(keys.device)
         index = (
             offset[:, None] + torch.arange(self.sinks, device=keys.device) - start
         )  # (B or 1, sinks), into the new tokens
@@ -123,7 +133,7 @@ class StreamingLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.seen = 0
+        self.seen, self.settled = 0, 0
         self.pad = None
         if self.is_initialized:
             self.keys.zero_()
@@ -144,8 +154,9 @@ class StreamingLayer(CacheLayerMixin):
 
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
-            self.keys, self.values, self.sink_keys = (change(x) for x in (self.keys, self.values, self.sink_keys))
-            self.pad = None if self.pad is None else change(self.pad)
+            with torch.inference_mode(False):
+                self.keys, self.values, self.sink_keys = (change(x) for x in (self.keys, self.values, self.sink_keys))
+                self.pad = None if self.pad is None else change(self.pad)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -155,11 +166,6 @@ class StreamingLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._each_row(lambda x: x[indices, ...])
-
-
-def in_ring(new: int, key: Tensor) -> bool:
-    """Whether a call of `new` tokens is answered from the ring: single tokens without gradients."""
-    return new == 1 and not key.requires_grad
 
 
 def streaming_cache(layers: int, sinks: int = 4, window: int = 1020) -> Cache:

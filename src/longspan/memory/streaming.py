@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from longspan.apply import Attend, Site, layer_number
 from longspan.engine import windowed
 from longspan.engine.core import attention, expand_heads
-from longspan.engine.rolling import StreamingLayer, in_ring, streaming_cache
+from longspan.engine.rolling import StreamingLayer, streaming_cache
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts, text_config
 from longspan.method import Method
@@ -153,7 +153,8 @@ class Streaming:
             arguments["position_ids"] = torch.arange(start, start + new, device=device)[None]
         arguments["attention_mask"] = None
         self.now = Pass(start, new, pad, layers, {})
-        if layers and new == 1 and self.method.sinks and start >= self.method.sinks + self.method.window:
+        full = start >= self.method.sinks + self.method.window
+        if layers and new == 1 and self.method.sinks and full and start >= layers[0].settled:
             self.now.sink_keys = self._turned(layers, arguments["position_ids"].device)
 
     def _turned(self, layers: list[StreamingLayer], device: torch.device) -> dict[int, Tensor]:
@@ -200,27 +201,50 @@ class Streaming:
         return cast(list[StreamingLayer], cache.layers)
 
     def _padding(self, mask: Any, start: int, new: int, layers: list[StreamingLayer] | None) -> Tensor | None:
-        """Left-padding tokens of each row, (B,), or None where there are none."""
-        if mask is None or start > 0:
-            return layers[0].pad if layers else None
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            raise NotSupported("streaming knows by itself what a query sees: give a 2-D attention mask (padding only)")
+        """Left-padding tokens of each row, (B,), or None where there are none. A mask is read as long as rows may begin, and
+        with every call of several tokens; what it says must fit what the cache holds."""
+        known = layers[0].pad if layers else None
+        if mask is None:
+            return known
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < start + new:
+            raise NotSupported(
+                "streaming knows by itself what a query sees: give a 2-D attention mask (padding only) over all tokens so far"
+            )
+        if layers and new == 1 and start >= max(1, layers[0].settled):
+            return known
         real = mask[:, : start + new].bool()
         pad = (real.cumsum(-1) == 0).sum(-1)
-        if layers and bool((real.shape[1] - pad - real.sum(-1) > 0).any()):
-            raise NotSupported("streaming keeps a cache of left-padded rows only: set tokenizer.padding_side = 'left'")
+        self._check_mask(real, pad, known, start, cached=layers is not None)
         if not bool((pad > 0).any()):
             return None
         for layer in layers or ():
-            layer.pad = pad
+            layer.set_padding(pad)
         return pad
+
+    @staticmethod
+    def _check_mask(real: Tensor, pad: Tensor, known: Tensor | None, start: int, *, cached: bool) -> None:
+        """real (B, T) boolean, pad and known (B,): refuses masks that hide more than padding."""
+        after = real.shape[1] - pad - real.sum(-1)  # hidden tokens behind a row's first real one
+        if cached and bool((after > 0).any()):
+            raise NotSupported("streaming keeps a cache of left-padded rows only: set tokenizer.padding_side = 'left'")
+        end = (real.flip(-1).cumsum(-1) == 0).sum(-1)
+        if bool(((after > end) & (pad < real.shape[1])).any()):
+            raise NotSupported(
+                "streaming: a mask may hide tokens before and after a row's text, not between its tokens"
+            )
+        before = torch.zeros_like(pad) if known is None else known.to(pad.device)
+        if bool(((pad != before) & (before < start)).any()):
+            raise NotSupported(
+                "streaming: this mask hides tokens that the cache holds already; pad rows once, on the left, and give the mask "
+                "from the first call on"
+            )
 
     # The attention of one layer.
 
     def attend(self, call: Attend) -> Tensor:
         if self.fixed:
             return attention(call.query, call.key, call.value, None, call.scale)
-        if self.now.layers and in_ring(self.now.new, call.key):
+        if self.now.layers and self.now.layers[0].in_ring(self.now.start, self.now.new, call.key):
             return self._one_query(call)
         sinks = min(self.method.sinks, call.key.shape[2])
         sink_keys, sink_values = call.key[:, :, :sinks], call.value[:, :, :sinks]
@@ -271,7 +295,7 @@ class Streaming:
         filled, token = call.key.shape[2], self.now.start
         sinks, window = self.method.sinks, self.method.window
         short = call.sliding_window is not None and call.sliding_window < sinks + window
-        padded = self.now.pad is not None and token < int(self.now.pad.max()) + sinks + window
+        padded = self.now.pad is not None and token < self.now.layers[0].settled + window  # type: ignore[index]
         if not short and not padded:
             return None
         device = call.query.device
