@@ -116,3 +116,13 @@ def test_numbers_of_a_figure_open_and_fit(browser: Any, page: Path):
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.execute_script("return document.querySelector('details table').offsetHeight") > 100
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+
+
+def test_printed_page_is_not_cut_off(browser: Any, page: Path):
+    open_at(browser, page, 1010)  # A4 across, without its margins
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    widths = browser.execute_script(
+        "return [document.documentElement.scrollWidth, document.querySelector('.main').getBoundingClientRect().right]"
+    )
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert max(widths) <= 1010

@@ -189,7 +189,8 @@ def name_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None
     gap = (high - low) * 13 / (figure.get_size_inches()[1] * 72 * 0.8)  # a line of text, in data units
     places = spread([y for _, _, y, _ in ends], gap, low, high)
     for (name, x, y, colour), place in zip(ends, places, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.9, "linestyle": (0, (1, 2))}  # dotted: it is no data
+        line |= {"shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
         axes.annotate(
             name,
             (x, y),
