@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from longspan import models
 from longspan.errors import LongspanError, NotSupported
 from longspan.facts import ModelFacts, rope_parameters, text_config
-from longspan.fetching import reading
+from longspan.fetching import quiet
 from longspan.method import Combination, Method, NoMethod, catalogue, combination
 
 _TOKENIZER = (
@@ -181,7 +181,7 @@ def _save(model: PreTrainedModel, facts: ModelFacts, source: Path, folder: Path)
     needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(folder).free
     if free < needed:
         raise LongspanError(f"{folder.parent} has {free / 1e9:.1f} GB free and the model needs {needed / 1e9:.1f} GB")
-    with reading(f"transformers does not save {facts.architecture} with this method"):
+    with quiet():
         model.save_pretrained(folder)
     for pattern in _TOKENIZER:
         for file in source.glob(pattern):
