@@ -164,7 +164,9 @@ def prefill(
         length > LONG
     ):  # the seam's own cost shows at any length; minutes of dense attention once more would show nothing new
         timed.pop()
-    contenders = [(name, functools.partial(_timed, model, work, repeats, warm_up)) for name, work, warm_up in timed]
+    contenders: list[tuple[str, Callable[[], Row]]] = [
+        (name, functools.partial(_timed, model, work, repeats, warm_up)) for name, work, warm_up in timed
+    ]
     _run(bench, contenders, on_row)
     return bench
 

@@ -39,6 +39,8 @@ class ModelFacts:
     parameters: int
     rope: RopeFacts | None
     attention_interface: bool
+    attention: str
+    """The implementation that transformers chooses for it: `sdpa`, `eager`, …"""
     sliding_window: int | None
     layer_types: frozenset[str]
     """Kinds of layers that the configuration names (`full_attention`, `sliding_attention`, …); empty where it names none."""
@@ -114,6 +116,7 @@ def facts_of(model_or_config: Any) -> ModelFacts:
         parameters=sum(p.numel() for p in model.parameters()),
         rope=_rope_facts(config, window, head_dim) if rotary_modules(model) else None,
         attention_interface=bool(can_set()),
+        attention=str(config._attn_implementation),
         sliding_window=getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None,
         layer_types=frozenset(getattr(config, "layer_types", None) or ()),
     )

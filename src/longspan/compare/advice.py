@@ -72,7 +72,7 @@ def advise(results: Results) -> Advice:
     if results.methods == [BARE]:
         parts = _only_bare(results)
     elif chosen is None:
-        parts = _nothing_works(results, telling)
+        parts = _nothing_works(results, telling) + _shorter(results)
     else:
         parts = _use(results, chosen, working, telling)
     best = {t.spec: b for t in results.tasks if (b := results.best(t, results.target))}
@@ -202,6 +202,18 @@ def _nothing_works(results: Results, telling: Sequence[TaskFacts]) -> list[tuple
     if keeper := next((m for m in results.methods if forgets(results, m, telling)), None):
         text += f"; {_forget_phrase(results, keeper, telling)}"
     return [*parts, (text + ".", False)]
+
+
+def _shorter(results: Results) -> list[tuple[str, bool]]:
+    """The longest shorter length past the native one at which something works, and what."""
+    finished = sorted({c["length"] for c in results.cells() if c["status"] == "ok"} - {results.target}, reverse=True)
+    for length in (n for n in finished if n > results.native):
+        shorter = results.up_to(length)
+        if (method := advise(shorter).method) is not None:
+            telling = [t for t in shorter.tasks if _tells(shorter, t)]
+            scores = _and([_score_phrase(shorter, method, t) for t in telling])
+            return [(f" Up to {length:,} tokens ", False), (_named(method), True), (f" works ({scores}).", False)]
+    return []
 
 
 def _named(method: str) -> str:

@@ -356,6 +356,7 @@ class Plan:
                 **self.machine,
                 **cost.versions(),
                 "dtype": self.dtype_name,
+                "attention": f"{self.facts.attention}; methods with an attention of their own replace it",
                 "command": cost.command_line(),
             },
             "cells": [c.describe() for c in self.cells()],

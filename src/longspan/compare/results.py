@@ -84,6 +84,11 @@ class Results:
             raise LongspanError(_nothing(self.cells()))
         self.target = max(finished)
 
+    def up_to(self, length: int) -> Results:
+        """The same run as if `length` were the longest one. Raises `LongspanError` where nothing finished up to it."""
+        manifest = {**self.manifest, "lengths": [n for n in self.lengths if n <= length]}
+        return Results(manifest, [c for c in self._cells.values() if c["length"] <= length])
+
     @property
     def name(self) -> str:
         """The model's name for people: of a path, its last part."""
