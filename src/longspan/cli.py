@@ -414,6 +414,25 @@ def _load(model: str, method: str | None, dtype: str | None, device: str | None)
     return network, tokenizer, lambda length: network if wanted is None else apply(network, wanted, length=length)
 
 
+@app.command()
+def plan(
+    model: Model,
+    length: Annotated[str, typer.Option("--length", "-l", help="Tokens to read, like 32k.")],
+    method: OneMethod = "none",
+    output_tokens: Annotated[str, typer.Option(help="Tokens to write after them.")] = "256",
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+    include: Include = None,
+) -> None:
+    """Before the run: memory, time, and which methods fit this machine."""
+    from longspan import plan as planning
+
+    sizes = {"length": _size(length), "output_tokens": _size(output_tokens, "output-tokens")}
+    made = planning.plan(model, method=method, dtype=dtype, device=device, **sizes)
+    print_json(made.to_dict()) if as_json else planning.terminal(made, console())
+
+
 @bench.command("decode")
 def bench_decode(
     model: Model,

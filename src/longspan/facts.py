@@ -102,6 +102,8 @@ def facts_of(model_or_config: Any) -> ModelFacts:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     window = int(getattr(config, "max_position_embeddings", None) or 2048)
+    if window < 1:
+        raise NotSupported(f"the configuration says that the model reads {window:,} tokens; copy the model again")
     can_set = getattr(type(model), "_can_set_attn_implementation", lambda: True)
     return ModelFacts(
         model_type=config.model_type,
