@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -194,6 +194,11 @@ MODELS = """
 {bad}/weights-pickle
 {bad}/weights-index-garbage
 {bad}/weights-index-points-nowhere
+{bad}/weights-not-numbers
+{bad}/weights-fewer-tokens
+{bad}/saved-jarn
+{bad}/saved-number
+{bad}/saved-streaming-twice
 {bad}/tokenizer-missing
 {bad}/tokenizer-garbage
 {bad}/tokenizer-empty
@@ -295,6 +300,8 @@ OPTIONS: list[list[str]] = [
     ["chat", "{model}", "-m", "self-extend"],
     ["chat", "{model}", "-m", "jarn"],
     ["chat", "{model}", "--max-new-tokens", "0"],
+    ["chat", "{bad}/weights-not-numbers"],
+    ["generate", "{bad}/weights-not-numbers", "--prompt", "hello", "--temperature", "1"],
     ["chat", "{bad}/template-missing"],
     ["chat", "{bad}/template-garbage"],
     ["compare"],
@@ -431,6 +438,9 @@ def break_models(bad: Path, model: Path) -> None:
     config("window-negative", max_position_embeddings=-1)
     config("rope-word", rope_parameters="yarn")
     config("rope-unknown", rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0})
+    for name, method in {"jarn": "jarn", "number": 4, "streaming-twice": "streaming + streaming"}.items():
+        path = copy(f"saved-{name}") / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "longspan": {"method": method}}))
     config("remote-code", model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.M"})
 
     weights = (model / "model.safetensors").read_bytes()
@@ -443,7 +453,9 @@ def break_models(bad: Path, model: Path) -> None:
     }.items():
         (copy(f"weights-{name}") / "model.safetensors").write_bytes(content)
     (copy("weights-missing") / "model.safetensors").unlink()
-    break_tensors(copy("weights-other-shape"), copy("weights-some-missing"))
+    break_tensors(model, copy)
+    config("fewer-tokens", vocab_size=50)
+    shutil.move(bad / "config-fewer-tokens" / "config.json", bad / "weights-fewer-tokens" / "config.json")
     (copy("weights-pickle") / "model.safetensors").rename(bad / "weights-pickle" / "pytorch_model.bin")
     for name, content in {
         "index-garbage": b"{no",
@@ -462,13 +474,19 @@ def break_models(bad: Path, model: Path) -> None:
     (copy("template-garbage") / "chat_template.jinja").write_text("{% for %}{{")
 
 
-def break_tensors(other_shape: Path, some_missing: Path) -> None:
+def break_tensors(model: Path, copy: Callable[[str], Path]) -> None:
+    """Whole files of weights that do not belong to their configuration, or to anything."""
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(other_shape / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"][:10]}, other_shape / "model.safetensors")
-    fewer = {k: v for k, v in tensors.items() if "mlp" not in k}
-    save_file(fewer, some_missing / "model.safetensors")
+    tensors = load_file(model / "model.safetensors")
+    words = ("model.embed_tokens.weight", "lm_head.weight")
+    for name, changed in {
+        "other-shape": {**tensors, "lm_head.weight": tensors["lm_head.weight"][:10].clone()},
+        "some-missing": {k: v for k, v in tensors.items() if "mlp" not in k},
+        "not-numbers": {k: v * float("nan") for k, v in tensors.items()},
+        "fewer-tokens": {k: v[:50].clone() if k in words else v for k, v in tensors.items()},
+    }.items():
+        save_file(changed, copy(f"weights-{name}") / "model.safetensors", {"format": "pt"})
 
 
 def break_runs(bad: Path) -> None:

@@ -58,7 +58,9 @@ def _fail(message: str) -> NoReturn:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    from longspan.compare.worker import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _first_line(error: BaseException) -> str:

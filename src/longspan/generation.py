@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,8 +30,8 @@ from transformers import (
 
 from longspan.apply import _SITE, current
 from longspan.compare.cost import cache_bytes
-from longspan.errors import NotSupported, SpecError
-from longspan.facts import ModelFacts, facts_of
+from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.facts import ModelFacts, facts_of, text_config
 from longspan.method import combination
 from longspan.tasks.base import chunk_size, encode, with_bos
 
@@ -138,6 +139,7 @@ def generate_text(
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     ends, chunk = end_tokens(model, tokenizer), chunk_size(model, len(ids))
     stream = _Stream(tokenizer, on_text)
+    _check_ids(model, ids)
     inputs = torch.tensor([ids], device=model.device)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -149,7 +151,11 @@ def generate_text(
     with torch.no_grad(), sampling.seeded(model.device):
         stream.start()
         output = model.generate(  # type: ignore[operator]
-            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=stream
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Sound()]),
+            streamer=stream,
         )
     tokens = tuple(output[0, len(ids) :].tolist())
     return Generation(
@@ -298,7 +304,8 @@ class Chat:
 
     @torch.no_grad()
     def _answer(self, ids: list[int], stream: _Stream) -> str:
-        logits = self._read(ids)
+        _check_ids(self.model, ids)
+        logits = _Sound()(None, self._read(ids))
         stream.start(prompt=False)
         answer: list[int] = []
         while not answer or (answer[-1] not in self._ends and len(answer) < self.max_new_tokens):
@@ -359,6 +366,30 @@ class _Stream(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if self.on_text is not None and text:
             self.on_text(text)
+
+
+class _Sound(LogitsProcessor):
+    """Lets scores pass; refuses those after the prompt that are not numbers, from which any token could be read."""
+
+    def __init__(self) -> None:
+        self.checked = False
+
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:  # type: ignore[override]
+        if not self.checked and bool(scores.isnan().any()):
+            raise LongspanError(
+                "the model's scores are not numbers: its weights are damaged, or too large for this dtype; try float32"
+            )
+        self.checked = True
+        return scores
+
+
+def _check_ids(model: PreTrainedModel, ids: list[int]) -> None:
+    rows = text_config(model.config).vocab_size
+    if max(ids) >= rows:
+        raise LongspanError(
+            f"the tokenizer gives token {max(ids):,} and the model has {rows:,}: they do not belong together; copy the "
+            "tokenizer from the model's source"
+        )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
