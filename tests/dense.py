@@ -35,7 +35,7 @@ def llama(layers: int = 1, window: int = 32, theta: float = 10_000.0, seed: int 
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(1, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def frequencies(model: LlamaForCausalLM) -> Tensor:

@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from longspan.engine.core import attention
 from longspan.errors import LongspanError, NotSupported
 from longspan.facts import ModelFacts, facts_of, rope_parameters, rotary_modules, text_config
 from longspan.method import Combination, Method, combination
-from longspan.positions.rotary import Rotary, unrotated_copy
+from longspan.positions.rotary import Rotary, rotate, unrotated_copy
 
 ATTENTION = "longspan"
 """Attention implementation whose masks are made as for SDPA: None where plainly causal, else boolean (B, 1, Tq, Tk)."""
@@ -32,6 +34,7 @@ ATTENTION_OWN_MASK = "longspan_own_mask"
 """The same for methods that know by themselves what each query sees."""
 
 _SITE = "_longspan"
+_STILL_WORK = "Methods that only change frequencies may still work: ntk, yarn"
 T = TypeVar("T")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -75,6 +78,12 @@ class Site:
         self._attend: Callable[[Attend], Tensor] | None = None
         self._memo: dict[str, Any] = {}
 
+    def __reduce__(self) -> NoReturn:
+        raise NotSupported(
+            f"a model with {self.methods.spec} on it cannot be copied: the copy could not be undone. Copy it "
+            "before apply(), or after remove(), and apply the method to both"
+        )
+
     @property
     def rotary(self) -> Rotary:
         """The angles that the model would use: of its rotary module, with whatever scaling has been put on it."""
@@ -93,12 +102,17 @@ class Site:
         config.max_position_embeddings = window
         for name, old in rotary_modules(self.model):
             device = next(old.buffers()).device
-            self._replace(name, type(old)(config=config).to(device))  # type: ignore[call-arg]
+            new = type(old)(config=config)  # type: ignore[call-arg]
+            self._replace(name, new.to(device).train(old.training))
 
         def restore() -> None:
             config.rope_parameters, config.max_position_embeddings = before
 
         self._undo.append(restore)
+
+    def keep_for_undo(self, undo: Callable[[], None]) -> None:
+        """Has `undo` called when the methods are taken off, after all that was done later."""
+        self._undo.append(undo)
 
     def takes_rope(self, parameters: dict[str, Any]) -> bool:
         """Whether this architecture's configuration allows such `rope_parameters` (Phi-3 allows LongRoPE only)."""
@@ -144,11 +158,12 @@ class Site:
     def before_forward(self, hook: Callable[[dict[str, Any]], None]) -> None:
         """Calls `hook` with the keyword arguments of each forward of the decoder; it may change them."""
 
+        names = list(inspect.signature(self.model.base_model.forward).parameters)
+
         def pre(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            if args:  # some architectures pass input_ids by position
-                kwargs = {"input_ids": args[0], **kwargs}
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
             hook(kwargs)
-            return args[1:], kwargs
+            return (), kwargs
 
         handle = self.model.base_model.register_forward_pre_hook(pre, with_kwargs=True)
         self._undo.append(handle.remove)
@@ -257,12 +272,15 @@ def apply(
         facts = facts_of(model)
         site = Site(model, methods.resolve(facts, length), facts)
         _attach(site)
-    except LongspanError:
+    except BaseException:
         if previous is not None:
             apply(model, previous)
         raise
     object.__setattr__(model, _SITE, site)
-    text_config(model.config).longspan = {"method": site.methods.spec}
+    config = text_config(model.config)
+    before = getattr(config, "longspan", None)  # a checkpoint may have been saved with a method in it
+    config.longspan = {"method": site.methods.spec}
+    site.keep_for_undo(lambda: setattr(config, "longspan", before) if before else delattr(config, "longspan"))
     return model
 
 
@@ -272,7 +290,6 @@ def remove(model: PreTrainedModel) -> None:
     if site is not None:
         site.undo()
         object.__delattr__(model, _SITE)
-        del text_config(model.config).longspan
 
 
 def current(model: PreTrainedModel) -> Combination | None:
@@ -317,17 +334,70 @@ def _attach_attention(site: Site, method: Method) -> None:
             f"{method.name} needs a model that calls its attention through transformers' AttentionInterface; "
             f"{site.facts.architecture} does not. Methods that only change frequencies still work: ntk, yarn"
         )
-    length = min(8, method.neutral_length())
-    before = _probe(site.model, length)
-    method.attach(site)
-    after = _probe(site.model, length)
+    try:
+        length = min(8, method.neutral_length())
+        before = _probe(site.model, length)
+        _check_rotation(site, before)
+        method.attach(site)
+        with _counted(site) as called:
+            after = _probe(site.model, length)
+    except LongspanError:
+        raise
+    except Exception as error:
+        raise NotSupported(
+            f"{method.name} does not run on {site.facts.architecture}: {type(error).__name__}: {error}. {_STILL_WORK}"
+        ) from error
+    if len(called) != site.facts.layers:
+        raise NotSupported(
+            f"{method.name} computes every layer's attention, and {site.facts.architecture} asked for {len(called)} of "
+            f"{site.facts.layers}. {_STILL_WORK}"
+        )
+    _compare(site, before, after)
+
+
+@contextlib.contextmanager
+def _counted(site: Site) -> Iterator[list[nn.Module]]:
+    """The modules that ask for their attention within the block."""
+    attend = site._attend
+    called: list[nn.Module] = []
+
+    def count(call: Attend) -> Tensor:
+        called.append(call.module)
+        assert attend is not None, "a method that takes the attention gives site.attention(...) a function"
+        return attend(call)
+
+    site._attend = count
+    yield called
+    site._attend = attend
+
+
+def _check_rotation(site: Site, before: Tensor) -> None:
+    """Proves that `rotate` turns queries and keys as the architecture does: plain attention over what it has turned."""
+    if site.facts.rope is None:
+        return
+    trial = Site(site.model, site.methods, site.facts)
+
+    def attend(call: Attend) -> Tensor:
+        tables = trial.rotary.tables(call.position_ids, call.query, trial.layer_type(call.module))
+        query, key = (rotate(call.module, x, *tables) for x in (call.query, call.key))
+        mask = call.mask if call.mask is not None else query.new_ones(query.shape[2], key.shape[2]).tril().bool()
+        return attention(query, key, call.value, mask, call.scale, softcap=call.softcap)
+
+    try:
+        trial.unrotate()
+        trial.attention(attend)
+        _compare(site, before, _probe(site.model, before.shape[1]))
+    finally:
+        trial.undo()
+
+
+def _compare(site: Site, before: Tensor, after: Tensor) -> None:
     tolerance = 1e-3 if before.dtype in (torch.float32, torch.float64) else 5e-2
     error = ((after - before).double().norm() / before.double().norm()).item()
     if not error < tolerance:
         raise NotSupported(
-            f"{method.name} does not reproduce {site.facts.architecture} on a short input (relative error {error:.1e}): this "
-            "architecture rotates or attends in a way that the method does not know. Methods that only change frequencies "
-            "may still work: ntk, yarn"
+            f"{site.methods.spec} does not reproduce {site.facts.architecture} on a short input (relative error {error:.1e}): "
+            f"this architecture rotates or attends in a way that the method does not know. {_STILL_WORK}"
         )
 
 

@@ -11,6 +11,7 @@ code what it needs of a model (`check`), how a target length becomes settings (`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 import types
@@ -148,6 +149,12 @@ def _partners(method: Method) -> str:
 def catalogue() -> dict[str, type[Method]]:
     """Every method by name. Files in the method folders are found by themselves; so are subclasses defined elsewhere and
     packages that name themselves in the entry-point group `longspan.methods`."""
+    _import_methods()
+    return dict(sorted(_REGISTRY.items()))
+
+
+@functools.cache
+def _import_methods() -> None:
     from importlib.metadata import entry_points
 
     for folder in _FOLDERS:
@@ -156,7 +163,6 @@ def catalogue() -> dict[str, type[Method]]:
             importlib.import_module(f"longspan.{folder}.{module.name}")
     for entry in entry_points(group="longspan.methods"):
         entry.load()
-    return dict(sorted(_REGISTRY.items()))
 
 
 def parse(text: str) -> Combination:
@@ -212,7 +218,7 @@ def read_settings(cls: type[T], name: str, text: str) -> T:
 
 
 def read_size(text: str, what: str = "length") -> int:
-    """A number of tokens: `4096`, `4k` (= 4,096), `1m` (= 1,048,576). Raises `SpecError` for anything but a positive whole number."""
+    """A number of tokens: `4096`, `4k` (= 4,096), `1m` (= 1,048,576). Raises `SpecError` for what is no whole number."""
     units = {"k": 1024, "m": 1024**2}
     number, unit = (text[:-1], units[text[-1].lower()]) if text and text[-1].lower() in units else (text, 1)
     try:

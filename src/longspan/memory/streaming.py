@@ -71,7 +71,7 @@ class StreamingLLM(Method):
         return None
 
     def neutral_length(self) -> int:
-        return self.window
+        return self.sinks + self.window
 
     def cache_tokens(self, facts: ModelFacts, length: int) -> int:
         return self.sinks + self.window
@@ -225,13 +225,14 @@ class Streaming:
     def _check_mask(real: Tensor, pad: Tensor, known: Tensor | None, start: int, *, cached: bool) -> None:
         """real (B, T) boolean, pad and known (B,): refuses masks that hide more than padding."""
         after = real.shape[1] - pad - real.sum(-1)  # hidden tokens behind a row's first real one
-        if cached and bool((after > 0).any()):
-            raise NotSupported("streaming keeps a cache of left-padded rows only: set tokenizer.padding_side = 'left'")
         end = (real.flip(-1).cumsum(-1) == 0).sum(-1)
         if bool(((after > end) & (pad < real.shape[1])).any()):
             raise NotSupported(
-                "streaming: a mask may hide tokens before and after a row's text, not between its tokens"
+                "streaming: a mask may hide tokens before and after a row's text, not between its tokens; give generate an "
+                "attention_mask, or it takes every padding token for padding"
             )
+        if cached and bool((after > 0).any()):
+            raise NotSupported("streaming keeps a cache of left-padded rows only: set tokenizer.padding_side = 'left'")
         before = torch.zeros_like(pad) if known is None else known.to(pad.device)
         if bool(((pad != before) & (before < start)).any()):
             raise NotSupported(

@@ -85,7 +85,7 @@ class SelfExtend(Method):
         return (facts.window - self.window + self.window // self.group) * self.group
 
     def neutral_length(self) -> int:
-        return 2**31 if self.group == 1 else self.window or 0
+        return 2**31 if self.group == 1 else (self.window or 0) + 1  # at a distance of W both forms are W
 
     def attach(self, site: Site) -> None:
         site.unrotate()

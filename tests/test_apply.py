@@ -1,0 +1,239 @@
+"""Putting methods on a model and taking them off: what is refused is left untouched, and nothing stays behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+import dense
+import odd_attention
+from longspan.apply import Attend, Site, applied, apply, current, remove
+from longspan.engine.core import attention
+from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.method import Method
+
+EVERY_KIND = ["yarn:factor=2", "dynamic-ntk", "self-extend:group=2,window=4", "streaming:sinks=2,window=6"]
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return dense.llama(layers=2)
+
+
+@pytest.fixture
+def untouched(model: LlamaForCausalLM) -> Iterator[Callable[[], None]]:
+    """A check that the model is what it was: outputs, configuration, modules, hooks and attributes."""
+    ids = dense.tokens(2, 40)
+
+    def state() -> tuple:
+        modules = {name: (id(m), type(m), set(vars(m)), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+        tensors = {name: id(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        return model.config.to_dict(), model.config._attn_implementation, modules, tensors, model.training
+
+    before, logits = state(), model(ids).logits
+
+    def check() -> None:
+        assert state() == before
+        assert torch.equal(model(ids).logits, logits)
+        assert current(model) is None and not hasattr(model.config, "longspan")
+
+    yield check
+    check()
+
+
+# On and off.
+
+
+@pytest.mark.parametrize("spec", [*EVERY_KIND, "ntk:factor=4 + streaming:sinks=2,window=6", "none"])
+def test_nothing_stays(model: LlamaForCausalLM, untouched: Callable[[], None], spec: str) -> None:
+    for training in (False, True):
+        model.train(training)
+        assert apply(model, spec) is model
+        assert model.training is training and all(m.training is training for m in model.modules())
+        assert model.config.longspan == {"method": current(model).spec}
+        model.generate(dense.tokens(1, 12), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        remove(model)
+        model.eval()
+        untouched()
+    remove(model)
+
+
+def test_one_method_takes_the_place_of_another(model: LlamaForCausalLM, untouched: Callable[[], None]) -> None:
+    ids = dense.tokens(1, 40)
+    for spec in (*EVERY_KIND, *reversed(EVERY_KIND)):
+        fresh = apply(dense.llama(layers=2), spec)
+        apply(model, spec)
+        assert torch.equal(model(ids).logits, fresh(ids).logits)
+    remove(model)
+
+
+def test_settings_follow_from_a_length(model: LlamaForCausalLM, untouched: Callable[[], None]) -> None:
+    apply(model, "yarn", length=128)
+    assert current(model).spec == "yarn:factor=4"
+    assert model.config.max_position_embeddings == 128 and model.config.rope_parameters["rope_theta"] == 1e4
+    with pytest.raises(SpecError, match="needs factor"):
+        apply(model, "pi")
+    assert current(model).spec == "yarn:factor=4"
+    remove(model)
+
+
+def test_applied(model: LlamaForCausalLM, untouched: Callable[[], None]) -> None:
+    """Blocks in one another; each end brings back what was before it, after errors too."""
+    ids = dense.tokens(1, 40)
+    with applied(model, "yarn:factor=2") as same:
+        assert same is model
+        yarn = model(ids).logits
+        with applied(model, "streaming:sinks=2,window=6"):
+            assert current(model).spec == "streaming:sinks=2,window=6"
+            apply(model, "ntk:factor=2")  # what happens within the block ends with it
+        assert current(model).spec == "yarn:factor=2" and torch.equal(model(ids).logits, yarn)
+        with pytest.raises(KeyError), applied(model, "dynamic-ntk"):
+            raise KeyError
+        with pytest.raises(NotSupported), applied(model, "self-extend:group=2,window=400"):
+            pass
+        assert current(model).spec == "yarn:factor=2" and torch.equal(model(ids).logits, yarn)
+    untouched()
+
+
+def test_a_method_on_a_saved_one(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """What a checkpoint says of itself comes back when the method on top of it goes."""
+    apply(model, "ntk:factor=4").save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    apply(loaded, "streaming:sinks=2,window=6")
+    assert loaded.config.longspan == {"method": "streaming:sinks=2,window=6"}
+    remove(loaded)
+    assert loaded.config.longspan == {"method": "ntk:factor=4"} and current(loaded) is None
+
+
+def test_the_decoder_takes_its_arguments_in_any_form(model: LlamaForCausalLM) -> None:
+    ids, mask = dense.tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :5] = 0
+    for spec in EVERY_KIND:
+        apply(model, spec)
+        by_name = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert torch.equal(model.model(ids, mask).last_hidden_state, by_name)
+        embedded = model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask).logits
+        torch.testing.assert_close(embedded, model(ids, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("spec", EVERY_KIND)
+def test_in_half_precision(spec: str) -> None:
+    """Logits keep the model's dtype and stay near the full-precision ones; rounding alone moves a model without a method."""
+    ids = dense.tokens(1, 40)
+    exact = apply(dense.llama(layers=2), spec)(ids).logits
+    noise = (dense.llama(layers=2).bfloat16()(ids).logits - dense.llama(layers=2)(ids).logits).norm()
+    model = apply(dense.llama(layers=2).bfloat16(), spec)
+    got = model(ids).logits
+    cache = model(ids[:, :20]).past_key_values
+    steps = torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(20, 40)], dim=1)
+    assert got.dtype == steps.dtype == torch.bfloat16
+    assert (got - exact).norm() < 2 * noise
+    assert (steps - exact[:, 20:]).norm() < 2 * noise
+
+
+# What cannot be done.
+
+
+@pytest.mark.parametrize("spec", EVERY_KIND[1:])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (odd_attention.OddlyRotatedAttention, "rotates or attends in a way that the method does not know"),
+        (odd_attention.DeafAttention, "rotates or attends in a way|asked for 0 of 2"),
+        (odd_attention.FailingAttention, "does not run on LlamaForCausalLM: TypeError: unexpected implementation"),
+    ],
+)
+def test_unknown_attention_is_refused(spec: str, kind: type, said: str) -> None:
+    model = odd_attention.with_layers(dense.llama(layers=2), kind)
+    ids, config = dense.tokens(1, 40), model.config.to_dict()
+    before = model(ids).logits
+    with pytest.raises(NotSupported, match=f"(?:{said}).*may still work: ntk, yarn"):
+        apply(model, spec)
+    assert torch.equal(model(ids).logits, before) and model.config.to_dict() == config
+    assert current(apply(model, "yarn:factor=2")).spec == "yarn:factor=2"
+
+
+def test_sinks_are_not_turned_by_a_rotation_that_is_not_the_models() -> None:
+    """Nothing is turned in a short input, so the rotation is tried by itself."""
+    model = odd_attention.with_layers(dense.llama(layers=1), odd_attention.OddlyRotatedAttention)
+    with pytest.raises(NotSupported, match="rotates or attends"):
+        apply(model, "streaming:sinks=4,window=28")
+
+
+@dataclass(frozen=True)
+class Broken(Method):
+    """Fails at the end of `attach`, in the way that it is told."""
+
+    error: str = ""
+
+    slots: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    def neutral_length(self) -> int:
+        return 8
+
+    def attach(self, site: Site) -> None:
+        site.set_rope({"rope_type": "linear", "factor": 2.0}, 64)
+        site.unrotate()
+        site.attention(self.wrong)
+        site.before_forward(lambda arguments: None)
+        if self.error:
+            raise {"key": KeyError, "stop": KeyboardInterrupt, "ours": NotSupported}[self.error]("told to")
+
+    @staticmethod
+    def wrong(call: Attend) -> Tensor:
+        return attention(call.query, call.key, call.value, call.mask, call.scale, causal=True)
+
+
+@pytest.mark.parametrize("error", ["", "key", "stop", "ours"])
+@pytest.mark.parametrize("before", ["none", "ntk:factor=2", "streaming:sinks=2,window=6"])
+def test_a_failure_leaves_what_was(
+    model: LlamaForCausalLM, untouched: Callable[[], None], error: str, before: str
+) -> None:
+    ids = dense.tokens(1, 40)
+    apply(model, before)
+    logits = model(ids).logits
+    with pytest.raises(KeyboardInterrupt if error == "stop" else NotSupported):
+        apply(model, Broken(error))
+    assert current(model).spec == before and torch.equal(model(ids).logits, logits)
+    remove(model)
+
+
+def test_a_model_with_a_method_is_not_copied(model: LlamaForCausalLM, untouched: Callable[[], None]) -> None:
+    """The copy would be bound to the original; before and after, copies are free."""
+    for spec in EVERY_KIND:
+        apply(model, spec)
+        with pytest.raises(NotSupported, match=r"cannot be copied.*Copy it before apply"):
+            copy.deepcopy(model)
+        remove(model)
+    twin = apply(copy.deepcopy(model), "yarn:factor=2")
+    assert current(twin).spec == "yarn:factor=2" and current(model) is None
+
+
+def test_our_attention_runs_only_on_our_models(model: LlamaForCausalLM) -> None:
+    model.set_attn_implementation("longspan")
+    with pytest.raises(LongspanError, match="runs only on a model that a method was applied to"):
+        model(dense.tokens(1, 4))
+
+
+@pytest.mark.parametrize("spec", EVERY_KIND)
+def test_a_cache_of_fixed_size(model: LlamaForCausalLM, spec: str) -> None:
+    """Static methods take one; methods that count from the last key refuse it instead of counting wrongly."""
+    ids = dense.tokens(1, 40)
+
+    def text(model: PreTrainedModel, **arguments: object) -> Tensor:
+        return model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, **arguments)
+
+    apply(model, spec)
+    if spec.startswith("yarn"):
+        assert torch.equal(text(model, cache_implementation="static"), text(model))
+    else:
+        with pytest.raises(NotSupported, match="use the default DynamicCache"):
+            text(model, cache_implementation="static")
