@@ -74,6 +74,7 @@ def _family(name: str, path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_process_with_transformers_only_reads_it_alike(source: Path, tmp_path: Path) -> None:
     wanted: dict[str, torch.Tensor] = {}
     models_and_specs = [

@@ -79,13 +79,18 @@ def load(
 
 
 def inspect_model(name: Name) -> ModelFacts:
-    """What the model is, from its configuration alone; of a model on the hub nothing else is fetched."""
+    """What the model is, from its configuration alone."""
+    return _facts(read_config(name))
+
+
+def read_config(name: Name) -> PreTrainedConfig:
+    """The model's configuration; of a model on the hub nothing else is fetched."""
     folder = local_folder(name)
     if folder is None and _kind(name) == "hub":
         folder = fetching.from_hub(str(name), ["config.json"])
     config = _read_config(folder or ready_folder(name))
     _wanted(config, None)
-    return _facts(config)
+    return config
 
 
 def describe(model: PreTrainedModel) -> str:
