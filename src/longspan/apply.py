@@ -34,6 +34,8 @@ ATTENTION_OWN_MASK = "longspan_own_mask"
 """The same for methods that know by themselves what each query sees."""
 
 _SITE = "_longspan"
+_SHORT = 8
+"""Tokens of the input on which a method is tried."""
 _STILL_WORK = "Methods that only change frequencies may still work: ntk, yarn"
 T = TypeVar("T")
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -132,6 +134,25 @@ class Site:
         name, module = self._only_rotary()
         self._rotary = Rotary(module)
         self._replace(name, unrotated_copy(module))
+
+    def prove_rotation(self) -> None:
+        """For methods that turn only some queries or keys by themselves, and none in a short input: proves that `rotate`
+        turns as this architecture does, by plain attention over what it has turned."""
+        trial = Site(self.model, self.methods, self.facts)
+
+        def attend(call: Attend) -> Tensor:
+            tables = trial.rotary.tables(call.position_ids, call.query, trial.layer_type(call.module))
+            query, key = (rotate(call.module, x, *tables) for x in (call.query, call.key))
+            mask = call.mask if call.mask is not None else query.new_ones(query.shape[2], key.shape[2]).tril().bool()
+            return attention(query, key, call.value, mask, call.scale, softcap=call.softcap)
+
+        before = _probe(self.model, _SHORT)
+        try:
+            trial.unrotate()
+            trial.attention(attend)
+            _compare(self, before, _probe(self.model, _SHORT))
+        finally:
+            trial.undo()
 
     def attention(self, attend: Callable[[Attend], Tensor], *, own_mask: bool = False) -> None:
         """Runs `attend` as every layer's attention; it returns (B, H, Tq, D)."""
@@ -335,9 +356,8 @@ def _attach_attention(site: Site, method: Method) -> None:
             f"{site.facts.architecture} does not. Methods that only change frequencies still work: ntk, yarn"
         )
     try:
-        length = min(8, method.neutral_length())
+        length = min(_SHORT, method.neutral_length())
         before = _probe(site.model, length)
-        _check_rotation(site, before)
         method.attach(site)
         with _counted(site) as called:
             after = _probe(site.model, length)
@@ -369,26 +389,6 @@ def _counted(site: Site) -> Iterator[list[nn.Module]]:
     site._attend = count
     yield called
     site._attend = attend
-
-
-def _check_rotation(site: Site, before: Tensor) -> None:
-    """Proves that `rotate` turns queries and keys as the architecture does: plain attention over what it has turned."""
-    if site.facts.rope is None:
-        return
-    trial = Site(site.model, site.methods, site.facts)
-
-    def attend(call: Attend) -> Tensor:
-        tables = trial.rotary.tables(call.position_ids, call.query, trial.layer_type(call.module))
-        query, key = (rotate(call.module, x, *tables) for x in (call.query, call.key))
-        mask = call.mask if call.mask is not None else query.new_ones(query.shape[2], key.shape[2]).tril().bool()
-        return attention(query, key, call.value, mask, call.scale, softcap=call.softcap)
-
-    try:
-        trial.unrotate()
-        trial.attention(attend)
-        _compare(site, before, _probe(site.model, before.shape[1]))
-    finally:
-        trial.undo()
 
 
 def _compare(site: Site, before: Tensor, after: Tensor) -> None:

@@ -77,6 +77,7 @@ class StreamingLLM(Method):
         return self.sinks + self.window
 
     def attach(self, site: Site) -> None:
+        site.prove_rotation()
         site.state = Streaming(self, site)
         site.state.attach()
 
