@@ -97,9 +97,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "stream.json").write_text(json.dumps(result, indent=1))
     for r in records:
-        print(
-            f"{r['from_token']:>9,}–{r['to_token']:<9,} NLL {r['nll']:.3f}  {r['ms_per_step']:.3f} ms  {r['cache_bytes'] / 1e6:.1f} MB"
-        )
+        place = f"{r['from_token']:>9,}–{r['to_token']:<9,}"
+        print(f"{place} NLL {r['nll']:.3f}  {r['ms_per_step']:.3f} ms  {r['cache_bytes'] / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
