@@ -60,11 +60,11 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("gpt2")
     vocabulary = tokenizer.get_vocab()
-    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "ab", "<|1|>", "<|2|>"]
+    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "ab", "cd", "<|more|>"]
     assert len(tokens) == c.vocab_size
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(tokens))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template(tiny.TEMPLATE)
