@@ -43,6 +43,7 @@ def cell(**changes) -> Cell:
         "seed": 0,
         "dtype": "float32",
         "device": "cpu",
+        "processor": "abacus",
     }
     return Cell(**settings | changes)
 
@@ -59,6 +60,7 @@ def cell(**changes) -> Cell:
         {"seed": 1},
         {"dtype": "bfloat16"},
         {"device": "cuda"},
+        {"processor": "slide rule"},
     ],
 )
 def test_the_key_changes_with_the_cell(change):

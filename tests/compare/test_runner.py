@@ -362,6 +362,18 @@ def test_a_fork_server_that_has_touched_cuda_is_noticed(monkeypatch):
     assert workers._listen(None, receive, None, None) is None
 
 
+@pytest.mark.slow
+def test_the_fork_server_imports_everything_without_touching_cuda():
+    code = (
+        "import importlib, torch; from longspan.compare.runner import _modules_to_preload\n"
+        "def touched(*a, **k): raise SystemExit('CUDA was touched')\n"
+        "for name in ('is_available', 'device_count', 'current_device', 'init'): setattr(torch.cuda, name, touched)\n"
+        "for name in _modules_to_preload('llama'): importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.cuda
 def test_a_comparison_on_cuda(tiny, tmp_path):
     if not torch.cuda.is_available():

@@ -56,8 +56,8 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Cell:
-    """The unit of work, of storage and of resume. `dtype` and `device` are torch's names; `samples` is how many are
-    drawn."""
+    """The unit of work, of storage and of resume. `dtype` and `device` are torch's names, `processor` is the device's
+    own, without which times mean nothing; `samples` is how many are drawn."""
 
     model: str
     fingerprint: str
@@ -69,6 +69,7 @@ class Cell:
     seed: int
     dtype: str
     device: str
+    processor: str
 
     @property
     def parts(self) -> list[Method | Task]:
@@ -91,7 +92,7 @@ class Cell:
                 "samples": [self.samples, self.seed],
                 "length": self.length,
                 "dtype": self.dtype,
-                "device": self.device,
+                "device": [self.device, self.processor],
                 "versions": versions,
                 "code": code_digest(),
                 "own_code": [source_digest(type(part)) for part in self.parts],
@@ -244,6 +245,8 @@ def choose_lengths(
     if total(lengths) > PATIENCE and max(counts) > 2 and not keep_counts:
         most = next((n for n in range(max(counts) - 1, 2, -1) if total(lengths, n) <= PATIENCE), 2)
         why += f"; at most {most} samples a cell, as the run would take long with more"
+    if total(lengths, most) > PATIENCE:
+        why += "; name fewer methods, or lengths, for a shorter run"
     return Choice(lengths, most, why)
 
 
@@ -320,6 +323,7 @@ class Plan:
                 seed=self.request.seed,
                 dtype=self.dtype_name,
                 device=self.device.type,
+                processor=self.machine["device_name"],
             )
             for chosen in self.methods
             for task in self.tasks

@@ -155,6 +155,8 @@ def _finished(cell: Cell, plan: Plan, kind: str, what: Any) -> Record:
         **result,
         "dtype": cell.dtype,
         "device": cell.device,
+        "device_name": cell.processor,
+        "threads": plan.machine["threads"],
         "device_memory": plan.machine["device_memory"],
         "versions": cost.versions(),
         "finished": _now(),
