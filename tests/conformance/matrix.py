@@ -71,6 +71,8 @@ LINES = (
 
 def filled(spec: str, model: PreTrainedModel, folder: Path) -> str:
     """`spec` with the names of files that hold factors for this model's rotated pairs."""
+    if "{" not in spec:
+        return spec
     rope = facts_of(model).rope
     for name, value in (("ones", 1.0), ("twos", 2.0)):
         (folder / f"{name}.json").write_text(json.dumps([value] * (rope.dim // 2 if rope else 8)))
