@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # On Linux pip's plain torch brings CUDA's packages along. Where a CPU build can be had, name it: make TORCH="torch==2.13.0+cpu"
 TORCH ?= torch==2.13.0
-DEMO ?= longspan compare smollm2-135m -m none -m ntk -m streaming -t ppl -l 14k --samples 1 --out runs/demo
+DEMO ?= longspan compare smollm2-135m -m none -m ntk -m streaming -t ppl -l 12k --samples 1 --out runs/demo
 WORKERS ?= 2
 
 BIN := $(abspath $(VENV))/bin
