@@ -151,7 +151,10 @@ class Streaming:
         pad = self._padding(arguments.get("attention_mask"), start, new, layers)
         if arguments.get("position_ids") is None:
             device = (ids if ids is not None else arguments["inputs_embeds"]).device
-            arguments["position_ids"] = torch.arange(start, start + new, device=device)[None]
+            positions = torch.arange(start, start + new, device=device)[None]
+            if pad is not None:  # as generate counts them, so that a cache may be filled by either
+                positions = (positions - pad[:, None].to(device)).clamp(min=0)
+            arguments["position_ids"] = positions
         arguments["attention_mask"] = None
         self.now = Pass(start, new, pad, layers, {})
         full = start >= self.method.sinks + self.method.window
