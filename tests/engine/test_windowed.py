@@ -79,7 +79,7 @@ def test_a_whole_model_on_this_path(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dense.llama(layers=2).float()
     apply(model, StreamingLLM(4, 50))
     ids = dense.tokens(1, 512)
-    want = torch.cat([part for part in _chunks(model, ids)], dim=1)
+    want = torch.cat(list(_chunks(model, ids)), dim=1)
     calls = []
 
     def serves(call: object, key: torch.Tensor, reach: int) -> bool:
@@ -89,7 +89,7 @@ def test_a_whole_model_on_this_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windowed, "QUERIES", 256)
     monkeypatch.setattr(windowed, "_compiled", lambda: flex_attention)
     monkeypatch.setattr(windowed, "serves", serves)
-    got = torch.cat([part for part in _chunks(model, ids)], dim=1)
+    got = torch.cat(list(_chunks(model, ids)), dim=1)
     assert calls and set(calls) == {50}
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
