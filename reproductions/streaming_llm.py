@@ -1,6 +1,7 @@
 """StreamingLLM over a hundred thousand tokens, one token at a time: is the loss level, the step, the memory?
 
     python reproductions/streaming_llm.py TEXT --tokens 100000 --out reproductions/streaming_llm
+    python reproductions/streaming_llm.py TEXT --method streaming:sinks=0,window=2048 --out reproductions/streaming_llm
 
 Reads TEXT (.txt or .txt.gz) with the built-in model and `streaming` on it, through the fixed-shape step, scoring each token
 as it comes. Writes one record for every tenth of the way: mean NLL, median milliseconds a step, bytes of the cache and of the
@@ -95,7 +96,9 @@ def main() -> None:
         "segments": records,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "stream.json").write_text(json.dumps(result, indent=1))
+    (options.out / f"{options.method.replace(':', '-').replace(',', '-').replace('=', '')}.json").write_text(
+        json.dumps(result, indent=1)
+    )
     for r in records:
         place = f"{r['from_token']:>9,}–{r['to_token']:<9,}"
         print(f"{place} NLL {r['nll']:.3f}  {r['ms_per_step']:.3f} ms  {r['cache_bytes'] / 1e6:.1f} MB")

@@ -176,8 +176,6 @@ def test_what_a_user_can_get_wrong(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_speeds_are_measured(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     speeds = MEASURE(torch.device(device), torch.float32, tiny.model().config)
     assert all(v > 0 for v in vars(speeds).values())
     assert speeds.operation < 1e-2

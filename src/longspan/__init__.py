@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from longspan.apply import remove as remove
     from longspan.compare import Run as Run
     from longspan.compare import compare as compare
+    from longspan.engine.decode import StreamDecoder as StreamDecoder
+    from longspan.engine.decode import stream_generate as stream_generate
     from longspan.errors import LongspanError as LongspanError
     from longspan.errors import NotSupported as NotSupported
     from longspan.errors import SpecError as SpecError
@@ -40,6 +42,8 @@ _WHERE = {
     "remove": "longspan.apply:remove",
     "Run": "longspan.compare:Run",
     "compare": "longspan.compare:compare",
+    "StreamDecoder": "longspan.engine.decode:StreamDecoder",
+    "stream_generate": "longspan.engine.decode:stream_generate",
     "LongspanError": "longspan.errors:LongspanError",
     "NotSupported": "longspan.errors:NotSupported",
     "SpecError": "longspan.errors:SpecError",

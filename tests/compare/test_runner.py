@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from compare_tiny import TinyHit, TinyLoss, TinyTooLong, TinyTrouble
 
 import tiny as tiny_model
@@ -376,8 +375,6 @@ def test_the_fork_server_imports_everything_without_touching_cuda():
 
 @pytest.mark.cuda
 def test_a_comparison_on_cuda(tiny, tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     same = {"methods": ["ntk"], "tasks": [TinyLoss(), TinyHit()], "lengths": [256], "samples": 3, "device": "cuda"}
     run = compare(tiny, out=tmp_path / "run", dtype="float32", **same)
     assert [r["status"] for r in run.table()] == ["ok"] * 8

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaFo
 
 import dense
 from longspan.apply import apply
-from longspan.engine.decode import StreamDecoder
+from longspan.engine.decode import StreamDecoder, steps_are_faster, stream_generate
 from longspan.errors import NotSupported
 from longspan.memory.streaming import StreamingLLM
 
@@ -60,6 +60,10 @@ def decoded(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
         ("stablelm", {}),
         ("qwen3", {"head_dim": 16}),
         ("glm4", {"head_dim": 16}),
+        (
+            "gemma2",
+            {"head_dim": 16, "sliding_window": 64, "attn_logit_softcapping": 1.0, "attn_implementation": "eager"},
+        ),
         ("gemma3_text", {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     ],
 )
@@ -148,3 +152,77 @@ def test_refusals(model: LlamaForCausalLM) -> None:
     near = apply(small("mistral", sliding_window=6), StreamingLLM(4, 10))
     with pytest.raises(NotSupported, match="look back 6 tokens only"):
         StreamDecoder(near, near(ids).past_key_values)
+
+
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 1.5, "top_k": 20}])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_generate_through_steps(model: LlamaForCausalLM, sampling: dict, chunk: int | None) -> None:
+    """The tokens of transformers' own loop, padded rows and ends of text among them."""
+    ids = dense.tokens(3, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    made = []
+    for settings in ({}, {"custom_generate": stream_generate}):
+        torch.manual_seed(5)
+        made.append(
+            model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=30,
+                pad_token_id=0,
+                eos_token_id=list(range(1, 9)),
+                prefill_chunk_size=chunk,
+                **sampling,
+                **settings,
+            )
+        )
+    assert torch.equal(*made)
+
+
+def test_generate_goes_on_from_a_cache(model: LlamaForCausalLM) -> None:
+    ids, cache = dense.tokens(1, 30), DynamicCache()
+    whole = model.generate(ids, max_new_tokens=12, pad_token_id=0)
+    with torch.no_grad():
+        model(ids[:, :17], past_key_values=cache)
+    cut = model.generate(ids, past_key_values=cache, max_new_tokens=12, pad_token_id=0, custom_generate=stream_generate)
+    assert torch.equal(cut, whole)
+
+
+def test_generate_refuses_beams(model: LlamaForCausalLM) -> None:
+    with pytest.raises(NotSupported, match="leave out custom_generate"):
+        model.generate(dense.tokens(1, 9), num_beams=2, max_new_tokens=3, custom_generate=stream_generate)
+
+
+def test_the_model_may_read_between_steps(model: LlamaForCausalLM) -> None:
+    """As a chat does with each new turn."""
+    ids, cache = dense.tokens(2, LENGTH), DynamicCache()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        model(ids[:, :20], past_key_values=cache)
+        decoder = StreamDecoder(model, cache)
+        for begin in (20, 40):
+            for t in range(begin, begin + 10):
+                torch.testing.assert_close(decoder.step(ids[:, t : t + 1]), whole[:, t], **CLOSE)
+            out = model(ids[:, begin + 10 : begin + 20], past_key_values=cache).logits
+            torch.testing.assert_close(out, whole[:, begin + 10 : begin + 20], **CLOSE)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_graph_replays_the_same(compile: bool) -> None:
+    """Steps, a chat's turn between them, and `generate`, all from one recorded graph."""
+    model = apply(dense.llama(layers=3), StreamingLLM(4, 10)).to("cuda")
+    ids, cache = dense.tokens(2, LENGTH).to("cuda"), DynamicCache()
+    assert steps_are_faster(model)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        model(ids[:, :20], past_key_values=cache)
+        decoder = StreamDecoder(model, cache, compile=compile)
+        for begin in (20, 40):
+            for t in range(begin, begin + 10):
+                torch.testing.assert_close(decoder.step(ids[:, t : t + 1]), whole[:, t], rtol=1e-3, atol=1e-3)
+            model(ids[:, begin + 10 : begin + 20], past_key_values=cache)
+    settings = {"max_new_tokens": 40, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(
+        model.generate(ids, custom_generate=stream_generate, **settings), model.generate(ids, **settings)
+    )

@@ -230,9 +230,9 @@ def test_chunk_follows_memory(monkeypatch: pytest.MonkeyPatch, model: Any) -> No
     per_token = (8 * 64 + 4 * 96) * 4
     monkeypatch.setattr(base, "_device_memory", lambda device: 8 * per_token * 5000)
     assert chunk_size(model, 5000) == 5000
-    assert chunk_size(model, 5001) == 4096
+    assert chunk_size(model, 5001) == 512  # each further chunk brings a mask of chunk × length
     monkeypatch.setattr(base, "_device_memory", lambda device: 1)
-    assert chunk_size(model, 5000) == 512
+    assert chunk_size(model, 5000) == 128
 
 
 def test_forced_decoding_gives_the_logits_of_one_pass(model: Any, meter: FakeMeter) -> None:

@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from longspan.apply import Site
 from longspan.engine.rolling import StreamingLayer
@@ -38,8 +39,8 @@ class StreamDecoder:
         for token in decoder.stream(ids): …   # the same one by one, without end
 
     graph: replay a CUDA graph (on CUDA); compile: let torch.compile fuse the step first, which takes about a minute.
-    Until the ring is full, steps run through the model's ordinary forward. While a decoder is in use, nothing else may feed
-    the same cache.
+    Until the ring is full, steps run through the model's ordinary forward. Between steps the model may be fed with the same
+    cache in the ordinary way, as a chat's next turn is, as long as its rows stay the same.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, *, graph: bool | None = None, compile: bool = False):
@@ -62,6 +63,7 @@ class StreamDecoder:
         self.graph = device.type == "cuda" if graph is None else graph
         self.compile = compile
         self._ready = False
+        self._token_on_device = -1
         self._recorded: torch.cuda.CUDAGraph | None = None
         batch = self.layers[0].keys.shape[0]
         pad = self.layers[0].pad
@@ -139,11 +141,14 @@ class StreamDecoder:
             self.logits = self._run()
         for layer in self.layers:
             layer.seen += 1
+        self._token_on_device = self.layers[0].seen
         return self.logits
 
     def _prepare(self) -> None:
-        """Gathers all layers' rings into one tensor each, records the graph; once."""
+        """Gathers all layers' keys into one tensor and records the graph, once; takes up what was read in between."""
         if self._ready:
+            if self._token_on_device != self.layers[0].seen:
+                self.token.fill_(self.layers[0].seen)
             return
         self.token.fill_(self.layers[0].seen)
         with torch.inference_mode(False):  # the cache goes on after the decoder, in whatever mode
@@ -215,3 +220,61 @@ class StreamDecoder:
         with torch.cuda.graph(recorded):
             self.logits = self._run()
         self._recorded = recorded
+
+
+def steps_are_faster(model: PreTrainedModel) -> bool:
+    """Whether `stream_generate` serves this model better than its ordinary forward: streaming on one CUDA device."""
+    site: Site | None = getattr(model, "_longspan", None)
+    if site is None or not isinstance(site.state, Streaming) or model.device.type != "cuda":
+        return False
+    window, reach = site.facts.sliding_window, site.state.method.sinks + site.state.method.window
+    return len({p.device for p in model.parameters()}) == 1 and (window is None or window >= reach)
+
+
+@torch.no_grad()
+def stream_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    compile: bool = False,
+    **model_kwargs: Any,
+) -> Tensor:
+    """Greedy decoding and sampling through `StreamDecoder`, for transformers' own `generate`:
+
+        model.generate(ids, custom_generate=ls.stream_generate)
+
+    compile: as in `StreamDecoder`. Returns the prompt with its continuation, (B, T). Raises `NotSupported` for beams and
+    for results other than the tokens.
+    """
+    if (generation_config.num_beams or 1) > 1 or generation_config.return_dict_in_generate:
+        raise NotSupported(
+            "stream_generate samples or takes the likeliest token and returns tokens alone: for beams, scores or a dict "
+            "leave out custom_generate"
+        )
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    end = cache.get_seq_length() if cache is not None else 0
+    for part in input_ids[:, end:].split(generation_config.prefill_chunk_size or input_ids.shape[1], dim=1):
+        end += part.shape[1]
+        seen = None if mask is None else mask[:, :end]
+        read = model(input_ids=part, attention_mask=seen, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = read.past_key_values
+    decoder, logits = StreamDecoder(model, cast(Cache, cache), compile=compile), read.logits[:, -1]
+    running = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    while True:
+        scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
+        token = scores.softmax(-1).multinomial(1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
+        if not bool(running.all()):
+            token = torch.where(running, token, cast(int, generation_config.pad_token_id))
+        input_ids = torch.cat((input_ids, token[:, None]), dim=1)
+        if streamer is not None:
+            streamer.put(token.cpu())
+        running &= ~stopping_criteria(input_ids, scores)  # type: ignore[arg-type]
+        if not bool(running.any()):
+            break
+        logits = decoder.step(token[:, None])
+    if streamer is not None:
+        streamer.end()
+    return input_ids

@@ -248,7 +248,7 @@ class Streaming:
 
     def attend(self, call: Attend) -> Tensor:
         if self.fixed:
-            return attention(call.query, call.key, call.value, None, call.scale)
+            return attention(call.query, call.key, call.value, None, call.scale, softcap=call.softcap)
         if self.now.layers and self.now.layers[0].in_ring(self.now.start, self.now.new, call.key):
             return self._one_query(call)
         sinks = min(self.method.sinks, call.key.shape[2])

@@ -202,7 +202,8 @@ class Prefilled:
 
 def chunk_size(model: PreTrainedModel, length: int) -> int:
     """How many of `length` tokens go through the model at once: all of them where their activations take at most an
-    eighth of the device's memory, else as many as do, rounded down to a power of two.
+    eighth of the device's memory, else as many as do together with the mask that every further chunk needs (chunk × length
+    entries, as booleans and as numbers), rounded down to a power of two.
 
     One pass is the fastest, as causal attention then needs no mask: 8,000 tokens of a 135M model on two CPU cores take
     39 s, and 45 s in chunks of 2,048 or 1,024. Activations are put at 8 hidden and 4 feed-forward widths a token.
@@ -210,8 +211,11 @@ def chunk_size(model: PreTrainedModel, length: int) -> int:
     config = text_config(model.config)
     hidden = config.hidden_size
     width = 8 * hidden + 4 * (getattr(config, "intermediate_size", None) or 4 * hidden)
-    most = _device_memory(model.device) // 8 // (width * model.dtype.itemsize)
-    return length if length <= most else max(512, 2 ** (most.bit_length() - 1))
+    memory, itemsize = _device_memory(model.device) // 8, model.dtype.itemsize
+    if length <= memory // (width * itemsize):
+        return length
+    most = memory // (width * itemsize + length * (1 + itemsize))
+    return max(128, 2 ** (most.bit_length() - 1))
 
 
 def _device_memory(device: torch.device) -> int:
