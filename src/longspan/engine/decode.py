@@ -158,8 +158,10 @@ class StreamDecoder:
         self._sinks = SinkKeys(self.site, self.layers)
         self._forward = self._model_step
         if self.compile:
-            # Products with one row become reductions that fuse with what stands before and after them.
-            options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if self.graph else None
+            # Products with one row become reductions that fuse with what stands before and after them, and with one another.
+            options: dict[str, Any] | None = None
+            if self.graph:
+                options = {"coordinate_descent_tuning": True, "combo_kernels": True, "benchmark_combo_kernel": False}
             self._forward = torch.compile(self._model_step, dynamic=False, options=options)
         if self.graph:
             self._record()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from longspan.apply import Attend, Site, layer_number
-from longspan.engine import windowed
+from longspan.engine import one_query, windowed
 from longspan.engine.core import attention, expand_heads
 from longspan.engine.rolling import StreamingLayer, streaming_cache
 from longspan.errors import NotSupported
@@ -248,6 +248,8 @@ class Streaming:
 
     def attend(self, call: Attend) -> Tensor:
         if self.fixed:
+            if one_query.serves(call.query, call.key, call.softcap):
+                return one_query.one_query_attention(call.query, call.key, call.value, call.scale)
             return attention(call.query, call.key, call.value, None, call.scale, softcap=call.softcap)
         if self.now.layers and self.now.layers[0].in_ring(self.now.start, self.now.new, call.key):
             return self._one_query(call)

@@ -1,0 +1,1 @@
+"""Triton kernels; each is imported only where Triton is."""
