@@ -6,11 +6,13 @@ head, with all the query heads that share it, and the last one to finish joins t
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
+
+try:
+    from longspan.engine.kernels import one_query as kernels
+except ImportError:  # no Triton
+    kernels = None  # type: ignore[assignment]
 
 KEYS = 64
 """Keys that one program takes at a time."""
@@ -29,7 +31,7 @@ def serves(query: Tensor, key: Tensor, softcap: float | None = None) -> bool:
         and key.shape[-1] == width
         and 16 <= width <= 256
         and width & (width - 1) == 0
-        and _kernel() is not None
+        and kernels is not None
     )
 
 
@@ -47,7 +49,7 @@ def one_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float)
     out = torch.empty(batch, heads, 1, width, dtype=query.dtype, device=query.device)
     partial = torch.empty(batch * kv_heads * parts * rows * width, dtype=torch.float32, device=query.device)
     weight = torch.empty(batch * kv_heads * parts * rows * 2, dtype=torch.float32, device=query.device)
-    _kernel()[(batch * kv_heads, parts)](
+    kernels.attend[(batch * kv_heads, parts)](
         query,
         key,
         value,
@@ -55,12 +57,12 @@ def one_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float)
         partial,
         weight,
         _counters(query.device, batch * kv_heads),
-        scale * 1.4426950408889634,  # powers of two are what the hardware has
         size,
         kv_heads,
         *query.stride()[:2],
         *key.stride()[:3],
         *value.stride()[:3],
+        SCALE=scale * 1.4426950408889634,  # powers of two are what the hardware has
         GROUP=group,
         ROWS=rows,
         WIDTH=width,
@@ -80,13 +82,3 @@ def _counters(device: torch.device, count: int) -> Tensor:
     if (device, count) not in _arrived:
         _arrived[device, count] = torch.zeros(count, dtype=torch.int32, device=device)
     return _arrived[device, count]
-
-
-@functools.cache
-def _kernel() -> Any:
-    """The Triton kernel, or None where there is no Triton."""
-    try:
-        from longspan.engine.kernels import one_query
-    except ImportError:
-        return None
-    return one_query.attend

@@ -15,7 +15,6 @@ def attend(
     partial,
     weight,
     arrived,
-    scale,
     size,
     kv_heads,
     q_batch,
@@ -26,6 +25,7 @@ def attend(
     v_batch,
     v_head,
     v_row,
+    SCALE: tl.constexpr,  # as an argument a compiler would hand it over in double precision
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -53,7 +53,7 @@ def attend(
         at = keys.to(tl.int64)[:, None]
         k = tl.load(key + batch * k_batch + head * k_head + at * k_row + columns, mask=inside[:, None], other=0.0)
         v = tl.load(value + batch * v_batch + head * v_head + at * v_row + columns, mask=inside[:, None], other=0.0)
-        scores = tl.where(inside[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
+        scores = tl.where(inside[None, :], tl.dot(q, tl.trans(k)) * SCALE, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
         shrink = tl.exp2(top - finite)
