@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -95,11 +93,13 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(
     recipe, whole = unbroken
     recipe, out = {**recipe, "out": str(tmp_path / "out")}, tmp_path / "out"
     process = start(recipe, tmp_path / "recipe.yaml")
-    while max(losses(out), default=0) < 10:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        while max(losses(out), default=0) < 10:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
     stopped = max(losses(out))
     assert stopped < 40 and not (out / "model").exists()
     done = ls.train(recipe)
@@ -190,9 +190,13 @@ def test_two_processes_train_as_one(have: Have, tmp_path: Path) -> None:
         for out in outs
     ]
     ls.train(recipes[0])
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     process = start(recipes[1], tmp_path / "recipe.yaml", *launcher)
-    said = process.communicate(timeout=300)[0].decode()
+    try:
+        said = process.communicate(timeout=120)[0].decode()
+    finally:
+        process.terminate()  # the launcher ends its workers on this, and would leave them on a kill
+        process.wait()
     assert process.returncode == 0, said
     assert losses(outs[1]) == pytest.approx(losses(outs[0]), rel=1e-4)
     valid = [[r["valid_loss"] for r in read_metrics(out) if "valid_loss" in r] for out in outs]
@@ -307,6 +311,21 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest(have: Have, tmp
     recipe = recipes_tiny.recipe(have, tmp_path / "out", training={"batch": 7, "micro_batch": 2})
     with pytest.raises(SpecError, match=r"training\.batch=8"):
         ls.train(recipe)
+
+
+def test_a_task_is_trained_on_by_its_answers(have: Have, tmp_path: Path) -> None:
+    data = {"train": "passkey", "valid": "passkey", "packing": "none", "length": 800, "samples": 6, "valid_samples": 2}
+    out = tmp_path / "out"
+    recipe = recipes_tiny.recipe(have, out, data=data, training={"steps": 3, "batch": 2, "micro_batch": 1})
+    ls.train(recipe)
+    assert losses(out)[3] < losses(out)[1]
+    for key, value, said in (
+        ("data.packing", "plain", r"use data\.packing=none"),
+        ("data.train", "ppl", "no answers to learn"),
+        ("data.train", "prose", r"data\.samples=6 would change nothing"),
+    ):
+        with pytest.raises(LongspanError, match=said):
+            ls.train(recipe, **{key: value, "out": str(tmp_path / "other")})
 
 
 def test_a_hub_data_set_without_its_library_says_what_to_install(

@@ -93,3 +93,11 @@ def test_batches_are_integers_of_one_shape() -> None:
     batch = collate([windows("none").sample(i, 0) for i in range(3)])
     assert set(batch) == {"input_ids", "labels", "attention_mask"}
     assert all(v.shape == (3, 8) and v.dtype == torch.int64 for v in batch.values())
+
+
+def test_of_a_task_only_the_answer_is_learned() -> None:
+    answers = np.array([3, 5, 0, 4])
+    made = TextWindows(Tokens(TOKENS.ids, ENDS, "", answers), 30, "none", 99)
+    first, second = made.sample(0, 0), made.sample(1, 0)
+    assert first["labels"].tolist() == [IGNORE, IGNORE, 3, 4, *[IGNORE] * 26]
+    assert second["labels"][:7].tolist() == [*[IGNORE] * 4, 10, 11, IGNORE]

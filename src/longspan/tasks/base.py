@@ -103,6 +103,10 @@ class Task(ABC):
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, meter: Meter) -> Outcome:
         """One sample on a model that has its method on it, with prefill, decoding and cache metered."""
 
+    def answer(self, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
+        """The tokens of the right answer to a sample, for training on it; empty where a task has no such answer."""
+        return []
+
     def data_digest(self) -> str:
         """sha256, in hex, of outside data that the samples are made from; empty where everything is generated."""
         return ""

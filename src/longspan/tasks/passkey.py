@@ -138,6 +138,10 @@ class Passkey(Task):
         found = not broken and read_key(answer) == sample.meta["key"]
         return Outcome(float(found), {**sample.meta, "answer": answer, "found": found}, failed=broken)
 
+    def answer(self, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
+        space = " " if self.template == "none" else ""
+        return encode(tokenizer, f"{space}{sample.meta['key']}")
+
     def _key(self, rng: random.Random) -> int:
         return rng.randint(10_000, 99_999) if self.protocol == "pi" else rng.randint(1, 50_000)
 

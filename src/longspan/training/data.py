@@ -1,8 +1,9 @@
 """What a training reads, as token ids on disk: texts are tokenised once and read from a memory map ever after.
 
 A text is a .txt or .txt.gz file, a folder of them, `prose` or `code` (what every Python brings), or a data set on the hub
-(`owner/name` or `owner/name:config`, through the `datasets` library). Tokens lie in the run's folder under a name that hashes
-the documents and the tokenizer, so that a changed text is never mistaken for the old one.
+(`owner/name` or `owner/name:config`, through the `datasets` library). A task of the catalogue that has answers, such as
+`passkey:protocol=pi`, is trained on too, with the loss on its answers alone. Tokens lie in the run's folder under a name that
+hashes the documents and the tokenizer, so that a changed text is never mistaken for the old one.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from longspan.compare.store import write_atomically
 from longspan.errors import NotSupported, SpecError
 from longspan.fetching import reading
 from longspan.models import ready_folder
+from longspan.tasks.base import Task, parse_task, task_catalogue
 from longspan.tasks.text import BUILT_IN, check_text, read_text
-from longspan.training.recipe import DataRecipe, TokenizerRecipe
+from longspan.training.recipe import DataRecipe, Recipe, TokenizerRecipe
 
 _BATCH = 64
 """Documents that are tokenised together."""
@@ -37,11 +39,13 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Tokens:
-    """Documents one after another: ids (all tokens,), and ends (documents,), where each is over."""
+    """Documents one after another: ids (all tokens,), and ends (documents,), where each is over. answers (documents,): how
+    many tokens stand before the answer, where only the answer is learned."""
 
     ids: np.ndarray
     ends: np.ndarray
     sha256: str
+    answers: np.ndarray | None = None
 
     def document(self, index: int) -> np.ndarray:
         """The ids of one document."""
@@ -53,12 +57,53 @@ def is_hub(name: str) -> bool:
     return name not in BUILT_IN and not Path(name).expanduser().exists() and bool(_HUB.fullmatch(name))
 
 
-def check_source(name: str, key: str) -> None:
-    """Raises `LongspanError` where no text goes by this name, before anything is read."""
-    if is_hub(name):
+def is_task(name: str) -> bool:
+    """True for the name, or the spec, of a task of the catalogue."""
+    known = name not in BUILT_IN and not Path(name).expanduser().exists()
+    return known and name.partition(":")[0].strip() in task_catalogue()
+
+
+def check_source(recipe: Recipe, key: str) -> None:
+    """Raises `LongspanError` where no text and no task goes by the name at `key`, before anything is read."""
+    data = recipe.data
+    name = data.train if key == "data.train" else data.valid
+    if name is None:
+        return
+    if is_task(name):
+        _check_task(recipe, parse_task(name), key)
+    elif data.samples is not None and key == "data.train":
+        raise SpecError(
+            f"data.samples={data.samples} would change nothing: it counts a task's samples, and {name} is a text"
+        )
+    elif is_hub(name):
         _datasets(name, key)
     else:
         check_text(name, key)
+
+
+def _check_task(recipe: Recipe, task: Task, key: str) -> None:
+    if type(task).answer is Task.answer:
+        raise NotSupported(f"{key}={task.spec}: this task has no answers to learn; passkey has")
+    for wrong, said in (
+        (recipe.data.packing != "none", "a task's samples are a window each: use data.packing=none"),
+        (recipe.positions.kind == "pose", "its samples fill the window as they are: use positions.kind=ordinary"),
+        (isinstance(recipe.tokenizer, TokenizerRecipe), "a tokenizer is trained on a text: name one at tokenizer"),
+    ):
+        if wrong:
+            raise SpecError(f"{key}={task.spec}: {said}")
+
+
+def task_tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """A task's samples with their answers; those for validation are drawn with the next seed."""
+    train = key == "data.train"
+    task = parse_task((recipe.data.train if train else recipe.data.valid) or "")
+    count = (recipe.data.samples or 1000) if train else recipe.data.valid_samples
+    samples = task.samples(tokenizer, recipe.data.length, count, recipe.seed + (not train))
+    whole = [[*s.tokens, *task.answer(tokenizer, s), tokenizer.eos_token_id] for s in samples]
+    ids = np.array([i for one in whole for i in one], dtype=np.int64)
+    ends = np.cumsum([len(one) for one in whole])
+    answers = np.array([len(s.tokens) for s in samples])
+    return Tokens(ids, ends, hashlib.sha256(ids.tobytes() + ends.tobytes()).hexdigest(), answers)
 
 
 def documents(data: DataRecipe, key: str) -> Sequence[str]:

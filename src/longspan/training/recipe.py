@@ -58,12 +58,12 @@ class DataRecipe:
     packing: Literal["plain", "boundaries", "none"] = "plain"
     field: str = "text"
     valid_samples: int = 64
-    samples: int = 10_000
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.length >= 8, f"data.length must be at least 8 tokens, not {self.length}")
         _require(self.valid_samples >= 1, f"data.valid_samples must be at least 1, not {self.valid_samples}")
-        _require(self.samples >= 1, f"data.samples must be at least 1, not {self.samples}")
+        _require(self.samples is None or self.samples >= 1, f"data.samples must be at least 1, not {self.samples}")
 
 
 @dataclass(frozen=True)

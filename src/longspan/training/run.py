@@ -38,7 +38,16 @@ from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import facts_of
 from longspan.method import Combination
 from longspan.training import build
-from longspan.training.data import Tokens, check_source, documents, load_tokenizer, tokenise, train_tokenizer
+from longspan.training.data import (
+    Tokens,
+    check_source,
+    documents,
+    is_task,
+    load_tokenizer,
+    task_tokens,
+    tokenise,
+    train_tokenizer,
+)
 from longspan.training.loss import NextToken, causal_model
 from longspan.training.metrics import Journal, Live, peak_flops, plot, read_metrics, work
 from longspan.training.proofs import prove_boundaries, prove_jump
@@ -119,9 +128,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> 
 
 def check(recipe: Recipe) -> None:
     """Raises `LongspanError` for what can be refused without reading data or weights."""
-    for key, name in (("data.train", recipe.data.train), ("data.valid", recipe.data.valid)):
-        if name is not None:
-            check_source(name, key)
+    for key in ("data.train", "data.valid"):
+        check_source(recipe, key)
     build.check_method(recipe, facts_of(build.model_config(recipe, build.vocabulary(recipe), {})))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise NotSupported(
@@ -224,23 +232,26 @@ def _open(out: Path, recipe: Recipe) -> None:
 
 
 def _prepare(recipe: Recipe, out: Path, arguments: TrainingArguments, dtype: str) -> _Job:
-    main = arguments.process_index == 0
-    texts = documents(recipe.data, "data.train")
-    tokenizer = _tokenizer(recipe, out, texts)
+    tokenizer = _tokenizer(recipe, out)
     special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     config = build.model_config(recipe, len(tokenizer), special)
     method = build.check_method(recipe, facts_of(config))
-    tokens = tokenise(texts, tokenizer, out / "tokens", title="tokens to train on", show=main)
-    valid = None
-    if recipe.data.valid is not None:
-        texts = documents(recipe.data, "data.valid")
-        valid = tokenise(texts, tokenizer, out / "tokens", title="tokens to validate on", show=main)
+    show = arguments.process_index == 0
+    tokens = _tokens(recipe, "data.train", tokenizer, out, show)
+    valid = None if recipe.data.valid is None else _tokens(recipe, "data.valid", tokenizer, out, show)
     job = _Job(recipe, out, arguments, dtype, tokenizer, config, method, tokens, valid)
     _same_inputs(job)
     return job
 
 
-def _tokenizer(recipe: Recipe, out: Path, texts: Any) -> PreTrainedTokenizerBase:
+def _tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase, out: Path, show: bool) -> Tokens:
+    name = recipe.data.train if key == "data.train" else recipe.data.valid
+    if name is not None and is_task(name):
+        return task_tokens(recipe, key, tokenizer)
+    return tokenise(documents(recipe.data, key), tokenizer, out / "tokens", title=f"tokens of {key}", show=show)
+
+
+def _tokenizer(recipe: Recipe, out: Path) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer; one that is trained is trained once."""
     if isinstance(recipe.model, str):
         return load_tokenizer(recipe.model)
@@ -249,6 +260,7 @@ def _tokenizer(recipe: Recipe, out: Path, texts: Any) -> PreTrainedTokenizerBase
         return load_tokenizer(recipe.tokenizer)
     place = out / "tokenizer"
     if not place.is_dir():
+        texts = documents(recipe.data, "data.train")
         with _filling(place) as folder:
             train_tokenizer(texts, recipe.tokenizer).save_pretrained(folder)
     return load_tokenizer(str(place))

@@ -6,7 +6,7 @@ reads what an unbroken one would.
 
     plain        windows of the documents one after another; a window may hold the end of one and the start of another
     boundaries   the same windows, with positions that start anew at every document and no attention across
-    none         one window a document, from its start; short ones are padded
+    none         one window a document, from its start; short ones are padded. Of a task's samples the answer alone has labels
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ class TextWindows:
         read = min(len(ids), self.length)
         inputs[:read] = ids[:read]
         labels[: len(ids) - 1] = ids[1:]
+        if self.tokens.answers is not None:
+            labels[: self.tokens.answers[self._documents[index]] - 1] = IGNORE  # type: ignore[attr-defined]
         return {
             "input_ids": inputs,
             "labels": labels,
