@@ -142,7 +142,8 @@ class Combination:
 
 
 def _partners(method: Method) -> str:
-    legal = [n for n, cls in catalogue().items() if cls.slots and not cls.slots & method.slots]
+    others = ((n, cls) for n, cls in catalogue().items() if NoMethod.works_on in cls.works_on)
+    legal = [n for n, cls in others if cls.slots and not cls.slots & method.slots]
     return f"{method.name} combines with: {', '.join(legal)}" if legal else f"use {method.name} alone"
 
 

@@ -180,7 +180,8 @@ def plan(
 
 def _in_order() -> list[type[Method]]:
     """The catalogue, the bare model first."""
-    return sorted(catalogue().values(), key=lambda cls: cls is not NoMethod)
+    known = (cls for cls in catalogue().values() if NoMethod.works_on in cls.works_on)
+    return sorted(known, key=lambda cls: cls is not NoMethod)
 
 
 def _row(case: _Case, cls: type[Method], length: int, free: int, speeds: Speeds) -> MethodPlan:
