@@ -1,7 +1,7 @@
 """Attention under a position scheme, for every layer of a model of ours.
 
-The plain form computes scores in float32, adds what the scheme says, and takes the softmax, a block of queries at a time,
-so that memory grows with the length and not with its square. It runs everywhere, trains everywhere and says what is right.
+What the scheme says is added to the scores in float32, a block of queries at a time, so that memory grows with the length
+and not with its square. This form runs everywhere and trains everywhere.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from longspan.engine.core import attention, expand_heads, reference_mix
+from longspan.engine.core import attention, expand_heads
 from longspan.positions.scheme import Place, distances
 
 SCHEME = "longspan_scheme"
 """The attention implementation of models whose scheme takes part in the scores."""
-SCORES_AT_ONCE = 2**26
-"""How many scores of a batch are held at once outside training: 256 MB in float32."""
+SCORES_AT_ONCE = 2**24
+"""How many biases are held at once outside training: 64 MB."""
 
 
 def scheme_attention(
@@ -46,33 +47,33 @@ def scheme_attention(
     causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1
     if pair_bias is None and not place.has("bias"):
         if causal and query.shape[2] != key.shape[2]:
-            attention_mask, causal = _causal(query, 0, query.shape[2], key.shape[2]), False
+            attention_mask, causal = _causal(query.shape[2], key.shape[2], query.device), False
         out = attention(query, key, value, attention_mask, scaling, dropout=dropout, causal=causal)
         return out.transpose(1, 2).contiguous(), None
+    heads, total = query.shape[1], key.shape[2]
+    wide = query.float(), expand_heads(key, heads).float(), expand_heads(value, heads).float()
     blocks = []
     for start, end in _blocks(query, key):
-        mask = _causal(query, start, end, key.shape[2]) if causal else attention_mask
-        if mask is None:
-            mask = query.new_ones(1, 1, 1, 1, dtype=torch.bool)
-        elif mask.shape[2] == query.shape[2] and not causal:
-            mask = mask[:, :, start:end]
-        asked = queries[:, start:end]
-        bias = relative_bias(place, asked, keys) if pair_bias is None else pair_bias[:, :, start:end]
-        scores = query[:, :, start:end].float() @ expand_heads(key, query.shape[1]).float().mT
-        mixed = _mix(scores * scaling + bias, value, mask, dropout, query.dtype)
-        blocks.append(mixed)
+        seen = total - query.shape[2] + end if causal else total
+        asked, offered = queries[:, start:end], keys[:, :seen]
+        bias = relative_bias(place, asked, offered) if pair_bias is None else pair_bias[:, :, start:end, :seen]
+        mask = _causal(end - start, seen, query.device) if causal else _rows(attention_mask, start, end)
+        if mask is not None:  # rows that see nothing are padding: what they get is never read, but must be numbers
+            bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))
+        q, k, v = wide[0][:, :, start:end], wide[1][:, :, :seen], wide[2][:, :, :seen]
+        block = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scaling)
+        blocks.append(block.to(query.dtype))
     return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
 
 
 def relative_bias(place: Place, queries: Tensor, keys: Tensor) -> Tensor:
     """(B or 1, H, Tq, Tk) from a scheme that knows distances; queries (B or 1, Tq), keys (B or 1, Tk) positions. Where both
     run without a gap, as they mostly do, each distance is asked for once and the rows are views of one another."""
-    apart = distances(queries, keys)
     if _consecutive(queries) and _consecutive(keys):
-        first = int(apart[0, 0, -1])
+        first = int(queries[0, 0] - keys[0, -1])
         line = torch.arange(first, first + queries.shape[1] + keys.shape[1] - 1, device=keys.device)
         return place.bias(line).unfold(-1, keys.shape[1], 1).flip(-1)[None]
-    return place.bias(apart).transpose(0, 1)
+    return place.bias(distances(queries, keys)).transpose(0, 1)
 
 
 def key_positions(positions: Tensor, count: int) -> Tensor:
@@ -89,26 +90,22 @@ def _consecutive(positions: Tensor) -> bool:
 
 
 def _blocks(query: Tensor, key: Tensor) -> list[tuple[int, int]]:
-    """Where blocks of queries begin and end. With gradients all scores are kept anyway, so there is one block."""
+    """Where blocks of queries begin and end. With gradients all biases are kept anyway, so there is one block."""
     total = query.shape[2]
     size = total
     if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
-        size = max(1, SCORES_AT_ONCE // (query.shape[0] * query.shape[1] * key.shape[2]))
+        size = max(1, SCORES_AT_ONCE // (query.shape[1] * key.shape[2]))
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _causal(query: Tensor, start: int, end: int, keys: int) -> Tensor:
-    """(1, 1, end - start, keys), for queries that are the last of the keys."""
-    rows = torch.arange(start, end, device=query.device)[:, None] + keys - query.shape[2]
-    return (torch.arange(keys, device=query.device) <= rows)[None, None]
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(1, 1, queries, keys), where the queries are the last of the keys."""
+    rows = torch.arange(keys - queries, keys, device=device)[:, None]
+    return (torch.arange(keys, device=device) <= rows)[None, None]
 
 
-def _mix(scores: Tensor, value: Tensor, mask: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
-    values = expand_heads(value, scores.shape[1])
-    if not dropout:
-        return reference_mix(scores, values, mask)
-    weights = reference_mix(scores, torch.eye(scores.shape[-1], device=scores.device, dtype=dtype), mask)
-    return torch.nn.functional.dropout(weights, dropout) @ values
+def _rows(mask: Tensor | None, start: int, end: int) -> Tensor | None:
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:end]
 
 
 AttentionInterface.register(SCHEME, scheme_attention)

@@ -272,7 +272,7 @@ class LongspanRotaryEmbedding(LlamaRotaryEmbedding):
     """Llama's, for heads of which only a part turns as well."""
 
     @staticmethod
-    def compute_default_rope_parameters(config: Any, **kwargs: Any) -> tuple[Tensor, float]:
+    def compute_default_rope_parameters(config: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
         parameters = config.rope_parameters
         width = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, width, 2, dtype=torch.float) / width
