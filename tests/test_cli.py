@@ -239,7 +239,7 @@ class TestChat:
 
 class TestInclude:
     def test_the_guides_examples_are_methods(self, command: Command, examples: dict[str, Path]) -> None:
-        assert sorted(examples) == ["cutoff.py", "sharpen.py"]
+        assert sorted(examples) == ["cutoff.py", "rootdecay.py", "sharpen.py"]
         for name, path in examples.items():
             entry = json.loads(command("methods", Path(name).stem, "--include", path, "--json").out)
             assert entry["paper"] == "this page"
