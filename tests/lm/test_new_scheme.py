@@ -17,6 +17,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 
 @pytest.fixture
 def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
+    method.catalogue()  # fills the registry before it is copied
     monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
     monkeypatch.setenv("LONGSPAN_INCLUDE", "")
     text = GUIDE.read_text()
