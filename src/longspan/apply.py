@@ -198,7 +198,9 @@ class Site:
         if mask is None and new > 1 and (as_numbers or new != held):
             mask = call.query.new_ones(new, held, dtype=torch.bool).tril(held - new)[None, None]
         if mask is not None and as_numbers:
-            mask = torch.where(mask, 0.0, torch.finfo(call.query.dtype).min).to(call.query.dtype)
+            # Eager attention takes its softmax in float32, where the lowest float64 would be -inf and padding's rows no numbers.
+            lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(torch.float32).min)
+            mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill(~mask, lowest)
         known = {"softcap": call.softcap, "sliding_window": call.sliding_window, "position_ids": call.position_ids}
         known = {name: value for name, value in known.items() if value is not None}
         out, _ = attend(
@@ -219,7 +221,7 @@ class Site:
         """The function that was the module's attention before ours, and whether it takes masks as numbers to add."""
         masks = AttentionMaskInterface()
         kind = masks.get(self._own)
-        if kind in (None, flash_attention_mask, flex_attention_mask) or self._own in (ATTENTION, ATTENTION_OWN_MASK):
+        if kind in (None, flash_attention_mask, flex_attention_mask):
             raise NotSupported(
                 f"{self.methods.spec} hands the model's attention a mask, which {self._own!r} does not take; load the model with "
                 'attn_implementation="sdpa"'
