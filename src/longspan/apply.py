@@ -256,14 +256,14 @@ class Site:
     def before_forward(self, hook: Callable[[dict[str, Any]], None]) -> None:
         """Calls `hook` with the keyword arguments of each forward of the decoder; it may change them."""
 
-        names = list(inspect.signature(self.model.base_model.forward).parameters)
+        names = list(inspect.signature(self.model.get_decoder().forward).parameters)
 
         def pre(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
             hook(kwargs)
             return (), kwargs
 
-        handle = self.model.base_model.register_forward_pre_hook(pre, with_kwargs=True)
+        handle = self.model.get_decoder().register_forward_pre_hook(pre, with_kwargs=True)
         self._undo.append(handle.remove)
 
     def once(self, name: str, make: Callable[[], T]) -> T:

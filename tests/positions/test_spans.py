@@ -17,6 +17,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaForCausalLM,
     MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
 )
 
@@ -212,6 +213,30 @@ def test_the_window_is_streaming_without_sinks(model: LlamaForCausalLM) -> None:
     remove(model)
     alone = (model(ids[:, -9:]).logits[:, -1] - got[:, -1]).abs().max()
     assert alone < 5e-5 if len(model.model.layers) == 1 else alone > 1e-2
+
+
+@pytest.mark.parametrize("method", [Window(6), BlockwiseCausal(12)], ids=lambda m: m.spec)
+@torch.no_grad()
+def test_layers_that_look_back_less_far(method: Span, at_once: None) -> None:
+    """Both limits hold at once, also where the cache has dropped what the layer no longer sees."""
+    config = MistralConfig(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=10,
+    )
+    ids, cache = dense.tokens(1, 40), DynamicCache(config=config)
+    model = MistralForCausalLM(config).eval().double()
+    both = visible(method, list(range(40))) & (dense.distances(40) < 10)
+    expected = model(ids, attention_mask=both[None, None]).logits
+    apply(model, method)
+    torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([5, 1, 1, 11, 1, 1, 13, 1, 6], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, **CLOSE)
+    assert cache.layers[0].keys.shape[2] < 10
 
 
 # Refusals and settings.

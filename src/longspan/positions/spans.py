@@ -59,6 +59,9 @@ class Span(Method):
     def neutral_length(self) -> int:
         return self.size or 0
 
+    def keys_seen(self, facts: ModelFacts, length: int) -> int:
+        return min(length, self.size or facts.window)
+
     def attach(self, site: Site) -> None:
         site.attention(lambda call: self.attend(site, call))
 
