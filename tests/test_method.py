@@ -43,7 +43,8 @@ def of(name: str) -> st.SearchStrategy[Method]:
         "factor": numbers,
         "step": sizes,
         "group": st.none() | sizes,
-        "window": st.none() | sizes if name == "self-extend" else sizes,
+        "window": st.integers(2, 2**16) if name == "streaming" else st.none() | st.integers(2, 2**16),
+        "size": st.none() | st.integers(1, 2**16).map(lambda half: 2 * half),
     }
     even = st.integers(1, 64).map(lambda n: 4 * n)
     special |= {

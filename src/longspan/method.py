@@ -80,6 +80,10 @@ class Method:
         """How many tokens' keys and values are kept after `length` tokens were read."""
         return length
 
+    def keys_seen(self, facts: ModelFacts, length: int) -> int:
+        """How many keys the last query of `length` tokens attends to."""
+        return self.cache_tokens(facts, length)
+
     def attach(self, site: Site) -> None:
         """Puts the method on a model through the seams of `site`."""
 
