@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from longspan.method import catalogue as methods  # noqa: F401
     from longspan.models import load as load
     from longspan.tasks.base import Task as Task
+    from longspan.training.run import TrainResult as TrainResult
+    from longspan.training.run import train as train
 
 __version__ = "0.1.0"
 
@@ -53,6 +55,8 @@ _WHERE = {
     "methods": "longspan.method:catalogue",
     "load": "longspan.models:load",
     "Task": "longspan.tasks.base:Task",
+    "TrainResult": "longspan.training.run:TrainResult",
+    "train": "longspan.training.run:train",
 }
 __all__ = ["__version__", *_WHERE]
 

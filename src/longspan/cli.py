@@ -435,6 +435,30 @@ def plan(
     print_json(made.to_dict()) if as_json else planning.terminal(made, console())
 
 
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; docs/training.md lists its keys.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="On top of the recipe: training.steps=200")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it will take.")] = False,
+    as_json: Json = False,
+    include: Include = None,
+) -> None:
+    """A model from scratch, or a longer one of a model, as a recipe says. The same command resumes."""
+    from longspan import training
+    from longspan.training.recipe import read_override, read_recipe
+
+    wanted = read_recipe(recipe, [read_override(s) for s in settings or []])
+    if dry_run:
+        made = training.plan_training(wanted)
+        return print_json(made.to_dict()) if as_json else training.estimate.terminal(made, console())
+    done = training.train(wanted)
+    if int(os.environ.get("RANK", "0")):
+        return None
+    return print_json(done.to_dict()) if as_json else training.run.terminal(done, console())
+
+
 @bench.command("decode")
 def bench_decode(
     model: Model,

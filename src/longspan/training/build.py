@@ -1,0 +1,148 @@
+"""The model that a recipe names: built from nothing, taken from somewhere to be tuned, or out of a checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+
+from longspan import models
+from longspan.apply import apply
+from longspan.errors import NotSupported, SpecError, nearest
+from longspan.facts import ModelFacts, text_config
+from longspan.fetching import reading
+from longspan.method import Combination, parse
+from longspan.training.recipe import LoraRecipe, Recipe
+
+_NOT_SETTINGS = ("model_type", "transformers_version", "architectures", "name_or_path", "_name_or_path")
+
+
+def weights_dtype(dtype: str) -> torch.dtype:
+    """What the weights are held in: float32, also under mixed precision, unless asked otherwise."""
+    return torch.bfloat16 if dtype == "pure-bf16" else torch.float32
+
+
+def model_config(recipe: Recipe, vocabulary: int, special: dict[str, int | None]) -> PreTrainedConfig:
+    """The configuration to train. From scratch, what the recipe leaves out of vocabulary, window and special tokens comes
+    from the tokenizer and from data.length. Raises `LongspanError` for a configuration that cannot be."""
+    if isinstance(recipe.model, str):
+        return models.read_config(recipe.model)
+    settings = dict(recipe.model)
+    kind = settings.pop("type")
+    default = _default_config(kind)
+    known = (set(default.to_dict()) | set(default.attribute_map)) - set(_NOT_SETTINGS)
+    for key in settings:
+        if key not in known:
+            raise SpecError(f"model: a {kind} configuration has no key {key!r}; {_closest(key, known)}")
+    if settings.get("vocab_size", vocabulary) < vocabulary:
+        raise SpecError(
+            f"model.vocab_size={settings['vocab_size']}: the tokenizer has {vocabulary} tokens; leave it out"
+        )
+    filled = {"vocab_size": vocabulary, "max_position_embeddings": recipe.data.length, **special, **settings}
+    with reading(f"model: no {kind} configuration can have these settings"):
+        return AutoConfig.for_model(kind, **filled)
+
+
+def _default_config(kind: str) -> PreTrainedConfig:
+    if kind == "longspan":
+        import longspan.lm  # noqa: F401 - registers the type
+    if kind not in CONFIG_MAPPING:
+        raise SpecError(f"model.type={kind}: transformers knows no such architecture; {_closest(kind, CONFIG_MAPPING)}")
+    return AutoConfig.for_model(kind)
+
+
+def _closest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=5, cutoff=0.4)
+    return nearest(word, close) if close else "transformers' documentation lists them"
+
+
+def check_method(recipe: Recipe, facts: ModelFacts) -> Combination | None:
+    """The recipe's method with its settings filled in. Raises `LongspanError` where it cannot be, or where positions would be
+    trained that the model is not made for."""
+    pose = recipe.positions.pose(recipe.data.length)
+    target = pose.target if pose else recipe.data.length
+    wanted = parse(recipe.method).resolve(facts, target) if recipe.method else None
+    reach = facts.window if wanted is None else wanted.reach(facts)
+    if reach is not None and reach < target:
+        key = "positions.target" if pose else "data.length"
+        raise SpecError(
+            f"{key}={target}: {f'{wanted.spec} on ' if wanted else ''}this model reads {reach:,} tokens; "
+            + (
+                f"use method=yarn:factor={-(-target // facts.window)}"
+                if facts.rope
+                else f"set {key} to at most {reach}"
+            )
+        )
+    return wanted
+
+
+def build(recipe: Recipe, config: PreTrainedConfig, method: Combination | None, dtype: torch.dtype) -> nn.Module:
+    """The model before the first step, on the CPU, with its method and adapters on it."""
+    if isinstance(recipe.model, str):
+        model, _ = models.load(recipe.model, dtype=dtype, device="cpu")
+    else:
+        set_seed(recipe.seed)
+        with reading(f"model: no {config.model_type} model can be built"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if method is not None:
+        apply(model, method)
+    return model if recipe.lora is None else _adapted(model, recipe.lora)
+
+
+def rebuild(recipe: Recipe, checkpoint: Path, method: Combination | None, dtype: torch.dtype) -> nn.Module:
+    """The model as it was when `checkpoint` was written."""
+    if recipe.lora is not None:
+        assert isinstance(recipe.model, str)
+        model, _ = models.load(recipe.model, dtype=dtype, device="cpu")
+        return _peft().PeftModel.from_pretrained(
+            model if method is None else apply(model, method), checkpoint, is_trainable=True
+        )
+    model, _ = models.load(checkpoint, dtype=dtype, device="cpu")
+    if method is not None:  # scaling is in the configuration, and load put on the rest
+        text_config(model.config).longspan = {"method": method.spec}
+    return model
+
+
+def _adapted(model: PreTrainedModel, lora: LoraRecipe) -> nn.Module:
+    peft = _peft()
+    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name in lora.targets:
+        if name not in linear:
+            raise SpecError(
+                f"lora.targets: {type(model).__name__} has no linear layer {name!r}; {nearest(name, linear)}"
+            )
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, settings)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise NotSupported(
+            "lora needs the peft library: pip install 'longspan[train]'. Without lora the model is trained whole"
+        ) from error
+    return peft
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keeps only what each layer reads, and makes the rest again in the backward pass."""
+    if not model.supports_gradient_checkpointing:
+        raise NotSupported(
+            f"training.gradient_checkpointing: {type(model).__name__} does not know it; use training.gradient_checkpointing=false"
+        )
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.20 or so
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)

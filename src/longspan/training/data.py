@@ -1,0 +1,184 @@
+"""What a training reads, as token ids on disk: texts are tokenised once and read from a memory map ever after.
+
+A text is a .txt or .txt.gz file, a folder of them, `prose` or `code` (what every Python brings), or a data set on the hub
+(`owner/name` or `owner/name:config`, through the `datasets` library). Tokens lie in the run's folder under a name that hashes
+the documents and the tokenizer, so that a changed text is never mistaken for the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from longspan.compare.store import write_atomically
+from longspan.errors import NotSupported, SpecError
+from longspan.fetching import reading
+from longspan.models import ready_folder
+from longspan.tasks.text import BUILT_IN, check_text, read_text
+from longspan.training.recipe import DataRecipe, TokenizerRecipe
+
+_BATCH = 64
+"""Documents that are tokenised together."""
+_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+_HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Documents one after another: ids (all tokens,), and ends (documents,), where each is over."""
+
+    ids: np.ndarray
+    ends: np.ndarray
+    sha256: str
+
+    def document(self, index: int) -> np.ndarray:
+        """The ids of one document."""
+        return self.ids[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+
+def is_hub(name: str) -> bool:
+    """True for what can only be a data set on the hub."""
+    return name not in BUILT_IN and not Path(name).expanduser().exists() and bool(_HUB.fullmatch(name))
+
+
+def check_source(name: str, key: str) -> None:
+    """Raises `LongspanError` where no text goes by this name, before anything is read."""
+    if is_hub(name):
+        _datasets(name, key)
+    else:
+        check_text(name, key)
+
+
+def documents(data: DataRecipe, key: str) -> Sequence[str]:
+    """The documents of `data.train` or `data.valid`, as `key` says, in a fixed order."""
+    name = data.train if key == "data.train" else data.valid
+    assert name is not None
+    if not is_hub(name):
+        return read_text(name, key).documents
+    library = _datasets(name, key)
+    repository, _, config = name.partition(":")
+    split = "train" if key == "data.train" else "validation"
+    with reading(f"{key}: the data set {name} cannot be read"):
+        rows = library.load_dataset(repository, config or None, split=split)
+    if data.field not in rows.column_names:
+        raise SpecError(f"data.field={data.field}: {name} has no such column; it has {', '.join(rows.column_names)}")
+    return rows[data.field]
+
+
+def _datasets(name: str, key: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise NotSupported(
+            f"{key}: there is no text {name} here, and to read a data set of that name from the hub the datasets library is "
+            "needed: pip install 'longspan[train]'. A .txt or .txt.gz file or a folder of them needs nothing"
+        ) from error
+    return datasets
+
+
+# Tokenizers
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or one that lies in a folder alone."""
+    folder = ready_folder(name)
+    with reading(f"tokenizer: {name} has none that can be read"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def train_tokenizer(texts: Iterable[str], wanted: TokenizerRecipe) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over `texts`; the same texts give the same tokenizer. Texts begin with <s>; </s> and <pad> are there."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = list(_SPECIAL.values())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=wanted.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(texts, trainer)
+    if raw.get_vocab_size() < wanted.vocabulary:
+        have = raw.get_vocab_size()
+        raise SpecError(
+            f"tokenizer.vocabulary={wanted.vocabulary}: the training text yields only {have} tokens; ask for at most {have}"
+        )
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **_SPECIAL)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256, in hex, of what decides a text's tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f"{rules}\n{tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+# Tokens on disk
+
+
+def tokenise(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, cache: Path, *, title: str, show: bool = True
+) -> Tokens:
+    """The tokens of every document, each begun as the tokenizer begins a text and ended by its end-of-text token.
+
+    cache: the folder in which they are kept. show: a progress bar on standard error.
+    Raises `SpecError` for a tokenizer without an end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise SpecError("tokenizer: it has no end-of-text token, which documents are told apart by; use another")
+    sha256 = _digest(texts)
+    place = cache / hashlib.sha256(f"{sha256}\n{tokenizer_digest(tokenizer)}".encode()).hexdigest()[:24]
+    if not (place / "ends.npy").is_file():
+        _write(texts, tokenizer, place, title, show)
+    ids = np.memmap(place / "ids.bin", dtype=_dtype(tokenizer), mode="r")
+    return Tokens(ids, np.load(place / "ends.npy"), sha256)
+
+
+def _write(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, place: Path, title: str, show: bool) -> None:
+    part = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+    part.mkdir(parents=True)
+    lengths: list[int] = []
+    try:
+        with open(part / "ids.bin", "wb") as file:
+            for ids in _encoded(texts, tokenizer, title, show):
+                file.write(ids.tobytes())
+                lengths.append(len(ids))
+        np.save(part / "ends.npy", np.cumsum(lengths, dtype=np.int64))
+        write_atomically(part / "about.json", json.dumps({"documents": len(lengths), "tokens": sum(lengths)}) + "\n")
+        part.rename(place)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, title: str, show: bool) -> Iterator[np.ndarray]:
+    from rich.console import Console
+
+    starts = range(0, len(texts), _BATCH)
+    kind, end = _dtype(tokenizer), tokenizer.eos_token_id
+    for start in track(starts, title, console=Console(stderr=True), disable=not show, transient=True):
+        batch = list(texts[start : start + _BATCH])
+        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+            yield np.array(ids if ids[-1:] == [end] else [*ids, end], dtype=kind)
+
+
+def _dtype(tokenizer: PreTrainedTokenizerBase) -> type:
+    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+
+
+def _digest(texts: Iterable[str]) -> str:
+    total = hashlib.sha256()
+    for text in texts:
+        total.update(f"{len(text)}\n{text}".encode())
+    return total.hexdigest()

@@ -1,0 +1,172 @@
+"""What a training says: a file of metrics, a live line, a picture, and operations against what the device can do.
+
+`metrics.jsonl` is only ever appended to. A resumed run first says at which step it starts, so what stands before that with a
+higher step was lost in a kill and made again; `read_metrics` leaves it out, and a torn last line too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+
+from longspan.compare.results import duration, size
+from longspan.facts import facts_of
+
+Record = dict[str, Any]
+
+METRICS = "metrics.jsonl"
+PEAK_FLOPS = {
+    "H200": 989.4e12,
+    "H100 PCIe": 756.5e12,
+    "H100 NVL": 835.5e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+}
+"""Dense bf16 operations a second by what is in the device's name, from NVIDIA's data sheets; the first that fits counts."""
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """What one device can do at most in a second, in this dtype; None where that is not known."""
+    if device.type != "cuda" or dtype == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of training on one token: `products` of weights, and `attention`, which grows with the length."""
+
+    products: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention
+
+
+def work(causal: PreTrainedModel, length: int) -> Work:
+    """Two operations a weight forward, two backward for the states and two for the weight if it trains; attention over half
+    the pairs of `length` tokens, forward once and backward twice. Embeddings are looked up, unless they are the output
+    matrix too. What gradient checkpointing makes again does not count."""
+    facts = facts_of(causal)
+    head, read = causal.get_output_embeddings(), causal.get_input_embeddings()
+    tied = head is not None and head.weight is read.weight
+    sizes = [(p.numel(), p.requires_grad) for p in causal.parameters() if tied or p is not read.weight]
+    products = sum(n * (6.0 if trains else 4.0) for n, trains in sizes)
+    return Work(products, 6.0 * facts.layers * facts.heads * facts.head_dim * length)
+
+
+class Journal:
+    """Appends records to a run's metrics, one JSON object a line."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / METRICS
+
+    def write(self, record: Record) -> None:
+        """One line, whole before the next; floats that are not finite become null."""
+        safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with open(self.path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":  # torn by a kill
+                    file.write(b"\n")
+            file.write(json.dumps(safe).encode() + b"\n")
+
+
+def read_metrics(folder: Path) -> list[Record]:
+    """The records of a run in order, each step once, without those that a resumed run made again."""
+    path, found = folder / METRICS, list[Record]()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("event") == "start":
+            found = [r for r in found if r["step"] <= record["step"]]
+        found.append(record)
+    return found
+
+
+class Live:
+    """The line that moves: steps, loss, tokens a second, MFU and the time left. Where nobody looks on, a line a record."""
+
+    def __init__(self, total: int, show: bool):
+        self.console = Console(stderr=True, quiet=not show, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._total = total
+
+    def say(self, text: str) -> None:
+        """One line, as it is."""
+        (self._bar.console if self._bar else self.console).print(text, markup=False)
+
+    def start(self, done: int) -> None:
+        if not (self.console.is_terminal and not self.console.quiet):
+            return
+        columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self.console, transient=True)
+        self._bar.start()
+        self._bar.add_task("", total=self._total, completed=done)
+
+    def step(self, done: int) -> None:
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=done)
+
+    def record(self, record: Record) -> None:
+        """Shows what was just measured."""
+        text = describe(record)
+        if self._bar and "loss" in record:
+            self._bar.update(self._bar.task_ids[0], description=text)
+        else:
+            self.say(f"step {record['step']:,} of {self._total:,}: {text}")
+
+    def stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def describe(record: Record) -> str:
+    """A record for people."""
+    parts = []
+    for key, form in (
+        ("loss", "loss {:.4g}"),
+        ("valid_loss", "valid loss {:.4g}"),
+        ("tokens_per_s", "{:,.0f} tokens/s"),
+    ):
+        if record.get(key) is not None:
+            parts.append(form.format(record[key]))
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    if record.get("left_s") is not None:
+        parts.append(f"{duration(record['left_s'])} left")
+    if record.get("peak_bytes") is not None:
+        parts.append(size(record["peak_bytes"]))
+    return ", ".join(parts)
+
+
+def plot(records: list[Record], path: Path, title: str) -> None:
+    """Loss against steps, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("valid_loss", "validation", "o-")):
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,418 @@
+"""`train`: a recipe carried out, from nothing to a model folder, or from wherever an earlier run was stopped.
+
+out/recipe.yaml        the recipe with every key; another one in the same folder is refused
+out/run.json           what the recipe does not hold: digests of data and weights, the method's settings
+out/tokenizer/         where one was trained
+out/tokens/            the data as token ids
+out/checkpoints/       the last two, each whole or not there
+out/metrics.jsonl      step by step
+out/loss.png
+out/model/             the result: weights, tokenizer, recipe
+out/result.json        written last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+
+from longspan import models
+from longspan.compare.results import duration
+from longspan.compare.store import write_atomically
+from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.facts import facts_of
+from longspan.method import Combination
+from longspan.training import build
+from longspan.training.data import Tokens, check_source, documents, load_tokenizer, tokenise, train_tokenizer
+from longspan.training.loss import NextToken, causal_model
+from longspan.training.metrics import Journal, Live, peak_flops, plot, read_metrics, work
+from longspan.training.proofs import prove_boundaries, prove_jump
+from longspan.training.recipe import Recipe, TokenizerRecipe, differences, read_recipe
+from longspan.training.samples import Course, TextWindows, Validation, check_enough
+from longspan.training.trainer import (
+    CHECKPOINTS,
+    RECIPE,
+    RecipeTrainer,
+    Recorder,
+    clear_broken,
+    newest_checkpoint,
+    save_folder,
+)
+
+_RUN, _RESULT, _LOCK = "run.json", "result.json", ".lock"
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training came to. Losses are means in nats a token, the last that were measured; `seconds` and `tokens_per_s`
+    leave validation and saving out, and the speed the first record of every start too. `resumed_from` is a step."""
+
+    out: str
+    model: str
+    steps: int
+    tokens: int
+    parameters: int
+    loss: float | None
+    valid_loss: float | None
+    seconds: float
+    tokens_per_s: float | None
+    mfu: float | None
+    peak_bytes: int | None
+    resumed_from: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that stands before the first step."""
+
+    recipe: Recipe
+    out: Path
+    arguments: TrainingArguments
+    dtype: str
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    method: Combination | None
+    tokens: Tokens
+    valid: Tokens | None
+
+
+def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> TrainResult:
+    """Trains as the recipe says, and returns what came of it; a run that was stopped goes on where it was.
+
+    recipe: a YAML file, a mapping of the same form, or a recipe that was read. overrides: keys on top; dotted ones as `**{"training.steps": 200}`.
+    Raises `LongspanError` for what cannot be, before anything is written where that can be known.
+    """
+    read = read_recipe(recipe.to_dict() if isinstance(recipe, Recipe) else recipe, overrides.items())
+    check(read)
+    arguments, dtype = _arguments(read)
+    out = Path(read.out).expanduser()
+    main = arguments.process_index == 0
+    with _owned(out) if main else contextlib.nullcontext():
+        with arguments.main_process_first(local=False):
+            _open(out, read)
+            if (done := _finished(out)) is not None:
+                return done
+            job = _prepare(read, out, arguments, dtype)
+        return _carry_out(job)
+
+
+def check(recipe: Recipe) -> None:
+    """Raises `LongspanError` for what can be refused without reading data or weights."""
+    for key, name in (("data.train", recipe.data.train), ("data.valid", recipe.data.valid)):
+        if name is not None:
+            check_source(name, key)
+    if isinstance(recipe.model, str):
+        build.check_method(recipe, models.inspect_model(recipe.model))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise NotSupported(
+            "longspan train splits the data among devices and keeps the whole model on each; run it under torchrun, or under "
+            "accelerate launch without FSDP and DeepSpeed"
+        )
+
+
+# Before the first step
+
+
+def _arguments(recipe: Recipe) -> tuple[TrainingArguments, str]:
+    """The Trainer's settings, and the number format that was chosen."""
+    wanted, devices = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available()
+    dtype = wanted.dtype or ("bf16" if cuda else "fp32")
+    micro = wanted.micro_batch or max(1, wanted.batch // devices)
+    if wanted.batch % (micro * devices):
+        near = max(1, round(wanted.batch / (micro * devices))) * micro * devices
+        raise SpecError(
+            f"training.batch={wanted.batch} does not divide into micro-batches of {micro} on {devices} device"
+            f"{'s' * (devices > 1)}; the nearest that does is training.batch={near}"
+        )
+    validates = recipe.data.valid is not None
+    made = TrainingArguments(
+        output_dir=str(Path(recipe.out).expanduser() / CHECKPOINTS),
+        max_steps=wanted.steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=wanted.batch // (micro * devices),
+        learning_rate=wanted.learning_rate,
+        lr_scheduler_type=_SCHEDULES[wanted.schedule],
+        warmup_steps=wanted.warmup,
+        weight_decay=wanted.weight_decay,
+        adam_beta1=wanted.betas[0],
+        adam_beta2=wanted.betas[1],
+        max_grad_norm=wanted.clip or 0.0,
+        optim="adamw_torch_fused" if cuda else "adamw_torch",
+        bf16=dtype == "bf16",
+        use_cpu=not cuda,
+        seed=recipe.seed,
+        train_sampling_strategy="sequential",
+        logging_steps=wanted.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if wanted.save_every else "no",
+        save_steps=wanted.save_every or 1,
+        save_total_limit=2,
+        eval_strategy="steps" if validates else "no",
+        eval_steps=(wanted.eval_every or 10 * wanted.log_every) if validates else None,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        ddp_find_unused_parameters=False,
+    )
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # the Trainer would take DataParallel; several GPUs are for torchrun
+    return made, dtype
+
+
+@contextlib.contextmanager
+def _owned(out: Path) -> Iterator[None]:
+    """The run's folder, for this process alone; the lock is the kernel's, which a dead process does not keep."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise LongspanError(f"{out} cannot hold a run: {error.strerror or error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise LongspanError(f"another training is writing to {out}; wait until it ends, or name another out") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _open(out: Path, recipe: Recipe) -> None:
+    """Writes the recipe into a new folder; refuses a folder that holds another one's run, or anything else."""
+    stored, now = out / RECIPE, recipe.to_dict()
+    if stored.is_file():
+        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        changed = differences({**before, "out": ""}, {**now, "out": ""})
+        if changed:
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise SpecError(
+                f"{out} holds a run of another recipe ({'; '.join(changed[:5])}{more}); give the old values to go on with it, "
+                "or another out to start anew"
+            )
+        return
+    if others := [p.name for p in out.iterdir() if p.name != _LOCK]:
+        raise LongspanError(f"{out} is not a run and is not empty ({min(others)} is in it); name a new folder")
+    write_atomically(stored, yaml.safe_dump(now, sort_keys=False))
+
+
+def _prepare(recipe: Recipe, out: Path, arguments: TrainingArguments, dtype: str) -> _Job:
+    main = arguments.process_index == 0
+    texts = documents(recipe.data, "data.train")
+    tokenizer = _tokenizer(recipe, out, texts)
+    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    config = build.model_config(recipe, len(tokenizer), special)
+    method = build.check_method(recipe, facts_of(config))
+    tokens = tokenise(texts, tokenizer, out / "tokens", title="tokens to train on", show=main)
+    valid = None
+    if recipe.data.valid is not None:
+        texts = documents(recipe.data, "data.valid")
+        valid = tokenise(texts, tokenizer, out / "tokens", title="tokens to validate on", show=main)
+    job = _Job(recipe, out, arguments, dtype, tokenizer, config, method, tokens, valid)
+    _same_inputs(job)
+    return job
+
+
+def _tokenizer(recipe: Recipe, out: Path, texts: Any) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer; one that is trained is trained once."""
+    if isinstance(recipe.model, str):
+        return load_tokenizer(recipe.model)
+    if not isinstance(recipe.tokenizer, TokenizerRecipe):
+        assert recipe.tokenizer is not None
+        return load_tokenizer(recipe.tokenizer)
+    place = out / "tokenizer"
+    if not place.is_dir():
+        with _filling(place) as folder:
+            train_tokenizer(texts, recipe.tokenizer).save_pretrained(folder)
+    return load_tokenizer(str(place))
+
+
+def _same_inputs(job: _Job) -> None:
+    """Stores what was read beside the recipe; refuses to go on with other data or other weights."""
+    now: dict[str, Any] = {
+        "data.train": job.tokens.sha256,
+        "data.valid": job.valid.sha256 if job.valid else None,
+        "weights": models.fingerprint(job.recipe.model) if isinstance(job.recipe.model, str) else None,
+        "method": job.method.spec if job.method else None,
+    }
+    place = job.out / _RUN
+    if not place.is_file():
+        write_atomically(place, json.dumps(now, indent=1) + "\n")
+        return
+    before = json.loads(place.read_text(encoding="utf-8"))
+    if changed := [key for key in now if now[key] != before.get(key)]:
+        raise LongspanError(
+            f"{job.out} was begun with other content of {', '.join(changed)}: what the name stands for has changed since. "
+            "Bring it back to go on, or name another out to start anew"
+        )
+
+
+# The run
+
+
+def _carry_out(job: _Job) -> TrainResult:
+    if job.arguments.process_index == 0:
+        clear_broken(job.out)
+    checkpoint = newest_checkpoint(job.out)
+    weights = build.weights_dtype(job.dtype)
+    if checkpoint is None:
+        model = build.build(job.recipe, job.config, job.method, weights)
+    else:
+        model = build.rebuild(job.recipe, checkpoint, job.method, weights)
+    causal = causal_model(model)
+    if job.recipe.training.gradient_checkpointing:
+        build.checkpoint_activations(causal)
+    _prove(job, model)
+    live = Live(job.recipe.training.steps, show=job.arguments.process_index == 0)
+    _announce(job, live, causal, checkpoint)
+    trainer = _trainer(job, model, live)
+    if job.recipe.training.compile:
+        causal.base_model.compile(dynamic=False)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        live.stop()
+    return _finish(job, model, causal)
+
+
+def _prove(job: _Job, model: nn.Module) -> None:
+    causal = causal_model(model)
+    if job.recipe.positions.kind == "pose" and job.recipe.positions.skips:
+        prove_jump(causal)
+    if job.recipe.data.packing == "boundaries":
+        prove_boundaries(causal)
+
+
+def _announce(job: _Job, live: Live, causal: nn.Module, checkpoint: Path | None) -> None:
+    count, devices = sum(p.numel() for p in causal.parameters()), job.arguments.world_size
+    what = job.recipe.model if isinstance(job.recipe.model, str) else f"a new {job.config.model_type}"
+    where = f"{devices} device{'s' * (devices > 1)} ({job.arguments.device.type}, {job.dtype})"
+    live.say(f"{what}, {count / 1e6:,.1f} M parameters, {len(job.tokens.ids):,} tokens of text, on {where}")
+    if devices == 1 and torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        live.say(
+            f"{torch.cuda.device_count()} GPUs are here and one is used: torchrun --nproc-per-node=gpu -m longspan train …"
+        )
+    if checkpoint is not None:
+        live.say(f"going on from {checkpoint}")
+
+
+def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
+    recipe, data, steps = job.recipe, job.recipe.data, job.recipe.training
+    pad = job.tokenizer.pad_token_id if job.tokenizer.pad_token_id is not None else job.tokenizer.eos_token_id
+    windows = TextWindows(job.tokens, data.length, data.packing, pad, recipe.positions.pose(data.length), recipe.seed)
+    check_enough(windows, "data.train", data.length, len(job.tokens.ids))
+    validation = None
+    if job.valid is not None:
+        ordinary = TextWindows(job.valid, data.length, data.packing, pad)
+        check_enough(ordinary, "data.valid", data.length, len(job.valid.ids))
+        validation = Validation(ordinary, data.valid_samples)
+    peak = peak_flops(job.arguments.device, job.dtype)
+    recorder = Recorder(
+        Journal(job.out),
+        live,
+        tokens=steps.batch * data.length,
+        flops=work(causal_model(model), data.length).total,
+        peak=peak and peak * job.arguments.world_size,
+    )
+    return RecipeTrainer(
+        recipe=recipe,
+        tokenizer=job.tokenizer,
+        model=NextToken(model, steps.loss_chunk),
+        args=job.arguments,
+        train_dataset=Course(windows, steps.steps * steps.batch, recipe.seed),
+        eval_dataset=validation,
+        callbacks=[recorder],
+    )
+
+
+def _finish(job: _Job, model: nn.Module, causal: nn.Module) -> TrainResult:
+    """Writes the result; other processes wait for it."""
+    if job.arguments.process_index == 0:
+        lora = job.recipe.lora
+        parameters = sum(p.numel() for p in causal.parameters())
+        final = model.merge_and_unload() if lora and lora.save == "merged" else model  # type: ignore[operator]
+        with _filling(job.out / "model") as folder:
+            save_folder(final, job.tokenizer, job.recipe, folder)
+        records = read_metrics(job.out)
+        plot(records, job.out / "loss.png", job.out.resolve().name)
+        result = _result(job, records, parameters)
+        write_atomically(job.out / _RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
+    with job.arguments.main_process_first(local=False):
+        done = _finished(job.out)
+    assert done is not None, "the main process has written the result"
+    return done
+
+
+def _result(job: _Job, records: list[dict[str, Any]], parameters: int) -> TrainResult:
+    def last(key: str) -> Any:
+        return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
+
+    timed = [(before, r) for before, r in itertools.pairwise(records) if "seconds" in r]
+    warm = [r for before, r in timed if before.get("event") != "start"]
+    steps, data = job.recipe.training, job.recipe.data
+    speeds = [r["tokens_per_s"] * r["seconds"] for r in warm]
+    seconds = sum(r["seconds"] for r in warm)
+    shares = [r["mfu"] * r["seconds"] for r in warm if r.get("mfu") is not None]
+    starts = [r["step"] for r in records if r.get("event") == "start"]
+    return TrainResult(
+        out=str(job.out),
+        model=str(job.out / "model"),
+        steps=steps.steps,
+        tokens=steps.steps * steps.batch * data.length,
+        parameters=parameters,
+        loss=last("loss"),
+        valid_loss=last("valid_loss"),
+        seconds=sum(r["seconds"] for _, r in timed),
+        tokens_per_s=sum(speeds) / seconds if seconds else None,
+        mfu=sum(shares) / seconds if shares else None,
+        peak_bytes=last("peak_bytes"),
+        resumed_from=starts[-1] or None if starts else None,
+    )
+
+
+def _finished(out: Path) -> TrainResult | None:
+    place = out / _RESULT
+    return TrainResult(**json.loads(place.read_text(encoding="utf-8"))) if place.is_file() else None
+
+
+def terminal(done: TrainResult, console: Console) -> None:
+    """Prints the result for people."""
+    losses = f"loss {done.loss:.4g}" + (f", valid loss {done.valid_loss:.4g}" if done.valid_loss is not None else "")
+    speed = f", {done.tokens_per_s:,.0f} tokens/s" if done.tokens_per_s else ""
+    console.print(f"{done.steps:,} steps, {done.tokens:,} tokens in {duration(done.seconds)}{speed}: {losses}")
+    console.print(f"the model is in {done.model}, its course in {done.out}/loss.png and {done.out}/metrics.jsonl")
+
+
+@contextlib.contextmanager
+def _filling(place: Path) -> Iterator[Path]:
+    """A folder beside `place` that takes its place, whole, when the block ends well."""
+    part = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(place, ignore_errors=True)
+        part.rename(place)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,159 @@
+"""Samples out of tokens: what a model reads, which token comes next, and at which positions.
+
+Step after step, sample i of the training is number i in one long row, which knows its epoch and, through a permutation of the
+seed and the epoch, its window. Nothing depends on what ran before, on the number of devices or on who asks: a resumed run
+reads what an unbroken one would.
+
+    plain        windows of the documents one after another; a window may hold the end of one and the start of another
+    boundaries   the same windows, with positions that start anew at every document and no attention across
+    none         one window a document, from its start; short ones are padded
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from longspan.errors import SpecError
+from longspan.positions.pose import SPAN, PoSE, sampler
+from longspan.training.data import Tokens
+
+IGNORE = -100
+"""The label of a place where no loss is wanted."""
+
+Sample = dict[str, np.ndarray]
+
+
+class Windows(Protocol):
+    """Samples by number; `epoch` is the repetition of the data that they are drawn for."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, epoch: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """Windows of `length` tokens with the labels one token ahead. With `pose`, positions and text are drawn anew for every
+    sample and epoch."""
+
+    tokens: Tokens
+    length: int
+    packing: Literal["plain", "boundaries", "none"]
+    pad: int
+    pose: PoSE | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.packing == "none":
+            sizes = np.diff(self.tokens.ends, prepend=0)
+            whole = np.flatnonzero(sizes > (self.length if self.pose else 1))
+            object.__setattr__(self, "_documents", whole)
+
+    def __len__(self) -> int:
+        if self.packing == "none":
+            return len(self._documents)  # type: ignore[attr-defined]
+        return max(0, (len(self.tokens.ids) - 1) // self.length)
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        if self.pose is not None:
+            return self._posed(index, epoch, self.pose)
+        if self.packing == "none":
+            return self._document(index)
+        start = index * self.length
+        ids = self.tokens.ids[start : start + self.length + 1].astype(np.int64)
+        if self.packing == "plain":
+            return {"input_ids": ids[:-1], "labels": ids[1:]}
+        return self._bounded(ids, start)
+
+    def _bounded(self, ids: np.ndarray, start: int) -> Sample:
+        """Documents apart: transformers reads positions that start anew, without a mask, as documents to keep apart."""
+        places = np.arange(start, start + self.length)
+        number = np.searchsorted(self.tokens.ends, places, side="right")
+        begins = np.maximum(np.concatenate(([0], self.tokens.ends))[number], start)
+        last = places + 1 == self.tokens.ends[number]
+        return {
+            "input_ids": ids[:-1],
+            "labels": np.where(last, IGNORE, ids[1:]),
+            "position_ids": places - begins,
+        }
+
+    def _document(self, index: int) -> Sample:
+        document = self.tokens.document(self._documents[index])  # type: ignore[attr-defined]
+        ids = document[: self.length + 1].astype(np.int64)
+        inputs, labels = np.full(self.length, self.pad), np.full(self.length, IGNORE)
+        read = min(len(ids), self.length)
+        inputs[:read] = ids[:read]
+        labels[: len(ids) - 1] = ids[1:]
+        return {
+            "input_ids": inputs,
+            "labels": labels,
+            "attention_mask": (np.arange(self.length) < read).astype(np.int64),
+        }
+
+    def _posed(self, index: int, epoch: int, pose: PoSE) -> Sample:
+        """The mask of ones matters: without it transformers takes a jump of positions for another document."""
+        span = SPAN * self.length
+        if self.packing == "none":
+            text = self.tokens.document(self._documents[index])[:span]  # type: ignore[attr-defined]
+        else:
+            text = self.tokens.ids[index * self.length : index * self.length + span]
+        draw = pose.draw(sampler(self.seed, epoch, index), len(text))
+        ids = text[draw.tokens].astype(np.int64)
+        return {
+            "input_ids": ids[:-1],
+            "labels": ids[1:],
+            "position_ids": draw.positions,
+            "attention_mask": np.ones(self.length, dtype=np.int64),
+        }
+
+
+class Course(Dataset[Sample]):
+    """Every sample of a training, in its order: `total` of them, through the windows again and again, shuffled anew each time
+    by (seed, epoch)."""
+
+    def __init__(self, windows: Windows, total: int, seed: int):
+        self.windows, self.total, self.seed = windows, total, seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, place: int) -> Sample:
+        epoch, rest = divmod(place, len(self.windows))
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.windows))
+        return self.windows.sample(int(self._order[1][rest]), epoch)
+
+
+class Validation(Dataset[Sample]):
+    """At most `count` windows, evenly spread and always the same."""
+
+    def __init__(self, windows: Windows, count: int):
+        self.windows = windows
+        self.places = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, place: int) -> Sample:
+        return self.windows.sample(int(self.places[place]), 0)
+
+
+def check_enough(windows: Windows, key: str, length: int, have: int) -> None:
+    """Raises `SpecError` where a text gives not even one window."""
+    if len(windows) == 0:
+        raise SpecError(
+            f"{key} has {have:,} tokens, too few for data.length={length:,}; give a longer text or a lower length"
+        )
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """A batch: every entry (B, length), int64."""
+    return {key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0]}

@@ -1,0 +1,203 @@
+"""transformers' Trainer, with what a run here adds: whole checkpoints, an exact validation loss, and metrics.
+
+The loop, the devices, mixed precision and the optimiser are the Trainer's and accelerate's; so a recipe runs alike in one
+process and under torchrun or `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from longspan.compare import cost
+from longspan.compare.store import write_atomically
+from longspan.errors import LongspanError
+from longspan.fetching import quiet
+from longspan.training.loss import NextToken
+from longspan.training.metrics import Journal, Live
+from longspan.training.recipe import Recipe
+from longspan.training.samples import collate
+
+CHECKPOINTS = "checkpoints"
+COMPLETE = "complete.json"
+"""Written last into a checkpoint: one without it was cut short."""
+RECIPE = "recipe.yaml"
+
+
+def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: str | Path) -> None:
+    """Weights as safetensors, configuration, tokenizer and recipe."""
+    with quiet():
+        model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    (Path(folder) / RECIPE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+class RecipeTrainer(Trainer):
+    """A Trainer over a `NextToken` module, whose inner model is what is saved."""
+
+    def __init__(self, *, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, **rest: Any):
+        super().__init__(data_collator=collate, **rest)
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.remove_callback(PrinterCallback)
+
+    @property
+    def next_token(self) -> NextToken:
+        assert isinstance(self.model, NextToken)
+        return self.model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The inner model as a folder that loads; by the main process."""
+        if self.args.should_save:
+            save_folder(self.next_token.model, self.tokenizer, self.recipe, output_dir or self.args.output_dir or "")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: the model was built from the checkpoint."""
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean loss over all labels of the validation samples, whatever the batches and devices."""
+        self.next_token.eval()
+        rows = []
+        for batch in self.get_eval_dataloader(eval_dataset):
+            out = self.next_token(**self._prepare_inputs(batch))
+            rows.append(self.accelerator.gather_for_metrics(torch.stack((out["sums"].double(), out["counts"]), 1)))
+        total, count = torch.cat(rows).sum(0).tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / count}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Recorder(TrainerCallback):
+    """Writes what the Trainer logs into the run's metrics and onto the screen. Times leave validation and saving out."""
+
+    def __init__(self, journal: Journal, live: Live, *, tokens: int, flops: float, peak: float | None):
+        """tokens: of one step over all devices. flops: operations a token. peak: what all devices can do in a second."""
+        self.journal, self.live = journal, live
+        self.tokens, self.flops, self.peak = tokens, flops, peak
+        self._since, self._step = 0.0, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        cost.reset_peak(args.device)
+        self._since, self._step = time.perf_counter(), state.global_step
+        if state.is_world_process_zero:
+            start = {"event": "start", "step": state.global_step, "devices": args.world_size, "time": time.time()}
+            self.journal.write({**start, **cost.versions(), "device": cost.machine(args.device)["device_name"]})
+            self.live.start(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+        self.live.step(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            record = self._measured(args, state, logs)
+        elif "eval_loss" in logs:
+            record = {"step": state.global_step, "valid_loss": logs["eval_loss"]}
+        else:
+            return
+        if state.is_world_process_zero:
+            self.journal.write(record)
+            self.live.record(record)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise LongspanError(
+                f"the loss at step {state.global_step} is {logs['loss']}: the training has come apart. Try a lower "
+                "training.learning_rate, more training.warmup, or a lower training.clip"
+            )
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Marks the checkpoint as whole once every process has written its part."""
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+            _sync(folder)
+            write_atomically(
+                folder / COMPLETE, json.dumps({"step": state.global_step, "devices": args.world_size}) + "\n"
+            )
+        self._since = time.perf_counter()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.live.stop()
+
+    def _measured(self, args: TrainingArguments, state: TrainerState, logs: dict[str, float]) -> dict[str, Any]:
+        """The record of the steps since the last one. The loss has been read from the device, so all work is done."""
+        now, steps = time.perf_counter(), state.global_step - self._step
+        seconds = now - self._since
+        self._since, self._step = now, state.global_step
+        speed = steps * self.tokens / seconds
+        return {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "grad_norm": logs.get("grad_norm"),
+            "learning_rate": logs.get("learning_rate"),
+            "seconds": seconds,
+            "tokens_per_s": speed,
+            "mfu": None if self.peak is None else speed * self.flops / self.peak,
+            "peak_bytes": cost.read_peak(args.device),
+            "left_s": (state.max_steps - state.global_step) * seconds / steps,
+        }
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The last whole checkpoint of a run; None where there is none."""
+    found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if (p / COMPLETE).is_file()]
+    return max(found, key=_step_of, default=None)
+
+
+def clear_broken(out: Path) -> None:
+    """Removes checkpoints that a kill cut short."""
+    for folder in (out / CHECKPOINTS).glob("checkpoint-*"):
+        if not (folder / COMPLETE).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    found = re.search(r"\d+$", folder.name)
+    return int(found[0]) if found else -1
+
+
+def _sync(folder: Path) -> None:
+    """Has the files of a folder written through to the disk."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
