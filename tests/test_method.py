@@ -51,7 +51,6 @@ def of(name: str) -> st.SearchStrategy[Method]:
         "theta": st.floats(2, 1e7),
         "base": st.floats(2, 1e7),
         "share": st.floats(0.1, 1),
-        "size": st.none() | sizes,
     }
     special |= {"scale_base": numbers, "gamma": numbers, "width": even, "buckets": even, "far": st.integers(200, 4096)}
     cls = catalogue()[name]

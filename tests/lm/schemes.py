@@ -50,6 +50,8 @@ LINES = (
     Line("sandwich"),
     Line("t5", "t5:buckets=1"),
     Line("xpos", "xpos:scale_base=1e30", "rope", encoder=False),
+    Line("rope + logn", relative=False, encoder=False),
+    Line("kerple + logn", relative=False, encoder=False),
     Line("tupe", relative=False, endless=False),
     Line("tupe:relative=true", relative=False, endless=False),
 )

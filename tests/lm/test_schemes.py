@@ -10,6 +10,7 @@ from schemes import LINES, WINDOW, Line, build, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from longspan.apply import applied, apply
 from longspan.errors import NotSupported
 from longspan.lm import LongspanForConditionalGeneration, LongspanForMaskedLM, LongspanForSequenceClassification
 from longspan.method import NoMethod, catalogue
@@ -31,7 +32,7 @@ def logits(model: PreTrainedModel, ids: Tensor, **given: object) -> Tensor:
 
 def test_every_scheme_has_a_line() -> None:
     schemes = {n for n, cls in catalogue().items() if issubclass(cls, Scheme) and NoMethod.works_on not in cls.works_on}
-    assert schemes == {line.spec.partition(":")[0] for line in LINES}
+    assert schemes == {line.spec.split(" + ")[0].partition(":")[0] for line in LINES}
 
 
 @every
@@ -173,3 +174,27 @@ def test_classification_reads_real_tokens_only() -> None:
         got = logits(model, ids, attention_mask=mask)
         torch.testing.assert_close(got[:1], logits(model, ids[:1, :12]), **CLOSE)
         model(ids, labels=torch.tensor([0, 2])).loss.backward()
+
+
+@pytest.mark.parametrize("spec", ["rope", "alibi", "kerple", "sandwich", "t5", "xpos", "nope"])
+@pytest.mark.parametrize("method", ["window:size=9", "bca:size=10"])
+def test_methods_that_hide_keys_keep_the_scheme(spec: str, method: str) -> None:
+    """A window over a scheme's own attention: what it sees, and nothing else, by the bias of the true distances."""
+    model, ids = build(spec, num_hidden_layers=1), tokens(2, 40)
+    position = torch.arange(40)
+    first = position - 8 if method.startswith("window") else (position // 5 - 1) * 5
+    mask = (position[None] <= position[:, None]) & (position[None] >= first[:, None])
+    wanted = logits(model, ids, attention_mask=mask[None, None])
+    with applied(model, method):
+        torch.testing.assert_close(logits(model, ids), wanted, **CLOSE)
+        cache, parts = DynamicCache(), []
+        with torch.no_grad():
+            for begin, end in ((0, 21), (21, 33), *((t, t + 1) for t in range(33, 40))):
+                parts.append(model(ids[:, begin:end], past_key_values=cache).logits)
+        torch.testing.assert_close(torch.cat(parts, dim=1), wanted, **CLOSE)
+
+
+def test_methods_that_hide_keys_refuse_places() -> None:
+    for spec in ("sinusoidal", "learned", "tupe"):
+        with pytest.raises(NotSupported):
+            apply(build(spec), "window:size=9")

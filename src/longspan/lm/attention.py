@@ -31,14 +31,16 @@ def scheme_attention(
     scaling: float,
     dropout: float = 0.0,
     position_ids: Tensor | None = None,
+    key_positions: Tensor | None = None,
     pair_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), mask None or boolean
-    (B, 1, Tq, Tk), pair_bias None or (B or 1, H, Tq, Tk); returns (B, Tq, H, D)."""
+    (B, 1, Tq, Tk), key_positions (B or 1, Tk) where they do not just end at the queries',
+    pair_bias None or (B or 1, H, Tq, Tk); returns (B, Tq, H, D)."""
     place = cast(Place, module.place)
     assert position_ids is not None, "the model gives positions to every layer"
-    queries, keys = position_ids, key_positions(position_ids, key.shape[2])
+    queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
     query, key = place.turn(query, key, queries, keys)
     scale = place.query_scale(queries)
     if scale is not None:
@@ -76,7 +78,7 @@ def relative_bias(place: Place, queries: Tensor, keys: Tensor) -> Tensor:
     return place.bias(distances(queries, keys)).transpose(0, 1)
 
 
-def key_positions(positions: Tensor, count: int) -> Tensor:
+def ending_at(positions: Tensor, count: int) -> Tensor:
     """(B or 1, count): of all keys, from those of the queries (B or 1, Tq), which are the last."""
     if count == positions.shape[1]:
         return positions

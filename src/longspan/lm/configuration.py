@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig
 
 from longspan.errors import NotSupported, SpecError
 from longspan.method import parse
-from longspan.positions.scheme import Scheme, Shape
+from longspan.positions.logn import LogN, LogNPlace
+from longspan.positions.scheme import Place, Scheme, Shape
 
 KINDS = ("decoder", "encoder", "encoder-decoder")
 
@@ -18,7 +19,8 @@ KINDS = ("decoder", "encoder", "encoder-decoder")
 class LongspanConfig(PreTrainedConfig):
     """`kind` is decoder, encoder or encoder-decoder; `max_position_embeddings` is the training length in tokens.
 
-    position: a position scheme as a spec string (`rope`, `alibi`, `kerple:kind=power`, …; `longspan methods` lists them).
+    position: a position scheme as a spec string (`rope`, `alibi`, `kerple:kind=power`, `t5 + logn`, …; `longspan methods`
+    lists them).
     Sizes that are left out follow: as many key-value heads as heads, heads of hidden_size / heads, a feed-forward layer of
     8/3 hidden_size rounded up to a multiple of 64, as many decoder layers as encoder layers.
     """
@@ -80,13 +82,30 @@ class LongspanConfig(PreTrainedConfig):
     @property
     def scheme(self) -> Scheme:
         """The position scheme that `position` names. Raises `SpecError` for what is none."""
-        methods = parse(self.position).methods
-        if len(methods) != 1 or not isinstance(methods[0], Scheme):
-            raise SpecError(
-                f"position={self.position!r} is not one position scheme, such as rope, alibi or kerple:kind=power; methods "
-                "for trained models, such as yarn, are put on the model afterwards with longspan.apply"
+        return self._read_position()[0]
+
+    def build_place(self, *, causal: bool) -> Place:
+        """The scheme in a stack of this configuration, with log-n around it where `position` says so."""
+        scheme, logn = self._read_position()
+        place = scheme.build(self.shape(causal=causal))
+        if logn is None:
+            return place
+        if not causal:
+            raise NotSupported(
+                "logn scales a query by how many keys it has seen, and in an encoder it sees all; leave it out"
             )
-        return methods[0]
+        return LogNPlace(place, logn.window or max(2, self.max_position_embeddings))
+
+    def _read_position(self) -> tuple[Scheme, LogN | None]:
+        methods = parse(self.position).methods
+        schemes = [m for m in methods if isinstance(m, Scheme)]
+        logn = [m for m in methods if isinstance(m, LogN)]
+        if len(schemes) != 1 or len(schemes) + len(logn) != len(methods):
+            raise SpecError(
+                f"position={self.position!r} is not one position scheme, such as rope, alibi or kerple:kind=power, alone or with "
+                "logn; methods for trained models, such as yarn, are put on the model afterwards with longspan.apply"
+            )
+        return schemes[0], logn[0] if logn else None
 
     def shape(self, *, causal: bool) -> Shape:
         """What a position scheme is built for."""

@@ -31,7 +31,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from longspan.errors import NotSupported
-from longspan.lm.attention import SCHEME, key_positions
+from longspan.lm.attention import SCHEME, ending_at
 from longspan.lm.configuration import LongspanConfig
 from longspan.positions.scheme import Place
 
@@ -168,7 +168,7 @@ class LongspanPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": LongspanLayer, "attentions": LongspanAttention}
 
     def __init__(self, config: LongspanConfig):
-        if config._attn_implementation is None and not config.scheme.build(config.shape(causal=True)).plain:
+        if config._attn_implementation is None and not config.build_place(causal=config.kind != "encoder").plain:
             config._attn_implementation = SCHEME
         super().__init__(config)
 
@@ -190,7 +190,7 @@ class LongspanModel(LongspanPreTrainedModel):
             raise NotSupported("an encoder-decoder is two stacks: use LongspanForConditionalGeneration")
         self.causal = self.kind != "encoder"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.place = config.scheme.build(config.shape(causal=self.causal))
+        self.place = config.build_place(causal=self.causal)
         cross = self.kind == "decoder with cross-attention"
         self.layers = nn.ModuleList(
             LongspanLayer(config, i, self.place, causal=self.causal, cross=cross)
@@ -235,7 +235,7 @@ class LongspanModel(LongspanPreTrainedModel):
         rotation = self.rotary_emb(embeds, positions) if hasattr(self, "rotary_emb") else None
         pair_bias = None
         if self.place.has("pair_bias"):
-            pair_bias = self.place.pair_bias(positions, key_positions(positions, seen + embeds.shape[1]))
+            pair_bias = self.place.pair_bias(positions, ending_at(positions, seen + embeds.shape[1]))
         hidden = self.dropout(self.place.embed(embeds, positions))
         for layer in self.layers:
             hidden = layer(

@@ -32,7 +32,19 @@ from longspan.models import load
 from longspan.positions.scheme import Scheme
 from longspan.tasks.base import Task, parse_task
 
-SCHEMES = ("sinusoidal", "learned", "nope", "rope", "alibi", "kerple", "kerple:kind=power", "sandwich", "xpos", "t5", "tupe")
+SCHEMES = (
+    "sinusoidal",
+    "learned",
+    "nope",
+    "rope",
+    "alibi",
+    "kerple",
+    "kerple:kind=power",
+    "sandwich",
+    "xpos",
+    "t5",
+    "tupe",
+)
 TIMES = (1, 2, 4, 8, 16, 32)
 HOLDS = 0.05
 """A scheme holds where its loss past the training length is at most so many nats above its loss at it."""
@@ -62,13 +74,17 @@ class Settings:
         for name in self.schemes:
             methods = parse(name).methods
             if len(methods) != 1 or not isinstance(methods[0], Scheme):
-                raise SpecError(f"study: {name!r} is no position scheme; `longspan methods` lists those that work from scratch")
+                raise SpecError(
+                    f"study: {name!r} is no position scheme; `longspan methods` lists those that work from scratch"
+                )
         if not self.schemes or len(set(self.schemes)) < len(self.schemes):
             raise SpecError("study: name each position scheme once")
         if self.seeds < 1 or self.samples < 1:
             raise SpecError("study: seeds and samples must be at least 1")
         if not self.times or sorted(set(self.times)) != list(self.times) or self.times[0] != 1:
-            raise SpecError("study: the lengths are multiples of the training length in rising order from 1, such as 1,2,4,8")
+            raise SpecError(
+                "study: the lengths are multiples of the training length in rising order from 1, such as 1,2,4,8"
+            )
 
 
 @dataclass
@@ -89,7 +105,9 @@ class Curve:
         return first is not None and all(m is not None and m <= first + HOLDS for m in self.mean)
 
 
-def study(recipe: str | Path | dict[str, Any], settings: Settings, out: str | Path, say: Say = print, **overrides: Any) -> Path:
+def study(
+    recipe: str | Path | dict[str, Any], settings: Settings, out: str | Path, say: Say = print, **overrides: Any
+) -> Path:
     """Trains, tests and draws; returns the folder. What is there already is not done again.
 
     recipe: of `longspan.train`, for a model of type longspan; its `out`, `seed` and `model.position` are the study's.
@@ -100,10 +118,14 @@ def study(recipe: str | Path | dict[str, Any], settings: Settings, out: str | Pa
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(settings.seeds):
         for scheme in settings.schemes:
-            own = {"out": str(folder / "models" / f"{_plain(scheme)}-seed{seed}"), "seed": seed, "model.position": scheme}
+            own = {
+                "out": str(folder / "models" / f"{_plain(scheme)}-seed{seed}"),
+                "seed": seed,
+                "model.position": scheme,
+            }
             say(f"{scheme}, seed {seed}: training")
             trained = train(recipe, **{**overrides, **own})
-            _measure(Path(trained.folder), scheme, seed, settings, folder, say)
+            _measure(Path(trained.model), scheme, seed, settings, folder, say)
     return report(folder, settings)
 
 
@@ -123,7 +145,14 @@ def _measure(model_folder: Path, scheme: str, seed: int, settings: Settings, fol
         if model is None:
             model, tokenizer = load(model_folder)
         figures = _figures(model, tokenizer, task, length, settings.samples)
-        record = {"scheme": scheme, "seed": seed, "protocol": protocol, "length": length, "text": settings.text, **figures}
+        record = {
+            "scheme": scheme,
+            "seed": seed,
+            "protocol": protocol,
+            "length": length,
+            "text": settings.text,
+            **figures,
+        }
         with (folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         shown = f"{figures['score']:.3f}" if figures["score"] is not None else figures["reason"]
@@ -137,7 +166,11 @@ def _tasks(window: int, settings: Settings) -> Iterator[tuple[str, int, Task]]:
         yield "non-overlapping", length, parse_task(f"ppl:text={settings.text}")
         if settings.sliding:
             stride = max(1, min(256, length // 2))
-            yield "sliding", length, parse_task(f"ppl:protocol=sliding,window={length},stride={stride},text={settings.text}")
+            yield (
+                "sliding",
+                length,
+                parse_task(f"ppl:protocol=sliding,window={length},stride={stride},text={settings.text}"),
+            )
     yield "field", min(FIELD_TIMES, settings.times[-1]) * window, parse_task(f"field:text={settings.text}")
 
 
