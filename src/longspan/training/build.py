@@ -16,7 +16,8 @@ from longspan.errors import NotSupported, SpecError, nearest
 from longspan.facts import ModelFacts, text_config
 from longspan.fetching import reading
 from longspan.method import Combination, parse
-from longspan.training.recipe import LoraRecipe, Recipe
+from longspan.training.data import load_tokenizer
+from longspan.training.recipe import LoraRecipe, Recipe, TokenizerRecipe
 
 _NOT_SETTINGS = ("model_type", "transformers_version", "architectures", "name_or_path", "_name_or_path")
 
@@ -26,7 +27,14 @@ def weights_dtype(dtype: str) -> torch.dtype:
     return torch.bfloat16 if dtype == "pure-bf16" else torch.float32
 
 
-def model_config(recipe: Recipe, vocabulary: int, special: dict[str, int | None]) -> PreTrainedConfig:
+def vocabulary(recipe: Recipe) -> int:
+    """How many tokens the recipe's tokenizer has or will have; 0 where the model brings its own."""
+    if isinstance(recipe.tokenizer, TokenizerRecipe):
+        return recipe.tokenizer.vocabulary
+    return len(load_tokenizer(recipe.tokenizer)) if recipe.tokenizer else 0
+
+
+def model_config(recipe: Recipe, tokens: int, special: dict[str, int | None]) -> PreTrainedConfig:
     """The configuration to train. From scratch, what the recipe leaves out of vocabulary, window and special tokens comes
     from the tokenizer and from data.length. Raises `LongspanError` for a configuration that cannot be."""
     if isinstance(recipe.model, str):
@@ -38,11 +46,9 @@ def model_config(recipe: Recipe, vocabulary: int, special: dict[str, int | None]
     for key in settings:
         if key not in known:
             raise SpecError(f"model: a {kind} configuration has no key {key!r}; {_closest(key, known)}")
-    if settings.get("vocab_size", vocabulary) < vocabulary:
-        raise SpecError(
-            f"model.vocab_size={settings['vocab_size']}: the tokenizer has {vocabulary} tokens; leave it out"
-        )
-    filled = {"vocab_size": vocabulary, "max_position_embeddings": recipe.data.length, **special, **settings}
+    if settings.get("vocab_size", tokens) < tokens:
+        raise SpecError(f"model.vocab_size={settings['vocab_size']}: the tokenizer has {tokens} tokens; leave it out")
+    filled = {"vocab_size": tokens, "max_position_embeddings": recipe.data.length, **special, **settings}
     with reading(f"model: no {kind} configuration can have these settings"):
         return AutoConfig.for_model(kind, **filled)
 
@@ -66,7 +72,7 @@ def check_method(recipe: Recipe, facts: ModelFacts) -> Combination | None:
     pose = recipe.positions.pose(recipe.data.length)
     target = pose.target if pose else recipe.data.length
     wanted = parse(recipe.method).resolve(facts, target) if recipe.method else None
-    reach = facts.window if wanted is None else wanted.reach(facts)
+    reach = facts.window if wanted is None else _reach(wanted, facts)
     if reach is not None and reach < target:
         key = "positions.target" if pose else "data.length"
         raise SpecError(
@@ -78,6 +84,14 @@ def check_method(recipe: Recipe, facts: ModelFacts) -> Combination | None:
             )
         )
     return wanted
+
+
+def _reach(method: Combination, facts: ModelFacts) -> int | None:
+    """The longest input that a model trained with `method` is for: what a scaling stretches the window to, even where it does
+    not carry as far without training (NTK)."""
+    reach = method.reach(facts)
+    stretched = [int(facts.window * factor) for m in method.methods if (factor := getattr(m, "factor", None))]
+    return None if reach is None else max([reach, *stretched])
 
 
 def build(recipe: Recipe, config: PreTrainedConfig, method: Combination | None, dtype: torch.dtype) -> nn.Module:

@@ -20,9 +20,8 @@ from longspan.compare.results import duration, size
 from longspan.facts import ModelFacts, facts_of, text_config
 from longspan.plan import available, measure
 from longspan.training import build
-from longspan.training.data import load_tokenizer
 from longspan.training.metrics import work
-from longspan.training.recipe import Recipe, TokenizerRecipe
+from longspan.training.recipe import Recipe
 from longspan.training.run import check
 
 _STATE_PASSES = 34
@@ -73,7 +72,7 @@ def plan_training(recipe: Recipe) -> TrainPlan:
     check(recipe)
     device, devices = models.pick_device(), int(os.environ.get("WORLD_SIZE", "1"))
     dtype = recipe.training.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    config = build.model_config(recipe, _vocabulary(recipe), {})
+    config = build.model_config(recipe, build.vocabulary(recipe), {})
     facts = facts_of(config)
     method = build.check_method(recipe, facts)
     with torch.device("meta"):
@@ -105,12 +104,6 @@ def plan_training(recipe: Recipe) -> TrainPlan:
         available=available(device),
         seconds=_seconds(recipe, config, facts, device, dtype, (products, load.attention), micro) / devices,
     )
-
-
-def _vocabulary(recipe: Recipe) -> int:
-    if isinstance(recipe.tokenizer, TokenizerRecipe):
-        return recipe.tokenizer.vocabulary
-    return len(load_tokenizer(recipe.tokenizer)) if recipe.tokenizer else 0
 
 
 def _adapters(model: torch.nn.Module, recipe: Recipe) -> int:

@@ -98,7 +98,8 @@ class _Job:
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> TrainResult:
     """Trains as the recipe says, and returns what came of it; a run that was stopped goes on where it was.
 
-    recipe: a YAML file, a mapping of the same form, or a recipe that was read. overrides: keys on top; dotted ones as `**{"training.steps": 200}`.
+    recipe: a YAML file, a mapping of the same form, or a recipe that was read. overrides: keys on top, dotted ones written
+    `**{"training.steps": 200}`.
     Raises `LongspanError` for what cannot be, before anything is written where that can be known.
     """
     read = read_recipe(recipe.to_dict() if isinstance(recipe, Recipe) else recipe, overrides.items())
@@ -108,7 +109,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> 
     main = arguments.process_index == 0
     with _owned(out) if main else contextlib.nullcontext():
         with arguments.main_process_first(local=False):
-            _open(out, read)
+            if main:
+                _open(out, read)
             if (done := _finished(out)) is not None:
                 return done
             job = _prepare(read, out, arguments, dtype)
@@ -120,8 +122,7 @@ def check(recipe: Recipe) -> None:
     for key, name in (("data.train", recipe.data.train), ("data.valid", recipe.data.valid)):
         if name is not None:
             check_source(name, key)
-    if isinstance(recipe.model, str):
-        build.check_method(recipe, models.inspect_model(recipe.model))
+    build.check_method(recipe, facts_of(build.model_config(recipe, build.vocabulary(recipe), {})))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise NotSupported(
             "longspan train splits the data among devices and keeps the whole model on each; run it under torchrun, or under "
@@ -201,9 +202,13 @@ def _owned(out: Path) -> Iterator[None]:
 
 
 def _open(out: Path, recipe: Recipe) -> None:
-    """Writes the recipe into a new folder; refuses a folder that holds another one's run, or anything else."""
+    """Writes the recipe into a new folder; refuses a folder that holds another one's run, or anything else. What was made
+    for a run that never took a step is made again."""
     stored, now = out / RECIPE, recipe.to_dict()
-    if stored.is_file():
+    if stored.is_file() and not any("loss" in r for r in read_metrics(out)):
+        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+        (out / _RUN).unlink(missing_ok=True)
+    elif stored.is_file():
         before = yaml.safe_load(stored.read_text(encoding="utf-8"))
         changed = differences({**before, "out": ""}, {**now, "out": ""})
         if changed:
@@ -213,7 +218,7 @@ def _open(out: Path, recipe: Recipe) -> None:
                 "or another out to start anew"
             )
         return
-    if others := [p.name for p in out.iterdir() if p.name != _LOCK]:
+    elif others := [p.name for p in out.iterdir() if p.name != _LOCK]:
         raise LongspanError(f"{out} is not a run and is not empty ({min(others)} is in it); name a new folder")
     write_atomically(stored, yaml.safe_dump(now, sort_keys=False))
 

@@ -1,0 +1,317 @@
+"""Whole trainings: killed and resumed, on two processes, with methods and adapters, and what is refused on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recipes_tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import longspan as ls
+import tiny
+from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.training.metrics import describe, read_metrics
+from longspan.training.trainer import COMPLETE, clear_broken, newest_checkpoint
+
+Have = dict[str, Path]
+RESTLESS = {**recipes_tiny.MODEL, "attention_dropout": 0.2, "max_position_embeddings": 256}
+"""Dropout: resuming is only right if the state of the random numbers is."""
+POSE, POSE_128 = {"kind": "pose", "target": 256}, {"kind": "pose", "target": 128}
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_metrics(out) if "loss" in r}
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def start(recipe: dict[str, Any], path: Path, *launcher: str) -> subprocess.Popen[bytes]:
+    """The command line on a recipe, in processes of their own."""
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, *launcher, "-m", "longspan", "train", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module")
+def unbroken(have: Have, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A run of forty steps that nothing disturbed, with all that depends on chance: dropout, PoSE, shuffling."""
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    recipe = recipes_tiny.recipe(
+        have,
+        out,
+        model=RESTLESS,
+        positions=POSE,
+        data={"valid": str(have["valid"])},
+        training={"steps": 40, "eval_every": 8},
+    )
+    ls.train(recipe)
+    return recipe, out
+
+
+def test_a_run_leaves_what_it_says(unbroken: tuple[dict[str, Any], Path]) -> None:
+    _, out = unbroken
+    made = losses(out)
+    assert sorted(made) == list(range(1, 41)) and made[40] < made[1] - 0.5
+    records = read_metrics(out)
+    assert [r["step"] for r in records if "valid_loss" in r] == [8, 16, 24, 32, 40]
+    one = next(r for r in records if "loss" in r)
+    assert {"grad_norm", "learning_rate", "tokens_per_s", "mfu", "peak_bytes"} <= set(one) and one["mfu"] is None
+    assert "tokens/s" in describe(one) and (out / "loss.png").stat().st_size > 5000
+    assert not list(out.glob("**/*.bin")) or {p.name for p in out.glob("**/*.bin")} == {"ids.bin"}
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"checkpoint-36", "checkpoint-40"}
+
+
+def test_the_result_loads_with_its_tokenizer_and_recipe(unbroken: tuple[dict[str, Any], Path]) -> None:
+    recipe, out = unbroken
+    model, tokenizer = ls.load(out / "model", device="cpu", dtype="float32")
+    plain = AutoModelForCausalLM.from_pretrained(out / "model")
+    ids = AutoTokenizer.from_pretrained(out / "model")("alpha beta", return_tensors="pt").input_ids
+    assert tokenizer("alpha beta")["input_ids"] == ids[0].tolist()
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert plain.config.eos_token_id == tokenizer.eos_token_id and plain.dtype == torch.float32
+    assert (
+        yaml.safe_load((out / "model" / "recipe.yaml").read_text())["training"]["steps"] == recipe["training"]["steps"]
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_losses_and_weights(
+    unbroken: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    recipe, whole = unbroken
+    recipe, out = {**recipe, "out": str(tmp_path / "out")}, tmp_path / "out"
+    process = start(recipe, tmp_path / "recipe.yaml")
+    while max(losses(out), default=0) < 10:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    stopped = max(losses(out))
+    assert stopped < 40 and not (out / "model").exists()
+    done = ls.train(recipe)
+    assert done.resumed_from is not None and 0 < done.resumed_from <= stopped
+    assert losses(out) == losses(whole)
+    assert all(torch.equal(w, weights(whole)[name]) for name, w in weights(out).items())
+
+
+def test_a_checkpoint_without_its_mark_does_not_count(tmp_path: Path) -> None:
+    for step, whole in ((4, True), (12, True), (8, True), (16, False)):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if whole:
+            (folder / COMPLETE).write_text("{}")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-12"
+    clear_broken(tmp_path)
+    assert not (tmp_path / "checkpoints" / "checkpoint-16").exists()
+    assert newest_checkpoint(tmp_path / "absent") is None
+
+
+def test_metrics_survive_a_torn_line_and_leave_out_what_was_made_again(tmp_path: Path) -> None:
+    lines = [{"event": "start", "step": 0}, *({"step": s, "loss": 9.0} for s in (1, 2, 3))]
+    again = [{"event": "start", "step": 1}, {"step": 2, "loss": 1.0}]
+    text = [json.dumps(x) for x in lines] + ['{"step": 4, "lo'] + [json.dumps(x) for x in again]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(text) + "\n")
+    assert losses(tmp_path) == {1: 9.0, 2: 1.0}
+
+
+def test_the_same_command_again_changes_nothing(unbroken: tuple[dict[str, Any], Path]) -> None:
+    recipe, out = unbroken
+    before = (out / "metrics.jsonl").read_bytes()
+    assert ls.train(recipe).loss == losses(out)[40]
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused(unbroken: tuple[dict[str, Any], Path]) -> None:
+    recipe, _ = unbroken
+    with pytest.raises(SpecError, match=r"training\.learning_rate: 0\.003 → 0\.002"):
+        ls.train(recipe, **{"training.learning_rate": 0.002})
+
+
+def test_a_mistake_before_the_first_step_does_not_hold_the_folder(have: Have, tmp_path: Path) -> None:
+    recipe = recipes_tiny.recipe(have, tmp_path / "out", training={"steps": 1})
+    with pytest.raises(SpecError, match="too few for data"):
+        ls.train(recipe, **{"data.length": 100_000})
+    assert ls.train(recipe).steps == 1
+
+
+def test_changed_data_is_refused(tmp_path: Path) -> None:
+    have = recipes_tiny.folder(tmp_path / "data")
+    recipe = recipes_tiny.recipe(have, tmp_path / "out", training={"steps": 2})
+    ls.train(recipe)
+    (tmp_path / "out" / "result.json").unlink()  # as if it had been stopped
+    (have["train"] / "1.txt").write_text("something else " * 500)
+    with pytest.raises(LongspanError, match=r"other content of data\.train"):
+        ls.train(recipe)
+
+
+def test_a_folder_of_something_else_is_left_alone(have: Have, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(LongspanError, match=r"letter\.txt is in it"):
+        ls.train(recipes_tiny.recipe(have, tmp_path))
+
+
+def test_micro_batches_change_nothing(have: Have, tmp_path: Path) -> None:
+    made = []
+    for micro in (1, 2, 4):
+        out = tmp_path / str(micro)
+        ls.train(recipes_tiny.recipe(have, out, data={"packing": "none"}, training={"micro_batch": micro, "steps": 4}))
+        made.append(losses(out))
+    for other in made[1:]:
+        assert other == pytest.approx(made[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(have: Have, tmp_path: Path) -> None:
+    outs = [tmp_path / "one", tmp_path / "two"]
+    recipes = [
+        recipes_tiny.recipe(
+            have,
+            out,
+            positions=POSE,
+            model={**recipes_tiny.MODEL, "max_position_embeddings": 256},
+            data={"valid": str(have["valid"]), "valid_samples": 7},
+            training={"steps": 8, "micro_batch": 1},
+            tokenizer={"train": "bpe", "vocabulary": 270},
+        )
+        for out in outs
+    ]
+    ls.train(recipes[0])
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
+    process = start(recipes[1], tmp_path / "recipe.yaml", *launcher)
+    said = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, said
+    assert losses(outs[1]) == pytest.approx(losses(outs[0]), rel=1e-4)
+    valid = [[r["valid_loss"] for r in read_metrics(out) if "valid_loss" in r] for out in outs]
+    assert valid[1] == pytest.approx(valid[0], rel=1e-4)
+    assert read_metrics(outs[1])[0]["devices"] == 2
+
+
+# Fine-tuning
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("base") / "model", window=32)
+
+
+def tuning(have: Have, out: Path, base: Path, *, steps: int = 4, **changes: Any) -> dict[str, Any]:
+    made = recipes_tiny.recipe(have, out, training={"steps": steps}, **changes)
+    del made["tokenizer"]
+    return {**made, "model": str(base)}
+
+
+def test_scaling_for_pose_ends_up_in_the_saved_model(have: Have, base: Path, tmp_path: Path) -> None:
+    recipe = tuning(have, tmp_path / "out", base, positions=POSE_128)
+    ls.train({**recipe, "method": "yarn"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.rope_parameters["rope_type"] == "yarn" and model.config.rope_parameters["factor"] == 4.0
+    assert model.config.max_position_embeddings == 128
+    before = load_file(base / "model.safetensors")
+    assert not torch.equal(weights(tmp_path / "out")["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_scaling_is_still_there_after_a_resume(have: Have, base: Path, tmp_path: Path) -> None:
+    configs = []
+    for stop in (False, True):
+        out = tmp_path / str(stop)
+        recipe = {**tuning(have, out, base, positions=POSE_128, steps=8), "method": "ntk:factor=4"}
+        ls.train(recipe)
+        if stop:  # back to the checkpoint of step 4, as if it had been killed after it
+            (out / "result.json").unlink()
+            shutil.rmtree(out / "checkpoints" / "checkpoint-8")
+            assert ls.train(recipe).resumed_from == 4
+        configs.append(json.loads((out / "model" / "config.json").read_text()))
+    assert configs[0] == configs[1] and configs[0]["longspan"]["method"].startswith("ntk:factor=4")
+    one, two = (weights(tmp_path / str(s)) for s in (False, True))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_target_past_the_scaling_is_refused_before_anything_is_written(
+    have: Have, base: Path, tmp_path: Path
+) -> None:
+    recipe = tuning(have, tmp_path / "out", base, positions={"kind": "pose", "target": 256})
+    with pytest.raises(SpecError, match="reads 128 tokens; use method=yarn:factor=8"):
+        ls.train({**recipe, "method": "ntk:factor=4"})
+    with pytest.raises(SpecError, match="use method=yarn:factor=8"):
+        ls.train(recipe)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("save", ["merged", "adapter"])
+def test_adapters(have: Have, base: Path, tmp_path: Path, save: str) -> None:
+    peft = pytest.importorskip("peft")
+    out = tmp_path / "out"
+    recipe = tuning(have, out, base, steps=8, lora={"rank": 2, "targets": ["q_proj", "v_proj"], "save": save})
+    ls.train(recipe)
+    once = losses(out)
+    (out / "result.json").unlink()
+    assert (out / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors").is_file()
+    shutil.rmtree(out / "checkpoints" / "checkpoint-8")
+    assert ls.train(recipe).resumed_from == 4
+    assert losses(out) == once
+    before = tiny.model(window=32)
+    ids = torch.arange(20)[None]
+    if save == "merged":
+        made, _ = ls.load(out / "model", device="cpu", dtype="float32")
+        assert torch.equal(made.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
+    else:
+        made = peft.PeftModel.from_pretrained(tiny.model(window=32), out / "model")
+    assert not torch.allclose(made(ids).logits, before(ids).logits)
+
+
+def test_an_adapter_for_no_layer_is_refused(have: Have, base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(SpecError, match='did you mean "q_proj"'):
+        ls.train(tuning(have, tmp_path / "out", base, lora={"targets": ["qproj"]}))
+
+
+def test_checkpointing_changes_nothing(have: Have, tmp_path: Path) -> None:
+    made = []
+    for name, more in (("plain", {}), ("checkpointed", {"gradient_checkpointing": True})):
+        out = tmp_path / name
+        ls.train(
+            recipes_tiny.recipe(
+                have, out, data={"packing": "boundaries"}, training={"steps": 3, "loss_chunk": 16, **more}
+            )
+        )
+        made.append(losses(out))
+    assert made[1] == pytest.approx(made[0], rel=1e-5)
+
+
+def test_half_precision_weights(have: Have, tmp_path: Path) -> None:
+    ls.train(recipes_tiny.recipe(have, tmp_path / "out", training={"steps": 2, "dtype": "pure-bf16"}))
+    assert weights(tmp_path / "out")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_training_that_comes_apart_says_so(have: Have, tmp_path: Path) -> None:
+    recipe = recipes_tiny.recipe(have, tmp_path / "out", training={"learning_rate": 1e30, "clip": None})
+    with pytest.raises(LongspanError, match="come apart"):
+        ls.train(recipe)
+
+
+def test_batches_that_do_not_divide_are_refused_with_the_nearest(have: Have, tmp_path: Path) -> None:
+    recipe = recipes_tiny.recipe(have, tmp_path / "out", training={"batch": 7, "micro_batch": 2})
+    with pytest.raises(SpecError, match=r"training\.batch=8"):
+        ls.train(recipe)
+
+
+def test_a_hub_data_set_without_its_library_says_what_to_install(
+    have: Have, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(NotSupported, match=r"longspan\[train\]"):
+        ls.train(recipes_tiny.recipe(have, tmp_path / "out", data={"train": "someone/books"}))

@@ -1,0 +1,95 @@
+"""What a model reads: windows, documents kept apart, padding, PoSE, and an order that depends on nothing but the seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longspan.errors import SpecError
+from longspan.positions.pose import PoSE
+from longspan.training.data import Tokens
+from longspan.training.samples import IGNORE, Course, TextWindows, Validation, check_enough, collate
+
+ENDS = np.array([5, 12, 13, 40])
+TOKENS = Tokens(np.arange(40, dtype=np.uint16), ENDS, "")
+
+
+def windows(packing: Any, length: int = 8, **more: Any) -> TextWindows:
+    return TextWindows(TOKENS, length, packing, 99, **more)
+
+
+def test_plain_windows_follow_one_another() -> None:
+    made = windows("plain")
+    assert len(made) == 4
+    for i in range(4):
+        sample = made.sample(i, 0)
+        assert set(sample) == {"input_ids", "labels"}
+        assert (sample["input_ids"] == np.arange(8 * i, 8 * i + 8)).all()
+        assert (sample["labels"] == sample["input_ids"] + 1).all()
+
+
+def test_boundaries_start_positions_anew_and_predict_nothing_across() -> None:
+    first, second = (windows("boundaries").sample(i, 0) for i in (0, 1))
+    assert first["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert first["labels"].tolist() == [1, 2, 3, 4, IGNORE, 6, 7, 8]
+    assert second["position_ids"].tolist() == [0, 1, 2, 3, 0, 0, 1, 2]  # it starts within a document
+    assert second["labels"].tolist() == [9, 10, 11, IGNORE, IGNORE, 14, 15, 16]
+    assert "attention_mask" not in first
+
+
+def test_one_window_a_document_is_padded_and_masked() -> None:
+    made = windows("none")
+    assert len(made) == 3  # a document of one token has nothing to predict
+    short, long = made.sample(0, 0), made.sample(2, 0)
+    assert short["input_ids"].tolist() == [0, 1, 2, 3, 4, 99, 99, 99]
+    assert short["labels"].tolist() == [1, 2, 3, 4, *[IGNORE] * 4]
+    assert short["attention_mask"].tolist() == [1] * 5 + [0] * 3
+    assert long["input_ids"].tolist() == list(range(13, 21)) and long["labels"].tolist() == list(range(14, 22))
+
+
+@pytest.mark.parametrize("packing", ["plain", "none"])
+def test_pose_reads_on_from_its_window_and_brings_a_mask_of_ones(packing: str) -> None:
+    made = windows(packing, 6, pose=PoSE(6, 100))
+    assert len(made) == (6 if packing == "plain" else 2)  # the documents of more than six tokens
+    for i in range(len(made)):
+        sample = made.sample(i, 3)
+        start = 6 * i if packing == "plain" else (5, 13)[i]
+        assert sample["input_ids"][0] == start and sample["attention_mask"].tolist() == [1] * 6
+        assert (sample["labels"][:-1] == sample["input_ids"][1:]).all() and (sample["labels"] != IGNORE).all()
+        assert sample["position_ids"][0] == 0 and sample["position_ids"].max() < 100
+
+
+def test_pose_is_drawn_anew_in_every_epoch() -> None:
+    made = windows("plain", 8, pose=PoSE(8, 1000))
+    assert (made.sample(1, 0)["position_ids"] == made.sample(1, 0)["position_ids"]).all()
+    assert len({tuple(made.sample(1, e)["position_ids"]) for e in range(5)}) == 5
+
+
+def test_a_course_goes_through_everything_once_an_epoch_in_another_order() -> None:
+    course = Course(windows("plain"), 10, seed=3)
+    starts = [int(course[i]["input_ids"][0]) for i in range(10)]
+    assert sorted(starts[:4]) == sorted(starts[4:8]) == [0, 8, 16, 24]
+    assert starts[:4] != starts[4:8]
+    again = Course(windows("plain"), 10, seed=3)
+    assert [int(again[i]["input_ids"][0]) for i in (9, 2, 5)] == [starts[9], starts[2], starts[5]]
+    assert [int(Course(windows("plain"), 8, seed=4)[i]["input_ids"][0]) for i in range(8)] != starts[:8]
+
+
+def test_validation_is_spread_evenly() -> None:
+    made = Validation(windows("plain", 4), 3)
+    assert [int(made[i]["input_ids"][0]) for i in range(len(made))] == [0, 16, 32]
+    assert len(Validation(windows("plain"), 100)) == 4
+
+
+def test_too_little_text_is_refused() -> None:
+    with pytest.raises(SpecError, match="too few for data"):
+        check_enough(windows("plain", 64), "data.train", 64, 40)
+
+
+def test_batches_are_integers_of_one_shape() -> None:
+    batch = collate([windows("none").sample(i, 0) for i in range(3)])
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert all(v.shape == (3, 8) and v.dtype == torch.int64 for v in batch.values())
