@@ -16,7 +16,6 @@ verdict, and `curves.png` draws them.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -50,6 +49,8 @@ HOLDS = 0.05
 """A scheme holds where its loss past the training length is at most so many nats above its loss at it."""
 FIELD_TIMES = 8
 """The receptive field is taken within so many training lengths."""
+TALL = 3.0
+"""Nats above the best that a plot still shows."""
 SLIDES = 8
 """Strides that a sliding window makes over one sample."""
 
@@ -153,10 +154,16 @@ def _measure(model_folder: Path, scheme: str, seed: int, settings: Settings, fol
             "text": settings.text,
             **figures,
         }
-        with (folder / "results.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        _append(folder / "results.jsonl", record)
         shown = f"{figures['score']:.3f}" if figures["score"] is not None else figures["reason"]
         say(f"{scheme}, seed {seed}: {protocol} at {length:,} tokens: {shown}")
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    """One more line; what a stop left without its end is ended first."""
+    cut = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * cut + json.dumps(record) + "\n")
 
 
 def _tasks(window: int, settings: Settings) -> Iterator[tuple[str, int, Task]]:
@@ -277,8 +284,8 @@ def _draw(path: Path, drawn: dict[str, list[Curve]], fields: dict[str, tuple[lis
         axes.set_xscale("log", base=2)
         lengths = next(iter(drawn[protocol])).lengths
         axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        low = min(m for c in drawn[protocol] for m in c.mean if m is not None)
-        axes.set_ylim(low - 0.1, low + 3)
+        reached = [m for c in drawn[protocol] for m in c.mean if m is not None]
+        axes.set_ylim(min(reached) - 0.1, min(max(reached), min(reached) + TALL) + 0.1)
         axes.set_title(f"Loss (nats a token), {protocol}")
         axes.set_xlabel("length tested (tokens)")
 
@@ -295,13 +302,14 @@ def _draw(path: Path, drawn: dict[str, list[Curve]], fields: dict[str, tuple[lis
     save_png([*panels, field_curves], (4.2 * (len(panels) + 1), 3.4), path)
 
 
-def table(folder: Path) -> list[list[str]]:
-    """Rows for people: scheme, the loss at every length under the first protocol, whether it holds, the receptive field."""
+def table(folder: Path) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows for people: scheme, the loss at every length in disjoint windows, whether it holds, the field."""
     made = json.loads((folder / "study.json").read_text())
+    found = made["curves"]["non-overlapping"]
     rows = []
-    for curve in made["curves"]["non-overlapping"]:
+    for curve in found:
         losses = ["–" if m is None else f"{m:.3f}" for m in curve["mean"]]
         reach = made["field"].get(curve["scheme"])
-        far = "–" if reach is None or math.isnan(reach) else f"{reach:,.0f}"
+        far = "–" if reach is None else f"{reach:,.0f}"
         rows.append([curve["scheme"], *losses, "holds" if curve["holds"] else "does not hold", far])
-    return rows
+    return ["scheme", *(f"{n:,}" for n in found[0]["lengths"]), "past the training length", "field"], rows
