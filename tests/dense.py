@@ -52,8 +52,11 @@ def turned(query: Tensor, angles: Tensor) -> Tensor:
     )
 
 
-def logits(model: LlamaForCausalLM, ids: Tensor, angles: Tensor, visible: Tensor) -> Tensor:
-    """Logits (T, vocabulary) of `ids` (T,) where query i meets key j turned by angles[i, j] (T, T, D/2) if visible[i, j]."""
+def logits(
+    model: LlamaForCausalLM, ids: Tensor, angles: Tensor, visible: Tensor, scales: Tensor | None = None
+) -> Tensor:
+    """Logits (T, vocabulary) of `ids` (T,) where query i meets key j turned by angles[i, j] (T, T, D/2) if visible[i, j], and
+    is multiplied by scales[i]."""
     x = model.model.embed_tokens(ids)
     for layer in model.model.layers:
         attention, normed = layer.self_attn, layer.input_layernorm(x)
@@ -63,6 +66,8 @@ def logits(model: LlamaForCausalLM, ids: Tensor, angles: Tensor, visible: Tensor
         )
         key, value = (y.repeat_interleave(query.shape[0] // y.shape[0], dim=0) for y in (key, value))
         scores = (turned(query, angles) * key[:, None]).sum(-1) * attention.head_dim**-0.5
+        if scales is not None:
+            scores = scores * scales[:, None]
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         x = x + attention.o_proj((weights @ value).transpose(0, 1).flatten(1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))

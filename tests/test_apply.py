@@ -20,7 +20,8 @@ from longspan.engine.core import attention
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.method import Method
 
-EVERY_KIND = ["yarn:factor=2", "dynamic-ntk", "self-extend:group=2,window=4", "streaming:sinks=2,window=6"]
+OWN_DISTANCES = ["dynamic-ntk", "self-extend:group=2,window=4", "rerope:window=4", "streaming:sinks=2,window=6"]
+EVERY_KIND = ["yarn:factor=2", *OWN_DISTANCES, "bca:size=6", "logn:window=6"]
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_in_half_precision(spec: str) -> None:
 # What cannot be done.
 
 
-@pytest.mark.parametrize("spec", EVERY_KIND[1:])
+@pytest.mark.parametrize("spec", OWN_DISTANCES)
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
@@ -159,6 +160,31 @@ def test_unknown_attention_is_refused(spec: str, kind: type, said: str) -> None:
         apply(model, spec)
     assert torch.equal(model(ids).logits, before) and model.config.to_dict() == config
     assert current(apply(model, "yarn:factor=2")).spec == "yarn:factor=2"
+
+
+@pytest.mark.parametrize("spec", ["bca:size=6", "logn:window=6"])
+def test_what_rotates_nothing_runs_under_any_rotation(spec: str) -> None:
+    """But not where the model asks nobody for its attention."""
+    ids = dense.tokens(1, 40)
+    odd = odd_attention.with_layers(dense.llama(layers=2), odd_attention.OddlyRotatedAttention)
+    expected = apply(dense.llama(layers=2), spec)(ids).logits  # its layers turn as Llama's do, whatever its module says
+    torch.testing.assert_close(apply(odd, spec)(ids).logits, expected)
+    for kind in (odd_attention.DeafAttention, odd_attention.FailingAttention):
+        with pytest.raises(NotSupported, match=r"asked for 0 of 2|does not run on LlamaForCausalLM"):
+            apply(odd_attention.with_layers(dense.llama(layers=2), kind), spec)
+
+
+def test_queries_are_scaled_before_any_attention(model: LlamaForCausalLM, untouched: Callable[[], None]) -> None:
+    """The model's own and a method's, whichever of the two is named first."""
+    ids = dense.tokens(1, 40)
+    for other in ("", " + ntk:factor=2", " + self-extend:group=2,window=4", " + dynamic-ntk"):
+        with applied(model, f"logn:window=6{other}"):
+            got = model(ids).logits
+        with applied(model, other.removeprefix(" + ") or "none"):
+            assert (model(ids).logits - got)[:, -1].abs().max() > 1e-3
+            torch.testing.assert_close(model(ids[:, :6]).logits, got[:, :6])
+    with applied(model, "self-extend:group=2,window=4 + logn:window=6"), applied(model, "logn:window=6"):
+        pass
 
 
 def test_sinks_are_not_turned_by_a_rotation_that_is_not_the_models() -> None:

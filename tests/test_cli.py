@@ -57,6 +57,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """The files of the guide to adding a method, by name; what they register is gone after the test."""
+    method.catalogue()  # fills the registry before it is copied
     monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
     monkeypatch.setenv("LONGSPAN_INCLUDE", "")
     found = re.findall(r"<!-- example: (\S+) -->\n```python\n(.*?)```", GUIDE.read_text(), re.S)
@@ -239,7 +240,7 @@ class TestChat:
 
 class TestInclude:
     def test_the_guides_examples_are_methods(self, command: Command, examples: dict[str, Path]) -> None:
-        assert sorted(examples) == ["cutoff.py", "sharpen.py"]
+        assert sorted(examples) == ["cutoff.py", "rootdecay.py", "sharpen.py"]
         for name, path in examples.items():
             entry = json.loads(command("methods", Path(name).stem, "--include", path, "--json").out)
             assert entry["paper"] == "this page"

@@ -116,6 +116,19 @@ self-extend:window=0
 self-extend:window=4m
 self-extend:group=2,window=128
 self-extend:group=two
+rerope:window=0
+rerope:window=128
+rerope:factor=2
+leaky-rerope:factor=0.5
+leaky-rerope:factor=nan
+leaky-rerope:window=4m,factor=2
+window:size=0
+window:size=1.5
+bca:size=7
+bca:size=0
+logn:window=1
+logn + streaming
+window + bca
 dynamic-ntk:factor=0
 dynamic-ntk:factor=nan
 dynamic-ntk:step=0

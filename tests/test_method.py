@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -42,10 +43,27 @@ def of(name: str) -> st.SearchStrategy[Method]:
         "factor": numbers,
         "step": sizes,
         "group": st.none() | sizes,
-        "window": st.none() | sizes if name == "self-extend" else sizes,
+        "window": st.integers(2, 2**16) if name == "streaming" else st.none() | st.integers(2, 2**16),
+        "size": st.none() | st.integers(1, 2**16).map(lambda half: 2 * half),
     }
+    even = st.integers(1, 64).map(lambda n: 4 * n)
+    special |= {
+        "theta": st.floats(2, 1e7),
+        "base": st.floats(2, 1e7),
+        "share": st.floats(0.1, 1),
+    }
+    special |= {"scale_base": numbers, "gamma": numbers, "width": even, "buckets": even, "far": st.integers(200, 4096)}
     cls = catalogue()[name]
-    return st.builds(cls, **{f.name: special[f.name] for f in dataclasses.fields(cls)})
+    hints = typing.get_type_hints(cls)
+    drawn = {f.name: special[f.name] if f.name in special else of_type(hints[f.name]) for f in dataclasses.fields(cls)}
+    return st.builds(cls, **drawn)
+
+
+def of_type(hint: Any) -> st.SearchStrategy:
+    """Values of a choice or a switch."""
+    if typing.get_origin(hint) is Literal:
+        return st.sampled_from(typing.get_args(hint))
+    return st.booleans() if hint is bool else st.none() | st.booleans()
 
 
 DRAWABLE = [name for name in catalogue() if name != "longrope" and catalogue()[name].__module__.startswith("longspan.")]

@@ -80,9 +80,11 @@ def test_operations_are_those_that_torch_counts(tied: bool) -> None:
 
 def test_a_window_costs_a_band_of_the_square() -> None:
     case = _case(tiny.model().config)
-    band = combination("streaming:sinks=4,window=60")
     seen = sum(min(t + 1, 64) for t in range(500))
-    assert plan._attention_flops(case, band, 500) == 4 * 2 * 4 * 16 * seen
+    for spec, kept in (("streaming:sinks=4,window=60", 64), ("window:size=64", 500)):
+        band = combination(spec)
+        assert plan._attention_flops(case, band, 500) == 4 * 2 * 4 * 16 * seen
+        assert plan._kept(case.facts, band, 500) == kept
     mistral = MistralConfig(
         **{k: getattr(tiny.model().config, k) for k in ("vocab_size", "hidden_size", "num_hidden_layers")}
     )
@@ -100,6 +102,7 @@ def test_time_grows_as_the_method_says() -> None:
     )
     assert plan.seconds(case, band, 2**17, SPEEDS)[1] == plan.seconds(case, band, 2**16, SPEEDS)[1] < write
     assert plan.seconds(case, turned, 2**16, SPEEDS)[0] > 2 * read
+    assert plan.seconds(case, combination("window:size=64"), 2**16, SPEEDS)[0] < read
 
 
 def test_longest_length_is_the_last_that_fits() -> None:

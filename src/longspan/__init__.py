@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
         module, _, attribute = _WHERE[name].partition(":")
         value = globals()[name] = getattr(importlib.import_module(module), attribute)
         return value
-    if not name.startswith("_"):
+    if name[0].isupper():  # classes; anything else would import the whole catalogue to look for a submodule
         from longspan.method import catalogue
 
         for cls in catalogue().values():

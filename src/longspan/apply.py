@@ -14,13 +14,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import flash_attention_mask, flex_attention_mask
 
 from longspan.engine.core import attention
 from longspan.errors import LongspanError, NotSupported
@@ -37,6 +39,7 @@ _SITE = "_longspan"
 _SHORT = 8
 """Tokens of the input on which a method is tried."""
 _STILL_WORK = "Methods that only change frequencies may still work: ntk, yarn"
+_ANOTHER = "Use none, or a model with RoPE (Llama, Mistral, Qwen, Phi-3, Gemma, …)"
 T = TypeVar("T")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -44,7 +47,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 @dataclass
 class Attend:
     """One call of attention. Shapes: query (B, H, Tq, D), key and value (B, H_kv, Tk, D) as the cache returned them,
-    mask None or boolean (B, 1, Tq, Tk), position_ids (B or 1, Tq)."""
+    mask None or boolean (B, 1, Tq, Tk), position_ids (B or 1, Tq). `extra` is what else the model says to its attention."""
 
     module: nn.Module
     query: Tensor
@@ -56,14 +59,31 @@ class Attend:
     position_ids: Tensor
     softcap: float | None
     sliding_window: int | None
+    extra: dict[str, Any] = field(default_factory=dict)
+    keys_at: Tensor | None = None
+    """(B or 1, Tk), where the positions of the keys are known to be others than the usual."""
 
     @property
     def key_positions(self) -> Tensor:
         """(B or 1, Tk). Without a cache they are the queries' own, whatever these are; with one, keys end where queries end."""
+        if self.keys_at is not None:
+            return self.keys_at
         if self.key.shape[2] == self.query.shape[2]:
             return self.position_ids
         back = torch.arange(self.key.shape[2] - 1, -1, -1, device=self.key.device)
         return self.position_ids[:, -1:] - back
+
+    def part(self, queries: slice, keys: slice) -> Attend:
+        """The same for some queries and some keys."""
+        return replace(
+            self,
+            query=self.query[:, :, queries],
+            key=self.key[:, :, keys],
+            value=self.value[:, :, keys],
+            mask=None if self.mask is None else self.mask[:, :, queries, keys],
+            position_ids=self.position_ids[:, queries],
+            keys_at=self.key_positions[:, keys],
+        )
 
 
 class Site:
@@ -78,6 +98,8 @@ class Site:
         """What the method that computes attention keeps between calls, for the fast paths in `longspan.engine`."""
         self._undo: list[Callable[[], None]] = []
         self._attend: Callable[[Attend], Tensor] | None = None
+        self._scale: Callable[[Attend], Tensor] | None = None
+        self._own = ""  # the model's own attention implementation, while ours is set
         self._memo: dict[str, Any] = {}
 
     def __reduce__(self) -> NoReturn:
@@ -157,7 +179,7 @@ class Site:
     def attention(self, attend: Callable[[Attend], Tensor], *, own_mask: bool = False) -> None:
         """Runs `attend` as every layer's attention; it returns (B, H, Tq, D)."""
         config = text_config(self.model.config)
-        before = config._attn_implementation
+        before = self._own = config._attn_implementation
         self._attend = attend
         self.model.set_attn_implementation(ATTENTION_OWN_MASK if own_mask else ATTENTION)
         self._undo.append(lambda: self.model.set_attn_implementation(before))
@@ -166,6 +188,61 @@ class Site:
             object.__setattr__(module, _SITE, self)
             self._undo.append(lambda m=module: object.__delattr__(m, _SITE))  # type: ignore[misc]
         self.before_forward(self._begin)
+
+    def own_attention(self, call: Attend, mask: Tensor | None) -> Tensor:
+        """The model's own attention over the call's keys under another mask, (B, H, Tq, D), for methods that only decide what
+        is seen: whatever else the model does to its scores stays. mask: boolean, broadcastable to (B, H, Tq, Tk); None where
+        each query sees all keys up to its own, which is the last one's for the last query."""
+        attend, as_numbers = self._own_function(call.module)
+        new, held = call.query.shape[2], call.key.shape[2]
+        if mask is None and new > 1 and (as_numbers or new != held):
+            mask = call.query.new_ones(new, held, dtype=torch.bool).tril(held - new)[None, None]
+        if mask is not None and as_numbers:
+            # Eager attention takes its softmax in float32, where the lowest float64 would be -inf and padding's rows no numbers.
+            lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(torch.float32).min)
+            mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill(~mask, lowest)
+        known = {"softcap": call.softcap, "sliding_window": call.sliding_window, "position_ids": call.position_ids}
+        known = {name: value for name, value in known.items() if value is not None}
+        out, _ = attend(
+            call.module,
+            call.query,
+            call.key,
+            call.value,
+            mask,
+            dropout=call.dropout,
+            scaling=call.scale,
+            key_positions=call.key_positions,
+            **call.extra,
+            **known,
+        )
+        return out.transpose(1, 2)
+
+    def _own_function(self, module: nn.Module) -> tuple[Callable[..., tuple], bool]:
+        """The function that was the module's attention before ours, and whether it takes masks as numbers to add."""
+        masks = AttentionMaskInterface()
+        kind = masks.get(self._own)
+        if kind in (None, flash_attention_mask, flex_attention_mask):
+            raise NotSupported(
+                f"{self.methods.spec} hands the model's attention a mask, which {self._own!r} does not take; load the model with "
+                'attn_implementation="sdpa"'
+            )
+        files = [sys.modules[cls.__module__] for cls in type(module).__mro__]
+        eager = next((f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward")), None)
+        interface = next((f.ALL_ATTENTION_FUNCTIONS for f in files if hasattr(f, "ALL_ATTENTION_FUNCTIONS")), None)
+        found = (interface or AttentionInterface()).get(self._own, eager)
+        if found is None:
+            raise NotSupported(
+                f"{self.facts.architecture} computes {self._own!r} attention in a place of its own; load the model with "
+                'attn_implementation="sdpa"'
+            )
+        return found, kind is masks["eager"]
+
+    def scale_queries(self, scale: Callable[[Attend], Tensor]) -> None:
+        """Multiplies every query by `scale(call)`, broadcastable to (B, 1, Tq, 1), before its attention: that of the method on
+        the model, or the model's own where no method takes it."""
+        if self._attend is None:
+            self.attention(lambda call: self.own_attention(call, call.mask))
+        self._scale = scale
 
     def _begin(self, arguments: dict[str, Any]) -> None:
         self._memo.clear()
@@ -179,14 +256,14 @@ class Site:
     def before_forward(self, hook: Callable[[dict[str, Any]], None]) -> None:
         """Calls `hook` with the keyword arguments of each forward of the decoder; it may change them."""
 
-        names = list(inspect.signature(self.model.base_model.forward).parameters)
+        names = list(inspect.signature(self.model.get_decoder().forward).parameters)
 
         def pre(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
             hook(kwargs)
             return (), kwargs
 
-        handle = self.model.base_model.register_forward_pre_hook(pre, with_kwargs=True)
+        handle = self.model.get_decoder().register_forward_pre_hook(pre, with_kwargs=True)
         self._undo.append(handle.remove)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
@@ -264,7 +341,10 @@ def _run_attention(
         position_ids=position_ids,
         softcap=softcap,
         sliding_window=sliding_window,
+        extra=kwargs,
     )
+    if site._scale is not None:
+        call.query = call.query * site._scale(call).to(call.query.dtype)
     return site._attend(call).transpose(1, 2).contiguous(), None
 
 
@@ -335,10 +415,11 @@ def applied(
 
 
 def _attach(site: Site) -> None:
-    """Frequencies first, attention after them; a method with an own attention must leave short inputs unchanged."""
+    """Frequencies first, attention after them, then what changes its queries; methods within the attention must leave short
+    inputs unchanged."""
     try:
-        for method in sorted(site.methods.methods, key=lambda m: "attention" in m.slots):
-            if "attention" in method.slots:
+        for method in sorted(site.methods.methods, key=lambda m: ("queries" in m.slots, "attention" in m.slots)):
+            if method.slots & {"attention", "queries"}:
                 _attach_attention(site, method)
             else:
                 method.attach(site)
@@ -353,7 +434,8 @@ def _attach_attention(site: Site, method: Method) -> None:
     if not site.facts.attention_interface:
         raise NotSupported(
             f"{method.name} needs a model that calls its attention through transformers' AttentionInterface; "
-            f"{site.facts.architecture} does not. Methods that only change frequencies still work: ntk, yarn"
+            f"{site.facts.architecture} does not. "
+            + ("Methods that only change frequencies still work: ntk, yarn" if site.facts.rope else _ANOTHER)
         )
     try:
         length = min(_SHORT, method.neutral_length())
@@ -369,7 +451,7 @@ def _attach_attention(site: Site, method: Method) -> None:
         ) from error
     if len(called) != site.facts.layers:
         raise NotSupported(
-            f"{method.name} computes every layer's attention, and {site.facts.architecture} asked for {len(called)} of "
+            f"{method.name} works in every layer's attention, and {site.facts.architecture} asked for {len(called)} of "
             f"{site.facts.layers}. {_STILL_WORK}"
         )
     _compare(site, before, after)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
+import json
 import os
 import re
 import sys
@@ -457,6 +459,39 @@ def train(
     if int(os.environ.get("RANK", "0")):
         return None
     return print_json(done.to_dict()) if as_json else training.run.terminal(done, console())
+
+
+@app.command()
+def study(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of a model of type longspan, as train takes it.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="On top of the recipe: training.steps=200")
+    ] = None,
+    position: Annotated[
+        list[str] | None, typer.Option("--position", "-p", help="Once for each scheme. Left out: all of them.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How often each scheme is trained.")] = 1,
+    times: Annotated[str, typer.Option(help="Lengths tested, as multiples of the training length.")] = "1,2,4,8,16,32",
+    samples: Annotated[int, typer.Option(help="Windows of text at each length.")] = 8,
+    text: Annotated[str, typer.Option(help="prose, code, or a text file or folder that was not trained on.")] = "prose",
+    sliding: Annotated[bool, typer.Option(help="Measure the sliding protocol too.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder for the models and the results.")] = Path("runs/study"),
+    as_json: Json = False,
+    include: Include = None,
+) -> None:
+    """Every position scheme trained alike and read far past its training length. The same command resumes."""
+    from longspan.method import read_size
+    from longspan.training import study as studies
+    from longspan.training.recipe import read_override
+
+    multiples = tuple(read_size(part.strip(), "times") for part in times.split(","))
+    wanted = studies.Settings(tuple(position or studies.SCHEMES), seeds, multiples, samples, text, sliding)
+    say = functools.partial(typer.echo, err=True)
+    folder = studies.study(recipe, wanted, out, say, **dict(read_override(s) for s in settings or []))
+    if as_json:
+        return print_json(json.loads((folder / "study.json").read_text()))
+    print_table(*studies.table(folder))
+    return typer.echo(f"picture: {folder / 'curves.png'}")
 
 
 @bench.command("decode")

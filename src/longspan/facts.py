@@ -44,6 +44,8 @@ class ModelFacts:
     sliding_window: int | None
     layer_types: frozenset[str]
     """Kinds of layers that the configuration names (`full_attention`, `sliding_attention`, …); empty where it names none."""
+    absolute_positions: bool = False
+    """Whether a token's place is added to its embedding, learned or sinusoidal."""
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that a full key-value cache grows by with each token, over all layers."""
@@ -121,7 +123,17 @@ def facts_of(model_or_config: Any) -> ModelFacts:
         attention=str(config._attn_implementation),
         sliding_window=getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None,
         layer_types=frozenset(getattr(config, "layer_types", None) or ()),
+        absolute_positions=_absolute_positions(model),
     )
+
+
+def _absolute_positions(model: torch.nn.Module) -> bool:
+    """Looks for the table of positions by the names that it has in transformers' models; models of ours know by themselves."""
+    place = getattr(getattr(model, "base_model", None), "place", None)
+    if place is not None:
+        return bool(place.has("embed") or place.has("pair_bias"))
+    names = {"wpe", "embed_positions", "position_embeddings"}
+    return any(name.rpartition(".")[2] in names for name, _ in model.named_modules())
 
 
 def rotary_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:

@@ -80,6 +80,10 @@ class Method:
         """How many tokens' keys and values are kept after `length` tokens were read."""
         return length
 
+    def keys_seen(self, facts: ModelFacts, length: int) -> int:
+        """How many keys the last query of `length` tokens attends to."""
+        return self.cache_tokens(facts, length)
+
     def attach(self, site: Site) -> None:
         """Puts the method on a model through the seams of `site`."""
 
@@ -142,7 +146,8 @@ class Combination:
 
 
 def _partners(method: Method) -> str:
-    legal = [n for n, cls in catalogue().items() if cls.slots and not cls.slots & method.slots]
+    others = ((n, cls) for n, cls in catalogue().items() if NoMethod.works_on in cls.works_on)
+    legal = [n for n, cls in others if cls.slots and not cls.slots & method.slots]
     return f"{method.name} combines with: {', '.join(legal)}" if legal else f"use {method.name} alone"
 
 

@@ -230,7 +230,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     """The folder's configuration; refuses what is no decoder-only model."""
     from transformers import AutoConfig
 
-    _read_json(folder / "config.json")
+    if _read_json(folder / "config.json").get("model_type") == "longspan":
+        import longspan.lm  # noqa: F401  (makes transformers know models of our own)
     with reading(f"{folder}/config.json is of no model that transformers itself knows"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kinds = config.architectures or []

@@ -180,7 +180,8 @@ def plan(
 
 def _in_order() -> list[type[Method]]:
     """The catalogue, the bare model first."""
-    return sorted(catalogue().values(), key=lambda cls: cls is not NoMethod)
+    known = (cls for cls in catalogue().values() if NoMethod.works_on in cls.works_on)
+    return sorted(known, key=lambda cls: cls is not NoMethod)
 
 
 def _row(case: _Case, cls: type[Method], length: int, free: int, speeds: Speeds) -> MethodPlan:
@@ -270,8 +271,8 @@ def _product_flops(case: _Case, length: int) -> float:
 
 def _attention_flops(case: _Case, wanted: Combination, length: int) -> float:
     facts = case.facts
-    kept = min(_kept(facts, wanted, length), length)
-    pairs = kept * (kept + 1) / 2 + (length - kept) * kept
+    seen = min(_kept(facts, wanted, length), length, *(m.keys_seen(facts, length) for m in wanted.methods))
+    pairs = seen * (seen + 1) / 2 + (length - seen) * seen
     return 4.0 * facts.layers * facts.heads * facts.head_dim * pairs
 
 
@@ -289,8 +290,8 @@ def seconds(case: _Case, wanted: Combination, length: int, speeds: Speeds) -> tu
 
 
 def _turns_all_keys(facts: ModelFacts, wanted: Combination, length: int) -> bool:
-    """True for a method with an attention of its own that keeps every key."""
-    own = any("attention" in m.slots for m in wanted.methods)
+    """True for a method with an attention of its own that keeps every key and may see it."""
+    own = any("attention" in m.slots and "span" not in m.slots for m in wanted.methods)
     return own and all(m.cache_tokens(facts, length) >= length for m in wanted.methods)
 
 

@@ -62,8 +62,14 @@ LINES = (
     Line("longrope:factor=2,factors={twos}", "longrope:factor=1,factors={ones}", static=True),
     Line("dynamic-ntk:step=4", "dynamic-ntk:step=4"),
     Line("self-extend:group=4,window=6", "self-extend:group=1,window=6"),
+    Line("rerope:window=6", "rerope:window=31"),
+    Line("leaky-rerope:window=6,factor=4", "leaky-rerope:window=6,factor=1"),
+    Line("window:size=12", "window:size=64"),
+    Line("bca:size=18", "bca:size=64"),
+    Line("logn:window=8", "logn:window=64"),
     Line("streaming:sinks=3,window=9", "streaming:sinks=3,window=64"),
     Line("ntk:factor=4 + self-extend:group=4,window=6", "ntk:factor=1 + self-extend:group=1,window=6"),
+    Line("logn:window=8 + rerope:window=6", "logn:window=64 + rerope:window=31"),
     Line("yarn:factor=2 + streaming:sinks=3,window=9", "yarn:factor=1 + streaming:sinks=3,window=64"),
 )
 """A new method is one more line."""

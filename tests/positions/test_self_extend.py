@@ -12,7 +12,7 @@ from longspan.apply import apply, remove
 from longspan.errors import NotSupported, SpecError
 from longspan.facts import facts_of
 from longspan.method import parse
-from longspan.positions import self_extend
+from longspan.positions import near_far
 from longspan.positions.self_extend import SelfExtend
 
 CLOSE = {"rtol": 0, "atol": 5e-5}
@@ -43,7 +43,7 @@ def test_formula(
     model: LlamaForCausalLM, group: int, window: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one block, in several, and in blocks of one query; groups that divide the window and that do not."""
-    monkeypatch.setattr(self_extend, "QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr(near_far, "QUERIES_AT_ONCE", at_once)
     ids = dense.tokens(1, 40)
     expected = judge(model, ids[0], group, window)
     apply(model, SelfExtend(group, window))
@@ -53,7 +53,7 @@ def test_formula(
 @torch.no_grad()
 def test_formula_while_decoding(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The merged form of single queries, and blocks of a chunk that continues a cache."""
-    monkeypatch.setattr(self_extend, "QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr(near_far, "QUERIES_AT_ONCE", 4)
     ids, cache, parts = dense.tokens(1, 40), DynamicCache(), []
     expected = judge(model, ids[0], 4, 6)
     apply(model, SelfExtend(4, 6))
@@ -66,7 +66,7 @@ def test_formula_while_decoding(model: LlamaForCausalLM, monkeypatch: pytest.Mon
 @torch.no_grad()
 def test_positions_with_jumps(model: LlamaForCausalLM, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions that skip, as in PoSE: distances come from them. The mask of ones keeps them one document."""
-    monkeypatch.setattr(self_extend, "QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr(near_far, "QUERIES_AT_ONCE", at_once)
     positions = [*range(8), *range(30, 41), *range(90, 93)]
     ids = dense.tokens(1, len(positions))
     expected = judge(model, ids[0], 4, 6, positions)
@@ -79,7 +79,7 @@ def test_positions_with_jumps(model: LlamaForCausalLM, at_once: int, monkeypatch
 @torch.no_grad()
 def test_rows_of_different_length(model: LlamaForCausalLM, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left-padded rows take their own positions, and padding may carry any."""
-    monkeypatch.setattr(self_extend, "QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr(near_far, "QUERIES_AT_ONCE", at_once)
     ids = dense.tokens(2, 30)
     mask = torch.ones_like(ids)
     mask[0, :11] = 0

@@ -88,7 +88,10 @@ def forgets(results: Results, method: str, telling: Sequence[TaskFacts]) -> bool
 
 
 def _tells(results: Results, task: TaskFacts) -> bool:
-    """False where nobody finished, or where neither the bare model at its native length nor any method scores at all."""
+    """False where a task only describes, where nobody finished, and where neither the bare model at its native length nor
+    any method scores at all."""
+    if not task.rates:
+        return False
     scores = [results.score(m, task, results.target) for m in results.methods]
     here = [s for s in scores if s is not None]
     return bool(here) and (not task.higher_is_better or max(*here, _native(results, task) or 0.0, 0.0) > 0)

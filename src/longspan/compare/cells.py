@@ -386,6 +386,7 @@ class Plan:
             "source": task.source,
             "metric": task.metric,
             "higher_is_better": scale.higher_is_better,
+            "rates": task.rates,
             "worst": scale.worst,
             "samples": self.counts[task.spec],
         }

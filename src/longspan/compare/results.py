@@ -38,6 +38,8 @@ class TaskFacts:
     version: int
     measures: str
     source: str
+    rates: bool = True
+    """False for a task that only describes: runs stored before there were any do not say."""
 
     @property
     def scale(self) -> stats.Scale:
@@ -51,6 +53,8 @@ class TaskFacts:
     @property
     def axis(self) -> str:
         """The metric with its direction, for the axis of a figure."""
+        if not self.rates:
+            return self.metric
         return f"{self.metric}, {'higher' if self.higher_is_better else 'lower'} is better"
 
     def gain(self, value: float) -> float:
@@ -251,7 +255,7 @@ def tokens(length: int) -> str:
 
 
 def _task(facts: dict[str, Any]) -> TaskFacts:
-    return TaskFacts(**{name: facts[name] for name in TaskFacts.__dataclass_fields__})
+    return TaskFacts(**{name: facts[name] for name in TaskFacts.__dataclass_fields__ if name in facts})
 
 
 def _shorten(text: str, most: int = 30) -> str:

@@ -48,7 +48,7 @@ class StreamingLLM(Method):
     title: ClassVar[str] = "StreamingLLM: attention sinks and a rolling window"
     paper: ClassVar[str] = "Xiao 2024, arXiv 2309.17453"
     seam: ClassVar[Any] = "memory"
-    slots: ClassVar[frozenset[str]] = frozenset({"attention", "cache"})
+    slots: ClassVar[frozenset[str]] = frozenset({"attention", "cache", "span"})
     cost: ClassVar[str] = "time n, cache constant"
     why_not_exportable: ClassVar[str] = "it lives in the cache, and a checkpoint only holds weights and settings"
 

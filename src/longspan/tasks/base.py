@@ -80,6 +80,8 @@ class Task(ABC):
     """Samples of a cell, unless the user says how many."""
     metric: ClassVar[str] = "score"
     higher_is_better: ClassVar[bool] = True
+    rates: ClassVar[bool] = True
+    """False for what only describes a model: no advice is drawn from it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

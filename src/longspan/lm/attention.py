@@ -1,0 +1,114 @@
+"""Attention under a position scheme, for every layer of a model of ours.
+
+What the scheme says is added to the scores in float32, a block of queries at a time, so that memory grows with the length
+and not with its square. This form runs everywhere and trains everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from longspan.engine.core import attention, expand_heads
+from longspan.positions.scheme import Place, distances
+
+SCHEME = "longspan_scheme"
+"""The attention implementation of models whose scheme takes part in the scores."""
+SCORES_AT_ONCE = 2**24
+"""How many biases are held at once outside training: 64 MB."""
+
+
+def scheme_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_ids: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), mask None or boolean
+    (B, 1, Tq, Tk), key_positions (B or 1, Tk) where they do not just end at the queries',
+    pair_bias None or (B or 1, H, Tq, Tk); returns (B, Tq, H, D)."""
+    place = cast(Place, module.place)
+    assert position_ids is not None, "the model gives positions to every layer"
+    queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
+    query, key = place.turn(query, key, queries, keys)
+    scale = place.query_scale(queries)
+    if scale is not None:
+        query = query * scale[:, None, :, None].to(query.dtype)
+    scaling *= place.score_scale
+    causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1
+    if pair_bias is None and not place.has("bias"):
+        if causal and query.shape[2] != key.shape[2]:
+            attention_mask, causal = _causal(query.shape[2], key.shape[2], query.device), False
+        out = attention(query, key, value, attention_mask, scaling, dropout=dropout, causal=causal)
+        return out.transpose(1, 2).contiguous(), None
+    heads, total = query.shape[1], key.shape[2]
+    wide = query.float(), expand_heads(key, heads).float(), expand_heads(value, heads).float()
+    blocks = []
+    for start, end in _blocks(query, key):
+        seen = total - query.shape[2] + end if causal else total
+        asked, offered = queries[:, start:end], keys[:, :seen]
+        bias = relative_bias(place, asked, offered) if pair_bias is None else pair_bias[:, :, start:end, :seen]
+        mask = _causal(end - start, seen, query.device) if causal else _rows(attention_mask, start, end)
+        if mask is not None:  # rows that see nothing are padding: what they get is never read, but must be numbers
+            bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))
+        q, k, v = wide[0][:, :, start:end], wide[1][:, :, :seen], wide[2][:, :, :seen]
+        block = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scaling)
+        blocks.append(block.to(query.dtype))
+    return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
+
+
+def relative_bias(place: Place, queries: Tensor, keys: Tensor) -> Tensor:
+    """(B or 1, H, Tq, Tk) from a scheme that knows distances; queries (B or 1, Tq), keys (B or 1, Tk) positions. Where both
+    run without a gap, as they mostly do, each distance is asked for once and the rows are views of one another."""
+    if _consecutive(queries) and _consecutive(keys):
+        first = int(queries[0, 0] - keys[0, -1])
+        line = torch.arange(first, first + queries.shape[1] + keys.shape[1] - 1, device=keys.device)
+        return place.bias(line).unfold(-1, keys.shape[1], 1).flip(-1)[None]
+    return place.bias(distances(queries, keys)).transpose(0, 1)
+
+
+def ending_at(positions: Tensor, count: int) -> Tensor:
+    """(B or 1, count): of all keys, from those of the queries (B or 1, Tq), which are the last."""
+    if count == positions.shape[1]:
+        return positions
+    return positions[:, -1:] - torch.arange(count - 1, -1, -1, device=positions.device)
+
+
+def _consecutive(positions: Tensor) -> bool:
+    if positions.shape[0] > 1 and not bool((positions == positions[:1]).all()):
+        return False
+    return positions.shape[1] < 2 or bool((positions[0].diff() == 1).all())
+
+
+def _blocks(query: Tensor, key: Tensor) -> list[tuple[int, int]]:
+    """Where blocks of queries begin and end. With gradients all biases are kept anyway, so there is one block."""
+    total = query.shape[2]
+    size = total
+    if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
+        size = max(1, SCORES_AT_ONCE // (query.shape[1] * key.shape[2]))
+    return [(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(1, 1, queries, keys), where the queries are the last of the keys."""
+    rows = torch.arange(keys - queries, keys, device=device)[:, None]
+    return (torch.arange(keys, device=device) <= rows)[None, None]
+
+
+def _rows(mask: Tensor | None, start: int, end: int) -> Tensor | None:
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:end]
+
+
+AttentionInterface.register(SCHEME, scheme_attention)
+AttentionMaskInterface.register(SCHEME, AttentionMaskInterface()["sdpa"])

@@ -1,0 +1,132 @@
+"""What a model of ours is: its sizes, and `position`, `attention` and `memory` as spec strings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from longspan.errors import NotSupported, SpecError
+from longspan.method import parse
+from longspan.positions.logn import LogN, LogNPlace
+from longspan.positions.scheme import Place, Scheme, Shape
+
+KINDS = ("decoder", "encoder", "encoder-decoder")
+
+
+@strict
+class LongspanConfig(PreTrainedConfig):
+    """`kind` is decoder, encoder or encoder-decoder; `max_position_embeddings` is the training length in tokens.
+
+    position: a position scheme as a spec string (`rope`, `alibi`, `kerple:kind=power`, `t5 + logn`, …; `longspan methods`
+    lists them).
+    Sizes that are left out follow: as many key-value heads as heads, heads of hidden_size / heads, a feed-forward layer of
+    8/3 hidden_size rounded up to a multiple of 64, as many decoder layers as encoder layers.
+    """
+
+    model_type = "longspan"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 8
+    decoder_layers: int | None = None
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 512
+    kind: str = "decoder"
+    position: str = "rope"
+    attention: str = "full"
+    memory: str = "none"
+    rope_parameters: dict | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    attention_dropout: int | float = 0.0
+    hidden_dropout: int | float = 0.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._check()
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.intermediate_size = self.intermediate_size or -(-8 * self.hidden_size // (3 * 64)) * 64
+        if self.kind == "encoder-decoder":
+            self.decoder_layers = self.decoder_layers or self.num_hidden_layers
+        kwargs["is_encoder_decoder"] = self.kind == "encoder-decoder"
+        rotation = self.scheme.rope_parameters()
+        self.rope_parameters = self.rope_parameters or rotation
+        super().__post_init__(**kwargs)
+        if rotation is None:  # transformers has filled it in by now
+            self.rope_parameters = None
+
+    @property
+    def scheme(self) -> Scheme:
+        """The position scheme that `position` names. Raises `SpecError` for what is none."""
+        return self._read_position()[0]
+
+    def build_place(self, *, causal: bool) -> Place:
+        """The scheme in a stack of this configuration, with log-n around it where `position` says so."""
+        scheme, logn = self._read_position()
+        place = scheme.build(self.shape(causal=causal))
+        if logn is None:
+            return place
+        if not causal:
+            raise NotSupported(
+                "logn scales a query by how many keys it has seen, and in an encoder it sees all; leave it out"
+            )
+        return LogNPlace(place, logn.window or max(2, self.max_position_embeddings))
+
+    def _read_position(self) -> tuple[Scheme, LogN | None]:
+        methods = parse(self.position).methods
+        schemes = [m for m in methods if isinstance(m, Scheme)]
+        logn = [m for m in methods if isinstance(m, LogN)]
+        if len(schemes) != 1 or len(schemes) + len(logn) != len(methods):
+            raise SpecError(
+                f"position={self.position!r} is not one position scheme, such as rope, alibi or kerple:kind=power, alone or with "
+                "logn; methods for trained models, such as yarn, are put on the model afterwards with longspan.apply"
+            )
+        return schemes[0], logn[0] if logn else None
+
+    def shape(self, *, causal: bool) -> Shape:
+        """What a position scheme is built for."""
+        assert self.head_dim is not None
+        return Shape(
+            hidden=self.hidden_size,
+            heads=self.num_attention_heads,
+            head_dim=self.head_dim,
+            layers=self.num_hidden_layers,
+            window=self.max_position_embeddings,
+            causal=causal,
+        )
+
+    def _check(self) -> None:
+        if self.kind not in KINDS:
+            raise SpecError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
+        if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
+            raise SpecError(
+                f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads evenly"
+            )
+        if self.attention != "full":
+            raise NotSupported(f"attention={self.attention!r}: models of our own have full attention; use full")
+        if self.memory != "none":
+            raise NotSupported(f"memory={self.memory!r}: models of our own have no memory beyond their cache; use none")

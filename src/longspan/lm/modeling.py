@@ -1,0 +1,393 @@
+"""The model: pre-norm layers of attention and a gated feed-forward network, as Llama's, under any position scheme.
+
+Norm, feed-forward network and rotation are transformers' own. A model is built with one `Place`, which all layers share;
+a scheme without a part in the scores leaves attention to whatever implementation is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from longspan.errors import NotSupported
+from longspan.lm.attention import SCHEME, ending_at
+from longspan.lm.configuration import LongspanConfig
+from longspan.positions.scheme import Place
+
+
+class LongspanAttention(nn.Module):
+    """Self-attention, or attention to an encoder's states (`cross`), which has no positions."""
+
+    def __init__(self, config: LongspanConfig, layer_idx: int, place: Place, *, causal: bool, cross: bool = False):
+        super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.is_causal, self.cross = causal, cross
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self._place = (place,)  # in a tuple: its parameters belong to the model, once
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+
+    @property
+    def place(self) -> Place:
+        return self._place[0]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        encoder_states: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        query = self._heads(self.q_proj(hidden_states))
+        key, value = self._keys(hidden_states, encoder_states, past_key_values)
+        if rotation is not None:
+            width = rotation[0].shape[-1]
+            turned = apply_rotary_pos_emb(query[..., :width], key[..., :width], *rotation)
+            query, key = (
+                new if width == self.head_dim else torch.cat((new, old[..., width:]), dim=-1)
+                for new, old in zip(turned, (query, key), strict=True)
+            )
+        if past_key_values is not None and not self.cross:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        out, weights = self._interface()(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def _keys(self, own: Tensor, encoder_states: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        if not self.cross:
+            return self._heads(self.k_proj(own)), self._heads(self.v_proj(own))
+        if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(self.layer_idx):
+            layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        assert encoder_states is not None
+        key, value = self._heads(self.k_proj(encoder_states)), self._heads(self.v_proj(encoder_states))
+        if isinstance(cache, EncoderDecoderCache):
+            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        return key, value
+
+    def _interface(self) -> Any:
+        name = self.config._attn_implementation
+        if self.cross:
+            return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention_forward)
+        if not self.place.plain and not str(name).startswith("longspan"):
+            raise NotSupported(
+                f"position={self.config.position} takes part in the scores, which attn_implementation={name!r} knows nothing "
+                f"of; leave attn_implementation out, or say {SCHEME!r}"
+            )
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+
+
+class LongspanLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LongspanConfig, layer_idx: int, place: Place, *, causal: bool, cross: bool = False):
+        super().__init__()
+        self.self_attn = LongspanAttention(config, layer_idx, place, causal=causal)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if cross:
+            self.cross_attn = LongspanAttention(config, layer_idx, place, causal=False, cross=True)
+            self.cross_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        encoder_states: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        own = (
+            past_key_values.self_attention_cache
+            if isinstance(past_key_values, EncoderDecoderCache)
+            else past_key_values
+        )
+        out, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, rotation, own, **kwargs)
+        hidden_states = hidden_states + self.dropout(out)
+        if hasattr(self, "cross_attn"):
+            states = self.cross_layernorm(hidden_states)
+            out, _ = self.cross_attn(states, encoder_mask, None, past_key_values, encoder_states)
+            hidden_states = hidden_states + self.dropout(out)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class LongspanPreTrainedModel(PreTrainedModel):
+    config: LongspanConfig
+    config_class = LongspanConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LongspanLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": LongspanLayer, "attentions": LongspanAttention}
+
+    def __init__(self, config: LongspanConfig):
+        if config._attn_implementation is None and not config.build_place(causal=config.kind != "encoder").plain:
+            config._attn_implementation = SCHEME
+        super().__init__(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Place):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class LongspanModel(LongspanPreTrainedModel):
+    """A stack of layers over embeddings: of a decoder or an encoder, by the configuration's kind."""
+
+    def __init__(self, config: LongspanConfig, *, kind: str | None = None, layers: int | None = None):
+        super().__init__(config)
+        self.kind = kind or config.kind
+        if self.kind == "encoder-decoder":
+            raise NotSupported("an encoder-decoder is two stacks: use LongspanForConditionalGeneration")
+        self.causal = self.kind != "encoder"
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.place = config.build_place(causal=self.causal)
+        cross = self.kind == "decoder with cross-attention"
+        self.layers = nn.ModuleList(
+            LongspanLayer(config, i, self.place, causal=self.causal, cross=cross)
+            for i in range(layers or config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.rope_parameters is not None:
+            self.rotary_emb = LongspanRotaryEmbedding(config)  # type: ignore[arg-type]
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        encoder_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None and self.causal:
+            past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        positions = self._positions(position_ids, attention_mask, seen, embeds)
+        self._check_reach(positions, seen + embeds.shape[1])
+        if self.causal:
+            mask = create_causal_mask(self.config, embeds, attention_mask, past_key_values, position_ids)
+        else:
+            mask = create_bidirectional_mask(self.config, embeds, attention_mask)
+        encoder_mask = None
+        if encoder_attention_mask is not None:
+            encoder_mask = encoder_attention_mask[:, None, None].bool()
+        rotation = self.rotary_emb(embeds, positions) if hasattr(self, "rotary_emb") else None
+        pair_bias = None
+        if self.place.has("pair_bias"):
+            pair_bias = self.place.pair_bias(positions, ending_at(positions, seen + embeds.shape[1]))
+        hidden = self.dropout(self.place.embed(embeds, positions))
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                rotation=rotation,
+                past_key_values=past_key_values,
+                encoder_states=encoder_states,
+                encoder_mask=encoder_mask,
+                position_ids=positions,
+                pair_bias=pair_bias,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    def _positions(self, given: Tensor | None, mask: Tensor | None, seen: int, embeds: Tensor) -> Tensor:
+        """(B or 1, T). A padding mask counts: each row's first real token is at 0, whichever side the padding is on."""
+        if given is not None:
+            return given
+        if mask is not None and mask.ndim == 2 and mask.shape[1] == seen + embeds.shape[1]:
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
+        return torch.arange(seen, seen + embeds.shape[1], device=embeds.device)[None]
+
+    def _check_reach(self, positions: Tensor, length: int) -> None:
+        reach = self.place.reach
+        if reach is not None and (length > reach or positions.shape[0] > 1) and int(positions.max()) >= reach:
+            raise NotSupported(
+                f"position={self.config.position} knows {reach:,} positions and the input reaches {int(positions.max()) + 1:,}; "
+                "shorten the input, or train with a scheme that has no end, such as rope, alibi or kerple"
+            )
+
+
+class LongspanRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's, for heads of which only a part turns as well."""
+
+    @staticmethod
+    def compute_default_rope_parameters(config: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+        parameters = config.rope_parameters
+        width = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, width, 2, dtype=torch.float) / width
+        return parameters["rope_theta"] ** -exponents, 1.0
+
+
+class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LongspanConfig):
+        super().__init__(config)
+        if config.kind != "decoder":
+            raise NotSupported(f"a model of kind {config.kind} predicts no next token; use kind=decoder")
+        self.model = LongspanModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """labels (B, T): the inputs themselves, -100 where no loss is wanted; the shift by one is made here."""
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+
+class LongspanForMaskedLM(LongspanPreTrainedModel):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LongspanConfig):
+        super().__init__(config)
+        if config.kind != "encoder":
+            raise NotSupported(f"masked tokens are guessed by an encoder, not by a model of kind {config.kind}")
+        self.model = LongspanModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """labels (B, T): the hidden tokens, -100 elsewhere."""
+        out = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.lm_head(out.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions)
+
+
+class LongspanForSequenceClassification(LongspanPreTrainedModel):
+    """One label for a text, from the mean of its states in an encoder, from the last real token's in a decoder."""
+
+    def __init__(self, config: LongspanConfig):
+        super().__init__(config)
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
+        self.model = LongspanModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """labels (B,)."""
+        out = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(self._pooled(out.last_hidden_state, attention_mask))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions
+        )
+
+    def _pooled(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        real = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
+        if not self.model.causal:
+            return (states * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        last = (real * torch.arange(1, states.shape[1] + 1, device=states.device)).argmax(1)
+        return states[torch.arange(len(states), device=states.device), last]

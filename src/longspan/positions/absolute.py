@@ -1,0 +1,122 @@
+"""Positions on the embeddings, or none at all: sinusoidal, learned, NoPE; and RoPE, which turns queries and keys.
+
+These are the baselines of every study of length: learned positions end with their table, sinusoidal ones and RoPE's have no
+end but were never trained past the window, and without any the causal mask alone tells where a token stands.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from longspan.positions.scheme import Place, Scheme, Shape
+
+
+def sinusoid(positions: Tensor, width: int, base: float = 10_000.0) -> Tensor:
+    """(*positions, width) in float32: sin and cos of position / base^(2i/width), interleaved (Vaswani 2017, §3.5)."""
+    rates = base ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width)
+    angles = positions.double()[..., None] * rates
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).float()
+
+
+class SinusoidalPlace(Place):
+    def __init__(self, base: float):
+        super().__init__()
+        self.base = base
+
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x * math.sqrt(x.shape[-1]) + sinusoid(positions, x.shape[-1], self.base).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Sinusoidal(Scheme):
+    """Embeddings are scaled by the square root of their width before positions are added."""
+
+    base: float = 10_000.0
+
+    name: ClassVar[str] = "sinusoidal"
+    title: ClassVar[str] = "Sinusoidal positions"
+    paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
+
+    def __post_init__(self) -> None:
+        self.require(self.base > 1, f"base must be above 1, not {self.base}")
+
+    def build(self, shape: Shape) -> Place:
+        self.require(shape.hidden % 2 == 0, f"the hidden size must be even, not {shape.hidden}")
+        return SinusoidalPlace(self.base)
+
+
+class LearnedPlace(Place):
+    def __init__(self, size: int, hidden: int):
+        super().__init__()
+        self.reach = size
+        self.table = nn.Parameter(torch.empty(size, hidden))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table, std=0.02)
+
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x + self.table[positions]
+
+
+@dataclass(frozen=True)
+class Learned(Scheme):
+    """A table of `size` positions, by default the training length. There is nothing past its end."""
+
+    size: int | None = None
+
+    name: ClassVar[str] = "learned"
+    title: ClassVar[str] = "Learned absolute positions"
+    paper: ClassVar[str] = "Gehring 2017, arXiv 1705.03122"
+    already_in: ClassVar[tuple[str, ...]] = ("gpt2", "opt", "gpt_neo", "biogpt")
+
+    def __post_init__(self) -> None:
+        self.require(self.size is None or self.size >= 1, f"size must be at least 1, not {self.size}")
+
+    def build(self, shape: Shape) -> Place:
+        return LearnedPlace(self.size or shape.window, shape.hidden)
+
+
+@dataclass(frozen=True)
+class NoPositions(Scheme):
+    """Nothing: a causal model can count by itself."""
+
+    name: ClassVar[str] = "nope"
+    title: ClassVar[str] = "NoPE: no positions at all"
+    paper: ClassVar[str] = "Kazemnejad 2023, arXiv 2305.19466"
+
+    def build(self, shape: Shape) -> Place:
+        self.require(shape.causal, "without positions an encoder cannot tell any order; use rope or t5")
+        return Place()
+
+
+@dataclass(frozen=True)
+class RoPE(Scheme):
+    """`theta` is the base of the wavelengths, `share` the part of each head that turns."""
+
+    theta: float = 10_000.0
+    share: float = 1.0
+
+    name: ClassVar[str] = "rope"
+    title: ClassVar[str] = "RoPE: rotary positions"
+    paper: ClassVar[str] = "Su 2021, arXiv 2104.09864"
+
+    def __post_init__(self) -> None:
+        self.require(self.theta > 1, f"theta must be above 1, not {self.theta}")
+        self.require(0 < self.share <= 1, f"share must be above 0 and at most 1, not {self.share}")
+
+    def build(self, shape: Shape) -> Place:
+        turned = shape.head_dim * self.share
+        self.require(
+            turned == int(turned) and turned % 2 == 0, f"share={self.share} of {shape.head_dim} is no even width"
+        )
+        return Place()
+
+    def rope_parameters(self) -> dict[str, Any]:
+        share = {} if self.share == 1 else {"partial_rotary_factor": self.share}
+        return {"rope_type": "default", "rope_theta": self.theta, **share}

@@ -1,0 +1,46 @@
+"""ALiBi: every score loses a little for each token of distance, at a fixed slope for each head; nothing is learned.
+
+score = q·k / sqrt(d) - m_h · |i - j|, with slopes 2^(-8h/H) for a power-of-two number of heads H. For other numbers the
+authors' code takes the slopes of the power of two below, then every other one of the power of two above.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from longspan.positions.scheme import Place, Scheme, Shape
+
+
+def slopes(heads: int) -> list[float]:
+    """The slope of each head (Press 2022, §3, and the authors' code for numbers that are no power of two)."""
+    below = 1 << (heads.bit_length() - 1)
+    first = [2 ** (-8 * (h + 1) / below) for h in range(below)]
+    between = [2 ** (-8 * (h + 1) / (2 * below)) for h in range(0, 2 * below, 2)]
+    return first + between[: heads - below]
+
+
+class ALiBiPlace(Place):
+    def __init__(self, heads: int):
+        super().__init__()
+        self.slopes = slopes(heads)
+
+    def bias(self, distance: Tensor) -> Tensor:
+        rates = torch.tensor(self.slopes, device=distance.device, dtype=torch.float32)
+        return -rates.view(-1, *(1,) * distance.ndim) * distance.abs().float()
+
+
+@dataclass(frozen=True)
+class ALiBi(Scheme):
+    """In an encoder the slope runs both ways, which the paper leaves open."""
+
+    name: ClassVar[str] = "alibi"
+    title: ClassVar[str] = "ALiBi: attention with linear biases"
+    paper: ClassVar[str] = "Press 2022, arXiv 2108.12409"
+    already_in: ClassVar[tuple[str, ...]] = ("bloom", "mpt", "falcon")
+
+    def build(self, shape: Shape) -> Place:
+        return ALiBiPlace(shape.heads)

@@ -1,0 +1,45 @@
+"""Blockwise causal attention: tokens lie in blocks of `size`/2 and see their own block, up to themselves, and the one before.
+
+A query sees between size/2 + 1 and size tokens, those from (floor(i / h) - 1)·h on with h = size/2. Blocks are counted by
+position, so one forward, chunks and decoding see the same. (The authors' code slides a window of `size` while decoding,
+which shows a token other keys than the prompt's tokens had.) In the paper it stands beside xPos, at inference alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from longspan.facts import ModelFacts
+from longspan.positions.spans import Span
+
+
+@dataclass(frozen=True)
+class BlockwiseCausal(Span):
+    """`size` in tokens, even: two blocks. Left out, it is the model's window."""
+
+    size: int | None = None
+
+    name: ClassVar[str] = "bca"
+    title: ClassVar[str] = "Blockwise causal attention"
+    paper: ClassVar[str] = "Sun 2023, arXiv 2212.10554"
+
+    def __post_init__(self) -> None:
+        self.require(
+            self.size is None or (self.size >= 2 and self.size % 2 == 0),
+            f"size must be an even number of tokens, two blocks, not {self.size}",
+        )
+
+    def resolve(self, facts: ModelFacts, length: int | None) -> Self:
+        return replace(self, size=self.size or max(2, facts.window - facts.window % 2))
+
+    def first(self, positions: Tensor) -> Tensor:
+        assert self.size is not None
+        block = self.size // 2
+        return (torch.div(positions, block, rounding_mode="floor") - 1) * block
+
+    def least(self, size: int) -> int:
+        return size // 2 + 1

@@ -1,0 +1,70 @@
+"""KERPLE: a learned decay of each head with distance, from kernels that keep attention sound at any length.
+
+    log    -r1 · log(1 + r2 · |i - j|)
+    power  -r1 · |i - j|^r2, 0 < r2 ≤ 2; r2 = 1 is ALiBi with learned slopes
+
+r1 and r2 are one pair for each head, shared by all layers. The paper adds the bias before the division by sqrt(d), its
+code after it; `scale` says which, and the code's way, `after`, is the default, since the published figures come from it.
+Parameters are drawn as in the code: r1 and the power's r2 uniformly from (0, 2), the logarithm's r2 from (0, 1), never
+below 0.01. The code clamps parameters in place at every step; here the clamp is part of the function, with a gradient
+straight through, so that a parameter at its bound can leave it again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from longspan.positions.scheme import Place, Scheme, Shape
+
+LEAST = 0.01
+
+
+class KerplePlace(Place):
+    def __init__(self, heads: int, kind: str, factor: float):
+        super().__init__()
+        self.kind, self.factor = kind, factor
+        self.r1 = nn.Parameter(torch.empty(heads))
+        self.r2 = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.r1, 0, 2)
+        nn.init.uniform_(self.r2, 0, 1 if self.kind == "log" else 2)
+
+    def parameters_within_bounds(self) -> tuple[Tensor, Tensor]:
+        """(r1, r2), each (H,) in float32."""
+        most = math.inf if self.kind == "log" else 2.0
+        return _bounded(self.r1, LEAST, math.inf) * self.factor, _bounded(self.r2, LEAST, most)
+
+    def bias(self, distance: Tensor) -> Tensor:
+        r1, r2 = (r.view(-1, *(1,) * distance.ndim) for r in self.parameters_within_bounds())
+        far = distance.abs().float()
+        if self.kind == "log":
+            return -r1 * torch.log1p(r2 * far)
+        # 0^r2 is 0 and stays 0 for every r2: its derivative, 0 · log 0, is taken as 0.
+        return -r1 * torch.where(far == 0, 0.0, torch.pow(far.clamp(min=1.0), r2))
+
+
+def _bounded(x: Tensor, least: float, most: float) -> Tensor:
+    x = x.float()
+    return x + (x.clamp(least, most) - x).detach()
+
+
+@dataclass(frozen=True)
+class Kerple(Scheme):
+    """`kind` is the kernel; `scale=before` adds the bias before the division by sqrt(head size), as the paper writes it."""
+
+    kind: Literal["log", "power"] = "log"
+    scale: Literal["after", "before"] = "after"
+
+    name: ClassVar[str] = "kerple"
+    title: ClassVar[str] = "KERPLE: kernelised relative positions"
+    paper: ClassVar[str] = "Chi 2022, arXiv 2205.09921"
+
+    def build(self, shape: Shape) -> Place:
+        return KerplePlace(shape.heads, self.kind, shape.head_dim**-0.5 if self.scale == "before" else 1.0)

@@ -1,0 +1,84 @@
+"""Log-n scaling: queries grow with the logarithm of what they can see, so that attention stays as sharp over many keys.
+
+The entropy of softmax attention over n unrelated keys grows with log n; scores multiplied by log n keep it level. A model
+trained without it takes the factor past its window only: the query at position i (from 0) is multiplied by
+max(1, log(i + 1) / log L). Inputs within L come out exactly as before. It does not change distances, so by itself it does
+not lengthen what a model can read; it is made to stand beside a method that does. A model of our own is trained with it by
+`position="rope + logn"`, beside any scheme; the factor then holds at every position.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from longspan.apply import Attend, Site
+from longspan.facts import ModelFacts
+from longspan.method import Method
+from longspan.positions.scheme import Place
+
+
+@dataclass(frozen=True)
+class LogN(Method):
+    """`window` is L in tokens; left out, it is the model's."""
+
+    window: int | None = None
+
+    name: ClassVar[str] = "logn"
+    title: ClassVar[str] = "Log-n attention scale"
+    paper: ClassVar[str] = "Su 2021, kexue.fm/archives/8823; Chiang 2022, arXiv 2202.12172"
+    seam: ClassVar[Any] = "position"
+    slots: ClassVar[frozenset[str]] = frozenset({"queries", "span"})
+    """With a span that is bounded by another method the number of keys does not grow, and the factor would be wrong."""
+    cost: ClassVar[str] = "time n², cache n"
+    why_not_exportable: ClassVar[str] = "it scales queries by their position, which no setting of a checkpoint can say"
+
+    def __post_init__(self) -> None:
+        self.require(self.window is None or self.window >= 2, f"window must be at least 2 tokens, not {self.window}")
+
+    def resolve(self, facts: ModelFacts, length: int | None) -> Self:
+        return replace(self, window=self.window or max(2, facts.window))
+
+    def neutral_length(self) -> int:
+        return self.window or 0
+
+    def attach(self, site: Site) -> None:
+        site.scale_queries(lambda call: site.once(f"logn:{call.query.shape[2]}", lambda: self.scale(call)))
+
+    def scale(self, call: Attend) -> Tensor:
+        """(B or 1, 1, Tq, 1), float32: max(1, log(i + 1) / log L)."""
+        assert self.window is not None
+        past = (call.position_ids + 1).clamp(min=self.window).float() / self.window
+        return 1 + (past.log() / math.log(self.window))[:, None, :, None]  # within L exactly 1
+
+
+class LogNPlace(Place):
+    """Log-n around another scheme's place, for a model that is trained with it: log(i + 1) / log L, below L too."""
+
+    def __init__(self, inner: Place, window: int):
+        super().__init__()
+        self.inner, self.window = inner, window
+        self.score_scale, self.reach = inner.score_scale, inner.reach
+
+    def has(self, what: str) -> bool:
+        return what == "query_scale" or self.inner.has(what)
+
+    def query_scale(self, positions: Tensor) -> Tensor:
+        scale = (positions + 1).float().log() / math.log(self.window)
+        own = self.inner.query_scale(positions)
+        return scale if own is None else own * scale
+
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.inner.embed(x, positions)
+
+    def turn(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.turn(query, key, q_positions, k_positions)
+
+    def bias(self, distance: Tensor) -> Tensor:
+        return self.inner.bias(distance)
+
+    def pair_bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        return self.inner.pair_bias(q_positions, k_positions)

@@ -1,0 +1,47 @@
+"""Sandwich: what sinusoidal positions say about distance, alone: the product of two position embeddings as a bias.
+
+bias_h = (sum over i = 1 … D/2 of cos((i - j) · 10000^(-2i/D)) - D/2) / (8h/H), h = 1 … H. Only the product of place with
+place is kept; the divisor flattens it more from head to head. It falls about as the logarithm of the distance, and nothing
+is learned. D is the width of the sinusoid that is imagined, not of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from longspan.positions.scheme import Place, Scheme, Shape
+
+
+class SandwichPlace(Place):
+    def __init__(self, heads: int, width: int):
+        super().__init__()
+        self.heads, self.width = heads, width
+
+    def bias(self, distance: Tensor) -> Tensor:
+        far, where = distance.unique(return_inverse=True)  # few values for many pairs, and each is a long sum
+        i = torch.arange(1, self.width // 2 + 1, device=distance.device, dtype=torch.float64)
+        angles = far.double()[:, None] * 10_000.0 ** (-2 * i / self.width)
+        decay = angles.cos().sum(-1) - self.width / 2
+        flatness = 8 * torch.arange(1, self.heads + 1, device=distance.device, dtype=torch.float64) / self.heads
+        return (decay / flatness[:, None]).float()[:, where]
+
+
+@dataclass(frozen=True)
+class Sandwich(Scheme):
+    """`width` is D."""
+
+    width: int = 128
+
+    name: ClassVar[str] = "sandwich"
+    title: ClassVar[str] = "Sandwich: the place-to-place part of sinusoidal attention"
+    paper: ClassVar[str] = "Chi 2023, arXiv 2212.10356"
+
+    def __post_init__(self) -> None:
+        self.require(self.width >= 2 and self.width % 2 == 0, f"width must be even and at least 2, not {self.width}")
+
+    def build(self, shape: Shape) -> Place:
+        return SandwichPlace(shape.heads, self.width)

@@ -1,0 +1,121 @@
+"""A position scheme: how a token's place enters attention, as one object that a model of our own is built with.
+
+A scheme is a method with settings; `build` makes its `Place` for a model of a given shape. A place holds the scheme's
+parameters, shared by all layers, and answers a few questions, each of which most schemes leave as they are:
+
+    embed       what is added to the token embeddings           sinusoidal, learned
+    turn        queries and keys before their product            xpos
+    query_scale a factor on each query                           log-n
+    bias        added to a score, by the distance alone          alibi, kerple, sandwich, t5
+    pair_bias   added to a score, by both places                 tupe
+
+Rotation by RoPE is not among them: it runs through transformers' rotary module, so that whatever scales a pretrained
+model's rotation scales ours. `docs/adding-a-method.md` shows a whole scheme.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+from torch import Tensor, nn
+
+from longspan.errors import NotSupported
+from longspan.facts import ModelFacts
+from longspan.method import Method
+
+if TYPE_CHECKING:
+    from longspan.apply import Site
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model that a scheme is built for; `window` is the training length in tokens."""
+
+    hidden: int
+    heads: int
+    head_dim: int
+    layers: int
+    window: int
+    causal: bool
+
+
+class Place(nn.Module):
+    """A scheme in one model. Shapes: positions (B or 1, T), whole numbers; query (B, H, Tq, D), key (B, H_kv, Tk, D)."""
+
+    score_scale: float = 1.0
+    """On top of 1 / sqrt(D)."""
+    reach: int | None = None
+    """The number of positions that there are; None where any whole number will do."""
+
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Token embeddings (B, T, hidden) with their places."""
+        return x
+
+    def turn(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key as they meet. Keys stay in the cache as they were before."""
+        return query, key
+
+    def query_scale(self, positions: Tensor) -> Tensor | None:
+        """A factor for each query, (B or 1, T), or None."""
+        return None
+
+    def bias(self, distance: Tensor) -> Tensor:
+        """What a score gets at `distance` = query's position - key's, whole numbers of any shape: (H, *shape), float32."""
+        raise NotImplementedError
+
+    def pair_bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        """What the score of each pair gets, (B or 1, H, Tq, Tk), float32; computed once for all layers."""
+        raise NotImplementedError
+
+    def has(self, what: str) -> bool:
+        """Whether the scheme has an answer of its own to `what`."""
+        return getattr(type(self), what) is not getattr(Place, what)
+
+    @property
+    def plain(self) -> bool:
+        """Whether attention is what it would be without the scheme, so that any implementation can run it."""
+        return self.score_scale == 1.0 and not any(map(self.has, ("turn", "query_scale", "bias", "pair_bias")))
+
+    def reset_parameters(self) -> None:
+        """Draws the scheme's parameters anew; called whenever a model is made without weights."""
+
+
+@dataclass(frozen=True)
+class Scheme(Method):
+    """Base of all schemes. A model is trained with its scheme, so none can be put on one afterwards."""
+
+    seam: ClassVar[Any] = "position"
+    slots: ClassVar[frozenset[str]] = frozenset({"position"})
+    works_on: ClassVar[str] = "from scratch"
+    cost: ClassVar[str] = "time n², cache n"
+    why_not_exportable: ClassVar[str] = "a model is trained with its positions; longspan train makes one"
+    already_in: ClassVar[tuple[str, ...]] = ()
+    """Model types of transformers that were trained with this scheme."""
+
+    def build(self, shape: Shape) -> Place:
+        """The scheme's part of a model. Raises `NotSupported` for a model that cannot have it."""
+        return Place()
+
+    def rope_parameters(self) -> dict[str, Any] | None:
+        """What transformers' rotary module is built from, for schemes that rotate; None for the others."""
+        return None
+
+    def check(self, facts: ModelFacts) -> None:
+        self._refuse(facts)
+
+    def _refuse(self, facts: ModelFacts) -> NoReturn:
+        if facts.model_type in self.already_in:
+            raise NotSupported(f"{facts.architecture} was trained with {self.name} and has it already; use none")
+        raise NotSupported(
+            f"{self.name} is trained into a model and {facts.architecture} was trained without it: train one with "
+            f"longspan train (model.position={self.name}). On trained models yarn, self-extend or streaming work"
+        )
+
+    def attach(self, site: Site) -> None:
+        self._refuse(site.facts)
+
+
+def distances(q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """(B or 1, Tq, Tk): how far behind each query each key lies; negative for keys that come after it."""
+    return q_positions[:, :, None] - k_positions[:, None, :]

@@ -1,0 +1,69 @@
+"""T5's relative bias: one learned number for each head and each bucket of distances, shared by all layers.
+
+Half the buckets are single distances, the other half grow with the logarithm up to `far`; everything beyond shares the
+last. Looking back only, all buckets serve the past; in an encoder each direction has half of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from longspan.positions.scheme import Place, Scheme, Shape
+
+
+def buckets(distance: Tensor, count: int, far: int, *, causal: bool) -> Tensor:
+    """The bucket of each distance (query's position - key's), 0 … count - 1, as T5 numbers them (Raffel 2020, §2.1)."""
+    start = torch.zeros_like(distance)
+    if not causal:
+        count //= 2
+        start = torch.where(distance < 0, count, 0)  # keys after the query have the second half
+        distance = distance.abs()
+    distance = distance.clamp(min=0)
+    exact = count // 2
+    if exact == 0:
+        return start
+    # float32 throughout, as in the models that were trained: at the edges another precision gives another bucket.
+    grown = torch.log(distance.clamp(min=1).float() / exact) / math.log(far / exact) * (count - exact)
+    return start + torch.where(distance < exact, distance, (exact + grown.long()).clamp(max=count - 1))
+
+
+class T5Place(Place):
+    def __init__(self, heads: int, count: int, far: int, causal: bool):
+        super().__init__()
+        self.count, self.far, self.causal = count, far, causal
+        self.table = nn.Parameter(torch.empty(count, heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table, std=0.02)
+
+    def bias(self, distance: Tensor) -> Tensor:
+        found = buckets(distance, self.count, self.far, causal=self.causal)
+        return self.table.float().T[:, found]
+
+
+@dataclass(frozen=True)
+class T5Bias(Scheme):
+    """`buckets` in all, distances from `far` on in the last."""
+
+    buckets: int = 32
+    far: int = 128
+
+    name: ClassVar[str] = "t5"
+    title: ClassVar[str] = "T5's relative position bias"
+    paper: ClassVar[str] = "Raffel 2020, arXiv 1910.10683"
+
+    def __post_init__(self) -> None:
+        self.require(self.buckets == 1 or self.buckets >= 4, f"buckets must be 1, or 4 and more, not {self.buckets}")
+        self.require(
+            self.far > self.buckets // 2, f"far must be above {self.buckets // 2}, half the buckets, not {self.far}"
+        )
+
+    def build(self, shape: Shape) -> Place:
+        self.require(shape.causal or self.buckets % 4 == 0, "an encoder needs a number of buckets that 4 divides")
+        return T5Place(shape.heads, self.buckets, self.far, shape.causal)

@@ -1,0 +1,61 @@
+"""xPos: RoPE whose pairs also fade with distance, the fast ones more, so that attention keeps its resolution far away.
+
+Pair i of the query is scaled by zeta_i^(n/512), that of the key by its inverse, zeta_i = (2i/d + 0.4) / 1.4; a score then
+carries zeta^(distance/512), which is at most 1 as long as queries look back. Scales of far places leave the range of any
+float, so positions are counted from the middle of what is attended to: only distances matter. Keys are cached unturned.
+The constants 0.4 and 512 (`scale_base`) stand in the authors' code alone. At test time the authors add blockwise causal
+attention, which is a method of its own here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import rotate_half
+
+from longspan.positions.scheme import Place, Scheme, Shape
+
+
+class XPosPlace(Place):
+    def __init__(self, width: int, theta: float, scale_base: float, gamma: float):
+        super().__init__()
+        self.width, self.theta, self.scale_base, self.gamma = width, theta, scale_base, gamma
+
+    def turn(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+        middle = (k_positions.amin(-1, keepdim=True) + k_positions.amax(-1, keepdim=True)) // 2
+        return self._turned(query, q_positions - middle, 1.0), self._turned(key, k_positions - middle, -1.0)
+
+    def _turned(self, x: Tensor, positions: Tensor, sign: float) -> Tensor:
+        i = torch.arange(0, self.width, 2, device=x.device, dtype=torch.float32) / self.width
+        place = positions.float()[:, None, :, None]
+        angle = place * self.theta**-i
+        scale = ((i + self.gamma) / (1 + self.gamma)) ** (sign * place / self.scale_base)
+        angle, scale = (torch.cat((t, t), dim=-1) for t in (angle, scale))
+        wide = x.float()
+        return ((wide * angle.cos() + rotate_half(wide) * angle.sin()) * scale).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class XPos(Scheme):
+    """`scale_base` is the distance over which a pair fades by its zeta, in tokens; endless, xPos is RoPE."""
+
+    theta: float = 10_000.0
+    scale_base: float = 512.0
+    gamma: float = 0.4
+
+    name: ClassVar[str] = "xpos"
+    title: ClassVar[str] = "xPos: extrapolatable rotary positions"
+    paper: ClassVar[str] = "Sun 2023, arXiv 2212.10554"
+
+    def __post_init__(self) -> None:
+        self.require(self.theta > 1, f"theta must be above 1, not {self.theta}")
+        self.require(self.scale_base > 0, f"scale_base must be above 0, not {self.scale_base}")
+        self.require(self.gamma > 0, f"gamma must be above 0, not {self.gamma}")
+
+    def build(self, shape: Shape) -> Place:
+        self.require(shape.causal, "keys after the query would grow without bound; an encoder can have rope or t5")
+        self.require(shape.head_dim % 2 == 0, f"the head size must be even, not {shape.head_dim}")
+        return XPosPlace(shape.head_dim, self.theta, self.scale_base, self.gamma)

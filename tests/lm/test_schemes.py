@@ -1,0 +1,200 @@
+"""What must hold for every position scheme: cache, padding, chunks, shifts, limits, checkpoints, encoders, generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from schemes import LINES, WINDOW, Line, build, tokens
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from longspan.apply import applied, apply
+from longspan.errors import NotSupported
+from longspan.lm import LongspanForConditionalGeneration, LongspanForMaskedLM, LongspanForSequenceClassification
+from longspan.method import NoMethod, catalogue
+from longspan.positions.scheme import Scheme
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+every = pytest.mark.parametrize("line", LINES, ids=lambda line: line.spec)
+
+
+def where(*conditions: str) -> pytest.MarkDecorator:
+    chosen = [line for line in LINES if all(getattr(line, c) for c in conditions)]
+    return pytest.mark.parametrize("line", chosen, ids=lambda line: line.spec)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor, **given: object) -> Tensor:
+    return model(ids, **given).logits
+
+
+def test_every_scheme_has_a_line() -> None:
+    schemes = {n for n, cls in catalogue().items() if issubclass(cls, Scheme) and NoMethod.works_on not in cls.works_on}
+    assert schemes == {line.spec.split(" + ")[0].partition(":")[0] for line in LINES}
+
+
+@every
+def test_chunks_and_single_tokens_equal_one_forward(line: Line) -> None:
+    model, ids = build(line.spec), tokens(2, 40)
+    cache, parts = DynamicCache(), []
+    with torch.no_grad():
+        for begin, end in ((0, 17), (17, 30), *((t, t + 1) for t in range(30, 40))):
+            parts.append(model(ids[:, begin:end], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, ids), **CLOSE)
+
+
+@every
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(line: Line, side: str) -> None:
+    model, ids = build(line.spec), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    inside = slice(7, None) if side == "left" else slice(None, 23)
+    short = ids[:1, inside]
+    mask[0] = 0
+    mask[0, inside] = 1
+    got = logits(model, ids, attention_mask=mask)
+    torch.testing.assert_close(got[:1, inside], logits(model, short), **CLOSE)
+    torch.testing.assert_close(got[1:], logits(model, ids[1:]), **CLOSE)
+
+
+@every
+def test_shifted_positions(line: Line) -> None:
+    """What only looks at distances does not see a shift of all positions; what looks at places does."""
+    model, ids = build(line.spec), tokens(1, 20)
+    plain = logits(model, ids)
+    shifted = logits(model, ids, position_ids=torch.arange(20)[None] + 30)
+    assert torch.allclose(plain, shifted, rtol=1e-3, atol=1e-3) == line.relative
+
+
+@where("limit")
+def test_limit_is_the_baseline(line: Line) -> None:
+    ids = tokens(1, 40)
+    limited = build(line.limit)
+    with torch.no_grad():
+        for name, weight in limited.named_parameters():
+            if "place" in name:
+                weight.fill_(0.7)  # one number for all distances is none
+    torch.testing.assert_close(logits(limited, ids), logits(build(line.baseline), ids), **CLOSE)
+    assert not torch.allclose(logits(build(line.spec), ids), logits(build(line.baseline), ids), atol=1e-2)
+
+
+@every
+def test_trains_with_and_without_checkpointing(line: Line) -> None:
+    model, ids = build(line.spec).train(), tokens(2, 32)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert all(g.abs().sum() > 0 for g in plain.values())
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, plain[name], msg=name)
+
+
+@every
+def test_saved_and_loaded(line: Line, tmp_path: Path) -> None:
+    model, ids = build(line.spec), tokens(1, 30)
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(logits(again.eval(), ids), logits(model, ids), rtol=0, atol=0)
+
+
+@every
+def test_generation_uses_the_cache(line: Line) -> None:
+    """Greedy tokens of a left-padded batch equal those of each row by itself without a cache."""
+    model, ids = build(line.spec), tokens(2, 25)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    for row, begin in ((0, 6), (1, 0)):
+        own = ids[row : row + 1, begin:]
+        for _ in range(8):
+            own = torch.cat((own, logits(model, own)[:, -1:].argmax(-1)), dim=1)
+        end = made[row, begin:].tolist()
+        assert end[: len(end)] == own[0, : len(end)].tolist() or 1 in end[19:]
+
+
+@every
+def test_length_past_the_window(line: Line) -> None:
+    model, ids = build(line.spec), tokens(1, 3 * WINDOW)
+    if line.endless:
+        assert logits(model, ids).isfinite().all()
+    else:
+        with pytest.raises(NotSupported, match="positions"):
+            logits(model, ids)
+
+
+@every
+def test_encoder(line: Line) -> None:
+    """Both sides are seen, and padding is not; schemes that only look back refuse."""
+    if not line.encoder:
+        with pytest.raises(Exception, match="encoder"):
+            build(line.spec, LongspanForMaskedLM, kind="encoder")
+        return
+    model, ids = build(line.spec, LongspanForMaskedLM, kind="encoder"), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    torch.testing.assert_close(logits(model, ids, attention_mask=mask)[:1, :20], logits(model, ids[:1, :20]), **CLOSE)
+    other = ids.clone()
+    other[:, -1] = 2 + (other[:, -1] - 1) % 90
+    assert (logits(model, ids)[:, 0] - logits(model, other)[:, 0]).abs().max() > 1e-4
+    model(ids, labels=ids).loss.backward()
+
+
+@where("encoder")
+def test_encoder_decoder_generates_what_it_computes(line: Line) -> None:
+    model = build(line.spec, LongspanForConditionalGeneration, kind="encoder-decoder", decoder_layers=3)
+    ids = tokens(2, 25)
+    mask = torch.ones_like(ids)
+    mask[0, 18:] = 0
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False)
+    own = torch.zeros(2, 1, dtype=torch.long)
+    with torch.no_grad():
+        while own.shape[1] < made.shape[1]:
+            out = model(ids, attention_mask=mask, decoder_input_ids=own, use_cache=False).logits
+            own = torch.cat((own, out[:, -1:].argmax(-1)), dim=1)
+    running = (made == 1).cumsum(1) == 0
+    assert torch.equal(made[running], own[running])
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=5, num_beams=3).shape[0] == 2
+    loss = model(ids, attention_mask=mask, labels=ids).loss
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_classification_reads_real_tokens_only() -> None:
+    for kind in ("encoder", "decoder"):
+        model = build("rope", LongspanForSequenceClassification, kind=kind, num_labels=3)
+        ids = tokens(2, 20)
+        mask = torch.ones_like(ids)
+        mask[0, 12:] = 0
+        got = logits(model, ids, attention_mask=mask)
+        torch.testing.assert_close(got[:1], logits(model, ids[:1, :12]), **CLOSE)
+        model(ids, labels=torch.tensor([0, 2])).loss.backward()
+
+
+@pytest.mark.parametrize("spec", ["rope", "alibi", "kerple", "sandwich", "t5", "xpos", "nope"])
+@pytest.mark.parametrize("method", ["window:size=9", "bca:size=10"])
+def test_methods_that_hide_keys_keep_the_scheme(spec: str, method: str) -> None:
+    """A window over a scheme's own attention: what it sees, and nothing else, by the bias of the true distances."""
+    model, ids = build(spec, num_hidden_layers=1), tokens(2, 40)
+    position = torch.arange(40)
+    first = position - 8 if method.startswith("window") else (position // 5 - 1) * 5
+    mask = (position[None] <= position[:, None]) & (position[None] >= first[:, None])
+    wanted = logits(model, ids, attention_mask=mask[None, None])
+    with applied(model, method):
+        torch.testing.assert_close(logits(model, ids), wanted, **CLOSE)
+        cache, parts = DynamicCache(), []
+        with torch.no_grad():
+            for begin, end in ((0, 21), (21, 33), *((t, t + 1) for t in range(33, 40))):
+                parts.append(model(ids[:, begin:end], past_key_values=cache).logits)
+        torch.testing.assert_close(torch.cat(parts, dim=1), wanted, **CLOSE)
+
+
+def test_methods_that_hide_keys_refuse_places() -> None:
+    for spec in ("sinusoidal", "learned", "tupe"):
+        with pytest.raises(NotSupported):
+            apply(build(spec), "window:size=9")
