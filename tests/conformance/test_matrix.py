@@ -25,11 +25,14 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 """Logits are about 1.5 wide; a key seen wrongly moves them by 1e-2 and more."""
 FEW = ("llama", "mistral-sliding", "gemma2", "gemma3_text", "gpt_neox")
 """Families that differ in what a cache or an attention function must do."""
+LIKE_ANOTHER = ("rerope", "leaky-rerope", "bca")
+"""Methods that share all but a formula with `self-extend` or `window`: read in pieces on few families only."""
 
 
 def cells(*, families_in: Iterable[str] = families.FAMILIES, kinds: bool = True, refused: bool = False) -> Any:
     """Parameters `family` and `line` of the cells that run. kinds: of the static methods, which are to transformers the same
-    with other numbers, the one that it has a name for and the one that travels as factors."""
+    with other numbers, the one that it has a name for and the one that travels as factors; of methods like another, the
+    few families."""
     return pytest.mark.parametrize(
         ("family", "line"),
         [
@@ -38,6 +41,7 @@ def cells(*, families_in: Iterable[str] = families.FAMILIES, kinds: bool = True,
             for line in LINES
             if (refused or documented(family, line) == "runs")
             and (not kinds or not line.static or line.name.startswith(("yarn-factor-2", "longrope")))
+            and (not kinds or family in FEW or not line.name.startswith(LIKE_ANOTHER))
         ],
     )
 
