@@ -29,10 +29,12 @@ LIKE_ANOTHER = ("rerope", "leaky-rerope", "bca")
 """Methods that share all but a formula with `self-extend` or `window`: read in pieces on few families only."""
 
 
-def cells(*, families_in: Iterable[str] = families.FAMILIES, kinds: bool = True, refused: bool = False) -> Any:
+def cells(
+    *, families_in: Iterable[str] = families.FAMILIES, kinds: bool = True, refused: bool = False, saved: bool = False
+) -> Any:
     """Parameters `family` and `line` of the cells that run. kinds: of the static methods, which are to transformers the same
     with other numbers, the one that it has a name for and the one that travels as factors; of methods like another, the
-    few families."""
+    few families. saved: static methods on every family, since a checkpoint holds them, the others on few."""
     return pytest.mark.parametrize(
         ("family", "line"),
         [
@@ -42,6 +44,7 @@ def cells(*, families_in: Iterable[str] = families.FAMILIES, kinds: bool = True,
             if (refused or documented(family, line) == "runs")
             and (not kinds or not line.static or line.name.startswith(("yarn-factor-2", "longrope")))
             and (not kinds or family in FEW or not line.name.startswith(LIKE_ANOTHER))
+            and (not saved or line.static or family in FEW)
         ],
     )
 
@@ -168,7 +171,7 @@ def test_gradients(cell: Cell) -> None:
             torch.testing.assert_close(first, second, **CLOSE)
 
 
-@cells(kinds=False)
+@cells(kinds=False, saved=True)
 def test_saved_and_loaded(cell: Cell, tmp_path: Path) -> None:
     """A saved model says what was on it, and holds the whole of a static method; what is more is put on again."""
     cell.model.save_pretrained(tmp_path / "saved")
