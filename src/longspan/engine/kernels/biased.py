@@ -2,13 +2,16 @@
 
 A bias that depends on the distance alone is a Toeplitz matrix, so a tile of it has few numbers in it. A linear bias splits into
 a part for each query and a part for each key: one addition a score. Any other is read from a table of one number for each
-distance. A thread's scores lie 8 apart in both directions, so two or more of them share one such number, and with the table laid
-out so that addresses grow with key minus query the compiler sees it: it reads each number once, at a constant from one address.
+distance, which stays in the nearest cache. A thread's scores lie 8 apart in both directions, so two or more share a number, and
+`read_band` writes the addresses so that the compiler sees it: about one load for two scores, and no arithmetic for addresses.
 
 Everything is in powers of two: scores and biases are multiplied by log₂ e.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -75,15 +78,22 @@ def _read(places):
         return tl.load(places)
     else:
         return tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];", "=f,l", [places], dtype=tl.float32, is_pure=True, pack=1
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [places.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
         )
 
 
 @triton.jit
-def read_band(table, apart, i, j, zero, BM: tl.constexpr):
-    """The table's numbers for a tile whose first query lies `apart` after its first key; i and j count queries and keys
-    within the tile, one as a column, the other as a row."""
-    return _read(table + (zero - apart - (BM - 1)) + ((BM - 1 - i).to(tl.int64) + j.to(tl.int64)))
+def read_band(table, at, row, column, TURNED: tl.constexpr):
+    """The table's numbers for a tile whose first query and first key have theirs at `at`; its rows are queries and its columns
+    keys, TURNED the other way round. Of a number's place the bits that tell threads apart are added first, those that tell a
+    thread's scores apart last (a tensor core's layout: bit 3 of the row, all of the column but bits 1 and 2), so that the
+    latter are constants, and equal for scores that share a number."""
+    thread = (column & 6).to(tl.int64) - (row & -9).to(tl.int64)
+    fixed = (column & -7).to(tl.int64) - (row & 8).to(tl.int64)
+    if TURNED:
+        return _read((table + at - thread) - fixed)
+    else:
+        return _read((table + at + thread) + fixed)
 
 
 @triton.jit
@@ -93,9 +103,12 @@ def read_clamped(table, apart, i, j, zero, nearest, farthest):
 
 
 @triton.jit
-def distances(apart, i, j):
-    """|query - key| in float32."""
-    return tl.abs((apart + i).to(tl.float32) - j.to(tl.float32))
+def distances(apart, i, j, TURNED: tl.constexpr):
+    """|query - key| in float32; what is in a row of the tile is added up first, since a thread has fewer rows than columns."""
+    if TURNED:
+        return tl.abs(i.to(tl.float32) + (apart - j).to(tl.float32))
+    else:
+        return tl.abs((apart + i).to(tl.float32) - j.to(tl.float32))
 
 
 @triton.jit
@@ -198,11 +211,11 @@ def _forward_tiles(
         else:
             t = s * scale
             if BIAS == "band":
-                t += read_band(table, apart, i, j, zero, BM)
+                t += read_band(table, zero - apart, i, j, False)
             elif BIAS == "clamped":
                 t += read_clamped(table, apart, i, j, zero, nearest, farthest)
             elif BIAS == "absolute":
-                t -= number * distances(apart, i, j)
+                t -= number * distances(apart, i, j, False)
             if MASK:
                 t = tl.where(visible(apart, i, j, n, start, keys, window, CAUSAL, WINDOW), t, float("-inf"))
             new_top = tl.maximum(top, tl.max(t, 1))
@@ -216,17 +229,29 @@ def _forward_tiles(
     return acc, total, top
 
 
-def _configs() -> list[triton.Config]:
+def tuned(narrow: list[tuple[int, ...]], wide: list[tuple[int, ...]]) -> Callable:
+    """Autotuning among (BM, BN, warps, stages): `narrow` for heads of up to 64, `wide` for larger. All were chosen so that
+    registers do not spill in the inner loops on compute capability 9.0. For float32 there is one, which always fits."""
     if INTERPRETED:
-        return [triton.Config({"BM": 32, "BN": 16})]
-    return [
-        triton.Config({"BM": 128, "BN": 64}, num_warps=4, num_stages=3),
-        triton.Config({"BM": 128, "BN": 128}, num_warps=8, num_stages=2),
-        triton.Config({"BM": 128, "BN": 64}, num_warps=8, num_stages=3),
-    ]
+        return triton.autotune([triton.Config({"BM": 32, "BN": 16})], key=[])
+    plans = {
+        name: [triton.Config({"BM": m, "BN": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in plan]
+        for name, plan in {"narrow": narrow, "wide": wide, "single": [(32, 32, 4, 1)]}.items()
+    }
+
+    def fitting(configs: list, arguments: dict, **constants: Any) -> list:
+        if arguments["query"].element_size() == 4:
+            return plans["single"]
+        return plans["wide" if constants["WIDTH"] > 64 else "narrow"]
+
+    return triton.autotune(
+        [config for plan in plans.values() for config in plan],
+        key=["bucket", "KIND", "GRAD", "WIDTH", "CAUSAL", "WINDOW", "GROUP"],
+        prune_configs_by={"early_config_prune": fitting},
+    )
 
 
-@triton.autotune(_configs(), key=["bucket", "KIND", "WIDTH", "CAUSAL", "WINDOW", "GROUP"])
+@tuned(narrow=[(128, 64, 4, 3), (128, 128, 8, 2)], wide=[(128, 64, 8, 3), (128, 128, 8, 2)])
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def forward(
     query,

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from longspan.engine.kernels.biased import (
-    INTERPRETED,
     LOG2E,
     UNSPECIALISED,
     distances,
@@ -20,6 +19,7 @@ from longspan.engine.kernels.biased import (
     read_band,
     read_clamped,
     read_rows,
+    tuned,
     visible,
 )
 
@@ -36,18 +36,23 @@ def _bias(
     nearest,
     farthest,
     BIAS: tl.constexpr,
-    BM: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     """The scores `t` with the part of the bias added that differs from score to score. `number` is a slope, or what a
     curve's numbers are multiplied by."""
     if BIAS == "slope":
-        t += number * j.to(tl.float32)
+        if TURNED:
+            t += number * (j - apart).to(tl.float32)
+        else:
+            t += number * j.to(tl.float32)
     elif BIAS == "absolute":
-        t -= number * distances(apart, i, j)
-    elif BIAS == "band":
-        t += read_band(table, apart, i, j, zero, BM)
-    elif BIAS == "curve":
-        t += number * read_band(table, apart, i, j, zero, BM)
+        t -= number * distances(apart, i, j, TURNED)
+    elif BIAS == "band" or BIAS == "curve":
+        if TURNED:
+            numbers = read_band(table, zero - apart, j, i, True)
+        else:
+            numbers = read_band(table, zero - apart, i, j, False)
+        t += numbers if BIAS == "band" else number * numbers
     elif BIAS == "clamped":
         t += read_clamped(table, apart, i, j, zero, nearest, farthest)
     return t
@@ -97,7 +102,7 @@ def _query_tiles(
         whole = row
         if BIAS == "slope":
             whole = row - number * (apart + tl.arange(0, BM)).to(tl.float32)
-        t = _bias(s * scale + whole[:, None], table, number, apart, i, j, zero, nearest, farthest, BIAS, BM)
+        t = _bias(s * scale + whole[:, None], table, number, apart, i, j, zero, nearest, farthest, BIAS, False)
         if MASK:
             t = tl.where(visible(apart, i, j, n, start, keys, window, CAUSAL, WINDOW), t, float("-inf"))
         p = tl.exp2(t)
@@ -107,17 +112,7 @@ def _query_tiles(
     return dq
 
 
-def _query_configs() -> list[triton.Config]:
-    if INTERPRETED:
-        return [triton.Config({"BM": 16, "BN": 32})]
-    return [
-        triton.Config({"BM": 128, "BN": 64}, num_warps=8, num_stages=3),
-        triton.Config({"BM": 128, "BN": 64}, num_warps=4, num_stages=2),
-        triton.Config({"BM": 64, "BN": 64}, num_warps=4, num_stages=3),
-    ]
-
-
-@triton.autotune(_query_configs(), key=["bucket", "KIND", "WIDTH", "CAUSAL", "WINDOW", "GROUP"])
+@tuned(narrow=[(64, 64, 4, 3), (128, 64, 8, 3)], wide=[(128, 64, 8, 2), (64, 64, 4, 2)])
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def backward_queries(
     query,
@@ -285,15 +280,14 @@ def _key_tiles(
             sums = tl.load(delta + rows)
         apart = shift + m - n
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        if BIAS == "slope":
-            row -= number * (apart + tl.arange(0, BM)).to(tl.float32)
-        t = s * scale + row[None, :]
-        numbers = 0.0
-        if BIAS == "curve":
-            numbers = read_band(table, apart, i, j, zero, BM)
-            t += number * numbers
+        if GRAD == "linear":
+            far = i.to(tl.float32) + (apart - j).to(tl.float32)
+        if BIAS == "slope" and GRAD == "linear":
+            t = s * scale + row[None, :] - number * far
         else:
-            t = _bias(t, table, number, apart, i, j, zero, nearest, farthest, BIAS, BM)
+            if BIAS == "slope":
+                row -= number * tl.arange(0, BM).to(tl.float32)
+            t = _bias(s * scale + row[None, :], table, number, apart, i, j, zero, nearest, farthest, BIAS, True)
         if MASK:
             t = tl.where(visible(apart, i, j, n, start, keys, window, CAUSAL, WINDOW), t, float("-inf"))
         p = tl.exp2(t)
@@ -301,16 +295,16 @@ def _key_tiles(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - sums[None, :])
         if GRAD == "linear":
-            first_sum += tl.sum(ds * distances(apart, i, j), 1)
+            first_sum += tl.sum(ds * (far if CAUSAL else tl.abs(far)), 1)
         elif GRAD == "curve":
-            first_sum += tl.sum(ds * numbers, 1)
-            second_sum += tl.sum(ds * read_band(slopes, apart, i, j, zero, BM), 1)
+            first_sum += tl.sum(ds * read_band(table, zero - apart, j, i, True), 1)
+            second_sum += tl.sum(ds * read_band(slopes, zero - apart, j, i, True), 1)
         if GRAD == "past" or GRAD == "ends":
-            far = ds if GRAD == "past" else tl.where(apart + i - j >= farthest, ds, 0.0)
-            first_sum += tl.sum(far, 1)
+            past = ds if GRAD == "past" else tl.where(apart + i - j >= farthest, ds, 0.0)
+            first_sum += tl.sum(past, 1)
         if GRAD == "future" or GRAD == "ends":
-            far = ds if GRAD == "future" else tl.where(apart + i - j <= nearest, ds, 0.0)
-            second_sum += tl.sum(far, 1)
+            future = ds if GRAD == "future" else tl.where(apart + i - j <= nearest, ds, 0.0)
+            second_sum += tl.sum(future, 1)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv, first_sum, second_sum
 
@@ -357,17 +351,7 @@ def _query_ranges(
     return first, full, near, past, ragged, end
 
 
-def _key_configs() -> list[triton.Config]:
-    if INTERPRETED:
-        return [triton.Config({"BM": 16, "BN": 32})]
-    return [
-        triton.Config({"BM": 64, "BN": 128}, num_warps=8, num_stages=3),
-        triton.Config({"BM": 64, "BN": 64}, num_warps=4, num_stages=2),
-        triton.Config({"BM": 32, "BN": 64}, num_warps=4, num_stages=3),
-    ]
-
-
-@triton.autotune(_key_configs(), key=["bucket", "KIND", "WIDTH", "CAUSAL", "WINDOW", "GROUP", "GRAD"])
+@tuned(narrow=[(64, 128, 8, 3), (32, 64, 4, 3)], wide=[(32, 128, 8, 3), (32, 64, 4, 3)])
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def backward_keys(
     query,
@@ -456,7 +440,7 @@ def backward_keys(
         band = table + head * span
         slope = slopes + head * span
         last = tl.load(band + (zero - farthest)) if KIND == "table" else 0.0
-        next = tl.load(band + (zero - nearest)) if KIND == "table" else 0.0
+        closest = tl.load(band + (zero - nearest)) if KIND == "table" else 0.0
         a = tl.zeros([BN], tl.float32)
         b = tl.zeros([BN], tl.float32)
         dk, dv, a, b = _key_tiles(
@@ -466,7 +450,7 @@ def backward_keys(
         )  # fmt: skip
         if not CAUSAL and (KIND == "linear" or KIND == "table"):
             dk, dv, a, b = _key_tiles(
-                dk, dv, a, b, k, v, q_base, g_base, q_row, g_row, l_base, d_base, band, slope, -number, next, by, full,
+                dk, dv, a, b, k, v, q_base, g_base, q_row, g_row, l_base, d_base, band, slope, -number, closest, by, full,
                 near, shift, n, start, queries, keys, window, zero, nearest, farthest, FAR, FUTURE, False, CAUSAL,
                 WINDOW, WIDTH, BM, BN, PRECISION,
             )  # fmt: skip
