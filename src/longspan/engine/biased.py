@@ -1,7 +1,7 @@
 """Attention whose scores get a bias that depends on the distance alone, forward and backward, without a matrix of scores.
 
 `reference` is the formula in plain torch, in blocks of queries: it defines what is right and is what runs on a CPU. On CUDA
-kernels of our own run it, as two operators registered with torch, so that torch.compile sees one call and its shapes.
+kernels of our own run it, as two operators registered with torch: torch.compile sees calls with known shapes, not kernels.
 Distance d is query position minus key position; the queries are the last Tq of the Tk keys.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from longspan.engine.core import expand_heads, reference_mix
@@ -21,8 +22,9 @@ from longspan.errors import SpecError
 try:
     from longspan.engine.kernels import biased as kernels
     from longspan.engine.kernels import biased_backward as backward_kernels
+    from longspan.engine.kernels import biased_table as table_kernels
 except ImportError:  # no Triton
-    kernels = backward_kernels = None  # type: ignore[assignment]
+    kernels = backward_kernels = table_kernels = None  # type: ignore[assignment]
 
 LOG2E = 1.4426950408889634
 MOST_SCORES = 2**24
@@ -105,7 +107,7 @@ def biased_attention(
     bias = bias.clipped()
     starts = None if starts is None else starts.to(torch.int32)
     settings = (bias.kind, bias.offset, scale, causal, window)
-    return torch.ops.longspan.biased_forward(query, key, value, bias.a, bias.b, starts, *settings)[0]
+    return _Biased.apply(query, key, value, bias.a, bias.b, starts, *settings)[0]
 
 
 def serves(query: Tensor, key: Tensor, bias: Bias) -> bool:
@@ -135,7 +137,9 @@ def _check(
 ) -> None:
     heads = query.shape[1]
     if heads % key.shape[1] or key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
-        raise SpecError(f"query {tuple(query.shape)} does not go with key {tuple(key.shape)}, value {tuple(value.shape)}")
+        raise SpecError(
+            f"query {tuple(query.shape)} does not go with key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
     if query.shape[2] > key.shape[2]:
         raise SpecError(f"{query.shape[2]} queries are more than {key.shape[2]} keys: the queries are the last of them")
     if any(x is not None and x.shape[0] != heads for x in (bias.a, bias.b)):
@@ -168,7 +172,16 @@ def reference(
     if rows >= queries:
         return _rows(query, key, value, keys - queries, *settings)
     parts = [
-        checkpoint(_rows, part, key, value, keys - queries + at * rows, *settings, use_reentrant=False)
+        checkpoint(
+            _rows,
+            part,
+            key,
+            value,
+            keys - queries + at * rows,
+            *settings,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         for at, part in enumerate(query.split(rows, dim=2))
     ]
     return torch.cat(parts, dim=2)
@@ -226,9 +239,10 @@ def _layout(kind: str, a: Tensor | None, offset: int, queries: int, keys: int, c
 
 
 def _numbers(
-    layout: _Layout, kind: str, a: Tensor, b: Tensor, offset: int, heads: int, unit: bool = False
+    layout: _Layout, kind: str, parameters: tuple[Tensor, Tensor], offset: int, heads: int, unit: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Each head's number for each distance and, with `unit`, a curve's derivative by b: (H, span) float32, H · Tk numbers."""
+    a, b = parameters
     if layout.kind in ("none", "linear"):
         return a, a
     numbers = torch.empty(heads, layout.span, dtype=torch.float32, device=a.device)
@@ -251,12 +265,15 @@ def _rows_whole(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _parameters(a: Tensor | None, b: Tensor | None, spare: Tensor) -> list[Tensor]:
+def _parameters(a: Tensor | None, b: Tensor | None, spare: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32; where there is none, `spare`, which is not read."""
-    return [spare if x is None else x.detach().float().contiguous() for x in (a, b)]
+    wide = [spare if x is None else x.float().contiguous() for x in (a, b)]
+    return wide[0], wide[1]
 
 
-def _choices(layout: _Layout, query: Tensor, key: Tensor, causal: bool, window: int | None, starts: Tensor | None) -> dict:
+def _choices(
+    layout: _Layout, query: Tensor, key: Tensor, causal: bool, window: int | None, starts: Tensor | None
+) -> dict:
     return {
         "KIND": layout.kind,
         "CAUSAL": causal,
@@ -288,7 +305,7 @@ def _forward(
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     layout = _layout(kind, a, offset, queries, keys, causal, window or 0)
     with _on(query.device):
-        numbers, _ = _numbers(layout, kind, *_parameters(a, b, lse), offset, heads)
+        numbers, _ = _numbers(layout, kind, _parameters(a, b, lse), offset, heads)
         kernels.forward[lambda config: (-(-queries // config["BM"]), batch * heads)](
             *(query, key, value, out, lse, numbers, lse if starts is None else starts),
             *(heads, queries, keys, window or 0, *layout[1:], scale),
@@ -327,13 +344,13 @@ def _backward(
     factors = a32 if kind == "log" else a32 * LOG2E
     if kind in ("log", "power"):
         factors = -factors
-    sums = lse.new_zeros(2, batch, heads, -(-keys // 16) if learn else 0)
+    sums = lse.new_empty(2, batch, heads, -(-keys // 16) if learn else 0)
     first = lse if starts is None else starts
     choices = _choices(layout, query, key, causal, window, starts)
     sizes = (heads, queries, keys, window or 0, *layout[1:], scale)
     long = int(queries >= LONG)
     with _on(query.device):
-        numbers, slopes = _numbers(layout, kind, a32, b32, offset, heads, unit=kind != "table")
+        numbers, slopes = _numbers(layout, kind, (a32, b32), offset, heads, unit=kind != "table")
         backward_kernels.backward_queries[lambda config: (-(-queries // config["BM"]), batch * heads)](
             *(query, key, value, out, d_out, dq, lse, delta, numbers, factors, first, *sizes),
             *_strides(query, key, value, out, d_out, dq),
@@ -350,8 +367,8 @@ def _backward(
         da, db = _learned(kind, a, a32, sums.sum((1, 3))) if learn else (lse.new_empty(0), lse.new_empty(0))
         if learn and kind == "table":
             del choices["KIND"]
-            side = kernels.PAD // 8 if kernels.INTERPRETED else kernels.PAD // 4
-            backward_kernels.backward_table[(-(-queries // side), batch * heads)](
+            side = 32 if query.dtype == torch.float32 else 64
+            table_kernels.backward_table[(-(-queries // side), batch * heads)](
                 *(query, key, value, d_out, da, lse, delta, numbers, first, heads, a32.shape[1], *sizes[1:]),
                 *_strides(query, key, value, d_out),
                 S=side,
@@ -384,17 +401,25 @@ def _(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse
     return (*(torch.empty_like(_rows_whole(x)[0]) for x in (query, key, value)), *empty)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, key, value, a, b, starts, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, *output, a, b, starts)
+class _Biased(torch.autograd.Function):
+    """The two operators as one function with a derivative. A registration with the operator itself would do for autograd
+    and torch.compile, but torch.func goes through a Function with `setup_context` only."""
 
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.longspan.biased_forward(*inputs)
 
-def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple:
-    saved = ctx.saved_tensors
-    needed = ctx.needs_input_grad[3:5]
-    *d_inputs, da, db = torch.ops.longspan.biased_backward(d_out, *saved, *ctx.settings, any(needed))
-    learned = [d.to(x.dtype) if need else None for d, x, need in zip((da, db), saved[5:7], needed, strict=True)]
-    return (*d_inputs, *learned, *([None] * 6))
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        query, key, value, a, b, starts, *ctx.settings = inputs
+        ctx.save_for_backward(query, key, value, *output, a, b, starts)
+        ctx.mark_non_differentiable(output[1])
 
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple:
+        saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:5]
+        *d_inputs, da, db = torch.ops.longspan.biased_backward(d_out, *saved, *ctx.settings, any(needed))
+        learned = [d.to(x.dtype) if need else None for d, x, need in zip((da, db), saved[5:7], needed, strict=True)]
+        return (*d_inputs, *learned, *([None] * 6))

@@ -65,21 +65,19 @@ def read_rows(base, at, row, limit, MASK: tl.constexpr, ROWS: tl.constexpr, WIDT
     """(ROWS, WIDTH) from row `at` on; with MASK, zeros from row `limit` on."""
     rows = tl.arange(0, ROWS)
     places = base + tl.cast(at, tl.int64) * row + rows[:, None] * row + tl.arange(0, WIDTH)[None, :]
-    if MASK:
-        return tl.load(places, mask=(at + rows < limit)[:, None], other=0.0)
-    else:
-        return tl.load(places)
+    return tl.load(places, mask=(at + rows < limit)[:, None], other=0.0) if MASK else tl.load(places)
 
 
 @triton.jit
 def _read(places):
     """A load for each element that the compiler may merge with equal ones and leave in the layout of the scores."""
-    if DIRECT:
-        return tl.load(places)
-    else:
-        return tl.inline_asm_elementwise(
+    return (
+        tl.load(places)
+        if DIRECT
+        else tl.inline_asm_elementwise(
             "ld.global.nc.f32 $0, [$1];", "=f,l", [places.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
         )
+    )
 
 
 @triton.jit
@@ -90,10 +88,7 @@ def read_band(table, at, row, column, TURNED: tl.constexpr):
     latter are constants, and equal for scores that share a number."""
     thread = (column & 6).to(tl.int64) - (row & -9).to(tl.int64)
     fixed = (column & -7).to(tl.int64) - (row & 8).to(tl.int64)
-    if TURNED:
-        return _read((table + at - thread) - fixed)
-    else:
-        return _read((table + at + thread) + fixed)
+    return _read((table + at - thread) - fixed if TURNED else (table + at + thread) + fixed)
 
 
 @triton.jit
@@ -105,10 +100,8 @@ def read_clamped(table, apart, i, j, zero, nearest, farthest):
 @triton.jit
 def distances(apart, i, j, TURNED: tl.constexpr):
     """|query - key| in float32; what is in a row of the tile is added up first, since a thread has fewer rows than columns."""
-    if TURNED:
-        return tl.abs(i.to(tl.float32) + (apart - j).to(tl.float32))
-    else:
-        return tl.abs((apart + i).to(tl.float32) - j.to(tl.float32))
+    in_row = (apart - j if TURNED else apart + i).to(tl.float32)
+    return tl.abs(i.to(tl.float32) + in_row if TURNED else in_row - j.to(tl.float32))
 
 
 @triton.jit
@@ -210,7 +203,7 @@ def _forward_tiles(
             shrink = tl.exp2(top - new_top)
         else:
             t = s * scale
-            if BIAS == "band":
+            if BIAS == "band" or BIAS == "curve":
                 t += read_band(table, zero - apart, i, j, False)
             elif BIAS == "clamped":
                 t += read_clamped(table, apart, i, j, zero, nearest, farthest)
@@ -230,13 +223,14 @@ def _forward_tiles(
 
 
 def tuned(narrow: list[tuple[int, ...]], wide: list[tuple[int, ...]]) -> Callable:
-    """Autotuning among (BM, BN, warps, stages): `narrow` for heads of up to 64, `wide` for larger. All were chosen so that
-    registers do not spill in the inner loops on compute capability 9.0. For float32 there is one, which always fits."""
+    """Autotuning among (BM, BN, warps, stages): `narrow` for heads of up to 64, `wide` for larger. They are those
+    whose inner loops keep to the registers on compute capability 9.0. For float32 there is one, which always fits."""
     if INTERPRETED:
         return triton.autotune([triton.Config({"BM": 32, "BN": 16})], key=[])
+    shapes: dict[str, list[tuple[int, ...]]] = {"narrow": narrow, "wide": wide, "single": [(32, 32, 4, 1)]}
     plans = {
-        name: [triton.Config({"BM": m, "BN": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in plan]
-        for name, plan in {"narrow": narrow, "wide": wide, "single": [(32, 32, 4, 1)]}.items()
+        name: [triton.Config({"BM": m, "BN": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in shape]
+        for name, shape in shapes.items()
     }
 
     def fitting(configs: list, arguments: dict, **constants: Any) -> list:
@@ -316,11 +310,9 @@ def forward(
     band = table + head * span
     past = tl.load(band + (zero - farthest)) if KIND == "table" else 0.0
     future = tl.load(band + (zero - nearest)) if KIND == "table" else 0.0
-    # fmt: off
-    EACH: tl.constexpr = "absolute" if KIND == "linear" else "clamped" if KIND == "table" else "band" if KIND == "curve" else "none"
+    EACH: tl.constexpr = "absolute" if KIND == "linear" else "clamped" if KIND == "table" else KIND
     FAR: tl.constexpr = "slope" if KIND == "linear" else "none"
-    NEAR: tl.constexpr = "absolute" if KIND == "linear" else "none" if KIND == "none" else "band"
-    # fmt: on
+    NEAR: tl.constexpr = "absolute" if KIND == "linear" else "band" if KIND == "table" else KIND
     if WINDOW or STARTS:
         acc, total, top = _forward_tiles(
             acc, total, top, q, k_base, v_base, k_row, v_row, band, slope, scale, first, tl.minimum(full, end), low_query,

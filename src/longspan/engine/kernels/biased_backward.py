@@ -1,5 +1,4 @@
-"""The backward kernels of `longspan.engine.biased`: one for the queries, one for keys, values and a bias's parameters, and one
-for the entries of a table.
+"""The backward kernels of `longspan.engine.biased`: one for the queries, one for keys, values and a bias's parameters.
 
 The kernel for keys computes its tiles transposed from the start, keys by queries, so that no transposed accumulator is ever
 an operand: Triton up to 3.7.0 miscompiles that for Hopper GPUs. The derivative by a parameter is a sum of score derivatives
@@ -41,17 +40,11 @@ def _bias(
     """The scores `t` with the part of the bias added that differs from score to score. `number` is a slope, or what a
     curve's numbers are multiplied by."""
     if BIAS == "slope":
-        if TURNED:
-            t += number * (j - apart).to(tl.float32)
-        else:
-            t += number * j.to(tl.float32)
+        t += number * (j - apart if TURNED else j).to(tl.float32)
     elif BIAS == "absolute":
         t -= number * distances(apart, i, j, TURNED)
     elif BIAS == "band" or BIAS == "curve":
-        if TURNED:
-            numbers = read_band(table, zero - apart, j, i, True)
-        else:
-            numbers = read_band(table, zero - apart, i, j, False)
+        numbers = read_band(table, zero - apart, j if TURNED else i, i if TURNED else j, TURNED)
         t += numbers if BIAS == "band" else number * numbers
     elif BIAS == "clamped":
         t += read_clamped(table, apart, i, j, zero, nearest, farthest)
@@ -407,7 +400,7 @@ def backward_keys(
     BN: tl.constexpr,
 ):
     """The derivative by BN keys and values of one key head, over all query heads that share it.
-    GRAD: which sums of score derivatives go to `sums` (2, B · H, keys / 16), a block's in the place of its first 16 keys:
+    GRAD: which sums of score derivatives go to `sums` (2, B · H, keys / 16), a block's in the first of its places:
     times |distance| (linear), times a curve's numbers and their `slopes` (curve), past either end (ends), or none."""
     pair = tl.program_id(1)
     kv_heads = heads // GROUP
@@ -472,9 +465,12 @@ def backward_keys(
             WINDOW, WIDTH, BM, BN, PRECISION,
         )  # fmt: skip
         if GRAD != "none":
-            place = sums + lines * (tl.cdiv(keys, 16)) + n // 16
-            tl.store(place, tl.sum(a, 0))
-            tl.store(place + tl.num_programs(1).to(tl.int64) * GROUP * tl.cdiv(keys, 16), tl.sum(b, 0))
+            blocks = tl.cdiv(keys, 16)
+            at = tl.arange(0, BN // 16)
+            place = sums + lines * blocks + n // 16 + at
+            tl.store(place, tl.where(at == 0, tl.sum(a, 0), 0.0), mask=n // 16 + at < blocks)
+            place += tl.num_programs(1).to(tl.int64) * GROUP * blocks
+            tl.store(place, tl.where(at == 0, tl.sum(b, 0), 0.0), mask=n // 16 + at < blocks)
     rows = n + tl.arange(0, BN)
     columns = tl.arange(0, WIDTH)[None, :]
     at = rows.to(tl.int64)[:, None]
@@ -482,86 +478,3 @@ def backward_keys(
     tl.store(place, (dk * scale).to(d_key.dtype.element_ty), mask=(rows < keys)[:, None])
     place = d_value + batch * dv_batch + kv_head * dv_head + at * dv_row + columns
     tl.store(place, dv.to(d_value.dtype.element_ty), mask=(rows < keys)[:, None])
-
-
-@triton.jit(do_not_specialize=[*UNSPECIALISED[:-1], "size"])
-def backward_table(
-    query,
-    key,
-    value,
-    d_out,
-    d_table,
-    lse,
-    delta,
-    table,
-    starts,
-    heads,
-    size,
-    queries,
-    keys,
-    window,
-    span,
-    zero,
-    nearest,
-    farthest,
-    scale,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    g_batch,
-    g_head,
-    g_row,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    STARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    S: tl.constexpr,
-):
-    """The derivative by the entries of a table between its ends, added to `d_table` (H, size) float32: S queries of one head
-    over the keys at distances between `nearest` and `farthest`. A tile is turned so that its diagonals are columns."""
-    pair = tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = (pair % heads).to(tl.int64)
-    m = tl.program_id(0) * S
-    low_query = keys - queries + m
-    start = tl.load(starts + batch) if STARTS else 0
-    i = tl.arange(0, S)[:, None]
-    j = tl.arange(0, S)[None, :]
-    inside = m + tl.arange(0, S) < queries
-    q = read_rows(query + batch * q_batch + head * q_head, m, q_row, queries, True, S, WIDTH)
-    do = read_rows(d_out + batch * g_batch + head * g_head, m, g_row, queries, True, S, WIDTH)
-    lines = pair.to(tl.int64) * queries + m + tl.arange(0, S)
-    row = tl.load(lse + lines, mask=inside, other=float("inf"))
-    sums = tl.load(delta + lines, mask=inside, other=0.0)
-    k_base = key + batch * k_batch + head // GROUP * k_head
-    v_base = value + batch * v_batch + head // GROUP * v_head
-    band = table + head * span
-    begin = tl.maximum(start, low_query - farthest + 1)
-    end = tl.minimum(keys, low_query + S - nearest)
-    if CAUSAL:
-        end = tl.minimum(end, low_query + S)
-    if WINDOW:
-        begin = tl.maximum(begin, low_query - window + 1)
-    for n in range(begin // S * S, end, S):
-        k = read_rows(k_base, n, k_row, keys, True, S, WIDTH)
-        v = read_rows(v_base, n, v_row, keys, True, S, WIDTH)
-        apart = low_query - n
-        t = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - row[:, None]
-        t += read_clamped(band, apart, i, j, zero, nearest, farthest)
-        t = tl.where(visible(apart, i, j, n, start, keys, window, CAUSAL, WINDOW), t, float("-inf"))
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = tl.exp2(t) * (dp - sums[:, None])
-        turned = tl.gather(ds, (i - j) & (S - 1), 1)
-        for side in tl.static_range(2):  # the diagonals from the main one down, then those above it
-            distance = apart + tl.arange(0, S) - side * S
-            total = tl.sum(tl.where(i >= j if side == 0 else i < j, turned, 0.0), 0)
-            counts = (distance > nearest) & (distance < farthest)
-            tl.atomic_add(d_table + head * size + distance - nearest, total, mask=counts, sem="relaxed")
