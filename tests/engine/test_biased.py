@@ -214,7 +214,8 @@ def compare(
     wanted = [want, *torch.autograd.grad(want, [*exact, *leaves(exact_bias)], push.double())]
     for name, x, y in zip(("out", "query", "key", "value", "a", "b"), results, wanted, strict=False):
         error = (x.double() - y).abs().max() / y.abs().max().clamp(min=1e-3)
-        assert error < tolerance, f"{name}: {float(error):.1e}"
+        allowed = 4 * tolerance if name in "ab" else tolerance  # sums over all scores, in which errors of rows add up
+        assert error < allowed, f"{name}: {float(error.detach()):.1e}"
 
 
 @needs_kernels
