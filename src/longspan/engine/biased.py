@@ -105,7 +105,7 @@ def biased_attention(
     if not serves(query, key, bias) or value.shape != key.shape or value.dtype != key.dtype:
         return reference(query, key, value, bias, scale=scale, causal=causal, window=window, starts=starts)
     bias = bias.clipped()
-    starts = None if starts is None else starts.to(torch.int32)
+    starts = None if starts is None else starts.to(torch.int32).contiguous()
     settings = (bias.kind, bias.offset, scale, causal, window)
     return _Biased.apply(query, key, value, bias.a, bias.b, starts, *settings)[0]
 
@@ -341,9 +341,8 @@ def _backward(
     grad = {"none": "none", "linear": "linear", "curve": "curve", "table": "ends"}[layout.kind] if learn else "none"
     dq, dk, dv, delta = (torch.empty_like(x) for x in (query, key, value, lse))
     a32, b32 = _parameters(a, b, lse)
-    factors = a32 if kind == "log" else a32 * LOG2E
-    if kind in ("log", "power"):
-        factors = -factors
+    factor = {"linear": LOG2E, "log": -1.0, "power": -LOG2E}.get(kind)
+    factors = a32 if factor is None else a32 * factor
     sums = lse.new_empty(2, batch, heads, -(-keys // 16) if learn else 0)
     first = lse if starts is None else starts
     choices = _choices(layout, query, key, causal, window, starts)
@@ -364,7 +363,7 @@ def _backward(
             GRAD=grad,
             **choices,
         )
-        da, db = _learned(kind, a, a32, sums.sum((1, 3))) if learn else (lse.new_empty(0), lse.new_empty(0))
+        da, db = _learned(kind, a32, sums.sum((1, 3))) if learn else (lse.new_empty(0), lse.new_empty(0))
         if learn and kind == "table":
             del choices["KIND"]
             side = 32 if query.dtype == torch.float32 else 64
@@ -377,7 +376,7 @@ def _backward(
     return dq, dk, dv, da, db
 
 
-def _learned(kind: str, a: Tensor | None, a32: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+def _learned(kind: str, a32: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """The derivatives by a and b, float32, from the two sums of each head; a table's without what lies between its ends."""
     first, second = sums
     if kind == "table":
