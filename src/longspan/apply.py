@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask, flex_attention_mask
 
-from longspan.engine.core import attention
+from longspan.engine.core import attention, causal_mask
 from longspan.errors import LongspanError, NotSupported
 from longspan.facts import ModelFacts, facts_of, rope_parameters, rotary_modules, text_config
 from longspan.method import Combination, Method, combination
 from longspan.positions.rotary import Rotary, rotate, unrotated_copy
+from longspan.positions.scheme import ending_at
 
 ATTENTION = "longspan"
 """Attention implementation whose masks are made as for SDPA: None where plainly causal, else boolean (B, 1, Tq, Tk)."""
@@ -68,10 +69,7 @@ class Attend:
         """(B or 1, Tk). Without a cache they are the queries' own, whatever these are; with one, keys end where queries end."""
         if self.keys_at is not None:
             return self.keys_at
-        if self.key.shape[2] == self.query.shape[2]:
-            return self.position_ids
-        back = torch.arange(self.key.shape[2] - 1, -1, -1, device=self.key.device)
-        return self.position_ids[:, -1:] - back
+        return ending_at(self.position_ids, self.key.shape[2])
 
     def part(self, queries: slice, keys: slice) -> Attend:
         """The same for some queries and some keys."""
@@ -196,7 +194,7 @@ class Site:
         attend, as_numbers = self._own_function(call.module)
         new, held = call.query.shape[2], call.key.shape[2]
         if mask is None and new > 1 and (as_numbers or new != held):
-            mask = call.query.new_ones(new, held, dtype=torch.bool).tril(held - new)[None, None]
+            mask = causal_mask(new, held, call.query.device)[None, None]
         if mask is not None and as_numbers:
             # Eager attention takes its softmax in float32, where the lowest float64 would be -inf and padding's rows no numbers.
             lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(torch.float32).min)

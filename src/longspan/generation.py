@@ -323,9 +323,9 @@ class Chat:
 
     def _step(self, token: int) -> Tensor:
         """`_read` of one token, by a CUDA graph where there is one."""
-        if not steps_are_faster(self.model):
-            return self._read([token])
         if self._decoder is None:
+            if not steps_are_faster(self.model):
+                return self._read([token])
             self._decoder = StreamDecoder(self.model, self._cache)
         self.stats.tokens += 1
         return self._decoder.step(torch.tensor([[token]], device=self.model.device)).float()

@@ -268,3 +268,16 @@ def test_greedy_ends_before_the_end_token_and_times_the_full_count(
         assert greedy(model, read.cache, read.logits, 12, meter_, timing=timing) == until
     assert short.calls == [("prefill", 60), ("cache", 60 + len(until))]
     assert timed.calls == [("prefill", 60), ("decode", 11), ("cache", 71)]
+
+
+def test_a_model_whose_forward_goes_past_its_base(meter: FakeMeter) -> None:
+    """OPT calls its decoder by itself: states are taken from what runs."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"vocab_size": 258, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=128)).eval()
+    rows: list[torch.Tensor] = []
+    chunked_prefill(model, IDS[:40], meter=meter, chunk=16, logits=lambda logits, at: rows.append(logits.clone()))
+    with torch.no_grad():
+        whole = model(torch.tensor([IDS[:40]])).logits[0]
+    torch.testing.assert_close(torch.cat(rows), whole, rtol=1e-4, atol=1e-4)

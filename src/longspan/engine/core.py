@@ -41,11 +41,14 @@ def attention(
     softcap: float | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """The same through SDPA, which knows no softcap: with one, the reference form runs."""
+    """The same through SDPA, which knows no softcap: with one, the reference form runs. causal: without a mask, each query
+    sees the keys up to its own, the last query's being the last one."""
+    queries, keys = query.shape[2], key.shape[2]
+    if causal and mask is None and (softcap is not None or queries != keys):  # SDPA's first query has the first key
+        mask, causal = causal_mask(queries, keys, query.device), False
     if softcap is not None:
         if mask is None:
-            mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
-            mask = mask.tril(key.shape[2] - query.shape[2]) if causal else mask
+            mask = query.new_ones(queries, keys, dtype=torch.bool)
         return reference_attention(query, key, value, mask, scale, softcap)
     grouped = key.shape[1] != query.shape[1]
     if grouped and mask is not None:  # grouped heads keep SDPA from its fused kernels when there is a mask
@@ -53,6 +56,11 @@ def attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys) boolean, where the queries are the last of the keys."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:

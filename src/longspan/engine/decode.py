@@ -44,8 +44,8 @@ class StreamDecoder:
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, *, graph: bool | None = None, compile: bool = False):
-        site: Site | None = getattr(model, "_longspan", None)
-        if site is None or not isinstance(site.state, Streaming):
+        site = _streaming_site(model)
+        if site is None:
             raise NotSupported('StreamDecoder needs a model with streaming on it: apply(model, "streaming") first')
         if not cache.layers or not isinstance(cache.layers[0], StreamingLayer) or cache.get_seq_length() == 0:
             raise NotSupported(
@@ -55,7 +55,7 @@ class StreamDecoder:
         self.layers = cast(list[StreamingLayer], cache.layers)
         if len({layer.device for layer in self.layers}) > 1:
             raise NotSupported("StreamDecoder runs on one device; this model's layers are spread over several")
-        if site.facts.sliding_window is not None and site.facts.sliding_window < self.capacity:
+        if not _sees_the_ring(site):
             raise NotSupported(
                 f"StreamDecoder sees the whole ring; this model's layers look back {site.facts.sliding_window:,} tokens only"
             )
@@ -226,11 +226,21 @@ class StreamDecoder:
 
 def steps_are_faster(model: PreTrainedModel) -> bool:
     """Whether `stream_generate` serves this model better than its ordinary forward: streaming on one CUDA device."""
-    site: Site | None = getattr(model, "_longspan", None)
-    if site is None or not isinstance(site.state, Streaming) or model.device.type != "cuda":
+    site = _streaming_site(model)
+    if site is None or model.device.type != "cuda" or not _sees_the_ring(site):
         return False
-    window, reach = site.facts.sliding_window, site.state.method.sinks + site.state.method.window
-    return len({p.device for p in model.parameters()}) == 1 and (window is None or window >= reach)
+    return len({p.device for p in model.parameters()}) == 1
+
+
+def _streaming_site(model: PreTrainedModel) -> Site | None:
+    site: Site | None = getattr(model, "_longspan", None)
+    return site if site is not None and isinstance(site.state, Streaming) else None
+
+
+def _sees_the_ring(site: Site) -> bool:
+    """Whether the model's own window, where it has one, covers all that is kept."""
+    window, method = site.facts.sliding_window, site.state.method
+    return window is None or window >= method.sinks + method.window
 
 
 @torch.no_grad()

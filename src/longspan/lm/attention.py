@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from longspan.engine.core import attention, expand_heads
-from longspan.positions.scheme import Place, distances
+from longspan.engine.core import attention, causal_mask, expand_heads
+from longspan.positions.scheme import Place, distances, ending_at
 
 SCHEME = "longspan_scheme"
 """The attention implementation of models whose scheme takes part in the scores."""
@@ -48,8 +48,6 @@ def scheme_attention(
     scaling *= place.score_scale
     causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1
     if pair_bias is None and not place.has("bias"):
-        if causal and query.shape[2] != key.shape[2]:
-            attention_mask, causal = _causal(query.shape[2], key.shape[2], query.device), False
         out = attention(query, key, value, attention_mask, scaling, dropout=dropout, causal=causal)
         return out.transpose(1, 2).contiguous(), None
     heads, total = query.shape[1], key.shape[2]
@@ -59,7 +57,7 @@ def scheme_attention(
         seen = total - query.shape[2] + end if causal else total
         asked, offered = queries[:, start:end], keys[:, :seen]
         bias = relative_bias(place, asked, offered) if pair_bias is None else pair_bias[:, :, start:end, :seen]
-        mask = _causal(end - start, seen, query.device) if causal else _rows(attention_mask, start, end)
+        mask = causal_mask(end - start, seen, query.device) if causal else _rows(attention_mask, start, end)
         if mask is not None:  # rows that see nothing are padding: what they get is never read, but must be numbers
             bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))
         q, k, v = wide[0][:, :, start:end], wide[1][:, :, :seen], wide[2][:, :, :seen]
@@ -78,13 +76,6 @@ def relative_bias(place: Place, queries: Tensor, keys: Tensor) -> Tensor:
     return place.bias(distances(queries, keys)).transpose(0, 1)
 
 
-def ending_at(positions: Tensor, count: int) -> Tensor:
-    """(B or 1, count): of all keys, from those of the queries (B or 1, Tq), which are the last."""
-    if count == positions.shape[1]:
-        return positions
-    return positions[:, -1:] - torch.arange(count - 1, -1, -1, device=positions.device)
-
-
 def _consecutive(positions: Tensor) -> bool:
     if positions.shape[0] > 1 and not bool((positions == positions[:1]).all()):
         return False
@@ -98,12 +89,6 @@ def _blocks(query: Tensor, key: Tensor) -> list[tuple[int, int]]:
     if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
         size = max(1, SCORES_AT_ONCE // (query.shape[1] * key.shape[2]))
     return [(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(1, 1, queries, keys), where the queries are the last of the keys."""
-    rows = torch.arange(keys - queries, keys, device=device)[:, None]
-    return (torch.arange(keys, device=device) <= rows)[None, None]
 
 
 def _rows(mask: Tensor | None, start: int, end: int) -> Tensor | None:

@@ -114,7 +114,6 @@ class LongspanConfig(PreTrainedConfig):
             hidden=self.hidden_size,
             heads=self.num_attention_heads,
             head_dim=self.head_dim,
-            layers=self.num_hidden_layers,
             window=self.max_position_embeddings,
             causal=causal,
         )

@@ -31,9 +31,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from longspan.errors import NotSupported
-from longspan.lm.attention import SCHEME, ending_at
+from longspan.lm.attention import SCHEME
 from longspan.lm.configuration import LongspanConfig
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import Place, ending_at
 
 
 class LongspanAttention(nn.Module):
@@ -168,8 +168,10 @@ class LongspanPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": LongspanLayer, "attentions": LongspanAttention}
 
     def __init__(self, config: LongspanConfig):
-        if config._attn_implementation is None and not config.build_place(causal=config.kind != "encoder").plain:
-            config._attn_implementation = SCHEME
+        if config._attn_implementation is None:
+            with torch.device("meta"):  # only asked what it does
+                place = config.build_place(causal=config.kind != "encoder")
+            config._attn_implementation = None if place.plain else SCHEME
         super().__init__(config)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from longspan.errors import NotSupported
@@ -35,7 +36,6 @@ class Shape:
     hidden: int
     heads: int
     head_dim: int
-    layers: int
     window: int
     causal: bool
 
@@ -119,3 +119,10 @@ class Scheme(Method):
 def distances(q_positions: Tensor, k_positions: Tensor) -> Tensor:
     """(B or 1, Tq, Tk): how far behind each query each key lies; negative for keys that come after it."""
     return q_positions[:, :, None] - k_positions[:, None, :]
+
+
+def ending_at(positions: Tensor, count: int) -> Tensor:
+    """(B or 1, count): of all keys, from those of the queries (B or 1, Tq), which are the last."""
+    if count == positions.shape[1]:
+        return positions
+    return positions[:, -1:] - torch.arange(count - 1, -1, -1, device=positions.device)

@@ -328,7 +328,7 @@ def _hand_over(rows: Tensor, head: nn.Module | None, start: int, first: int, use
 def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Collects what the decoder hands to the output matrix in each forward, (1, T, hidden)."""
     states: list[Tensor] = []
-    handle = model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    handle = model.get_decoder().register_forward_hook(lambda module, args, output: states.append(output[0]))
     try:
         yield states
     finally:

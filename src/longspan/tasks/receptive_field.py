@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.errors import NotSupported
 from longspan.tasks.base import Outcome, Sample, Task, bos_id, check_fits
-from longspan.tasks.perplexity import SHORTEST
+from longspan.tasks.perplexity import _GOLDEN, SHORTEST
 from longspan.tasks.text import check_text, read_text, tokenised
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 POINTS = 64
 """Distances at which the cumulative share is told."""
-_GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def plan_training(recipe: Recipe) -> TrainPlan:
     """What the recipe will take here. Raises `LongspanError` for what cannot be."""
     check(recipe)
     device, devices = models.pick_device(), int(os.environ.get("WORLD_SIZE", "1"))
-    dtype = recipe.training.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = recipe.training.number_format(device.type == "cuda")
     config = build.model_config(recipe, build.vocabulary(recipe), {})
     facts = facts_of(config)
     method = build.check_method(recipe, facts)
@@ -82,7 +82,7 @@ def plan_training(recipe: Recipe) -> TrainPlan:
     load = work(model, length)
     products = load.products * (1 if recipe.lora is None else 4 / 6)
     tokens = wanted.steps * wanted.batch * length
-    micro = wanted.micro_batch or max(1, wanted.batch // devices)
+    micro = wanted.at_once(devices)
     number = 2 if dtype == "pure-bf16" else 4
     return TrainPlan(
         out=recipe.out,

@@ -6,6 +6,7 @@ higher step was lost in a kill and made again; `read_metrics` leaves it out, and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -72,24 +73,33 @@ class Journal:
         self.path = folder / METRICS
 
     def write(self, record: Record) -> None:
-        """One line, whole before the next; floats that are not finite become null."""
-        safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with open(self.path, "ab+") as file:
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":  # torn by a kill
-                    file.write(b"\n")
-            file.write(json.dumps(safe).encode() + b"\n")
+        append_line(self.path, record)
+
+
+def append_line(path: Path, record: Record) -> None:
+    """One line, whole before the next; floats that are not finite become null."""
+    safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":  # torn by a kill
+                file.write(b"\n")
+        file.write(json.dumps(safe).encode() + b"\n")
+
+
+def read_lines(path: Path) -> list[Record]:
+    """Every whole line's record; none where there is no file."""
+    records = list[Record]()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def read_metrics(folder: Path) -> list[Record]:
     """The records of a run in order, each step once, without those that a resumed run made again."""
-    path, found = folder / METRICS, list[Record]()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+    found = list[Record]()
+    for record in read_lines(folder / METRICS):
         if record.get("event") == "start":
             found = [r for r in found if r["step"] <= record["step"]]
         found.append(record)

@@ -159,6 +159,14 @@ class TrainingRecipe:
                 "logged is a mean since the last time, and a resumed run must log the same",
             )
 
+    def at_once(self, devices: int) -> int:
+        """Sequences that one of `devices` takes at once."""
+        return self.micro_batch or max(1, self.batch // devices)
+
+    def number_format(self, cuda: bool) -> str:
+        """`dtype`, or what a device takes where that is left out."""
+        return self.dtype or ("bf16" if cuda else "fp32")
+
 
 @dataclass(frozen=True)
 class Recipe:

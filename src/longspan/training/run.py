@@ -145,8 +145,8 @@ def _arguments(recipe: Recipe) -> tuple[TrainingArguments, str]:
     """The Trainer's settings, and the number format that was chosen."""
     wanted, devices = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
-    dtype = wanted.dtype or ("bf16" if cuda else "fp32")
-    micro = wanted.micro_batch or max(1, wanted.batch // devices)
+    dtype = wanted.number_format(cuda)
+    micro = wanted.at_once(devices)
     if wanted.batch % (micro * devices):
         near = max(1, round(wanted.batch / (micro * devices))) * micro * devices
         raise SpecError(

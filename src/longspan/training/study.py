@@ -26,10 +26,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.compare.cost import Meter
+from longspan.compare.store import write_atomically
 from longspan.errors import NotSupported, SpecError
 from longspan.models import load
 from longspan.positions.scheme import Scheme
 from longspan.tasks.base import Task, parse_task
+from longspan.training.metrics import append_line, read_lines
 
 SCHEMES = (
     "sinusoidal",
@@ -55,7 +57,6 @@ SLIDES = 8
 """Strides that a sliding window makes over one sample."""
 
 Say = Callable[[str], None]
-Train = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -154,16 +155,9 @@ def _measure(model_folder: Path, scheme: str, seed: int, settings: Settings, fol
             "text": settings.text,
             **figures,
         }
-        _append(folder / "results.jsonl", record)
+        append_line(folder / "results.jsonl", record)
         shown = f"{figures['score']:.3f}" if figures["score"] is not None else figures["reason"]
         say(f"{scheme}, seed {seed}: {protocol} at {length:,} tokens: {shown}")
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    """One more line; what a stop left without its end is ended first."""
-    cut = path.exists() and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write("\n" * cut + json.dumps(record) + "\n")
 
 
 def _tasks(window: int, settings: Settings) -> Iterator[tuple[str, int, Task]]:
@@ -208,15 +202,7 @@ def _figures(
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Every finished measurement; a line that a stop cut short is left out."""
-    path = folder / "results.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    return read_lines(folder / "results.jsonl")
 
 
 def curves(records: Sequence[dict[str, Any]], protocol: str) -> list[Curve]:
@@ -252,7 +238,7 @@ def report(folder: Path, settings: Settings) -> Path:
         "curves": {p: [{**asdict(c), "holds": c.holds} for c in cs] for p, cs in drawn.items()},
         "field": fields,
     }
-    (folder / "study.json").write_text(json.dumps(made, indent=1))
+    write_atomically(folder / "study.json", json.dumps(made, indent=1))
     _draw(folder / "curves.png", drawn, curves_of_field(records))
     return folder
 
