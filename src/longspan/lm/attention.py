@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from longspan.attention.base import Grid
 from longspan.engine.core import attention, causal_mask, expand_heads
+from longspan.engine.patterns import Call, attend
 from longspan.positions.scheme import Place, distances, ending_at
 
 SCHEME = "longspan_scheme"
@@ -33,11 +35,12 @@ def scheme_attention(
     position_ids: Tensor | None = None,
     key_positions: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    padding: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), mask None or boolean
     (B, 1, Tq, Tk), key_positions (B or 1, Tk) where they do not just end at the queries',
-    pair_bias None or (B or 1, H, Tq, Tk); returns (B, Tq, H, D)."""
+    pair_bias None or (B or 1, H, Tq, Tk), padding None or boolean (B, Tk), for patterns; returns (B, Tq, H, D)."""
     place = cast(Place, module.place)
     assert position_ids is not None, "the model gives positions to every layer"
     queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
@@ -46,6 +49,11 @@ def scheme_attention(
     if scale is not None:
         query = query * scale[:, None, :, None].to(query.dtype)
     scaling *= place.score_scale
+    if pattern := getattr(module, "pattern", None):
+        call = Call(query, key, value, scaling, padding, place.bias if place.has("bias") else None, dropout)
+        grid = Grid(query.shape[1], key.shape[2], cast(int, module.layer_idx), bool(module.is_causal))
+        out = attend(pattern, call, grid)
+        return out.transpose(1, 2).contiguous(), None
     causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1
     if pair_bias is None and not place.has("bias"):
         out = attention(query, key, value, attention_mask, scaling, dropout=dropout, causal=causal)

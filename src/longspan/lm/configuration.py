@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from longspan.attention.base import Attention
 from longspan.errors import NotSupported, SpecError
 from longspan.method import parse
 from longspan.positions.logn import LogN, LogNPlace
@@ -21,6 +22,7 @@ class LongspanConfig(PreTrainedConfig):
 
     position: a position scheme as a spec string (`rope`, `alibi`, `kerple:kind=power`, `t5 + logn`, …; `longspan methods`
     lists them).
+    attention: `full`, a pattern or a mixer as a spec string, or a list of them that is repeated over the layers.
     Sizes that are left out follow: as many key-value heads as heads, heads of hidden_size / heads, a feed-forward layer of
     8/3 hidden_size rounded up to a multiple of 64, as many decoder layers as encoder layers.
     """
@@ -48,7 +50,7 @@ class LongspanConfig(PreTrainedConfig):
     max_position_embeddings: int = 512
     kind: str = "decoder"
     position: str = "rope"
-    attention: str = "full"
+    attention: str | list[str] = "full"
     memory: str = "none"
     rope_parameters: dict | None = None
     hidden_act: str = "silu"
@@ -107,6 +109,12 @@ class LongspanConfig(PreTrainedConfig):
             )
         return schemes[0], logn[0] if logn else None
 
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """What `attention` names, to be repeated over the layers. Raises `SpecError` for what is none."""
+        specs = [self.attention] if isinstance(self.attention, str) else self.attention
+        return tuple(_read_attention(spec) for spec in specs) or (_read_attention(""),)
+
     def shape(self, *, causal: bool) -> Shape:
         """What a position scheme is built for."""
         assert self.head_dim is not None
@@ -125,7 +133,16 @@ class LongspanConfig(PreTrainedConfig):
             raise SpecError(
                 f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads evenly"
             )
-        if self.attention != "full":
-            raise NotSupported(f"attention={self.attention!r}: models of our own have full attention; use full")
+        _ = self.attentions
         if self.memory != "none":
             raise NotSupported(f"memory={self.memory!r}: models of our own have no memory beyond their cache; use none")
+
+
+def _read_attention(spec: str) -> Attention:
+    methods = parse(spec).methods
+    if len(methods) != 1 or not isinstance(methods[0], Attention):
+        raise SpecError(
+            f"attention={spec!r} is not one way to mix tokens, such as full or window:size=256; a position scheme belongs to "
+            "position, and methods for trained models are put on the model afterwards with longspan.apply"
+        )
+    return methods[0]

@@ -30,6 +30,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from longspan.attention.base import Full, Pattern
 from longspan.errors import NotSupported
 from longspan.lm.attention import SCHEME
 from longspan.lm.configuration import LongspanConfig
@@ -37,10 +38,21 @@ from longspan.positions.scheme import Place, ending_at
 
 
 class LongspanAttention(nn.Module):
-    """Self-attention, or attention to an encoder's states (`cross`), which has no positions."""
+    """Self-attention, over the keys that `pattern` shows where there is one, or attention to an encoder's states (`cross`),
+    which has no positions."""
 
-    def __init__(self, config: LongspanConfig, layer_idx: int, place: Place, *, causal: bool, cross: bool = False):
+    def __init__(
+        self,
+        config: LongspanConfig,
+        layer_idx: int,
+        place: Place,
+        *,
+        causal: bool,
+        cross: bool = False,
+        pattern: Pattern | None = None,
+    ):
         super().__init__()
+        self.pattern = pattern
         assert config.head_dim is not None and config.num_key_value_heads is not None
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.is_causal, self.cross = causal, cross
@@ -109,21 +121,30 @@ class LongspanAttention(nn.Module):
         name = self.config._attn_implementation
         if self.cross:
             return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention_forward)
-        if not self.place.plain and not str(name).startswith("longspan"):
-            raise NotSupported(
-                f"position={self.config.position} takes part in the scores, which attn_implementation={name!r} knows nothing "
-                f"of; leave attn_implementation out, or say {SCHEME!r}"
-            )
+        if self.pattern is not None or not self.place.plain:
+            self._refuse_others(str(name))
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+
+    def _refuse_others(self, name: str) -> None:
+        if not name.startswith("longspan"):
+            what = f"position={self.config.position} takes part in the scores"
+            if self.pattern is not None:
+                what = f"attention={self.pattern.spec} says which keys are seen"
+            raise NotSupported(
+                f"{what}, which attn_implementation={name!r} knows nothing of; leave attn_implementation out, or say {SCHEME!r}"
+            )
 
 
 class LongspanLayer(GradientCheckpointingLayer):
     def __init__(self, config: LongspanConfig, layer_idx: int, place: Place, *, causal: bool, cross: bool = False):
         super().__init__()
-        self.self_attn = LongspanAttention(config, layer_idx, place, causal=causal)
-        self.mlp = LlamaMLP(config)
+        attentions = config.attentions
+        attention = attentions[layer_idx % len(attentions)]
+        self.self_attn = attention.build(config, layer_idx, place, causal=causal)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not attention.replaces_mlp:
+            self.mlp = LlamaMLP(config)
+            self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if cross:
             self.cross_attn = LongspanAttention(config, layer_idx, place, causal=False, cross=True)
             self.cross_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -150,6 +171,8 @@ class LongspanLayer(GradientCheckpointingLayer):
             states = self.cross_layernorm(hidden_states)
             out, _ = self.cross_attn(states, encoder_mask, None, past_key_values, encoder_states)
             hidden_states = hidden_states + self.dropout(out)
+        if not hasattr(self, "mlp"):
+            return hidden_states
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
@@ -171,7 +194,8 @@ class LongspanPreTrainedModel(PreTrainedModel):
         if config._attn_implementation is None:
             with torch.device("meta"):  # only asked what it does
                 place = config.build_place(causal=config.kind != "encoder")
-            config._attn_implementation = None if place.plain else SCHEME
+            ours = not place.plain or not all(isinstance(a, Full) for a in config.attentions)
+            config._attn_implementation = SCHEME if ours else None
         super().__init__(config)
 
     @torch.no_grad()
@@ -198,6 +222,7 @@ class LongspanModel(LongspanPreTrainedModel):
             LongspanLayer(config, i, self.place, causal=self.causal, cross=cross)
             for i in range(layers or config.num_hidden_layers)
         )
+        self.attentions = config.attentions
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.rope_parameters is not None:
             self.rotary_emb = LongspanRotaryEmbedding(config)  # type: ignore[arg-type]
@@ -227,10 +252,7 @@ class LongspanModel(LongspanPreTrainedModel):
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         positions = self._positions(position_ids, attention_mask, seen, embeds)
         self._check_reach(positions, seen + embeds.shape[1])
-        if self.causal:
-            mask = create_causal_mask(self.config, embeds, attention_mask, past_key_values, position_ids)
-        else:
-            mask = create_bidirectional_mask(self.config, embeds, attention_mask)
+        mask, padding = self._masks(attention_mask, embeds, past_key_values, position_ids, seen)
         encoder_mask = None
         if encoder_attention_mask is not None:
             encoder_mask = encoder_attention_mask[:, None, None].bool()
@@ -249,9 +271,41 @@ class LongspanModel(LongspanPreTrainedModel):
                 encoder_mask=encoder_mask,
                 position_ids=positions,
                 pair_bias=pair_bias,
+                padding=padding,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    def _masks(
+        self, given: Tensor | None, embeds: Tensor, cache: Cache | None, position_ids: Tensor | None, seen: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The mask of (new tokens × all tokens) for layers that want it, and which tokens are real for the others."""
+        mask: Any = None
+        padding = None
+        if any(a.takes_mask for a in self.attentions):
+            if self.causal:
+                mask = create_causal_mask(self.config, embeds, given, cache, position_ids)
+            else:
+                mask = create_bidirectional_mask(self.config, embeds, given)
+        if not all(a.takes_mask for a in self.attentions):
+            self._check_one_text(given, position_ids)
+            if given is not None and not bool(given.all()):
+                padding = given.bool()
+                if (short := seen + embeds.shape[1] - padding.shape[1]) > 0:  # a mask of the new tokens alone
+                    padding = nn.functional.pad(padding, (short, 0), value=True)
+        return mask, padding
+
+    def _check_one_text(self, given: Tensor | None, positions: Tensor | None) -> None:
+        if given is not None and given.ndim != 2:
+            raise NotSupported(
+                f"attention={self.config.attention} takes a mask of the padding, (batch, tokens), not one of {given.ndim} "
+                "dimensions; masks of pairs need attention=full"
+            )
+        if positions is not None and given is None and bool((positions.diff() < 0).any()):
+            raise NotSupported(
+                f"several texts are packed into one row, and attention={self.config.attention} would see across them; use "
+                "data.packing=plain or none, or attention=full"
+            )
 
     def _positions(self, given: Tensor | None, mask: Tensor | None, seen: int, embeds: Tensor) -> Tensor:
         """(B or 1, T). A padding mask counts: each row's first real token is at 0, whichever side the padding is on."""

@@ -1,0 +1,152 @@
+"""How tokens mix in a model of ours: what `attention=` of its configuration names.
+
+A pattern is softmax attention in which a query sees some of the keys; it says which (`visible`, the definition), and may
+bring a faster way to the same result (`run`). A mixer is anything else; it builds a module that takes attention's place.
+Both are methods with settings. `docs/adding-a-method.md` shows one of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from longspan.engine.patterns import Call, masked_attention
+from longspan.errors import NotSupported
+from longspan.facts import ModelFacts
+from longspan.method import Method
+from longspan.positions.scheme import Place
+
+if TYPE_CHECKING:
+    from longspan.apply import Site
+    from longspan.lm.configuration import LongspanConfig
+
+
+class Attention(Method):
+    """Base of patterns and mixers. What `build` returns is called as
+
+        module(hidden_states, attention_mask, rotation, past_key_values, position_ids=, padding=, **what the model was given)
+
+    hidden_states (B, T, hidden), already normed; rotation (cos, sin) of the new tokens or None; position_ids (B or 1, T);
+    past_key_values the caller's cache or None; padding boolean (B, all tokens so far), True where a token is real, or None
+    where all are. attention_mask is what transformers makes for full attention, and None where `takes_mask` is false.
+    The module returns its output (B, T, hidden), before the residual, and None or the weights of attention.
+    """
+
+    seam: ClassVar[Any] = "attention"
+    slots: ClassVar[frozenset[str]] = frozenset({"attention", "span"})
+    works_on: ClassVar[str] = "from scratch"
+    why_not_exportable: ClassVar[str] = "a model is trained with it; longspan train makes one"
+    takes_mask: ClassVar[bool] = False
+    """Whether it wants the mask of (new tokens × all tokens) that transformers makes."""
+    replaces_mlp: ClassVar[bool] = False
+    """Whether it is a whole layer, so that no feed-forward network follows."""
+    directions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        """The module of layer number `layer`. Raises `NotSupported` for a configuration that it cannot be part of."""
+        raise NotImplementedError
+
+    def check_direction(self, causal: bool) -> None:
+        direction = "causal" if causal else "bidirectional"
+        if direction not in self.directions:
+            kind = "an encoder (kind=encoder)" if causal else "a decoder (kind=decoder)"
+            raise NotSupported(f"attention={self.spec} is not {direction}; it can be part of {kind}")
+
+    def check(self, facts: ModelFacts) -> None:
+        self._refuse(facts)
+
+    def _refuse(self, facts: ModelFacts) -> NoReturn:
+        raise NotSupported(
+            f"{self.name} is trained into a model and {facts.architecture} was trained without it: train one with "
+            f"longspan train (model.attention={self.name}). On trained models yarn, self-extend or streaming work"
+        )
+
+    def attach(self, site: Site) -> None:
+        self._refuse(site.facts)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a pattern is asked about: `length` tokens in all, seen by `heads` heads of layer number `layer`."""
+
+    heads: int
+    length: int
+    layer: int
+    causal: bool
+
+
+class Pattern(Attention):
+    """Softmax attention over some of the keys.
+
+    Tokens are known by their number, 0 for a row's first real token, so padding and the cut into chunks change nothing.
+    """
+
+    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+        """Which keys each query sees: boolean (B or 1, H or 1, Tq, Tk); queries (B or 1, Tq), keys (B or 1, Tk) token numbers.
+        Causality and padding are added by the caller, and need not be in the answer."""
+        raise NotImplementedError
+
+    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
+        """Where the keys are that some query of start … end - 1 sees: ascending, disjoint (first, last + 1)."""
+        return [(0, grid.length)]
+
+    def run(self, call: Call, grid: Grid) -> Tensor:
+        """Attention of all tokens of a text on themselves, (B, H, T, D); blocks of queries under the mask of `visible`
+        unless a pattern has a faster way. Rows are aligned at their first real token."""
+        return masked_attention(self, call, grid)
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        from longspan.lm.modeling import LongspanAttention
+
+        self.check_direction(causal)
+        if place.has("pair_bias"):
+            raise NotSupported(
+                f"position={config.position} scores every pair of places, which attention={self.spec} is there to avoid; "
+                "use attention=full, or another scheme such as rope, alibi or kerple"
+            )
+        return LongspanAttention(config, layer, place, causal=causal, pattern=self)
+
+
+@dataclass(frozen=True)
+class Full(Pattern):
+    """Every key: transformers' own implementations run it."""
+
+    name: ClassVar[str] = "full"
+    title: ClassVar[str] = "Full attention"
+    paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
+    cost: ClassVar[str] = "time n², cache n"
+    takes_mask: ClassVar[bool] = True
+
+    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+        return torch.ones(1, 1, queries.shape[1], keys.shape[1], dtype=torch.bool, device=queries.device)
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        from longspan.lm.modeling import LongspanAttention
+
+        return LongspanAttention(config, layer, place, causal=causal)
+
+    def _refuse(self, facts: ModelFacts) -> NoReturn:
+        raise NotSupported("full attention is what a trained model has; use none")
+
+
+class Mixer(Attention):
+    """Mixing that is no softmax over keys. Its module keeps what it must remember in a `longspan.lm.state.MixerState`, got
+    from the caller's cache by `state_of`; the recurrent form and the parallel form give the same."""
+
+    positions: ClassVar[frozenset[str]] = frozenset({"embed"})
+    """The parts of a position scheme that it has a use for, besides `rotation` for RoPE."""
+
+    def check_place(self, config: LongspanConfig, place: Place) -> None:
+        """Refuses a scheme whose part would be lost."""
+        parts = {p for p in ("embed", "turn", "query_scale", "bias", "pair_bias") if place.has(p)}
+        if config.rope_parameters is not None:
+            parts.add("rotation")
+        if lost := parts - self.positions:
+            fitting = "rope" if "rotation" in self.positions else "sinusoidal, learned or nope"
+            raise NotSupported(
+                f"position={config.position} acts on {', '.join(sorted(lost))}, which attention={self.spec} has not; "
+                f"use position={fitting}"
+            )

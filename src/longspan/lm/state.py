@@ -1,0 +1,81 @@
+"""What a mixer remembers between calls: tensors of fixed size in the caller's own cache, in place of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from longspan.errors import NotSupported
+
+
+class MixerState(CacheLayerMixin):
+    """`tensors` by name, each with the batch first; `seen` is the number of tokens read, which the module counts up."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[str, Tensor] = {}
+        self.seen = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
+        raise NotSupported("this layer keeps a state and no keys and values")
+
+    update = lazy_initialization  # type: ignore[assignment]
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.tensors, self.seen = {}, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise NotSupported("a state cannot forget single tokens: assisted decoding needs attention=full")
+
+    def offload(self) -> None:
+        self._each(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._each(lambda x: x.to(self._device, non_blocking=True))
+
+    def keep(self, seen: int, **tensors: Tensor) -> None:
+        """What is remembered after `seen` more tokens."""
+        self.tensors = tensors
+        self._device = next(iter(tensors.values())).device
+        self.seen += seen
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.tensors = {name: change(x) for name, x in self.tensors.items()}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda x: x[indices, ...])
+
+
+def state_of(cache: Cache, layer: int) -> MixerState:
+    """The state of layer number `layer` in a cache, put there if the cache is new."""
+    layers: list[Any] = cache.layers
+    while len(layers) <= layer:
+        layers.append(DynamicLayer())
+    if not isinstance(layers[layer], MixerState):
+        if layers[layer].get_seq_length():
+            raise NotSupported("this cache holds keys and values of another model; begin with an empty one")
+        layers[layer] = MixerState()
+    return layers[layer]
