@@ -109,6 +109,11 @@ class Task(ABC):
         """The tokens of the right answer to a sample, for training on it; empty where a task has no such answer."""
         return []
 
+    def answered(self, sample: Sample) -> list[tuple[int, int]]:
+        """Places start … end - 1 of a sample's tokens that are right answers too, to earlier questions; a training learns
+        them beside `answer`."""
+        return []
+
     def data_digest(self) -> str:
         """sha256, in hex, of outside data that the samples are made from; empty where everything is generated."""
         return ""
@@ -266,13 +271,15 @@ def chunked_prefill(
 
 @torch.no_grad()
 def forced(model: PreTrainedModel, read: Prefilled, ids: Sequence[int], meter: Meter) -> Tensor:
-    """Feeds known `ids` one at a time, timed as decoding; fp32 logits (len(ids), vocabulary) after each of them."""
+    """Feeds known `ids` one at a time, timed as decoding; fp32 logits (len(ids), vocabulary) after each of them. `read` is
+    then what the model has read with them."""
     tokens = torch.tensor([list(ids)], device=model.device)
     rows = []
     with meter.decode(len(ids)):
         for token in tokens.split(1, dim=1):
-            read = _read(model, token, read.cache)
-            rows.append(read.logits)
+            after = _read(model, token, read.cache)
+            read.cache, read.logits = after.cache, after.logits
+            rows.append(after.logits)
     meter.cache(read.cache)
     return torch.stack(rows)
 

@@ -39,17 +39,24 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Tokens:
-    """Documents one after another: ids (all tokens,), and ends (documents,), where each is over. answers (documents,): how
-    many tokens stand before the answer, where only the answer is learned."""
+    """Documents one after another: ids (all tokens,), and ends (documents,), where each is over. learned (all tokens,),
+    boolean: which tokens a loss is taken of, where not all are."""
 
     ids: np.ndarray
     ends: np.ndarray
     sha256: str
-    answers: np.ndarray | None = None
+    learned: np.ndarray | None = None
 
     def document(self, index: int) -> np.ndarray:
         """The ids of one document."""
-        return self.ids[self.ends[index - 1] if index else 0 : self.ends[index]]
+        return self.ids[self._places(index)]
+
+    def learned_in(self, index: int) -> np.ndarray | None:
+        """`learned` of one document."""
+        return None if self.learned is None else self.learned[self._places(index)]
+
+    def _places(self, index: int) -> slice:
+        return slice(self.ends[index - 1] if index else 0, self.ends[index])
 
 
 def is_hub(name: str) -> bool:
@@ -102,8 +109,14 @@ def task_tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase) ->
     whole = [[*s.tokens, *task.answer(tokenizer, s), tokenizer.eos_token_id] for s in samples]
     ids = np.array([i for one in whole for i in one], dtype=np.int64)
     ends = np.cumsum([len(one) for one in whole])
-    answers = np.array([len(s.tokens) for s in samples])
-    return Tokens(ids, ends, hashlib.sha256(ids.tobytes() + ends.tobytes()).hexdigest(), answers)
+    learned = np.zeros(len(ids), dtype=bool)
+    for sample, end, one in zip(samples, ends, whole, strict=True):
+        begin = end - len(one)
+        learned[begin + len(sample.tokens) : end] = True
+        for first, last in task.answered(sample):
+            learned[begin + first : begin + last] = True
+    digest = hashlib.sha256(ids.tobytes() + ends.tobytes() + learned.tobytes()).hexdigest()
+    return Tokens(ids, ends, digest, learned)
 
 
 def documents(data: DataRecipe, key: str) -> Sequence[str]:

@@ -6,7 +6,7 @@ reads what an unbroken one would.
 
     plain        windows of the documents one after another; a window may hold the end of one and the start of another
     boundaries   the same windows, with positions that start anew at every document and no attention across
-    none         one window a document, from its start; short ones are padded. Of a task's samples the answer alone has labels
+    none         one window a document, from its start; short ones are padded. Of a task's samples the answers alone have labels
 """
 
 from __future__ import annotations
@@ -85,14 +85,15 @@ class TextWindows:
         }
 
     def _document(self, index: int) -> Sample:
-        document = self.tokens.document(self._documents[index])  # type: ignore[attr-defined]
+        number = self._documents[index]  # type: ignore[attr-defined]
+        document, learned = self.tokens.document(number), self.tokens.learned_in(number)
         ids = document[: self.length + 1].astype(np.int64)
         inputs, labels = np.full(self.length, self.pad), np.full(self.length, IGNORE)
         read = min(len(ids), self.length)
         inputs[:read] = ids[:read]
         labels[: len(ids) - 1] = ids[1:]
-        if self.tokens.answers is not None:
-            labels[: self.tokens.answers[self._documents[index]] - 1] = IGNORE  # type: ignore[attr-defined]
+        if learned is not None:
+            labels[: len(ids) - 1][~learned[1 : len(ids)]] = IGNORE
         return {
             "input_ids": inputs,
             "labels": labels,
