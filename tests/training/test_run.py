@@ -20,7 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import longspan as ls
 import tiny
 from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.tasks.base import parse_task
+from longspan.training.data import task_tokens
 from longspan.training.metrics import describe, read_metrics
+from longspan.training.recipe import read_recipe
+from longspan.training.samples import IGNORE, TextWindows
 from longspan.training.trainer import COMPLETE, clear_broken, newest_checkpoint
 
 Have = dict[str, Path]
@@ -326,6 +330,21 @@ def test_a_task_is_trained_on_by_its_answers(have: Have, tmp_path: Path) -> None
     ):
         with pytest.raises(LongspanError, match=said):
             ls.train(recipe, **{key: value, "out": str(tmp_path / "other")})
+
+
+@pytest.mark.parametrize("spec", ["stream-eval:every=1,distance=1,digits=2", "lookup:questions=3,width=1", "copy"])
+def test_every_answer_of_a_sample_is_learned(have: Have, tmp_path: Path, spec: str) -> None:
+    data = {"train": spec, "packing": "none", "length": 300, "samples": 4}
+    recipe = recipes_tiny.recipe(have, tmp_path / "out", data=data, training={"steps": 2, "batch": 2, "micro_batch": 1})
+    tokenizer, task = tiny.tokenizer(), parse_task(spec)
+    tokens = task_tokens(read_recipe(recipe), "data.train", tokenizer)
+    windows = TextWindows(tokens, 300, "none", 0)
+    for i, sample in enumerate(task.samples(tokenizer, 300, 4, 0)):
+        answers = [sample.tokens[a:b] for a, b in task.answered(sample)] + [task.answer(tokenizer, sample)]
+        labels = windows.sample(i, 0)["labels"]
+        assert labels[labels != IGNORE].tolist() == [t for one in answers for t in one] + [tokenizer.eos_token_id]
+        assert len(answers) > 1 or spec == "copy"
+    ls.train(recipe)
 
 
 def test_a_hub_data_set_without_its_library_says_what_to_install(

@@ -48,18 +48,20 @@ def continuation(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> 
 
 def continuations(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
     """`continuation` of many pairs of `before` and `text` at once, which is far quicker."""
-    heads = encode_all(tokenizer, [before for before, _ in pairs])
-    wholes = encode_all(tokenizer, [before + text for before, text in pairs])
-    found = []
-    for head, whole, (_, text) in zip(heads, wholes, pairs, strict=True):
+    different = list(dict.fromkeys(pairs))
+    heads = encode_all(tokenizer, [before for before, _ in different])
+    wholes = encode_all(tokenizer, [before + text for before, text in different])
+    found = {}
+    for pair, head, whole in zip(different, heads, wholes, strict=True):
         goes_on = whole[: len(head)] == head and len(whole) > len(head)
-        found.append(whole[len(head) :] if goes_on else encode(tokenizer, text))
-    return found
+        found[pair] = whole[len(head) :] if goes_on else encode(tokenizer, pair[1])
+    return [found[pair] for pair in pairs]
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text alone, without special tokens."""
-    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+    batch = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(batch["input_ids"])
 
 
 @dataclass

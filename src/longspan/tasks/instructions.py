@@ -55,7 +55,7 @@ class Instructions(Task):
             self.data is None or self.split is None, "split belongs to the generated kinds; with data= leave it out"
         )
         if self.data is not None:
-            data_files(self.data, self.name)
+            read_triples(self.data, self.name)
         if self.score == "exact":
             object.__setattr__(self, "metric", "share exact")
             object.__setattr__(self, "higher_is_better", True)
