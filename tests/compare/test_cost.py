@@ -47,6 +47,23 @@ def test_a_phase_that_raises_is_not_counted():
     assert meter.tokens == 0
 
 
+def test_turns_of_a_stream_count_as_one_reading():
+    meter = Meter("cpu")
+    for _ in range(2):
+        with meter.together():
+            for tokens in (30, 12):
+                with meter.prefill(tokens):
+                    time.sleep(0.02)
+                with meter.decode(3):
+                    pass
+    with meter.together():
+        pass
+    report = meter.report()
+    assert (report["prefill_repeats"], report["prefill_tokens"], report["decode_repeats"]) == (2, 42, 4)
+    assert 0.04 <= report["prefill_s"] < 0.2
+    assert meter.tokens == 96
+
+
 def test_each_phase_has_its_own_peak():
     meter = Meter("cpu")
     with meter.prefill(tokens=1):

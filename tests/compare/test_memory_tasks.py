@@ -8,6 +8,7 @@ import pytest
 
 import tiny as tiny_model
 from longspan.compare import Run, compare
+from longspan.compare.report import html
 
 TASKS = {
     "copy": 1 / 8,
@@ -58,10 +59,19 @@ def test_untrained_scores_are_low_and_chance_is_told(run: Run) -> None:
         if cell["task_spec"] == "instructions":
             assert 4 < cell["score"] < 7  # nats; a guess among all tokens is ln 264
         if chance is not None:
-            assert {s["detail"]["chance"] for s in cell["samples"]} == {pytest.approx(chance)}
+            assert all(s["detail"]["chance"] == pytest.approx(chance) for s in cell["samples"])
+
+
+def test_a_stream_is_one_reading_of_all_its_turns(run: Run) -> None:
+    for cell in run.cells():
+        if cell["task_spec"].startswith("stream"):
+            assert cell["cost"]["prefill_repeats"] == 2
+            answers = sum(5 * s["detail"]["questions"] for s in cell["samples"])
+            read = sum(s["detail"]["stream_tokens"] for s in cell["samples"]) / 2
+            assert read - answers < cell["cost"]["prefill_tokens"] < read
 
 
 def test_the_report_is_written(run: Run, tmp_path: Path) -> None:
-    page = (run.folder / "report.html").read_text("utf-8")
+    page = html(run.manifest, run.cells(), tmp_path / "report.html").read_text("utf-8")
     assert "StreamEval, rebuilt" in page
     assert "Dictionary look-up" in page

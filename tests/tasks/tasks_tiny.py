@@ -31,6 +31,9 @@ class FakeMeter:
         self.calls.append(("decode", tokens))
         yield
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def cache(self, past: Any) -> None:
         self.calls.append(("cache", past.get_seq_length()))
 

@@ -57,6 +57,14 @@ class Meter:
         """Times the block as the making of `tokens` output tokens, one after another."""
         return self._timed(self._decode, tokens)
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Counts all prefills within the block as one, of all their tokens: a stream that is read turn by turn."""
+        before = len(self._prefill.seconds)
+        yield
+        for values in (self._prefill.seconds, self._prefill.tokens):
+            values[before:] = [sum(values[before:])] if len(values) > before else []
+
     def cache(self, past: Any) -> None:
         """Takes the size of a cache; the largest that was seen is reported."""
         self._cache = max(self._cache or 0, cache_bytes(past))

@@ -116,15 +116,16 @@ def judge_stream(model: PreTrainedModel, ids: list[int], spans: Sequence[Span], 
     and the answer, the right one whatever the model would have said, goes in token by token as while decoding."""
     cache: Cache | None = None
     done, said = 0, []
-    for start, end in spans:
-        read = chunked_prefill(model, ids[done:start], meter=meter, cache=cache)
-        judged = Judged(ids[start:end])
-        judged.add(read.logits[None])
-        after = forced(model, read, ids[start:end], meter)
-        if end - start > 1:
-            judged.add(after[:-1])
-        said.append(judged)
-        cache, done = read.cache, end
+    with meter.together():
+        for start, end in spans:
+            read = chunked_prefill(model, ids[done:start], meter=meter, cache=cache)
+            judged = Judged(ids[start:end])
+            judged.add(read.logits[None])
+            after = forced(model, read, ids[start:end], meter)
+            if end - start > 1:
+                judged.add(after[:-1])
+            said.append(judged)
+            cache, done = read.cache, end
     return said
 
 
