@@ -44,7 +44,7 @@ def test_texts_fill_the_length_with_all_facts_in_them(name: str, length: int, no
 def test_memorize_begins_with_its_fact_and_detect_has_it_everywhere(noise: Path) -> None:
     tokenizer = byte_tokenizer()
     for sample in parse_task(f"memorize:text={noise}").samples(tokenizer, 2000, 5, 0):
-        assert re.match(r"<s>\w+ [a-z ]+ the \w+\.\n", str(tokenizer.decode(sample.tokens)))
+        assert re.match(r"<s>\n\w+ [a-z ]+ the \w+\.\n", str(tokenizer.decode(sample.tokens)))
         assert sample.meta["depth"] == 0.0
     found = parse_task(f"detect:text={noise}").samples(tokenizer, 2000, 8, 0)
     assert [int(s.meta["depth"] * 8) for s in found] == list(range(8))
@@ -131,7 +131,7 @@ def test_first_samples_stay_what_they_are(noise: Path) -> None:
     for name in ("memorize", "detect", "reasoning"):
         task = parse_task(f"{name}:text={noise}")
         found[name] = digest(task, tokenizer, task.samples(tokenizer, 500, 1, 0)[0])
-    assert found == {"memorize": "c5a3dc735297106a", "detect": "3b794a90bc384856", "reasoning": "f59b56dd0c854d7b"}
+    assert found == {"memorize": "990002ea33f291ae", "detect": "3b794a90bc384856", "reasoning": "f59b56dd0c854d7b"}
 
 
 def saying(tokenizer: Any, text: str, prompt: int, loud: str = "") -> KnownModel:

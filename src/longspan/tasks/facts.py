@@ -9,7 +9,8 @@ them answers the question, the other is what it is most easily confused with. Th
 the noise is a text that every machine has, or yours, and it begins again where it ends, so any length can be asked for.
 
 The question ends in the beginning of an answer ("Mary is in the"), so that a model that was never tuned to answer goes on
-with a place. A guess is right one time in 6.
+with a place. A guess is right one time in 6. A line's end stands before every fact, the first too: where there is no BOS a model
+makes its sink of the first token, and forgets it (SmolLM2-135M then knows 4 of 16 facts at 300 tokens, and 12 with it).
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Facts(Task):
         self, tokenizer: PreTrainedTokenizerBase, ring: Ring, story: Story, start: int, number: int, length: int
     ) -> Sample:
         head, question = with_bos(tokenizer, []), encode(tokenizer, f"\n{story.question}")
-        facts = [encode(tokenizer, f"\n{fact}\n" if depth else f"{fact}\n") for depth, fact in story.facts]
+        facts = [encode(tokenizer, f"\n{fact}\n") for _, fact in story.facts]
         longest = max(map(len, self._options(tokenizer, story.question).values()))
         least = len(head) + sum(map(len, facts)) + len(question) + longest
         self.require(length >= least, f"a length of at least {least} tokens is needed, not {length:,}")
