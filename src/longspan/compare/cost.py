@@ -60,10 +60,12 @@ class Meter:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Counts all prefills within the block as one, of all their tokens: a stream that is read turn by turn."""
-        before = len(self._prefill.seconds)
+        phase = self._prefill
+        before = len(phase.seconds)
         yield
-        for values in (self._prefill.seconds, self._prefill.tokens):
-            values[before:] = [sum(values[before:])] if len(values) > before else []
+        if len(phase.seconds) > before:
+            phase.seconds[before:] = [sum(phase.seconds[before:])]
+            phase.tokens[before:] = [sum(phase.tokens[before:])]
 
     def cache(self, past: Any) -> None:
         """Takes the size of a cache; the largest that was seen is reported."""
