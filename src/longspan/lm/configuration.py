@@ -23,6 +23,7 @@ class LongspanConfig(PreTrainedConfig):
     position: a position scheme as a spec string (`rope`, `alibi`, `kerple:kind=power`, `t5 + logn`, …; `longspan methods`
     lists them).
     attention: `full`, a pattern or a mixer as a spec string, or a list of them that is repeated over the layers.
+    memory: what lies beyond the attended tokens (`transformer-xl:segment=128,length=128`), with attention=full.
     Sizes that are left out follow: as many key-value heads as heads, heads of hidden_size / heads, a feed-forward layer of
     8/3 hidden_size rounded up to a multiple of 64, as many decoder layers as encoder layers.
     """
@@ -111,14 +112,29 @@ class LongspanConfig(PreTrainedConfig):
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """What `attention` names, to be repeated over the layers. Raises `SpecError` for what is none."""
+        """What `attention` or `memory` names, to be repeated over the layers. Raises `SpecError` for what is none."""
+        if self.memory != "none":
+            return (self._read_memory(),)
         specs = [self.attention] if isinstance(self.attention, str) else self.attention
         return tuple(_read_attention(spec) for spec in specs) or (_read_attention(""),)
+
+    def _read_memory(self) -> Attention:
+        methods = parse(self.memory).methods
+        if len(methods) != 1 or not isinstance(methods[0], Attention) or methods[0].seam != "memory":
+            raise SpecError(
+                f"memory={self.memory!r} is no memory that a model is built with, such as transformer-xl:segment=128,length=128"
+            )
+        if self.attention != "full":
+            raise NotSupported(
+                f"memory={self.memory} is what attention sees, and so is attention={self.attention}; leave one of them out"
+            )
+        return methods[0]
 
     def shape(self, *, causal: bool) -> Shape:
         """What a position scheme is built for."""
         assert self.head_dim is not None
         return Shape(
+            layers=max(self.num_hidden_layers, self.decoder_layers or 0),
             hidden=self.hidden_size,
             heads=self.num_attention_heads,
             head_dim=self.head_dim,
@@ -134,13 +150,11 @@ class LongspanConfig(PreTrainedConfig):
                 f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads evenly"
             )
         _ = self.attentions
-        if self.memory != "none":
-            raise NotSupported(f"memory={self.memory!r}: models of our own have no memory beyond their cache; use none")
 
 
 def _read_attention(spec: str) -> Attention:
     methods = parse(spec).methods
-    if len(methods) != 1 or not isinstance(methods[0], Attention):
+    if len(methods) != 1 or not isinstance(methods[0], Attention) or methods[0].seam != "attention":
         raise SpecError(
             f"attention={spec!r} is not one way to mix tokens, such as full or window:size=256; a position scheme belongs to "
             "position, and methods for trained models are put on the model afterwards with longspan.apply"
