@@ -45,7 +45,7 @@ def scheme_attention(
     place = cast(Place, module.place)
     assert position_ids is not None, "the model gives positions to every layer"
     queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
-    layer = cast(int, module.layer_idx)
+    layer = cast(int, getattr(module, "layer_idx", 0))
     asking = query_scores(place, query, queries, layer)
     query, key = place.turn(query, key, queries, keys)
     scale = place.query_scale(queries)
