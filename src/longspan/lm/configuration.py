@@ -85,11 +85,11 @@ class LongspanConfig(PreTrainedConfig):
     @property
     def scheme(self) -> Scheme:
         """The position scheme that `position` names. Raises `SpecError` for what is none."""
-        return self._read_position()[0]
+        return read_position(self.position)[0]
 
     def build_place(self, *, causal: bool) -> Place:
         """The scheme in a stack of this configuration, with log-n around it where `position` says so."""
-        scheme, logn = self._read_position()
+        scheme, logn = read_position(self.position)
         place = scheme.build(self.shape(causal=causal))
         if logn is None:
             return place
@@ -98,17 +98,6 @@ class LongspanConfig(PreTrainedConfig):
                 "logn scales a query by how many keys it has seen, and in an encoder it sees all; leave it out"
             )
         return LogNPlace(place, logn.window or max(2, self.max_position_embeddings))
-
-    def _read_position(self) -> tuple[Scheme, LogN | None]:
-        methods = parse(self.position).methods
-        schemes = [m for m in methods if isinstance(m, Scheme)]
-        logn = [m for m in methods if isinstance(m, LogN)]
-        if len(schemes) != 1 or len(schemes) + len(logn) != len(methods):
-            raise SpecError(
-                f"position={self.position!r} is not one position scheme, such as rope, alibi or kerple:kind=power, alone or with "
-                "logn; methods for trained models, such as yarn, are put on the model afterwards with longspan.apply"
-            )
-        return schemes[0], logn[0] if logn else None
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
@@ -160,3 +149,16 @@ def _read_attention(spec: str) -> Attention:
             "position, and methods for trained models are put on the model afterwards with longspan.apply"
         )
     return methods[0]
+
+
+def read_position(spec: str) -> tuple[Scheme, LogN | None]:
+    """The scheme, and log-n where it stands beside it. Raises `SpecError` for what is no position scheme."""
+    methods = parse(spec).methods
+    schemes = [m for m in methods if isinstance(m, Scheme)]
+    logn = [m for m in methods if isinstance(m, LogN)]
+    if len(schemes) != 1 or len(schemes) + len(logn) != len(methods):
+        raise SpecError(
+            f"position={spec!r} is not one position scheme, such as rope, alibi or kerple:kind=power, alone or with "
+            "logn; methods for trained models, such as yarn, are put on the model afterwards with longspan.apply"
+        )
+    return schemes[0], logn[0] if logn else None
