@@ -31,6 +31,8 @@ class Line:
 LINES = (
     Line("window:size=9", full="window:size=64"),
     Line("window:size=9", position="alibi", full="window:size=64"),
+    Line("linear"),
+    Line("linear", position="sinusoidal"),
 )
 """A new pattern or mixer is one more line."""
 

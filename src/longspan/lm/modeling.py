@@ -81,12 +81,7 @@ class LongspanAttention(nn.Module):
         query = self._heads(self.q_proj(hidden_states))
         key, value = self._keys(hidden_states, encoder_states, past_key_values)
         if rotation is not None:
-            width = rotation[0].shape[-1]
-            turned = apply_rotary_pos_emb(query[..., :width], key[..., :width], *rotation)
-            query, key = (
-                new if width == self.head_dim else torch.cat((new, old[..., width:]), dim=-1)
-                for new, old in zip(turned, (query, key), strict=True)
-            )
+            query, key = self._turned(query, key, rotation)
         if past_key_values is not None and not self.cross:
             key, value = past_key_values.update(key, value, self.layer_idx)
         out, weights = self._interface()(
@@ -100,6 +95,15 @@ class LongspanAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _turned(self, query: Tensor, key: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Both rotated, in the channels that turn."""
+        width = rotation[0].shape[-1]
+        turned = apply_rotary_pos_emb(query[..., :width], key[..., :width], *rotation)
+        if width == self.head_dim:
+            return turned
+        query, key = (torch.cat((new, old[..., width:]), dim=-1) for new, old in zip(turned, (query, key), strict=True))
+        return query, key
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
@@ -223,6 +227,8 @@ class LongspanModel(LongspanPreTrainedModel):
             for i in range(layers or config.num_hidden_layers)
         )
         self.attentions = config.attentions
+        for attention in dict.fromkeys(self.attentions):
+            attention.join(self)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.rope_parameters is not None:
             self.rotary_emb = LongspanRotaryEmbedding(config)  # type: ignore[arg-type]
