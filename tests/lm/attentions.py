@@ -33,6 +33,10 @@ LINES = (
     Line("window:size=9", position="alibi", full="window:size=64"),
     Line("linear"),
     Line("linear", position="sinusoidal"),
+    Line("performer:features=32"),
+    Line("performer:features=24,kernel=relu,norms=sqrt,redraw=3", position="sinusoidal"),
+    Line("linformer:k=16", position="sinusoidal", causal=False),
+    Line("linformer:k=16,share=layerwise", position="learned", causal=False),
 )
 """A new pattern or mixer is one more line."""
 

@@ -27,9 +27,8 @@ from longspan.positions.scheme import Place
 class KernelAttention(LongspanAttention):
     """Attention by the features that `kernel` makes, of the heads and projections of softmax attention."""
 
-    def __init__(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool, kernel: Kernel):
-        super().__init__(config, layer, place, causal=causal)
-        self.kernel = kernel
+    def kernel(self) -> Kernel:
+        raise NotImplementedError
 
     def forward(
         self,
@@ -45,16 +44,16 @@ class KernelAttention(LongspanAttention):
         key, value = self._keys(hidden_states, None, None)
         if rotation is not None:
             query, key = self._turned(query, key, rotation)
-        new = query.shape[2]
+        new, kernel = query.shape[2], self.kernel()
         real = None if padding is None else padding[:, -new:]
         if not self.is_causal:
-            out = bidirectional(query, key, value, self.kernel, real)
+            out = bidirectional(query, key, value, kernel, real)
         elif past_key_values is None:
-            out, _ = causal(query, key, value, self.kernel, real=real)
+            out, _ = causal(query, key, value, kernel, real=real)
         else:
             memory = state_of(past_key_values, self.layer_idx)
             before = State(**memory.tensors) if memory.tensors else None
-            out, after = causal(query, key, value, self.kernel, before, real)
+            out, after = causal(query, key, value, kernel, before, real)
             memory.keep(new, **after._asdict())
         return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
 
@@ -85,6 +84,11 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
+class LinearAttention(KernelAttention):
+    def kernel(self) -> Kernel:
+        return Kernel(elu_plus_one)
+
+
 @dataclass(frozen=True)
 class Linear(KernelMixer):
     """Without settings: φ = elu + 1."""
@@ -95,4 +99,4 @@ class Linear(KernelMixer):
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
         self.check_config(config, place, causal=causal)
-        return KernelAttention(config, layer, place, causal=causal, kernel=Kernel(elu_plus_one))
+        return LinearAttention(config, layer, place, causal=causal)

@@ -14,6 +14,7 @@ ones before it, and nothing is added to the features to keep them from zero.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -77,7 +78,9 @@ class Kernel:
         if not self.normalised:
             return mixed.to(like.dtype)
         total = mixed[..., -1:]
-        return (mixed[..., :-1] / total.where(total > 0, 1.0)).to(like.dtype)  # who sees nothing is padding, and gets zeros
+        return (mixed[..., :-1] / total.where(total > 0, 1.0)).to(
+            like.dtype
+        )  # who sees nothing is padding, and gets zeros
 
     def empty(self, key: Tensor, value: Tensor) -> State:
         """The state before the first token."""
@@ -117,9 +120,7 @@ def bidirectional(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, rea
         return kernel.quotient(torch.cat(parts, dim=2), query)
 
 
-def read(
-    key: Tensor, value: Tensor, kernel: Kernel, state: State | None = None, real: Tensor | None = None
-) -> State:
+def read(key: Tensor, value: Tensor, kernel: Kernel, state: State | None = None, real: Tensor | None = None) -> State:
     """The state with these tokens in it, which nobody asks; shapes as in `causal`."""
     with _full_precision(key):
         state = state or kernel.empty(key, value)
@@ -205,5 +206,5 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
