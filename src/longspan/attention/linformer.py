@@ -38,16 +38,19 @@ class Projection(nn.Module):
         shape = heads if method.share == "none" else 1, method.k, length
         self.keys = nn.Parameter(torch.empty(shape))
         self.values = nn.Parameter(torch.empty(shape)) if method.share in ("none", "headwise") else None
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
         for weight in self.parameters():
-            nn.init.normal_(weight, std=method.k**-0.5)
+            nn.init.normal_(weight, std=self.method.k**-0.5)
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, T, D) → (B, H, k, D), both."""
         new = key.shape[2]
         if new > self.length:
             raise NotSupported(
-                f"attention={self.method.spec} was made for texts of {self.length:,} tokens and this one has {new:,}: shorten it, "
-                f"or train with max_position_embeddings={new} or more"
+                f"attention={self.method.spec} was made for texts of {self.length:,} tokens and this one has {new:,}: "
+                f"shorten it, or train with max_position_embeddings={new} or more"
             )
         values = self.keys if self.values is None else self.values
         return self.keys[..., :new].to(key.dtype) @ key, values[..., :new].to(value.dtype) @ value
@@ -110,8 +113,8 @@ class Linformer(Mixer):
     def check_direction(self, causal: bool) -> None:
         if causal:
             raise NotSupported(
-                f"attention={self.spec} cannot be causal: each projected key holds tokens of the whole text, later ones too. It can "
-                "be part of an encoder (kind=encoder); in a decoder linear or performer take linear time"
+                f"attention={self.spec} cannot be causal: each projected key holds tokens of the whole text, later ones too. It "
+                "can be part of an encoder (kind=encoder); in a decoder linear or performer take linear time"
             )
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:

@@ -151,5 +151,6 @@ class Swap:
             )
         if call.dropout:
             raise NotSupported(
-                "performer: attention_dropout drops weights that are never made one by one; set it to 0 in the model's configuration"
+                "performer: attention_dropout drops weights that are never made one by one; set it to 0 in the model's "
+                "configuration"
             )

@@ -70,9 +70,16 @@ class RandomFeatures(nn.Module):
     ):
         super().__init__()
         self.draw, self.width, self.seeds, self.kind, self.redraw = draw, width, seeds, kernel, redraw
-        self.register_buffer("projection", draw.matrix(width, *seeds, 0))
+        self.register_buffer("projection", torch.empty(draw.features, width))
         if redraw:
-            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+            self.register_buffer("steps", torch.empty((), dtype=torch.long))
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        """The first draw, before any step."""
+        self.projection.copy_(self.draw.matrix(self.width, *self.seeds, 0))
+        if self.redraw:
+            self.steps.zero_()
 
     def forward(self, x: Tensor, *, scale: float) -> Tensor:
         """x (…, D) → (…, m): logarithms of the features of the softmax kernel, or features of the ReLU kernel. `scale` is what

@@ -206,6 +206,8 @@ class LongspanPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Place):
             module.reset_parameters()
+        elif hasattr(module, "draw_weights"):
+            module.draw_weights()
         else:
             super()._init_weights(module)
 
