@@ -44,7 +44,8 @@ def test_module_is_the_formula(kind: str, position: str) -> None:
     model = LongspanModel(config(kind=kind, position=position)).double().eval()
     attention, x = model.layers[1].self_attn, torch.randn(2, 30, 64, dtype=torch.float64)
     q, k, v = (
-        project(x).view(2, 30, -1, 16).transpose(1, 2) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        project(x).view(2, 30, -1, 16).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     rotation = None
     if position == "rope":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +87,6 @@ def test_numbers_of_matrices() -> None:
 @pytest.mark.parametrize("share", SHARES)
 def test_saved_and_loaded(share: str, tmp_path: Path) -> None:
     """A shared matrix is in the file once, and all layers use it afterwards, in a copy too."""
-    import copy
-
     model, ids = build(f"linformer:k=8,share={share}"), tokens(2, 30)
     model.save_pretrained(tmp_path)
     again, info = LongspanForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -129,7 +129,7 @@ def test_padding_changes_nothing(side: str) -> None:
 
 def test_refusals_say_what_works() -> None:
     for spec in ("linformer:k=8", "linformer:k=8,share=layerwise"):
-        with pytest.raises(NotSupported, match="later ones too.*kind=encoder"):
+        with pytest.raises(NotSupported, match=r"later ones too.*kind=encoder"):
             LongspanForCausalLM(LongspanConfig(**{**build().config.to_dict(), "attention": spec, "kind": "decoder"}))
     with pytest.raises(NotSupported, match="later ones too"):
         LongspanForConditionalGeneration(LongspanConfig(**{**build().config.to_dict(), "kind": "encoder-decoder"}))
@@ -174,4 +174,4 @@ def test_error_falls_with_k() -> None:
             error.backward()
             optimizer.step()
         errors.append(error.item())
-    assert all(after < 0.9 * before for before, after in zip(errors, errors[1:], strict=False)), errors
+    assert all(after < 0.9 * before for before, after in itertools.pairwise(errors)), errors

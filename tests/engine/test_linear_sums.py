@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -43,9 +44,7 @@ def inputs(length: int, dtype: torch.dtype = torch.float64, std: float = 1.0) ->
     """Two rows, four query heads on two key-value heads, eight channels; values have five."""
     draw = torch.Generator().manual_seed(length)
     shapes = ((2, 4, length, 8), (2, 2, length, 8), (2, 2, length, 5))
-    return [
-        (torch.randn(s, generator=draw, dtype=torch.float64) * std).to(dtype).requires_grad_() for s in shapes
-    ]
+    return [(torch.randn(s, generator=draw, dtype=torch.float64) * std).to(dtype).requires_grad_() for s in shapes]
 
 
 def by_formula(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, *, ahead: bool = False) -> Tensor:
@@ -104,7 +103,7 @@ def test_state_is_handed_over(kernel: Kernel) -> None:
     wanted, last = causal(*given, kernel)
     for cuts in ([*range(101)], [0, 30, 31, 95, 100]):
         state, parts = None, []
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             part, state = causal(q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], kernel, state)
             parts.append(part)
         assert state is not None

@@ -21,7 +21,6 @@ from transformers import Cache
 
 from longspan.attention.base import Mixer
 from longspan.engine.core import attention
-from longspan.engine.patterns import roll_rows
 from longspan.errors import NotSupported
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.modeling import LongspanAttention, LongspanModel
@@ -90,7 +89,10 @@ class LinformerAttention(LongspanAttention):
 
 def _aligned(x: Tensor, padding: Tensor) -> Tensor:
     """x (B, H, T, D) with padding zeroed and each row's first real token in front."""
-    return roll_rows(x.masked_fill(~padding[:, None, :, None], 0), padding.int().argmax(1), 2)
+    length = x.shape[2]
+    column = torch.arange(length, device=x.device)[None] + padding.int().argmax(1, keepdim=True)
+    zeroed = x.masked_fill(~padding[:, None, :, None], 0)
+    return zeroed.gather(2, (column % length)[:, None, :, None].expand_as(x))
 
 
 @dataclass(frozen=True)

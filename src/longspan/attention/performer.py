@@ -93,7 +93,8 @@ class Performer(KernelMixer):
                 "performer: on a trained model features are drawn once, from the seed, so that the checkpoint needs no more than "
                 "its settings; leave redraw out"
             )
-        if facts.sliding_window is not None or facts.layer_types - {"full_attention"}:
+        windowed = facts.sliding_window is not None and not facts.layer_types
+        if windowed or facts.layer_types - {"full_attention"}:
             raise NotSupported(
                 f"performer sums over all tokens before a query, and {facts.architecture} has layers that forget or see only a "
                 "window of them; use a model with full attention in every layer"

@@ -46,10 +46,10 @@ def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     if call.padding is None or bool((call.padding[:, 1:] <= call.padding[:, :-1]).all()):  # none, or on the right
         return pattern.run(call, grid)
     shift = call.padding.int().argmax(1)
-    query, key, value = (roll_rows(x, shift, 2) for x in (call.query, call.key, call.value))
-    aligned = replace(call, query=query, key=key, value=value, padding=roll_rows(call.padding, shift, 1))
+    query, key, value = (_roll(x, shift, 2) for x in (call.query, call.key, call.value))
+    aligned = replace(call, query=query, key=key, value=value, padding=_roll(call.padding, shift, 1))
     out = pattern.run(aligned, grid)
-    return roll_rows(out, -shift, 2)
+    return _roll(out, -shift, 2)
 
 
 def masked_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
@@ -109,7 +109,7 @@ def _columns(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
     return torch.cat(parts)
 
 
-def roll_rows(x: Tensor, shift: Tensor, dim: int) -> Tensor:
+def _roll(x: Tensor, shift: Tensor, dim: int) -> Tensor:
     """Each row of the batch moved left by its own `shift` (B,) along `dim`, what leaves coming back on the other side."""
     length = x.shape[dim]
     index = (torch.arange(length, device=x.device)[None] + shift[:, None]) % length
