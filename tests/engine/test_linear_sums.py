@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from longspan.engine import linear
 from longspan.engine.linear import Kernel, bidirectional, causal, read
@@ -183,3 +184,19 @@ def test_compiles_in_one_piece(kernel: Kernel) -> None:
     given = inputs(70)
     compiled = torch.compile(lambda q, k, v: causal(q, k, v, kernel)[0], fullgraph=True, backend="aot_eager")
     same_with_gradients(compiled(*given), causal(*given, kernel)[0], given)
+
+
+def test_training_memory_grows_with_the_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a forward pass leaves behind for each token of a head: outputs and its share of a sum, not its 256 features."""
+    monkeypatch.setattr(linear, "SEGMENT", 512)
+    wide = torch.randn(256, 8)
+    kernel = Kernel(lambda x: x @ wide.T, logarithms=True)
+    left = []
+    for length in (2048, 8192):
+        q, k, v = (torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(3))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as memory:
+            out, _ = causal(q, k, v, kernel)
+        left.append(sum(e.self_cpu_memory_usage for e in memory.key_averages()) / (2 * length))
+        out.sum().backward()
+    assert left[1] < 1.1 * left[0]
+    assert left[1] < 256 * 4 / 4

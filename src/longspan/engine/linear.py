@@ -15,7 +15,7 @@ ones before it, and nothing is added to the features to keep them from zero.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,9 +104,8 @@ def causal(
             return kernel.quotient(mixed, query), state
         run = _recomputed(_segment, query, key, value)
         parts = []
-        for part in _segments(query.shape[2]):
-            now = None if real is None else real[:, part]
-            mixed, state = run(query[:, :, part], key[:, :, part], value[:, :, part], now, state, kernel)
+        for given in zip(*map(_segments, (query, key, value)), _segments_of(real, query.shape[2]), strict=True):
+            mixed, state = run(*given, state, kernel)
             parts.append(mixed)
         return kernel.quotient(torch.cat(parts, dim=2), query), state
 
@@ -116,7 +115,7 @@ def bidirectional(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, rea
     with _full_precision(query):
         state = read(key, value, kernel, real=real)
         run = _recomputed(_look_up, query, key, value)
-        parts = [run(query[:, :, part], state, kernel) for part in _segments(query.shape[2])]
+        parts = [run(part, state, kernel) for part in _segments(query)]
         return kernel.quotient(torch.cat(parts, dim=2), query)
 
 
@@ -125,9 +124,8 @@ def read(key: Tensor, value: Tensor, kernel: Kernel, state: State | None = None,
     with _full_precision(key):
         state = state or kernel.empty(key, value)
         run = _recomputed(_absorb, key, value)
-        for part in _segments(key.shape[2]):
-            now = None if real is None else real[:, part]
-            state = run(key[:, :, part], value[:, :, part], now, state, kernel)
+        for given in zip(_segments(key), _segments(value), _segments_of(real, key.shape[2]), strict=True):
+            state = run(*given, state, kernel)
         return state
 
 
@@ -170,7 +168,9 @@ def _segment(
     before = (_fading(ends) @ sums.flatten(-2)).unflatten(-1, sums.shape[-2:])  # the sum at each end
     fade = (ends[..., :-1, None] - levels).exp()
     mixed = mixed + (asked @ before[:, :, None, :-1]) * fade[:, :, None, ..., None]
-    return mixed.flatten(3, 4).flatten(1, 2)[:, :, :length], State(before[:, :, -1], ends[..., -1])
+    return mixed.flatten(3, 4).flatten(1, 2)[:, :, :length], State(
+        before[:, :, -1].clone(), ends[..., -1]
+    )  # a view would keep all sums
 
 
 def _fading(levels: Tensor) -> Tensor:
@@ -190,8 +190,13 @@ def _chunks(x: Tensor, chunk: int, *, last: bool = False) -> Tensor:
     return x.unflatten(2, (-1, chunk))
 
 
-def _segments(length: int) -> list[slice]:
-    return [slice(start, start + SEGMENT) for start in range(0, length, SEGMENT)]
+def _segments(x: Tensor) -> Sequence[Tensor]:
+    """Split and not sliced: the backward pass of a slice makes zeros for the whole text."""
+    return x.split(SEGMENT, dim=2)
+
+
+def _segments_of(real: Tensor | None, length: int) -> Sequence[Tensor | None]:
+    return [None] * -(-length // SEGMENT) if real is None else real.split(SEGMENT, dim=1)
 
 
 def _recomputed(run: Callable[..., Any], first: Tensor, *others: Tensor) -> Callable[..., Any]:

@@ -207,7 +207,7 @@ class LongspanPreTrainedModel(PreTrainedModel):
         if isinstance(module, Place):
             module.reset_parameters()
         elif hasattr(module, "draw_weights"):
-            module.draw_weights()
+            module.draw_weights()  # type: ignore[operator]
         else:
             super()._init_weights(module)
 
