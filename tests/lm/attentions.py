@@ -31,6 +31,13 @@ class Line:
 LINES = (
     Line("window:size=9", full="window:size=64"),
     Line("window:size=9", position="alibi", full="window:size=64"),
+    Line("local:block=8", full="local:block=64"),
+    Line("local:block=12,globals=0"),
+    Line("local:block=7,globals=3", position="alibi", full="local:block=64"),
+    Line("overlap:block=8", full="overlap:block=64"),
+    Line("overlap:block=6,globals=0", position="t5"),
+    Line("longnet:segments=8/16/24,dilations=1/2/3", full="longnet:segments=64,dilations=1"),
+    Line("longnet:segments=9/20,dilations=1/5", position="alibi", full="longnet:segments=64,dilations=1"),
 )
 """A new pattern or mixer is one more line."""
 
