@@ -43,9 +43,9 @@ class Lane:
 
 
 class Part(NamedTuple):
-    """`count` pieces of attention: the queries of each see all its keys, with `causal` those up to their own place in it."""
+    """`pieces` equal calls of attention: the queries of each see all its keys, with `causal` those up to their own place in it."""
 
-    count: int
+    pieces: int
     queries: Lane
     keys: Lane
     causal: bool = False
@@ -104,7 +104,7 @@ class _Joint(torch.autograd.Function):
         sums = [torch.zeros_like(x, dtype=_wide(x)) for x in (query, key, value)]
         for part in (part for chunk in ctx.chunks for part in chunk.parts):
             q, k, v = _inputs(part, query, key, value)
-            given, o, total = (_flat(part.queries.of(x[:, part.heads], part.count)) for x in (grad, out, lse))
+            given, o, total = (_flat(part.queries.of(x[:, part.heads], part.pieces)) for x in (grad, out, lse))
             if ctx.detached:  # each part's softmax is differentiated by itself, under weights that are constants
                 o = _kernel(q)[0](q, k, v, ctx.scale, part.causal)[0]
             grads = _kernel(q)[1](given, q, k, v, o, total, ctx.scale, part.causal)
@@ -125,8 +125,8 @@ def _forward(
         for part in parts:
             part_out, part_lse = _kernel(query)[0](*_inputs(part, query, key, value), scale, part.causal)
             lane = Lane(part.queries.start - start, part.queries.length, part.queries.period, part.queries.step)
-            views = (lane.of(x[:, part.heads], part.count) for x in (mixed, lse))
-            _merge(*views, _pieces(part_out, part.count), _pieces(part_lse, part.count))
+            sums, weights = (lane.of(x[:, part.heads], part.pieces) for x in (mixed, lse))
+            _merge(sums, weights, _pieces(part_out, part.pieces), _pieces(part_lse, part.pieces))
         out[:, :, start:end] = mixed
         if totals is not None:
             totals[:, :, start:end] = lse
@@ -141,9 +141,9 @@ def _merge(mixed: Tensor, lse: Tensor, out: Tensor, out_lse: Tensor) -> None:
 
 
 def _inputs(part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The part's queries, keys and values, (B · count, h, m, D) with a key head for every query head."""
-    q = part.queries.of(query[:, part.heads], part.count)
-    k, v = (part.keys.of(x, part.count) for x in (key, value))
+    """The part's queries, keys and values, (B · pieces, h, m, D) with a key head for every query head."""
+    q = part.queries.of(query[:, part.heads], part.pieces)
+    k, v = (part.keys.of(x, part.pieces) for x in (key, value))
     index = _key_heads(part, query, key)
     k, v = (x[:, part.heads] if index is None else x.index_select(1, index) for x in (k, v))
     return _flat(q), _flat(k), _flat(v)
@@ -161,11 +161,11 @@ def _collect(part: Part, sums: list[Tensor], grads: tuple[Tensor, ...]) -> None:
     """Adds the gradients of one part's queries, keys and values to where they came from."""
     index = _key_heads(part, sums[0], sums[1])
     for lane, total, grad in zip((part.queries, part.keys, part.keys), sums, grads, strict=True):
-        pieces = _pieces(grad, part.count).to(total.dtype)
+        pieces = _pieces(grad, part.pieces).to(total.dtype)
         if total is sums[0] or index is None:
-            lane.of(total[:, part.heads], part.count).add_(pieces)
+            lane.of(total[:, part.heads], part.pieces).add_(pieces)
         else:
-            lane.of(total, part.count).index_add_(1, index, pieces)
+            lane.of(total, part.pieces).index_add_(1, index, pieces)
 
 
 def _flat(x: Tensor) -> Tensor:
