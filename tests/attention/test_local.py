@@ -12,7 +12,7 @@ import dense
 from longspan.apply import apply
 from longspan.attention import local
 from longspan.attention.base import Grid
-from longspan.attention.local import Blocks, Local, Overlap
+from longspan.attention.local import Blockwise, Local, Overlap
 from longspan.engine.core import reference_attention
 from longspan.engine.patterns import Call, attend
 from longspan.errors import NotSupported, SpecError
@@ -24,7 +24,7 @@ PATTERNS = [Local(8), Local(8, 0), Local(7, 5), Overlap(8), Overlap(6, 0), Overl
 each = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.spec)
 
 
-def seen(pattern: Blocks, query: int, key: int) -> bool:
+def seen(pattern: Blockwise, query: int, key: int) -> bool:
     """The module's text, for one query and one key."""
     block = pattern.block
     start = query // block * block
@@ -32,14 +32,14 @@ def seen(pattern: Blocks, query: int, key: int) -> bool:
     return low <= key < high or key < pattern.globals or query < pattern.globals
 
 
-def table(pattern: Blocks, length: int, causal: bool) -> Tensor:
+def table(pattern: Blockwise, length: int, causal: bool) -> Tensor:
     pairs = itertools.product(range(length), range(length))
     return torch.tensor([seen(pattern, q, k) and (k <= q or not causal) for q, k in pairs]).view(length, length)
 
 
 @each
 @pytest.mark.parametrize("causal", [True, False])
-def test_every_length(pattern: Blocks, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_length(pattern: Blockwise, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One softmax over local and global keys, each once; also where the text is longer than what is summed at once."""
     draw = torch.Generator().manual_seed(1)
     for length, at_once in ((1, 99), (3, 99), (8, 99), (9, 16), (12, 16), (23, 16), (31, 9), (32, 99), (33, 16)):
@@ -54,7 +54,7 @@ def test_every_length(pattern: Blocks, causal: bool, monkeypatch: pytest.MonkeyP
 
 
 @each
-def test_ranges_hold_what_is_seen(pattern: Blocks) -> None:
+def test_ranges_hold_what_is_seen(pattern: Blockwise) -> None:
     """And in a decoder no more than blocks, so that a step of decoding reads no whole cache."""
     for causal, start in itertools.product((True, False), range(0, 60, 7)):
         grid = Grid(1, 60, 0, causal)
@@ -70,7 +70,7 @@ def test_ranges_hold_what_is_seen(pattern: Blocks) -> None:
 
 @each
 @pytest.mark.parametrize("causal", [True, False])
-def test_work_grows_with_the_length(pattern: Blocks, causal: bool) -> None:
+def test_work_grows_with_the_length(pattern: Blockwise, causal: bool) -> None:
     def scores(length: int) -> int:
         parts = (p for chunk in pattern.chunks(length, causal) for p in chunk.parts)
         return sum(p.pieces * p.queries.length * p.keys.length for p in parts)

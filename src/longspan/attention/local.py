@@ -28,7 +28,7 @@ TOKENS_AT_ONCE = 2**17
 
 
 @dataclass(frozen=True)
-class Blocks(Pattern):
+class Blockwise(Pattern):
     """Base of both. `block` in tokens."""
 
     block: int
@@ -120,7 +120,7 @@ def _one(start: int, end: int, first: int, last: int) -> Part:
 
 
 @dataclass(frozen=True)
-class Local(Blocks, OnTrained):
+class Local(Blockwise, OnTrained):
     """`block` in tokens; the first `globals` tokens see and are seen by all (the authors' form without has block=256)."""
 
     block: int = 512
@@ -145,7 +145,7 @@ class Local(Blocks, OnTrained):
 
 
 @dataclass(frozen=True)
-class Overlap(Blocks):
+class Overlap(Blockwise):
     """`block` in tokens, even; the first `globals` tokens see and are seen by all."""
 
     block: int = 128

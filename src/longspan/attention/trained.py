@@ -14,9 +14,12 @@ from torch import Tensor
 
 from longspan.apply import Attend, Site, layer_number
 from longspan.attention.base import Grid, Pattern
-from longspan.engine.patterns import QUERIES_AT_ONCE, Call
+from longspan.engine.patterns import Call
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
+
+QUERIES_AT_ONCE = 512
+"""Queries that share one mask."""
 
 
 @dataclass(frozen=True)

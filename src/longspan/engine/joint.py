@@ -43,7 +43,7 @@ class Lane:
 
 
 class Part(NamedTuple):
-    """`pieces` equal calls of attention: the queries of each see all its keys, with `causal` those up to their own place in it."""
+    """`pieces` calls of attention of one size: the queries of each see all its keys, with `causal` up to their own place."""
 
     pieces: int
     queries: Lane
@@ -65,6 +65,7 @@ def joint_attention(
 ) -> Tensor:
     """(B, H, T, D); query (B, H, T, D), key and value (B, H_kv, T, D). Every query lies in one chunk and at least one part.
     detached: no gradient goes through the weights with which parts are put together."""
+    query, key, value = (_lined_up(x) for x in (query, key, value))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return _Joint.apply(query, key, value, chunks, scale, detached)[0]
     return _forward(query, key, value, chunks, scale)[0]
@@ -101,6 +102,7 @@ class _Joint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
+        grad = _lined_up(grad)
         sums = [torch.zeros_like(x, dtype=_wide(x)) for x in (query, key, value)]
         for part in (part for chunk in ctx.chunks for part in chunk.parts):
             q, k, v = _inputs(part, query, key, value)
@@ -176,6 +178,11 @@ def _flat(x: Tensor) -> Tensor:
 def _pieces(x: Tensor, count: int) -> Tensor:
     """(B · count, h, m, …) → (B, h, count, m, …)."""
     return x.unflatten(0, (-1, count)).transpose(1, 2)
+
+
+def _lined_up(x: Tensor) -> Tensor:
+    """With the numbers of a head side by side, as the kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _wide(x: Tensor) -> torch.dtype:
