@@ -53,6 +53,8 @@ def of(name: str) -> st.SearchStrategy[Method]:
         "share": st.floats(0.1, 1),
     }
     special |= {"scale_base": numbers, "gamma": numbers, "width": even, "buckets": even, "far": st.integers(200, 4096)}
+    special |= {"block": even, "globals": st.integers(0, 2)}
+    special |= {"segments": st.sampled_from(["2k/4k", "64/100"]), "dilations": st.sampled_from(["1/2", "1/64"])}
     cls = catalogue()[name]
     hints = typing.get_type_hints(cls)
     drawn = {f.name: special[f.name] if f.name in special else of_type(hints[f.name]) for f in dataclasses.fields(cls)}
