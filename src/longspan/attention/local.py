@@ -59,9 +59,9 @@ class Blockwise(Pattern):
         return [(0, self.globals), (low, high)]
 
     def run(self, call: Call, grid: Grid) -> Tensor:
-        """Blocks, halves beside them and global tokens as dense calls that are put together. With a bias by distance, or
-        dropout, blocks of queries under a mask."""
-        if call.bias is not None or call.dropout:
+        """Blocks, halves beside them and global tokens as dense calls that are put together. With more than products in the
+        scores, or dropout, blocks of queries under a mask."""
+        if not call.plain:
             return masked_attention(self, call, grid)
 
         def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

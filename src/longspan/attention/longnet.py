@@ -90,8 +90,9 @@ class LongNet(OnTrained):
         return [(min(start // w * w for w in sizes), min(grid.length, max(-(-end // w) * w for w in sizes)))]
 
     def run(self, call: Call, grid: Grid) -> Tensor:
-        """One dense call for each pattern and offset. With a bias by distance, or dropout, blocks of queries under a mask."""
-        if call.bias is not None or call.dropout:
+        """One dense call for each pattern and offset. With more than products in the scores, or dropout, blocks of queries under
+        a mask."""
+        if not call.plain:
             return masked_attention(self, call, grid)
 
         def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -123,7 +124,8 @@ class LongNet(OnTrained):
         return parts
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
-        if self.weights == "detached" and (place.has("bias") or config.attention_dropout):
+        added = place.has("bias") or place.has("query_scores")
+        if self.weights == "detached" and (added or config.attention_dropout):
             raise NotSupported(
                 "weights=detached needs a position scheme that adds nothing to scores, such as rope or xpos, and "
                 "attention_dropout=0; use weights=exact"
