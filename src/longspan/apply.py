@@ -447,6 +447,12 @@ def _attach_attention(site: Site, method: Method) -> None:
             f"{site.facts.architecture} does not. "
             + ("Methods that only change frequencies still work: ntk, yarn" if site.facts.rope else _ANOTHER)
         )
+    built_with = next((p for m in site.model.modules() if hasattr(p := getattr(m, "pattern", None), "visible")), None)
+    if "attention" in method.slots and built_with is not None:
+        raise NotSupported(
+            f"{method.name} changes which keys are seen, and this model was built with {built_with.spec}, which says so itself; "
+            "build it with attention=full, or with the other pattern"
+        )
     try:
         length = min(_SHORT, method.neutral_length())
         before = _probe(site.model, length)
