@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dense
-from longspan.apply import apply
+from longspan.apply import apply, remove
 from longspan.attention import local
 from longspan.attention.base import Grid
 from longspan.attention.local import Blockwise, Local, Overlap
@@ -136,3 +136,6 @@ def test_padding_over_several_blocks_of_queries(spec: str) -> None:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     got = model(padded, attention_mask=mask, position_ids=positions).logits[:, 37:]
     torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-4)
+    remove(model)
+    model.set_attn_implementation("eager")  # not taken for plain: masks of the pattern's own, on a text without padding
+    torch.testing.assert_close(apply(model, spec)(ids).logits, alone, rtol=1e-4, atol=1e-4)
