@@ -163,16 +163,25 @@ class Site:
         def attend(call: Attend) -> Tensor:
             tables = trial.rotary.tables(call.position_ids, call.query, trial.layer_type(call.module))
             query, key = (rotate(call.module, x, *tables) for x in (call.query, call.key))
-            mask = call.mask if call.mask is not None else query.new_ones(query.shape[2], key.shape[2]).tril().bool()
-            return attention(query, key, call.value, mask, call.scale, softcap=call.softcap)
+            return _plain_attention(replace(call, query=query, key=key))
 
+        trial._prove(attend, unrotated=True)
+
+    def prove_attention(self) -> None:
+        """For methods that change every input: proves that queries, keys, values and mask are all there is to this
+        architecture's attention, by plain attention over them."""
+        Site(self.model, self.methods, self.facts)._prove(_plain_attention)
+
+    def _prove(self, attend: Callable[[Attend], Tensor], *, unrotated: bool = False) -> None:
+        """Compares a short input under `attend` with the model as it is; nothing stays on the model."""
         before = _probe(self.model, _SHORT)
         try:
-            trial.unrotate()
-            trial.attention(attend)
+            if unrotated:
+                self.unrotate()
+            self.attention(attend)
             _compare(self, before, _probe(self.model, _SHORT))
         finally:
-            trial.undo()
+            self.undo()
 
     def attention(self, attend: Callable[[Attend], Tensor], *, own_mask: bool = False) -> None:
         """Runs `attend` as every layer's attention; it returns (B, H, Tq, D)."""
@@ -440,7 +449,8 @@ def _attach(site: Site) -> None:
 
 def _attach_attention(site: Site, method: Method) -> None:
     """Attaches, then proves on one short input that the model calls our attention and that nothing changed where the method
-    changes nothing: an architecture with a rotation or a kernel that we do not know is refused, never run wrongly."""
+    changes nothing: an architecture with a rotation or a kernel that we do not know is refused, never run wrongly. Where a
+    method changes every input, plain attention in its place is compared first."""
     if not site.facts.attention_interface:
         raise NotSupported(
             f"{method.name} needs a model that calls its attention through transformers' AttentionInterface; "
@@ -454,7 +464,10 @@ def _attach_attention(site: Site, method: Method) -> None:
             "build it with attention=full, or with the other pattern"
         )
     try:
-        length = min(_SHORT, method.neutral_length())
+        neutral = method.neutral_length()
+        length = min(_SHORT, neutral) or _SHORT
+        if not neutral:
+            site.prove_attention()
         before = _probe(site.model, length)
         method.attach(site)
         with _counted(site) as called:
@@ -470,7 +483,14 @@ def _attach_attention(site: Site, method: Method) -> None:
             f"{method.name} works in every layer's attention, and {site.facts.architecture} asked for {len(called)} of "
             f"{site.facts.layers}. {_STILL_WORK}"
         )
-    _compare(site, before, after)
+    if neutral:
+        _compare(site, before, after)
+
+
+def _plain_attention(call: Attend) -> Tensor:
+    query = call.query
+    mask = call.mask if call.mask is not None else query.new_ones(query.shape[2], call.key.shape[2]).tril().bool()
+    return attention(query, call.key, call.value, mask, call.scale, softcap=call.softcap)
 
 
 @contextlib.contextmanager

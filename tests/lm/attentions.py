@@ -43,6 +43,12 @@ LINES = (
     Line("longnet:segments=9/20,dilations=1/5", position="alibi", full="longnet:segments=64,dilations=1"),
     Line("transformer-xl:segment=7,length=9", "xl", "transformer-xl:segment=64", bidirectional=False, seam="memory"),
     Line("transformer-xl:segment=7,length=9,same_length=true", "rope", bidirectional=False, seam="memory"),
+    Line("linear"),
+    Line("linear", position="sinusoidal"),
+    Line("performer:features=32"),
+    Line("performer:features=24,kernel=relu,norms=sqrt,redraw=3", position="sinusoidal"),
+    Line("linformer:k=16", position="sinusoidal", causal=False),
+    Line("linformer:k=16,share=layerwise", position="learned", causal=False),
 )
 """A new pattern or mixer is one more line."""
 

@@ -22,6 +22,7 @@ from longspan.positions.scheme import Place
 if TYPE_CHECKING:
     from longspan.apply import Site
     from longspan.lm.configuration import LongspanConfig
+    from longspan.lm.modeling import LongspanModel
 
 
 class Attention(Method):
@@ -48,6 +49,9 @@ class Attention(Method):
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
         """The module of layer number `layer`. Raises `NotSupported` for a configuration that it cannot be part of."""
         raise NotImplementedError
+
+    def join(self, stack: LongspanModel) -> None:
+        """Called once, when all layers of a stack stand: for what its layers share or do together."""
 
     def check_direction(self, causal: bool) -> None:
         direction = "causal" if causal else "bidirectional"
