@@ -93,6 +93,10 @@ class Pattern(Attention):
         Causality and padding are added by the caller, and need not be in the answer."""
         raise NotImplementedError
 
+    def counts(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor | None:
+        """How often a visible key counts in the softmax: whole numbers, asked for and answered as `visible` is. None: once."""
+        return None
+
     def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
         """Where the keys are that some query of start … end - 1 sees: ascending, disjoint (first, last + 1)."""
         return [(0, grid.length)]
