@@ -19,7 +19,7 @@ from longspan.attention.base import Attention, Mixer
 from longspan.engine.linear import Kernel, State, bidirectional, causal
 from longspan.errors import NotSupported
 from longspan.lm.configuration import LongspanConfig
-from longspan.lm.modeling import LongspanAttention
+from longspan.lm.modeling import LongspanAttention, rotated
 from longspan.lm.state import state_of
 from longspan.positions.scheme import Place
 
@@ -43,7 +43,7 @@ class KernelAttention(LongspanAttention):
         query = self._heads(self.q_proj(hidden_states))
         key, value = self._keys(hidden_states, None, None)
         if rotation is not None:
-            query, key = self._turned(query, key, rotation)
+            query, key = rotated(query, rotation), rotated(key, rotation)
         new, kernel = query.shape[2], self.kernel()
         real = None if padding is None else padding[:, -new:]
         if not self.is_causal:
