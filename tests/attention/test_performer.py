@@ -344,6 +344,9 @@ class TestSwap:
         model.config.attention_dropout = model.model.layers[0].self_attn.attention_dropout = 0.1
         with applied(model, self.METHOD), pytest.raises(NotSupported, match="dropout"):
             model.train()(ids)
-        ours = LongspanForCausalLM(LongspanConfig(**{**config().to_dict(), "attention": "full", "position": "alibi"}))
-        with pytest.raises(NotSupported):
-            apply(ours, self.METHOD)
+        for settings, says in (
+            ({"attention": "full", "position": "alibi"}, "short input"),
+            ({"attention": "window:size=9"}, "pattern"),
+        ):
+            with pytest.raises(NotSupported, match=says):
+                apply(LongspanForCausalLM(config(**settings)), self.METHOD)

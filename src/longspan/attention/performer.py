@@ -101,6 +101,11 @@ class Performer(KernelMixer):
             )
 
     def attach(self, site: Site) -> None:
+        if any(getattr(module, "pattern", None) is not None for module in site.model.modules()):
+            raise NotSupported(
+                "performer sums over all tokens before a query, and this model was trained with a pattern that hides some; use a "
+                "model with full attention, or train one with attention=performer"
+            )
         swap = Swap(self, site)
         site.attention(swap.attend, own_mask=True)
         site.before_forward(swap.before_forward)

@@ -78,9 +78,8 @@ class Kernel:
         if not self.normalised:
             return mixed.to(like.dtype)
         total = mixed[..., -1:]
-        return (mixed[..., :-1] / total.where(total > 0, 1.0)).to(
-            like.dtype
-        )  # who sees nothing is padding, and gets zeros
+        total = total.where(total > 0, 1.0)  # who sees nothing is padding, and gets zeros
+        return (mixed[..., :-1] / total).to(like.dtype)
 
     def empty(self, key: Tensor, value: Tensor) -> State:
         """The state before the first token."""
@@ -168,9 +167,8 @@ def _segment(
     before = (_fading(ends) @ sums.flatten(-2)).unflatten(-1, sums.shape[-2:])  # the sum at each end
     fade = (ends[..., :-1, None] - levels).exp()
     mixed = mixed + (asked @ before[:, :, None, :-1]) * fade[:, :, None, ..., None]
-    return mixed.flatten(3, 4).flatten(1, 2)[:, :, :length], State(
-        before[:, :, -1].clone(), ends[..., -1]
-    )  # a view would keep all sums
+    after = State(before[:, :, -1].clone(), ends[..., -1])  # a view would keep all the sums
+    return mixed.flatten(3, 4).flatten(1, 2)[:, :, :length], after
 
 
 def _fading(levels: Tensor) -> Tensor:
