@@ -31,6 +31,8 @@ class Line:
 LINES = (
     Line("window:size=9", full="window:size=64"),
     Line("window:size=9", position="alibi", full="window:size=64"),
+    Line("window:size=7,sinks=3", full="window:size=64,sinks=3"),
+    Line("window:size=7,sinks=3", position="kerple", full="window:size=64,sinks=3"),
 )
 """A new pattern or mixer is one more line."""
 

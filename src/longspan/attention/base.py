@@ -93,6 +93,11 @@ class Pattern(Attention):
         """Where the keys are that some query of start … end - 1 sees: ascending, disjoint (first, last + 1)."""
         return [(0, grid.length)]
 
+    def kept(self) -> tuple[int, int] | None:
+        """(sinks, window) where a token of a decoder sees the first `sinks` tokens and the last `window`, itself among them,
+        and no others: then a cache keeps only those. None where any token may be seen again."""
+        return None
+
     def run(self, call: Call, grid: Grid) -> Tensor:
         """Attention of all tokens of a text on themselves, (B, H, T, D); blocks of queries under the mask of `visible`
         unless a pattern has a faster way. Rows are aligned at their first real token."""
