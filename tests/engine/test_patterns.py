@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from longspan.attention.base import Grid
 from longspan.attention.window import Window
-from longspan.engine import patterns
+from longspan.engine import masks
 from longspan.engine.patterns import Call, attend
 from longspan.errors import NotSupported
 from longspan.lm import LongspanConfig, LongspanForCausalLM
@@ -132,7 +132,7 @@ def test_cost_grows_with_length_times_window(sinks: int, causal: bool, monkeypat
         scores.append(query.shape[2] * key.shape[2])
         return run(query, key, value, **settings)
 
-    monkeypatch.setattr(patterns.F, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(masks.F, "scaled_dot_product_attention", counted)
 
     def cost(length: int, window: int) -> tuple[int, int]:
         scores.clear()

@@ -12,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from longspan.attention.base import Grid, Pattern
+from longspan.engine.blocks import Blocks, band
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
 from longspan.positions.scheme import Place
@@ -74,6 +76,11 @@ class Window(Span, Pattern):
         if low <= self.sinks:
             return [(0, max(high, min(self.sinks, grid.length)))]
         return [(0, self.sinks), (low, high)] if self.sinks else [(low, high)]
+
+    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks:
+        assert self.size is not None
+        lengths, window = (grid.length, grid.length), min(self.size, grid.length)
+        return band(lengths, window=window, sinks=self.sinks, causal=grid.causal, size=size, device=device)
 
     def kept(self) -> tuple[int, int]:
         assert self.size is not None
