@@ -7,6 +7,7 @@ length · window, in the backward too.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,21 +22,29 @@ if TYPE_CHECKING:
 
 BLOCKS = (64, 512)
 """The fewest and the most queries that share one mask."""
+Piece = tuple[tuple[int, int], Tensor, Tensor, Tensor]
+"""A block of queries: its first token and the one after its last, the keys that some of them see, which tokens those are
+(B or 1, keys), and the mask between them."""
 
 
 def masked_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """The definition, made affordable: `pattern.visible` for one block of queries and the keys in its `ranges`."""
+    return torch.cat([_block(call, grid, *piece) for piece in pieces(pattern, call, grid)], dim=2)
+
+
+def pieces(pattern: Pattern, call: Call, grid: Grid) -> Iterator[Piece]:
+    """All blocks of queries, one after another."""
     total, new, device = call.key.shape[2], call.query.shape[2], call.query.device
     first = _first(call)
     lead, least = int(first.max()), int(first.min())
-    blocks = []
     for start, end in _blocks(pattern, grid, total - new, total):
         # Rows begin at columns 0 … lead, so a range of token numbers lies in columns that are up to `lead` further on.
         wanted = pattern.ranges(max(0, start - lead), end - least, grid)
         last = end if grid.causal else total
         columns = _columns([(low, min(high + lead, last)) for low, high in wanted], device)
-        blocks.append(_block(pattern, call, grid, (start, end), columns, columns[None], first))
-    return torch.cat(blocks, dim=2)
+        numbers = torch.arange(start, end, device=device)
+        mask = _mask(pattern, call, grid, numbers[None] - first, columns[None], first)
+        yield (start, end), columns, columns[None], mask
 
 
 def rolled_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
@@ -51,7 +60,9 @@ def rolled_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
         if new > 1:  # past the sinks the keys are the last tokens in order
             low = max(0, columns.shape[1] - (grid.length - start) - window + 1)
             slots = slots[(slots < sinks) | ((slots >= low) & (slots < columns.shape[1] - (grid.length - end)))]
-        blocks.append(_block(pattern, call, grid, (start, end), slots, columns[:, slots], first))
+        numbers = torch.arange(start, end, device=device)
+        mask = _mask(pattern, call, grid, numbers[None] - first, columns[:, slots], first)
+        blocks.append(_block(call, grid, (start, end), slots, columns[:, slots], mask))
     return torch.cat(blocks, dim=2)
 
 
@@ -65,27 +76,20 @@ def _first(call: Call) -> Tensor:
 def _blocks(pattern: Pattern, grid: Grid, start: int, end: int) -> list[tuple[int, int]]:
     """Where blocks of queries begin and end: powers of two about as long as what a query at the end sees."""
     seen = sum(high - low for low, high in pattern.ranges(end - 1, end, grid))
-    size = min(max(1 << seen.bit_length() - 1, BLOCKS[0]), BLOCKS[1])
+    size = min(max(1 << max(seen, 1).bit_length() - 1, BLOCKS[0]), BLOCKS[1])
     return [(low, min(low + size, end)) for low in range(start, end, size)]
 
 
-def _block(
-    pattern: Pattern, call: Call, grid: Grid, queries: tuple[int, int], slots: Tensor, columns: Tensor, first: Tensor
-) -> Tensor:
-    """Attention of the tokens from queries[0] to queries[1] - 1 on the keys in `slots`, which are the tokens `columns`
-    (B or 1, keys)."""
-    numbers, heads, early = (
-        torch.arange(*queries, device=slots.device),
-        call.query.shape[1],
-        grid.length - call.query.shape[2],
-    )
-    mask = _mask(pattern, call, grid, numbers[None] - first, columns, first)
+def _block(call: Call, grid: Grid, queries: tuple[int, int], slots: Tensor, columns: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one block, as in `Piece`."""
+    heads, early = call.query.shape[1], grid.length - call.query.shape[2]
     query = call.query[:, :, queries[0] - early : queries[1] - early]
     key, value = (expand_heads(x[:, :, slots], heads) for x in (call.key, call.value))
     if call.bias is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scale
         )
+    numbers = torch.arange(*queries, device=query.device)
     bias = call.bias(numbers[:, None] - columns[:, None]).transpose(0, 1)
     bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))  # rows that see nothing are padding
     out = F.scaled_dot_product_attention(
