@@ -207,12 +207,13 @@ def _build(method: Attention, shape: Shape, length: int, causal: bool) -> Longsp
         model = LongspanModel(LongspanConfig(**sizes, position="nope"))
     except NotSupported:
         model = LongspanModel(LongspanConfig(**sizes, position="rope"))
-    return model.to(shape.device, shape.dtype).eval()
+    return nn.Module.to(model, shape.device, shape.dtype).eval()
 
 
 def _layer(method: Attention, shape: Shape, causal: bool, length: int) -> Work:
     model = _build(method, shape, length, causal)
-    layer, states = model.layers[0].self_attn, shape.states(length)
+    layer: Any = model.layers[0].self_attn
+    states = shape.states(length)
     positions = torch.arange(length, device=shape.device)[None]
     rotation = model.rotary_emb(states, positions) if hasattr(model, "rotary_emb") else None
 

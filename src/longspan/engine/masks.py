@@ -51,7 +51,7 @@ def rolled_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """New tokens of a text of `grid.length`, with the keys that a rolling cache still has."""
     kept, columns, new, device = pattern.kept(), call.columns, call.query.shape[2], call.query.device
     assert kept is not None and columns is not None
-    if new == 1 and call.padding is None and call.bias is None:  # a ring holds what its query sees, and nothing else
+    if new == 1 and call.padding is None and _plain(call):  # a ring holds what its query sees, and nothing else
         return attention(call.query, call.key, call.value, None, call.scale, dropout=call.dropout)
     first, blocks, (sinks, window) = _first(call), [], kept
     sinks = min(sinks, columns.shape[1])
@@ -85,17 +85,34 @@ def _block(call: Call, grid: Grid, queries: tuple[int, int], slots: Tensor, colu
     heads, early = call.query.shape[1], grid.length - call.query.shape[2]
     query = call.query[:, :, queries[0] - early : queries[1] - early]
     key, value = (expand_heads(x[:, :, slots], heads) for x in (call.key, call.value))
-    if call.bias is None:
+    if _plain(call):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scale
         )
     numbers = torch.arange(*queries, device=query.device)
-    bias = call.bias(numbers[:, None] - columns[:, None]).transpose(0, 1)
+    bias = _bias(call, slice(queries[0] - early, queries[1] - early), numbers[:, None] - columns[:, None])
     bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))  # rows that see nothing are padding
     out = F.scaled_dot_product_attention(
         query.float(), key.float(), value.float(), attn_mask=bias, dropout_p=call.dropout, scale=call.scale
     )
     return out.to(query.dtype)
+
+
+def _plain(call: Call) -> bool:
+    return call.bias is None and call.query_scores is None
+
+
+def _bias(call: Call, rows: slice, far: Tensor) -> Tensor:
+    """(B or 1, H, rows, keys) of the distances (B or 1, rows, keys)."""
+    bias: Tensor | float = 0.0
+    if call.bias is not None:
+        bias = call.bias(far).transpose(0, 1)
+    if call.query_scores is not None:
+        low, high = int(far.min()), int(far.max())
+        line = call.query_scores(rows, torch.arange(low, high + 1, device=far.device))
+        bias = bias + call.scale * line.gather(-1, (far - low)[:, None].expand(*line.shape[:3], -1))
+    assert isinstance(bias, Tensor)
+    return bias
 
 
 def _mask(pattern: Pattern, call: Call, grid: Grid, queries: Tensor, columns: Tensor, first: Tensor) -> Tensor:

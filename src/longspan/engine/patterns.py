@@ -33,6 +33,8 @@ class Call:
     bias: Callable[[Tensor], Tensor] | None = None
     """What a score gets at a distance in tokens: (H, *shape) float32 for whole numbers of any shape."""
     dropout: float = 0.0
+    query_scores: Callable[[slice, Tensor], Tensor] | None = None
+    """What some of the queries get at each of N distances, before the scale: (B, H, rows, N) float32."""
     columns: Tensor | None = None
     """Which tokens the keys are, (B or 1, Tk), -1 for none, where they come from a rolling cache: the sinks that the pattern
     keeps, then the others. None where they are all tokens."""
@@ -42,18 +44,29 @@ def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """(B, H, Tq, D). What padding tokens get is never read by others, but is a number."""
     if call.columns is not None:
         return routes.run_rolled(pattern, call, grid)
-    if call.query.shape[2] != call.key.shape[2]:
+    padded_left = call.padding is not None and not bool((call.padding[:, 1:] <= call.padding[:, :-1]).all())
+    if call.query.shape[2] != call.key.shape[2] or (padded_left and call.query_scores is not None):
         return masked_attention(pattern, call, grid)
-    if call.padding is None or bool((call.padding[:, 1:] <= call.padding[:, :-1]).all()):  # none, or on the right
+    if not padded_left:
         return pattern.run(call, grid)
+    assert call.padding is not None
     shift = call.padding.int().argmax(1)
-    query, key, value = (_roll(x, shift, 2) for x in (call.query, call.key, call.value))
-    aligned = replace(call, query=query, key=key, value=value, padding=_roll(call.padding, shift, 1))
+    query, key, value = (roll(x, shift, 2) for x in (call.query, call.key, call.value))
+    aligned = replace(call, query=query, key=key, value=value, padding=roll(call.padding, shift, 1))
     out = pattern.run(aligned, grid)
-    return _roll(out, -shift, 2)
+    return roll(out, -shift, 2)
 
 
-def _roll(x: Tensor, shift: Tensor, dim: int) -> Tensor:
+def shifted(line: Tensor, keys: int) -> Tensor:
+    """Scores of each query by distance, lined up with the keys: (B, H, Tq, Tq + keys - 1) → (B, H, Tq, keys), where distances
+    rise by one and the last query has the least one to the last key (the shift of Transformer-XL, appendix B)."""
+    batch, heads, rows, width = line.shape
+    back = line.flip(-1).contiguous()  # row r begins at rows - 1 - r
+    strides = (*back.stride()[:2], width - 1, 1)
+    return back.as_strided((batch, heads, rows, keys), strides, rows - 1)
+
+
+def roll(x: Tensor, shift: Tensor, dim: int) -> Tensor:
     """Each row of the batch moved left by its own `shift` (B,) along `dim`, what leaves coming back on the other side."""
     length = x.shape[dim]
     index = (torch.arange(length, device=x.device)[None] + shift[:, None]) % length
