@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.attention.base import Attention, Full, Grid, Pattern
-from longspan.engine.blocks import block_size
+from longspan.engine.block_tables import block_size
 from longspan.engine.masks import pieces
 from longspan.engine.patterns import Call, attend
 from longspan.engine.routes import choose, dense_first, through

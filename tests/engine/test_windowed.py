@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import dense
 from longspan.apply import apply
 from longspan.engine import windowed
-from longspan.engine.blocks import band
+from longspan.engine.block_tables import band
 from longspan.engine.core import expand_heads, reference_attention
 from longspan.memory.streaming import StreamingLLM
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.engine import routes
-from longspan.engine.blocks import Blocks, band
+from longspan.engine.block_tables import Blocks, band
 from longspan.engine.patterns import Call
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.attention.base import Grid, Pattern
-from longspan.engine.blocks import Blocks, band
+from longspan.engine.block_tables import Blocks, band
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
 from longspan.positions.scheme import Place

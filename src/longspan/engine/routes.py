@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from longspan.engine import window_sinks
-from longspan.engine.blocks import block_size
+from longspan.engine.block_tables import block_size
 from longspan.engine.masks import masked_attention, rolled_attention
 from longspan.errors import NotSupported, SpecError
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from longspan.engine.blocks import SIZE as BLOCK
-from longspan.engine.blocks import band
+from longspan.engine.block_tables import SIZE as BLOCK
+from longspan.engine.block_tables import band
 from longspan.engine.core import expand_heads
 
 if TYPE_CHECKING:

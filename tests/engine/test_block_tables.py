@@ -11,8 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from longspan.attention.base import Full, Grid, Pattern
 from longspan.attention.window import Window
-from longspan.engine import blocks as module
-from longspan.engine.blocks import Blocks, band, block_size
+from longspan.engine import block_tables as module
+from longspan.engine.block_tables import Blocks, band, block_size
 
 CPU = torch.device("cpu")
 PATTERNS = [Full(), *(Window(w, s) for w, s in itertools.product((1, 5, 16, 40, 500), (0, 1, 4, 8, 21)))]
