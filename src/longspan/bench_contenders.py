@@ -202,7 +202,7 @@ def _build(method: Attention, shape: Shape, length: int, causal: bool) -> Longsp
         "intermediate_size": 64,
         "vocab_size": 8,
     }
-    sizes |= {"kind": "decoder" if causal else "encoder", "max_position_embeddings": length, "attention": method.spec}
+    sizes |= {"kind": "decoder" if causal else "encoder", "max_position_embeddings": length, method.seam: method.spec}
     try:
         model = LongspanModel(LongspanConfig(**sizes, position="nope"))
     except NotSupported:
