@@ -140,11 +140,13 @@ def _pattern(pattern: Pattern, shape: Shape, causal: bool, way: str | None, leng
         with through(way) if way else contextlib.nullcontext():
             return attend(pattern, call, grid)
 
+    pairs = visible_pairs(pattern, grid)
+    if way is None and type(pattern).run is not Pattern.run:
+        return Work(run, leaves, pairs, "own")
     tables_s = _tables_s(pattern, grid, shape.device)  # first, since they are kept
     with through(way) if way else contextlib.nullcontext():
         route = choose(pattern, call, grid)
     mask_s = tables_s if route.way == "flex" else _masks_s(pattern, call, grid) if route.way == "masks" else 0.0
-    pairs = visible_pairs(pattern, grid)
     return Work(run, leaves, pairs, route.way, route.why, mask_s)
 
 

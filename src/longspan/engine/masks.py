@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 BLOCKS = (64, 512)
 """The fewest and the most queries that share one mask."""
-Piece = tuple[tuple[int, int], Tensor, Tensor, Tensor]
+Piece = tuple[tuple[int, int], Tensor, Tensor, Tensor, Tensor | None]
 """A block of queries: its first token and the one after its last, the keys that some of them see, which tokens those are
-(B or 1, keys), and the mask between them."""
+(B or 1, keys), the mask between them, and how often keys count, None for once."""
 
 
 def masked_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
@@ -42,9 +42,7 @@ def pieces(pattern: Pattern, call: Call, grid: Grid) -> Iterator[Piece]:
         wanted = pattern.ranges(max(0, start - lead), end - least, grid)
         last = end if grid.causal else total
         columns = _columns([(low, min(high + lead, last)) for low, high in wanted], device)
-        numbers = torch.arange(start, end, device=device)
-        mask = _mask(pattern, call, grid, numbers[None] - first, columns[None], first)
-        yield (start, end), columns, columns[None], mask
+        yield _piece(pattern, call, grid, (start, end), columns, columns[None], first)
 
 
 def rolled_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
@@ -60,9 +58,8 @@ def rolled_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
         if new > 1:  # past the sinks the keys are the last tokens in order
             low = max(0, columns.shape[1] - (grid.length - start) - window + 1)
             slots = slots[(slots < sinks) | ((slots >= low) & (slots < columns.shape[1] - (grid.length - end)))]
-        numbers = torch.arange(start, end, device=device)
-        mask = _mask(pattern, call, grid, numbers[None] - first, columns[:, slots], first)
-        blocks.append(_block(call, grid, (start, end), slots, columns[:, slots], mask))
+        piece = _piece(pattern, call, grid, (start, end), slots, columns[:, slots], first)
+        blocks.append(_block(call, grid, *piece))
     return torch.cat(blocks, dim=2)
 
 
@@ -80,20 +77,40 @@ def _blocks(pattern: Pattern, grid: Grid, start: int, end: int) -> list[tuple[in
     return [(low, min(low + size, end)) for low in range(start, end, size)]
 
 
-def _block(call: Call, grid: Grid, queries: tuple[int, int], slots: Tensor, columns: Tensor, mask: Tensor) -> Tensor:
+def _piece(
+    pattern: Pattern, call: Call, grid: Grid, queries: tuple[int, int], slots: Tensor, columns: Tensor, first: Tensor
+) -> Piece:
+    numbers, keys = torch.arange(*queries, device=slots.device)[None] - first, columns - first
+    mask = _mask(pattern, call, grid, numbers, columns, first)
+    return queries, slots, columns, mask, pattern.counts(numbers, keys, grid)
+
+
+def _block(
+    call: Call,
+    grid: Grid,
+    queries: tuple[int, int],
+    slots: Tensor,
+    columns: Tensor,
+    mask: Tensor,
+    counts: Tensor | None,
+) -> Tensor:
     """Attention of one block, as in `Piece`."""
     heads, early = call.query.shape[1], grid.length - call.query.shape[2]
     query = call.query[:, :, queries[0] - early : queries[1] - early]
     key, value = (expand_heads(x[:, :, slots], heads) for x in (call.key, call.value))
-    if _plain(call):
+    if _plain(call) and counts is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scale
         )
     numbers = torch.arange(*queries, device=query.device)
-    bias = _bias(call, slice(queries[0] - early, queries[1] - early), numbers[:, None] - columns[:, None])
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    rows = slice(queries[0] - early, queries[1] - early)
+    bias = _bias(call, rows, numbers[:, None] - columns[:, None]).to(wide)
+    if counts is not None:  # what is invisible counts as one here and is hidden below
+        bias = bias + counts.clamp(min=1).to(wide).log()
     bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))  # rows that see nothing are padding
     out = F.scaled_dot_product_attention(
-        query.float(), key.float(), value.float(), attn_mask=bias, dropout_p=call.dropout, scale=call.scale
+        query.to(wide), key.to(wide), value.to(wide), attn_mask=bias, dropout_p=call.dropout, scale=call.scale
     )
     return out.to(query.dtype)
 
@@ -104,14 +121,13 @@ def _plain(call: Call) -> bool:
 
 def _bias(call: Call, rows: slice, far: Tensor) -> Tensor:
     """(B or 1, H, rows, keys) of the distances (B or 1, rows, keys)."""
-    bias: Tensor | float = 0.0
+    bias = torch.zeros(1, 1, 1, 1, device=far.device)
     if call.bias is not None:
         bias = call.bias(far).transpose(0, 1)
     if call.query_scores is not None:
         low, high = int(far.min()), int(far.max())
         line = call.query_scores(rows, torch.arange(low, high + 1, device=far.device))
         bias = bias + call.scale * line.gather(-1, (far - low)[:, None].expand(*line.shape[:3], -1))
-    assert isinstance(bias, Tensor)
     return bias
 
 

@@ -39,6 +39,11 @@ class Call:
     """Which tokens the keys are, (B or 1, Tk), -1 for none, where they come from a rolling cache: the sinks that the pattern
     keeps, then the others. None where they are all tokens."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether the weights are the softmax of products of queries and keys, and nothing else."""
+        return self.bias is None and self.query_scores is None and not self.dropout
+
 
 def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """(B, H, Tq, D). What padding tokens get is never read by others, but is a number."""
