@@ -205,10 +205,12 @@ def _build(method: Attention, shape: Shape, length: int, causal: bool) -> Longsp
         "vocab_size": 8,
     }
     sizes |= {"kind": "decoder" if causal else "encoder", "max_position_embeddings": length, method.seam: method.spec}
-    try:
-        model = LongspanModel(LongspanConfig(**sizes, position="nope"))
-    except NotSupported:
-        model = LongspanModel(LongspanConfig(**sizes, position="rope"))
+    for position in ("nope", "rope"):
+        with contextlib.suppress(LongspanError):
+            model = LongspanModel(LongspanConfig(**sizes, position=position))
+            break
+    else:
+        model = LongspanModel(LongspanConfig(**sizes, position="sinusoidal"))
     return nn.Module.to(model, shape.device, shape.dtype).eval()
 
 
