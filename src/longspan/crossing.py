@@ -36,11 +36,17 @@ Attend = Callable[["Projections", Tensor, Any, float, float], Tensor]
 
 
 class Projections:
-    """The projections of one cross-attention module. Raises `NotSupported` for what is no plain `nn.Linear`: an adapter's
-    weights are not where they can be moved to the query."""
+    """The projections of one cross-attention module, looked up whenever they are used: an adapter may come later."""
 
     def __init__(self, module: nn.Module, names: tuple[str, str, str, str]):
-        self.query, self._key, self._value, self.out = (getattr(module, name) for name in names)
+        self._module = module
+        self._query, self._key, self._value, self._out = names
+
+    def query(self, hidden: Tensor) -> Tensor:
+        return getattr(self._module, self._query)(hidden)
+
+    def out(self, attended: Tensor) -> Tensor:
+        return getattr(self._module, self._out)(attended)
 
     @property
     def key(self) -> nn.Linear:
@@ -50,8 +56,9 @@ class Projections:
     def value(self) -> nn.Linear:
         return self._plain(self._value)
 
-    @staticmethod
-    def _plain(layer: nn.Module) -> nn.Linear:
+    def _plain(self, name: str) -> nn.Linear:
+        """Raises `NotSupported` for what is no plain `nn.Linear`: its weight is not where it can be moved to the query."""
+        layer = getattr(self._module, name)
         if type(layer) is not nn.Linear:
             raise NotSupported(
                 f"a cross-attention's keys and values are projected by a {type(layer).__name__} here, and unlimiformer moves "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ BART = {
     "eos_token_id": None,
     "forced_eos_token_id": None,
     "decoder_start_token_id": 2,
+    "tie_word_embeddings": False,
     "init_std": 0.2,
     "dropout": 0.0,
 }
@@ -60,7 +61,8 @@ T5 = {
     "pad_token_id": 1,
     "eos_token_id": None,
     "decoder_start_token_id": 2,
-    "initializer_factor": 2.0,
+    "tie_word_embeddings": False,
+    "initializer_factor": 1.0,
     "dropout_rate": 0.0,
 }
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -222,7 +224,8 @@ def test_a_window_beyond_the_first_is_heard() -> None:
     other = torch.cat((ids[:, :70], text(1, 20, seed=2)), dim=1)
     with torch.no_grad():
         assert (
-            model(input_ids=ids, decoder_input_ids=asked).logits - model(input_ids=other, decoder_input_ids=asked).logits
+            model(input_ids=ids, decoder_input_ids=asked).logits
+            - model(input_ids=other, decoder_input_ids=asked).logits
         ).abs().max() > 1e-3
 
 
@@ -245,14 +248,18 @@ def test_led_is_given_its_part_of_the_global_mask() -> None:
 
 
 @each_family
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}]
+)
 def test_generation_is_the_plain_models_over_all_states(family: str, how: dict[str, Any]) -> None:
     model, ids = build(family), text(2, 70)
+    how = {**how, "no_repeat_ngram_size": 1}  # models of random weights would repeat one token, whatever they read
     with torch.no_grad():
         states = torch.stack([states_by_hand(model, row) for row in ids])
         want = model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=states), max_new_tokens=8, **how)
         with ls.applied(model, "unlimiformer:k=70"):
             torch.testing.assert_close(model.generate(ids, max_new_tokens=8, **how), want)
+    assert not torch.equal(want[0], want[-1]), "the two texts are answered alike, which proves little"
 
 
 @each_family
@@ -266,26 +273,27 @@ def test_decoding_with_a_cache_is_one_forward(family: str) -> None:
     assert {cross.get_seq_length(layer) for layer in range(2)} == {1}, "the model's cache holds the stand-in alone"
 
 
-def test_sampling_gives_each_text_its_own_answers() -> None:
-    """Samples of a text share its store: at a temperature of nothing they are its greedy answer."""
+def test_samples_of_a_text_share_its_store() -> None:
     model, ids = ls.apply(build("bart"), "unlimiformer:k=5"), text(2, 70)
-    greedy = model.generate(ids, max_new_tokens=6)
-    samples = model.generate(ids, max_new_tokens=6, do_sample=True, temperature=1e-4, num_return_sequences=3)
-    assert torch.equal(samples, greedy.repeat_interleave(3, dim=0))
-    assert not torch.equal(greedy[0], greedy[1])
+    how = {"do_sample": True, "num_return_sequences": 3, "return_dict_in_generate": True, "output_logits": True}
+    logits = model.generate(ids, max_new_tokens=1, **how).logits[0]
+    torch.testing.assert_close(logits, logits[[0, 3]].repeat_interleave(3, dim=0))
+    assert (logits[0] - logits[3]).abs().max() > 1e-3
 
 
 # Memory.
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor made within the block."""
+    """The most elements of any tensor made within the block; views are not."""
 
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        held = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = (x for x in tree_leaves(out) if isinstance(x, Tensor))
+        sizes = [x.numel() for x in made if x.untyped_storage().data_ptr() not in held]
         self.elements = max([self.elements, *sizes])
         return out
 
@@ -298,17 +306,13 @@ def test_half_a_million_states_are_searched_in_blocks(monkeypatch: pytest.Monkey
         found = retrieval.attend(queries, states, lambda q: retrieval.nearest(q, states, 50), 50)
     weights, best = (queries @ states.T).topk(50)
     torch.testing.assert_close(found, torch.einsum("qk,qkd->qd", weights.softmax(-1), states[best]))
-    whole = states.numel()  # splitting makes views of the states, and nothing else is as large
-    assert largest.elements <= 2**14 or largest.elements == whole
-    with Largest() as largest:
-        retrieval.nearest(queries, states[:100_000], 50)
     assert largest.elements <= 2**14
 
 
 def test_a_long_input_costs_a_state_a_token_and_no_more() -> None:
     """No tensor of reading and answering is larger than the store, and the decoder's cache does not grow with the input."""
     model, sizes = ls.apply(build("bart"), "unlimiformer:batch=4"), []
-    for n in (3000, 6000):
+    for n in (1000, 2000):
         ids = text(1, n)
         with Largest() as largest:
             out = model.generate(ids, max_new_tokens=3, num_beams=3, return_dict_in_generate=True)
@@ -405,7 +409,7 @@ def test_checkpoints_that_lose_the_states_are_refused() -> None:
     model = ls.apply(build("bart"), "unlimiformer:training=retrieval").train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(NotSupported, match="use_reentrant"):
-        loss_of(model)
+        loss_of(model).backward()
 
 
 def test_random_training_draws_and_evaluation_does_not() -> None:
@@ -430,7 +434,9 @@ def test_random_training_attends_to_k_states_of_the_text() -> None:
     drawn = torch.randperm(50)[:9]
     torch.manual_seed(1)
     given = crossing.give(hidden.new_zeros(1, 1, 32), Given(Encoded([states]), "random"))
-    torch.testing.assert_close(module(hidden, key_value_states=given)[0], by_the_formula(module, hidden, states[drawn], 9))
+    torch.testing.assert_close(
+        module(hidden, key_value_states=given)[0], by_the_formula(module, hidden, states[drawn], 9)
+    )
 
 
 def test_alternating_training_takes_turns_and_retrieves_first() -> None:
@@ -585,34 +591,38 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     build("bart").save_pretrained(tmp_path / "bart")
     with pytest.raises(NotSupported, match="it has an encoder"):
         ls.load(tmp_path / "bart")
-    for bad in ("k=0", "window=3", "overlap=1", "batch=0", "probes=3", "search=faiss,training=retrieval", "training=some"):
+    for bad in (
+        "k=0",
+        "window=3",
+        "overlap=1",
+        "batch=0",
+        "probes=3",
+        "search=faiss,training=retrieval",
+        "training=some",
+    ):
         with pytest.raises(SpecError):
             ls.apply(build("bart"), f"unlimiformer:{bad}")
 
 
-def calls_that_cannot_work() -> Iterator[tuple[str, Callable[[PreTrainedModel], Any]]]:
-    ids, asked = text(2, 40), text(2, 4, seed=1)
-    hole = torch.ones_like(ids)
-    hole[:, 20] = 0
-    lost = BaseModelOutput(last_hidden_state=torch.full((2, 1, 32), float("nan")))
-    yield "not tokens within", lambda m: m(input_ids=ids, attention_mask=hole, decoder_input_ids=asked)
-    yield "only padding", lambda m: m(input_ids=ids, attention_mask=0 * hole, decoder_input_ids=asked)
-    yield "no other mask", lambda m: m.get_encoder()(input_ids=ids, attention_mask=hole[:, None])
-    yield "last layer's states", lambda m: m(input_ids=ids, decoder_input_ids=asked, output_hidden_states=True)
-    yield "lost the states", lambda m: m(encoder_outputs=lost, decoder_input_ids=asked)
-    yield "evenly", lambda m: m(
-        encoder_outputs=Encoded.of(m, ids).outputs(), decoder_input_ids=asked, decoder_attention_mask=None
-    ) if False else m.get_decoder()(input_ids=text(3, 4), encoder_hidden_states=uneven(m, ids))
+IDS, ASKED = text(2, 40), text(2, 4, seed=1)
+HOLE = torch.arange(40).ne(20).long().expand(2, -1)
+LOST = BaseModelOutput(last_hidden_state=torch.full((2, 1, 32), float("nan")))
+IMPOSSIBLE: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "not tokens within": lambda m: m(input_ids=IDS, attention_mask=HOLE, decoder_input_ids=ASKED),
+    "only padding": lambda m: m(input_ids=IDS, attention_mask=0 * HOLE, decoder_input_ids=ASKED),
+    "no other mask": lambda m: m.get_encoder()(input_ids=IDS, attention_mask=HOLE[:, None]),
+    "last layer's states": lambda m: m(input_ids=IDS, decoder_input_ids=ASKED, output_hidden_states=True),
+    "lost the states": lambda m: m(encoder_outputs=LOST, decoder_input_ids=ASKED),
+    "evenly": lambda m: m.get_decoder()(
+        input_ids=text(3, 4), encoder_hidden_states=m.get_encoder()(input_ids=IDS)[0][[0, 0, 1]]
+    ),
+}
 
 
-def uneven(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return model.get_encoder()(input_ids=ids)[0][[0, 0, 1]]
-
-
-@pytest.mark.parametrize(("reason", "call"), calls_that_cannot_work())
-def test_calls_that_cannot_work_are_refused(reason: str, call: Callable[[PreTrainedModel], Any]) -> None:
+@pytest.mark.parametrize("reason", IMPOSSIBLE)
+def test_calls_that_cannot_work_are_refused(reason: str) -> None:
     with pytest.raises(NotSupported, match=reason):
-        call(ls.apply(build("bart"), "unlimiformer"))
+        IMPOSSIBLE[reason](ls.apply(build("bart"), "unlimiformer"))
 
 
 def test_an_adapter_on_the_projections_is_refused() -> None:

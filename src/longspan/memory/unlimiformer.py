@@ -206,11 +206,12 @@ class Encoded:
         made it."""
         try:
             with safe_open(str(path), "pt", device=str(model.device)) as file:
-                said, rows = file.metadata() or {}, [file.get_tensor(str(i)) for i in range(len(file.keys()))]
+                said = file.metadata() or {}
+                if said.get("longspan") != "encoder states":
+                    raise LongspanError(f"{path} holds no encoder states; write them with Encoded.save")
+                rows = [file.get_tensor(str(i)) for i in range(len(file.keys()))]
         except (SafetensorError, OSError) as error:
             raise LongspanError(f"{path} cannot be read as encoder states: {error}; save them again") from error
-        if said.get("longspan") != "encoder states":
-            raise LongspanError(f"{path} holds no encoder states; write them with Encoded.save")
         if said.get("encoder") != _fingerprint(model):
             raise LongspanError(
                 f"{path} was made by another encoder, or in another dtype; read the text again with this model"
