@@ -124,7 +124,7 @@ def cross_attention(site: Site, attend: Attend) -> None:
 
 def _take_over(site: Site, module: nn.Module, projections: Projections, attend: Attend) -> None:
     def before(module: nn.Module, args: tuple, kwargs: Arguments) -> None:
-        given = getattr(kwargs.get("key_value_states"), _CROSSING, None)
+        given = next((getattr(x, _CROSSING) for x in (*args, *kwargs.values()) if hasattr(x, _CROSSING)), None)
         if given is None:
             _lost(site)
         object.__setattr__(module, _CROSSING, lambda *call: attend(projections, call[0], given, *call[1:]))
