@@ -48,6 +48,8 @@ class ModelFacts:
     """Whether a token's place is added to its embedding, learned or sinusoidal."""
     encoder_decoder: bool = False
     """Whether an encoder reads the input; `window` is then the encoder's, and `layers` and `heads` are the decoder's."""
+    endless: bool = False
+    """Whether it reads a text of any length as it was trained to, as a recurrence does."""
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that a full key-value cache grows by with each token, over all layers."""
@@ -128,6 +130,7 @@ def facts_of(model_or_config: Any) -> ModelFacts:
         layer_types=frozenset(getattr(config, "layer_types", None) or ()),
         absolute_positions=_absolute_positions(model),
         encoder_decoder=bool(config.is_encoder_decoder),
+        endless=bool(getattr(model, "endless", False)),
     )
 
 
