@@ -334,15 +334,15 @@ def test_nearest_is_topk(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
         assert torch.equal(retrieval.nearest(queries, states, k), (queries @ states.T).topk(k).indices)
 
 
-@pytest.mark.parametrize("search", ["faiss", "ivf", "ivfpq"])
+@pytest.mark.parametrize("search", ["faiss", "ivf"])
 def test_faiss(search: str) -> None:
     pytest.importorskip("faiss", reason="faiss-cpu is optional: pip install 'longspan[knn]'")
     torch.manual_seed(0)
     states, queries = torch.randn(4000, 32), torch.randn(9, 32)
     exact = retrieval.nearest(queries, states, 20)
-    found = retrieval.FaissIndex(states, search, 32)(queries, 20)
+    found = retrieval.FaissIndex(states, search, 8)(queries, 20)
     recall = sum(len(set(a) & set(b)) for a, b in zip(exact.tolist(), found.tolist(), strict=True)) / exact.numel()
-    assert recall == 1 if search == "faiss" else recall > 0.4
+    assert recall == 1 if search == "faiss" else 0.4 < recall < 1
     model, ids, asked = build("bart"), text(1, 600), text(1, 4, seed=1)
     with torch.no_grad():
         exact, ours = (

@@ -25,7 +25,7 @@ GATHERED_AT_ONCE = 2**26
 
 Pick = Callable[[Tensor], Tensor]
 """From queries (Q, d) to the numbers (Q, k) of the states that each of them meets; -1 for a place left empty."""
-Kind = Literal["faiss", "ivf", "ivfpq"]
+Kind = Literal["faiss", "ivf"]
 
 
 def attend(queries: Tensor, states: Tensor, pick: Pick | None, k: int, dropout: float = 0.0) -> Tensor:
@@ -52,25 +52,19 @@ def nearest(queries: Tensor, states: Tensor, k: int) -> Tensor:
 
 
 class FaissIndex:
-    """Inner-product search by faiss, on the CPU. `faiss` is exact; `ivf` looks into `probes` of N / 128 lists; `ivfpq` does
-    so over codes of at most 64 bytes a state. Only the search is approximate: `attend` takes exact scores of what was found.
-    Raises `NotSupported` without faiss, and for a text too short for the codes."""
+    """Inner-product search by faiss, on the CPU. `faiss` is exact; `ivf` looks into `probes` of N / 128 lists, and then only the
+    search is approximate: `attend` takes exact scores of what was found. Raises `NotSupported` without faiss."""
 
     def __init__(self, states: Tensor, kind: Kind, probes: int):
         faiss = need_faiss()
         count, width = states.shape
         lists = max(1, count // 128)
-        if kind == "ivfpq" and count < 256:
-            raise NotSupported(
-                f"search=ivfpq learns 256 codes from a text, and this one has {count} tokens; use search=torch"
-            )
-        bytes_a_state = max(n for n in range(1, min(64, width) + 1) if width % n == 0)
-        recipe = {"faiss": "Flat", "ivf": f"IVF{lists},Flat", "ivfpq": f"IVF{lists},PQ{bytes_a_state}"}[kind]
+        recipe = "Flat" if kind == "faiss" else f"IVF{lists},Flat"
         self.index = faiss.index_factory(width, recipe, faiss.METRIC_INNER_PRODUCT)
         vectors = states.detach().float().cpu().numpy()
         self.index.train(vectors)
         self.index.add(vectors)
-        if kind != "faiss":
+        if kind == "ivf":
             self.index.nprobe = min(probes, lists)
 
     def __call__(self, queries: Tensor, k: int) -> Tensor:
