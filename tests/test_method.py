@@ -55,9 +55,12 @@ def of(name: str) -> st.SearchStrategy[Method]:
     special |= {"scale_base": numbers, "gamma": numbers, "width": even, "buckets": even, "far": st.integers(200, 4096)}
     special |= {"globals": st.integers(0, 2)}
     special |= {"segments": st.sampled_from(["2k/4k", "64/100"]), "dilations": st.sampled_from(["1/2", "1/64"])}
+    if name == "unlimiformer":  # what faiss takes is tested with it
+        special |= {"window": st.none() | st.integers(4, 2**16), "overlap": st.floats(0, 0.99)}
+        special |= {"search": st.just("torch"), "probes": st.none()}
     cls = catalogue()[name]
     hints = typing.get_type_hints(cls)
-    choices = {name for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+    choices = {name for name, hint in hints.items() if typing.get_origin(hint) is Literal} - {"search"}
     drawn = {
         f.name: special[f.name] if f.name in special.keys() - choices else of_type(hints[f.name])
         for f in dataclasses.fields(cls)

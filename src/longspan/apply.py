@@ -397,7 +397,8 @@ def apply(
             apply(model, previous)
         raise
     object.__setattr__(model, _SITE, site)
-    config = text_config(model.config)
+    # An encoder's model has one configuration, of which `text_config` gives a copy.
+    config = model.config if site.facts.encoder_decoder else text_config(model.config)
     before = getattr(config, "longspan", None)  # a checkpoint may have been saved with a method in it
     config.longspan = {"method": site.methods.spec}
     site.keep_for_undo(lambda: setattr(config, "longspan", before) if before else delattr(config, "longspan"))
@@ -440,6 +441,8 @@ def _attach(site: Site) -> None:
         for method in sorted(site.methods.methods, key=lambda m: ("queries" in m.slots, "attention" in m.slots)):
             if method.slots & {"attention", "queries"}:
                 _attach_attention(site, method)
+            elif "cross-attention" in method.slots:
+                _attach_cross_attention(site, method)
             else:
                 method.attach(site)
     except BaseException:
@@ -493,6 +496,22 @@ def _plain_attention(call: Attend) -> Tensor:
     return attention(query, call.key, call.value, mask, call.scale, softcap=call.softcap)
 
 
+def _attach_cross_attention(site: Site, method: Method) -> None:
+    """Attaches, then proves on one short input that nothing changed where the method changes nothing."""
+    length = min(_SHORT, method.neutral_length())
+    try:
+        before = _probe(site.model, length)
+        method.attach(site)
+        after = _probe(site.model, length)
+    except LongspanError:
+        raise
+    except Exception as error:
+        raise NotSupported(
+            f"{method.name} does not run on {site.facts.architecture}: {type(error).__name__}: {error}"
+        ) from error
+    _compare(site, before, after)
+
+
 @contextlib.contextmanager
 def _counted(site: Site) -> Iterator[list[nn.Module]]:
     """The modules that ask for their attention within the block."""
@@ -526,8 +545,9 @@ def _probe(model: PreTrainedModel, length: int) -> Tensor:
     model.eval()
     vocabulary = text_config(model.config).vocab_size
     ids = (torch.arange(length, device=model.device) * 7919 + 17)[None] % vocabulary
+    asked = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     try:
-        return model(input_ids=ids, use_cache=False).logits
+        return model(input_ids=ids, use_cache=False, **asked).logits
     finally:
         for module, training in modes:
             module.training = training

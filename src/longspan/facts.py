@@ -46,6 +46,8 @@ class ModelFacts:
     """Kinds of layers that the configuration names (`full_attention`, `sliding_attention`, …); empty where it names none."""
     absolute_positions: bool = False
     """Whether a token's place is added to its embedding, learned or sinusoidal."""
+    encoder_decoder: bool = False
+    """Whether an encoder reads the input; `window` is then the encoder's, and `layers` and `heads` are the decoder's."""
     endless: bool = False
     """Whether it reads a text of any length as it was trained to, as a recurrence does."""
 
@@ -88,24 +90,25 @@ def _rope_facts(config: PreTrainedConfig, window: int, head_dim: int) -> RopeFac
 def facts_of(model_or_config: Any) -> ModelFacts:
     """Facts of a model, or of a configuration (then an empty model is built on the meta device to count parameters).
 
-    Raises `NotSupported` for what is not a decoder-only language model that transformers itself knows.
+    Raises `NotSupported` for what is not a language model that transformers itself knows.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     if isinstance(model_or_config, PreTrainedConfig):
+        kind = AutoModelForSeq2SeqLM if model_or_config.is_encoder_decoder else AutoModelForCausalLM
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(model_or_config)
+                model = kind.from_config(model_or_config)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise NotSupported(
-                f"no causal language model can be built from a {model_or_config.model_type!r} configuration: {error}"
+                f"no language model can be built from a {model_or_config.model_type!r} configuration: {error}"
             ) from error
     else:
         model = model_or_config
     config = text_config(model.config)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    window = int(getattr(config, "max_position_embeddings", None) or 2048)
+    window = _window(config)
     if window < 1:
         raise NotSupported(f"the configuration says that the model reads {window:,} tokens; copy the model again")
     can_set = getattr(type(model), "_can_set_attn_implementation", lambda: True)
@@ -113,7 +116,7 @@ def facts_of(model_or_config: Any) -> ModelFacts:
         model_type=config.model_type,
         architecture=type(model).__name__,
         window=window,
-        layers=config.num_hidden_layers,
+        layers=getattr(config, "num_decoder_layers", None) or config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -126,8 +129,19 @@ def facts_of(model_or_config: Any) -> ModelFacts:
         sliding_window=getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None,
         layer_types=frozenset(getattr(config, "layer_types", None) or ()),
         absolute_positions=_absolute_positions(model),
+        encoder_decoder=bool(config.is_encoder_decoder),
         endless=bool(getattr(model, "endless", False)),
     )
+
+
+def _window(config: PreTrainedConfig) -> int:
+    """Tokens; of an encoder with a decoder, the encoder's. T5 has no end, and was trained with the 512 that some of its
+    configurations name."""
+    names = ["max_position_embeddings"]
+    if config.is_encoder_decoder:
+        names = ["max_encoder_position_embeddings", "max_position_embeddings", "n_positions"]
+    found = next(filter(None, (getattr(config, name, None) for name in names)), None)
+    return int(found or (512 if config.is_encoder_decoder else 2048))
 
 
 def _absolute_positions(model: torch.nn.Module) -> bool:

@@ -44,6 +44,8 @@ class Method:
     cost: ClassVar[str] = ""
     """Growth of time and cache with length n, for people: `time n², cache n`."""
     works_on: ClassVar[str] = "pretrained"
+    encoder_decoders: ClassVar[bool] = False
+    """Whether it can work on an encoder with a decoder."""
     exportable: ClassVar[bool] = False
     """True where a saved checkpoint holds the whole method, so that plain transformers runs it."""
     why_not_exportable: ClassVar[str] = ""
@@ -106,6 +108,7 @@ class NoMethod(Method):
     title: ClassVar[str] = "The model as it is"
     cost: ClassVar[str] = "time n², cache n"
     exportable: ClassVar[bool] = True
+    encoder_decoders: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,11 @@ class Combination:
 
     def check(self, facts: ModelFacts) -> None:
         for method in self.methods:
+            if facts.encoder_decoder and not method.encoder_decoders:
+                raise NotSupported(
+                    f"{method.name} is for a decoder alone, and {facts.architecture} has an encoder too; use unlimiformer, which "
+                    "reads long inputs with it"
+                )
             method.check(facts)
 
     def resolve(self, facts: ModelFacts, length: int | None = None) -> Combination:

@@ -236,7 +236,12 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     with reading(f"{folder}/config.json is of no model that transformers itself knows"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kinds = config.architectures or []
-    if getattr(config, "is_encoder_decoder", False) or (kinds and not any(k.endswith(_CAUSAL) for k in kinds)):
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotSupported(
+            f"{', '.join(kinds) or config.model_type} in {folder} is no decoder-only language model: it has an encoder. "
+            'Load it with transformers; longspan.apply(model, "unlimiformer") takes it then'
+        )
+    if kinds and not any(k.endswith(_CAUSAL) for k in kinds):
         raise NotSupported(
             f"{', '.join(kinds) or config.model_type} in {folder} is no decoder-only language model; longspan needs one, such as "
             "a LlamaForCausalLM"

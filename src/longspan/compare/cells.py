@@ -168,7 +168,7 @@ def _whole_catalogue(facts: ModelFacts, longest: int) -> tuple[list[Chosen], dic
     chosen, left_out = [], {}
     for name, cls in catalogue().items():
         if NoMethod.works_on not in cls.works_on:
-            left_out[name] = f"not for a pretrained model: it works on {cls.works_on}"
+            left_out[name] = f"not for a pretrained decoder: it works on {cls.works_on}"
             continue
         try:
             chosen.append(Chosen(name, combination(cls()).resolve(facts, longest)))
