@@ -31,6 +31,10 @@ class Line:
 LINES = (
     Line("window:size=9", full="window:size=64"),
     Line("window:size=9", position="alibi", full="window:size=64"),
+    Line("s4:states=16", position="nope"),
+    Line("s4:states=8,systems=4,length=20", position="sinusoidal"),
+    Line("s4d:states=16", position="nope"),
+    Line("s4d:states=8,init=inv,rule=bilinear,mlp=true", position="learned"),
 )
 """A new pattern or mixer is one more line."""
 

@@ -188,6 +188,7 @@ class LongspanPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = [".ssm."]  # poles of state spaces
     _can_record_outputs = {"hidden_states": LongspanLayer, "attentions": LongspanAttention}
 
     def __init__(self, config: LongspanConfig):
@@ -202,6 +203,8 @@ class LongspanPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Place):
             module.reset_parameters()
+        elif hasattr(module, "draw_weights"):
+            module.draw_weights()  # type: ignore[operator]
         else:
             super()._init_weights(module)
 
