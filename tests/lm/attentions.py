@@ -16,8 +16,10 @@ from longspan.lm import LongspanConfig, LongspanForCausalLM
 @dataclass(frozen=True)
 class Line:
     """`position` is a scheme that it works with. `full`: settings under which it equals full attention, None where there
-    are none; `causal` and `bidirectional`: what it is defined for; `exact`: whether it computes the same however a text is cut
-    and padded; `settings`: of the model around it."""
+    are none; `seam`: the word of the configuration that takes it;
+    `causal` and `bidirectional`: what it is defined for; `exact`: whether it computes the same however a text is cut
+    and padded; `settings`: of the model around it; `leak`: what rounding may carry back from later tokens, as the Fourier
+    transforms of a convolution do."""
 
     spec: str
     position: str = "rope"
@@ -25,23 +27,29 @@ class Line:
     causal: bool = True
     bidirectional: bool = True
     exact: bool = True
+    seam: str = "attention"
     settings: dict[str, Any] = field(default_factory=dict)
+    leak: float = 1e-6
 
 
 LINES = (
     Line("window:size=9", full="window:size=64"),
     Line("window:size=9", position="alibi", full="window:size=64"),
-    Line("s4:states=16", position="nope"),
-    Line("s4:states=8,systems=4,length=20", position="sinusoidal"),
-    Line("s4d:states=16", position="nope"),
-    Line("s4d:states=8,init=inv,rule=bilinear,mlp=true", position="learned"),
+    Line("transformer-xl:segment=7,length=9", "xl", "transformer-xl:segment=64", bidirectional=False, seam="memory"),
+    Line("transformer-xl:segment=7,length=9,same_length=true", "rope", bidirectional=False, seam="memory"),
+    Line("s4:states=16", "nope", leak=1e-4),
+    Line("s4:states=8,systems=4,length=20", "sinusoidal", leak=1e-4),
+    Line("s4d:states=16", "nope", leak=1e-4),
+    Line("s4d:states=8,init=inv,rule=bilinear,mlp=true", "sinusoidal", leak=1e-4),
 )
 """A new pattern or mixer is one more line."""
 
 
 def build(line: Line, spec: str | None = None, cls: type[PreTrainedModel] = LongspanForCausalLM, **more: Any) -> Any:
     """A tiny model with projections large enough for attention to matter; the same for every line, but for its own parts."""
-    settings = {**SIZES, "position": line.position, "attention": spec or line.spec, **line.settings, **more}
+    settings = {**SIZES, "position": line.position, line.seam: spec or line.spec, **line.settings, **more}
+    if spec == "full":
+        settings.pop("memory", None)
     torch.manual_seed(1)
     model = cls(LongspanConfig(**settings)).eval()
     with torch.no_grad():

@@ -242,6 +242,7 @@ class StateSpaceMixer(Mixer):
     mlp: bool = False
 
     cost: ClassVar[str] = "time n log n, state of one size"
+    knows_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.require(self.states >= 2 and self.states % 2 == 0, f"states must be even and at least 2, not {self.states}")
