@@ -19,7 +19,8 @@ class Line:
     are none; `seam`: the word of the configuration that takes it;
     `causal` and `bidirectional`: what it is defined for; `exact`: whether it computes the same however a text is cut
     and padded; `settings`: of the model around it; `leak`: what rounding may carry back from later tokens, as the Fourier
-    transforms of a convolution do."""
+    transforms of a convolution do; `own`: by how much parameters that are no linear layer's are made larger, so that they matter;
+    `grows`: whether a mixer's state does with the text."""
 
     spec: str
     position: str = "rope"
@@ -30,6 +31,8 @@ class Line:
     seam: str = "attention"
     settings: dict[str, Any] = field(default_factory=dict)
     leak: float = 1e-6
+    own: float = 1.0
+    grows: bool = False
 
 
 LINES = (
@@ -41,6 +44,10 @@ LINES = (
     Line("s4:states=8,systems=4,length=20", "sinusoidal", leak=1e-4),
     Line("s4d:states=16", "nope", leak=1e-4),
     Line("s4d:states=8,init=inv,rule=bilinear,mlp=true", "sinusoidal", leak=1e-4),
+    Line("gau:size=16", own=100, grows=True),
+    Line("gau:size=8,scale=su,expansion=1.5", "sinusoidal", own=50, grows=True),
+    Line("flash:size=16,chunk=8", own=100),
+    Line("flash:size=8,chunk=8,scale=su", "learned", own=50, settings={"max_position_embeddings": 128}),
 )
 """A new pattern or mixer is one more line."""
 
@@ -58,4 +65,7 @@ def build(line: Line, spec: str | None = None, cls: type[PreTrainedModel] = Long
                 draw = torch.Generator().manual_seed(sum(name.encode()))
                 width = module.weight.shape[1]
                 module.weight.copy_(torch.randn(module.weight.shape, generator=draw) * 1.5 * width**-0.5)
+        for layer in (m for m in model.modules() if hasattr(m, "self_attn")):
+            for weight in layer.self_attn.parameters(recurse=False):
+                weight.mul_(line.own)
     return model

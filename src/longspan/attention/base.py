@@ -156,3 +156,11 @@ class Mixer(Attention):
                 f"position={config.position} acts on {', '.join(sorted(lost))}, which attention={self.spec} has not; "
                 f"use position={fitting}"
             )
+
+    def check_dropout(self, config: LongspanConfig) -> None:
+        """For what has no weights of attention to drop."""
+        if config.attention_dropout:
+            raise NotSupported(
+                f"attention_dropout={config.attention_dropout} drops weights of attention, which attention={self.spec} does not; "
+                "use hidden_dropout"
+            )

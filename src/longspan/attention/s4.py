@@ -34,7 +34,6 @@ from longspan.engine.state_space import (
     unpack,
     vandermonde_kernel,
 )
-from longspan.errors import NotSupported
 from longspan.lm.state import MixerState, state_of
 from longspan.positions.scheme import Place
 
@@ -60,7 +59,7 @@ class StateSpace(nn.Module):
         self.direct = nn.Parameter(torch.empty(channels))
 
     def optimizer_settings(self) -> dict[str, dict[str, float]]:
-        """A, B and Δ learn at a rate of their own and without weight decay (Gu 2022, appendix D.2)."""
+        """A, B and Δ learn at a rate of their own and without weight decay (Gu 2022, appendix D)."""
         rate = {} if self.method.lr is None else {"lr": self.method.lr}
         return {name: {**rate, "weight_decay": 0.0} for name in self.own_rate}
 
@@ -263,11 +262,7 @@ class StateSpaceMixer(Mixer):
         self.require(
             width % self.systems == 0, f"{width} channels cannot share {self.systems} systems evenly; use a divisor"
         )
-        if config.attention_dropout:
-            raise NotSupported(
-                f"attention_dropout={config.attention_dropout} drops weights of attention, and attention={self.spec} has "
-                "none; use hidden_dropout"
-            )
+        self.check_dropout(config)
         return StateSpaceLayer(self._space(config, 1 if causal else 2), layer, width, causal=causal)
 
     def _space(self, config: LongspanConfig, directions: int) -> StateSpace:

@@ -122,7 +122,7 @@ def _cauchy_part(tangents: Tensor, poles: Tensor, weights: Tensor, step: Tensor)
 
 
 def vandermonde_kernel(recurrence: DiagonalRecurrence, length: int) -> Tensor:
-    """K_l = 2 Re Σ C B̄ Ā^l for l < length, (H, length) (Gu 2022, arXiv 2206.11893, section 3.3). Powers of Ā are needed up to
+    """K_l = 2 Re Σ C B̄ Ā^l for l < length, (H, length) (Gu 2022, arXiv 2206.11893, section 3). Powers of Ā are needed up to
     the root of the length, and at its multiples."""
     width = math.isqrt(length - 1) + 1
     height = -(-length // width)
@@ -217,7 +217,7 @@ class Recurrence(ABC):
 
 class DiagonalRecurrence(Recurrence):
     """Of diagonal modes by the rule `zoh`, Ā = e^(ΔA), B̄ = (Ā - 1)/A·B, or `bilinear`, Ā = (1 + ΔA/2)/(1 - ΔA/2),
-    B̄ = ΔB/(1 - ΔA/2) (Gu 2022, arXiv 2206.11893, section 3.1)."""
+    B̄ = ΔB/(1 - ΔA/2) (Gu 2022, arXiv 2206.11893, section 3)."""
 
     def __init__(self, modes: Modes, rule: Literal["zoh", "bilinear"]):
         scaled = modes.poles * modes.step[:, None]
