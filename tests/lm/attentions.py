@@ -45,9 +45,15 @@ LINES = (
     Line("s4d:states=16", "nope", leak=1e-4),
     Line("s4d:states=8,init=inv,rule=bilinear,mlp=true", "sinusoidal", leak=1e-4),
     Line("gau:size=16", own=100, grows=True),
-    Line("gau:size=8,scale=su,expansion=1.5", "sinusoidal", own=50, grows=True),
+    Line("gau:size=8,scale=su,expansion=1.5", "sinusoidal", own=20, grows=True),
     Line("flash:size=16,chunk=8", own=100),
-    Line("flash:size=8,chunk=8,scale=su", "learned", own=50, settings={"max_position_embeddings": 128}),
+    Line(
+        "flash:size=8,chunk=8,scale=su,linear=count",
+        "learned",
+        own=20,
+        bidirectional=False,
+        settings={"max_position_embeddings": 128},
+    ),
 )
 """A new pattern or mixer is one more line."""
 

@@ -97,6 +97,8 @@ def _turned(views: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 class QuadraticUnit(GatedUnit):
     """The unit itself. A decoder keeps keys and values of all tokens, as a cache of one head."""
 
+    method: GAU
+
     def mix(self, views: tuple[Tensor, ...], value: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
         query, key = views
         if cache is not None and self.causal:
@@ -115,7 +117,7 @@ class QuadraticUnit(GatedUnit):
             seen = torch.full_like(seen[:1, :1], self.trained_length)
         share = 1 / seen.clamp(min=1).to(wide)[..., None]
         one = torch.ones_like(share)
-        return (one, share / self.method.size) if self.method.scale == "su" else (share, one)
+        return (one * self.method.size**-0.5, share) if self.method.scale == "su" else (share, one)
 
 
 class ChunkedUnit(GatedUnit):
@@ -124,7 +126,8 @@ class ChunkedUnit(GatedUnit):
     method: Flash
 
     def mix(self, views: tuple[Tensor, ...], value: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
-        heads, length = Heads(*views, value), value.shape[1]
+        query, key, far_query, far_key = views
+        heads, length = Heads(query, key, far_query, far_key, value), value.shape[1]
         real = None if padding is None else padding[:, -length:]
         if not self.causal:
             count = torch.full((1,), length, device=value.device) if real is None else real.sum(1)
@@ -138,16 +141,17 @@ class ChunkedUnit(GatedUnit):
         return mixed
 
     def _rule(self) -> Rule:
-        """The paper's 1/c² inside chunks, also in one that is not full; or Su's 1/(c·s) on squares."""
+        """Inside chunks, also in one that is not full."""
         chunk = self.method.chunk
-        su = self.method.scale == "su"
-        return Rule(chunk, 1.0 if su else 1 / chunk, 1 / (chunk * self.method.size) if su else 1.0, self.bias)
+        if self.method.scale == "su":
+            return Rule(chunk, self.method.size**-0.5, 1 / chunk, self.bias)
+        return Rule(chunk, 1 / chunk, 1.0, self.bias)
 
     def _share(self) -> Callable[[Tensor], Tensor]:
         """The linear part's normaliser after a number of chunks."""
         chunk, linear = self.method.chunk, self.method.linear
         if linear == "count":
-            return lambda chunks: 1 / (chunks * chunk).clamp(min=1).to(torch.float64).to(self._wide)
+            return lambda chunks: 1 / (chunks * chunk).clamp(min=1).to(self._wide)
         share = 1 / (self.trained_length if linear == "paper" else chunk)
         return lambda chunks: torch.full(chunks.shape, share, dtype=self._wide, device=chunks.device)
 
@@ -197,8 +201,8 @@ class GatedMixer(Mixer):
 @dataclass(frozen=True)
 class GAU(GatedMixer):
     """`scale` says what keeps the scores small: `paper`, relu(qk/n + b)² with n the text's tokens in an encoder and the training
-    length in a decoder; `count`, the same with n the tokens that a query sees; `su`, relu(qk + b)²/(n·size) with those (Su 2022,
-    kexue.fm/archives/8934)."""
+    length in a decoder; `count`, the same with n the tokens that a query sees; `su`, relu(qk/sqrt(size) + b)²/n with those (Su
+    2022, kexue.fm/archives/8934)."""
 
     scale: Literal["paper", "count", "su"] = "paper"
 
@@ -208,15 +212,15 @@ class GAU(GatedMixer):
     cost: ClassVar[str] = "time n², cache n"
 
     def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
-        self.require(causal or self.scale != "count", "in an encoder a query sees all tokens: that is scale=paper")
+        self.require(causal or self.scale != "count", "in an encoder a query sees all tokens, which is scale=paper; use that, or kind=decoder")
         return QuadraticUnit(self, config, layer, 2, causal=causal)
 
 
 @dataclass(frozen=True)
 class Flash(GatedMixer):
-    """`chunk` in tokens. `scale` inside chunks: `paper`, relu(qk/c + b)²; `su`, relu(qk + b)²/(c·size). `linear` is what the sums
-    between chunks are divided by: `paper`, the text's tokens in an encoder and the training length in a decoder; in a decoder
-    also `chunk`, the tokens of a chunk, or `count`, those of all chunks before."""
+    """`chunk` in tokens. `scale` inside chunks: `paper`, relu(qk/c + b)²; `su`, relu(qk/sqrt(size) + b)²/c. `linear` is what the
+    sums between chunks are divided by: `paper`, the text's tokens in an encoder and the training length in a decoder; in a
+    decoder also `chunk`, the tokens of a chunk, or Su's `count`, those of all chunks before."""
 
     chunk: int = 256
     scale: Literal["paper", "su"] = "paper"
@@ -234,6 +238,6 @@ class Flash(GatedMixer):
     def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
         self.require(
             causal or self.linear == "paper",
-            f"in an encoder the sums are of the whole text, whose tokens they are divided by: linear={self.linear} is for a decoder",
+            f"linear={self.linear} counts the chunks before a query's, and in an encoder it sees all; use linear=paper, or kind=decoder",
         )
         return ChunkedUnit(self, config, layer, 4, causal=causal)

@@ -45,7 +45,7 @@ class StateSpace(nn.Module):
     """The state spaces of one layer's channels, and a second way out for the other direction where there are two. Weights stay
     float32 in a model that is loaded in less: a small error of a pole grows with every token."""
 
-    own_rate = ("log_step", "log_decay", "turn", "entry")
+    own_rate: tuple[str, ...] = ("log_step", "log_decay", "turn", "entry")
 
     def __init__(self, method: StateSpaceMixer, channels: int, directions: int):
         super().__init__()
@@ -244,7 +244,9 @@ class StateSpaceMixer(Mixer):
     knows_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.require(self.states >= 2 and self.states % 2 == 0, f"states must be even and at least 2, not {self.states}")
+        self.require(
+            self.states >= 2 and self.states % 2 == 0, f"states must be even and at least 2, not {self.states}"
+        )
         self.require(self.systems >= 1, f"systems must be at least 1, not {self.systems}")
         self.require(
             0 < self.dt_min <= self.dt_max, f"0 < dt_min <= dt_max must hold, not {self.dt_min:g} and {self.dt_max:g}"

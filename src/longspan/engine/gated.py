@@ -1,4 +1,4 @@
-"""The mixing of gated attention units: weights are the squares of positive scores, without a softmax (Hua 2022, arXiv 2202.10447).
+"""The mixing of gated attention units (Hua 2022, arXiv 2202.10447): weights are the squares of positive scores.
 
 `quadratic` is over all keys. `mixed` is FLASH: the same within chunks, and a linear product q (Σ kᵀv) with the chunks before,
 or in an encoder with all. The linear part has no features and no denominator of its own, only a normaliser.
@@ -34,18 +34,18 @@ class Heads(NamedTuple):
     value: Tensor
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Heads:
-        return Heads(*map(change, self))
+        return Heads(*[change(x) for x in self])
 
 
 class Memory(NamedTuple):
     """What FLASH's decoder keeps of the past. sums (B, s, e): Σ kᵀv over whole chunks; key, far_key (B, c, s) and value
-    (B, c, e): the tokens of the chunk that is not whole yet, zeros after them; count (B,): tokens in all."""
+    (B, c, e): the tokens of the chunk that is not whole yet, zeros after them; tokens (B,): how many in all."""
 
     sums: Tensor
     key: Tensor
     far_key: Tensor
     value: Tensor
-    count: Tensor
+    tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,15 @@ def product(query: Tensor, key: Tensor) -> Tensor:
 
 
 def quadratic(
-    query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, bias: Bias, inner: Tensor, outer: Tensor, *, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    numbers: Tensor,
+    bias: Bias,
+    inner: Tensor,
+    outer: Tensor,
+    *,
+    causal: bool,
 ) -> Tensor:
     """(B, Tq, e). The queries are the last of the keys; numbers (B or 1, Tk): the tokens' in the text; inner, outer (B or 1,
     Tq or 1, 1)."""
@@ -142,7 +150,7 @@ def mixed_causal(
     section 3.2); share takes numbers of chunks."""
     if memory is not None and heads.value.shape[1] == 1:
         return _step(heads, rule, share, real, memory)
-    layout = Layout(heads.value.shape[1], rule.chunk, real, None if memory is None else memory.count % rule.chunk)
+    layout = Layout(heads.value.shape[1], rule.chunk, real, None if memory is None else memory.tokens % rule.chunk)
     if memory is None:
         laid = heads.each(layout.lay)
     else:
@@ -152,7 +160,7 @@ def mixed_causal(
     sums = F.pad((laid.far_key.mT @ laid.value).to(wide).cumsum(1), (0, 0, 0, 0, 1, 0))
     done = torch.arange(sums.shape[1] - 1, device=sums.device)[None]
     if memory is not None:
-        sums, done = sums + memory.sums[:, None], done + memory.count[:, None] // rule.chunk
+        sums, done = sums + memory.sums[:, None], done + memory.tokens[:, None] // rule.chunk
     far = (sums[:, :-1] * share(done)[..., None, None]).to(heads.value.dtype)
     out = layout.take(_within(laid, rule, causal=True) + laid.far_query @ far)
     return out, _kept(laid, sums, layout, real, memory)
@@ -169,16 +177,16 @@ def _kept(laid: Heads, sums: Tensor, layout: Layout, real: Tensor | None, memory
     """The sums of each row's whole chunks and the tokens of the one after them, which may not have begun."""
     rows = torch.arange(len(sums), device=sums.device)
     count = torch.full_like(rows, layout.length) if real is None else real.sum(1)
-    whole = (count if memory is None else count + memory.count % layout.chunk) // layout.chunk
-    parts = (F.pad(x, (0, 0, 0, 0, 0, 1))[rows, whole] for x in (laid.key, laid.far_key, laid.value))
-    return Memory(sums[rows, whole], *parts, count if memory is None else memory.count + count)
+    whole = (count if memory is None else count + memory.tokens % layout.chunk) // layout.chunk
+    key, far_key, value = (F.pad(x, (0, 0, 0, 0, 0, 1))[rows, whole] for x in (laid.key, laid.far_key, laid.value))
+    return Memory(sums[rows, whole], key, far_key, value, count if memory is None else memory.tokens + count)
 
 
 def _step(
     heads: Heads, rule: Rule, share: Callable[[Tensor], Tensor], real: Tensor | None, memory: Memory
 ) -> tuple[Tensor, Memory]:
     """One token, (B, 1, e): it joins its chunk, and a chunk that is whole joins the sums."""
-    held, slots = memory.count % rule.chunk, torch.arange(rule.chunk, device=memory.count.device)
+    held, slots = memory.tokens % rule.chunk, torch.arange(rule.chunk, device=memory.tokens.device)
     distance = held[:, None] - slots
     new = (distance == 0)[..., None] if real is None else (distance == 0)[..., None] & real[..., None]
     key, far_key, value = (
@@ -187,12 +195,12 @@ def _step(
     )
     made = weights(product(heads.query, key), rule.bias(distance)[:, None], rule.inner, rule.outer)
     made = made.masked_fill((distance < 0)[:, None], 0)
-    far = (memory.sums * share(memory.count // rule.chunk)[:, None, None]).to(value.dtype)
+    far = (memory.sums * share(memory.tokens // rule.chunk)[:, None, None]).to(value.dtype)
     out = made.to(value.dtype) @ value + heads.far_query @ far
-    count, sums = memory.count + (1 if real is None else real[:, 0].long()), memory.sums
-    whole = (count > memory.count) & (count % rule.chunk == 0)
+    tokens, sums = memory.tokens + (1 if real is None else real[:, 0].long()), memory.sums
+    whole = (tokens > memory.tokens) & (tokens % rule.chunk == 0)
     if bool(whole.any()):
         whole = whole[:, None, None]
         sums = sums + ((far_key.mT @ value).to(sums.dtype) * whole)
         key, far_key, value = (x.masked_fill(whole, 0) for x in (key, far_key, value))
-    return out, Memory(sums, key, far_key, value, count)
+    return out, Memory(sums, key, far_key, value, tokens)

@@ -53,7 +53,8 @@ def hippo(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def normal_plus_low_rank(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """HiPPO-LegS as A = V(Λ - PP*)V* (Gu 2022, theorem 1 and appendix C.1): poles Λ, P, B, each (n/2,), of those of each
-    conjugate pair that turn upwards, and their columns of V, (n, n/2). P_k = sqrt(k + 1/2) makes A + PPᵀ = -1/2 + a skew matrix."""
+    conjugate pair that turn upwards, and their columns of V, (n, n/2). With P_k = sqrt(k + 1/2), A + PPᵀ is -1/2 and a skew
+    matrix."""
     a, b = hippo(n)
     p = np.sqrt(np.arange(n) + 0.5)
     skew = a + p[:, None] * p[None] + 0.5 * np.eye(n)
@@ -90,7 +91,12 @@ def cauchy_kernel(modes: Modes, length: int) -> Tensor:
     assert modes.low is not None
     poles = modes.poles * modes.step[:, None]
     pairs = torch.stack(
-        (modes.exit * modes.entry, modes.exit * modes.low, modes.low.conj() * modes.entry, modes.low.conj() * modes.low),
+        (
+            modes.exit * modes.entry,
+            modes.exit * modes.low,
+            modes.low.conj() * modes.entry,
+            modes.low.conj() * modes.low,
+        ),
         dim=1,
     )
     # A pole and its conjugate together: v/(g - λ) + v̄/(g - λ̄) = (2 Re(v) g - 2 Re(vλ̄)) / ((g - λ)(g - λ̄)).
@@ -334,4 +340,3 @@ class LowRankRecurrence(Recurrence):
 def _exit_of(row: Tensor) -> Tensor:
     """C from the row that `reader` makes of it."""
     return unpack(row / 2).conj().resolve_conj()
-
