@@ -65,7 +65,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shuffle", action="store_true", help="words of every text in random order")
-    parser.add_argument("--small", action="store_true", help="settings for a minute on a CPU; others that are given count")
+    parser.add_argument(
+        "--small", action="store_true", help="settings for a minute on a CPU; others that are given count"
+    )
     parser.add_argument("--out", type=Path, required=True)
     return parser
 

@@ -212,7 +212,10 @@ class GAU(GatedMixer):
     cost: ClassVar[str] = "time n², cache n"
 
     def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
-        self.require(causal or self.scale != "count", "in an encoder a query sees all tokens, which is scale=paper; use that, or kind=decoder")
+        self.require(
+            causal or self.scale != "count",
+            "in an encoder a query sees all tokens, which is scale=paper; use that, or kind=decoder",
+        )
         return QuadraticUnit(self, config, layer, 2, causal=causal)
 
 
@@ -238,6 +241,7 @@ class Flash(GatedMixer):
     def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
         self.require(
             causal or self.linear == "paper",
-            f"linear={self.linear} counts the chunks before a query's, and in an encoder it sees all; use linear=paper, or kind=decoder",
+            f"linear={self.linear} is for the chunks before a query's, and in an encoder it sees all; use linear=paper, or "
+            "kind=decoder",
         )
         return ChunkedUnit(self, config, layer, 4, causal=causal)

@@ -1,5 +1,5 @@
-"""ListOps: nested operations on lists of digits, whose result is one digit (Nangia 2018), as Long Range Arena draws them (Tay 2021,
-arXiv 2011.04006).
+"""ListOps: nested operations on lists of digits, whose result is one digit (Nangia 2018, arXiv 1804.06028), drawn as for Long
+Range Arena (Tay 2021, arXiv 2011.04006).
 
     [MAX 2 9 [MIN 4 7 ] 0 ]  →  9
 
