@@ -57,8 +57,8 @@ def own_settings(model: nn.Module) -> list[tuple[nn.Parameter, dict[str, float]]
     `optimizer_settings` say so, by the names of their parameters."""
     found = []
     for module in model.modules():
-        if hasattr(module, "optimizer_settings"):
-            found += [(getattr(module, name), own) for name, own in module.optimizer_settings().items()]
+        settings: Any = getattr(module, "optimizer_settings", dict)
+        found += [(getattr(module, name), own) for name, own in settings().items()]
     return [(parameter, own) for parameter, own in found if parameter.requires_grad]
 
 
@@ -95,7 +95,7 @@ class RecipeTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's, with the parameters that ask for settings of their own in groups of their own."""
         optimizer = super().create_optimizer(model)
-        set_apart(optimizer, own_settings(self.model if model is None else model))
+        set_apart(optimizer, own_settings(self.next_token if model is None else model))
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
