@@ -242,6 +242,7 @@ class StateSpaceMixer(Mixer):
 
     cost: ClassVar[str] = "time n log n, state of one size"
     knows_order: ClassVar[bool] = True
+    replaces_mlp: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.require(
@@ -252,10 +253,7 @@ class StateSpaceMixer(Mixer):
             0 < self.dt_min <= self.dt_max, f"0 < dt_min <= dt_max must hold, not {self.dt_min:g} and {self.dt_max:g}"
         )
         self.require(self.lr is None or self.lr > 0, f"lr must be above 0, not {self.lr}")
-
-    @property
-    def replaces_mlp(self) -> bool:  # type: ignore[override]
-        return not self.mlp
+        object.__setattr__(self, "replaces_mlp", not self.mlp)
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
