@@ -39,7 +39,7 @@ class Heads(NamedTuple):
 
 class Memory(NamedTuple):
     """What FLASH's decoder keeps of the past. sums (B, s, e): Σ kᵀv over whole chunks; key, far_key (B, c, s) and value
-    (B, c, e): the tokens of the chunk that is not whole yet, zeros after them; tokens (B,): how many in all."""
+    (B, c, e): the tokens of the chunk that is not whole yet, and after them what is never read; tokens (B,): how many in all."""
 
     sums: Tensor
     key: Tensor
@@ -115,7 +115,7 @@ class Layout:
             self.index = (number if held is None else number + held[:, None]).clamp(max=self.slots)
 
     def lay(self, x: Tensor, held: Tensor | None = None) -> Tensor:
-        """(B, chunks, c, ·) from x (B, T, ·) and what the unfinished chunk holds (B, c, ·); zeros in between."""
+        """(B, chunks, c, ·) from x (B, T, ·) and what the unfinished chunk holds (B, c, ·)."""
         if self.index is None:
             frame = F.pad(x, (0, 0, 0, self.slots - self.length))
         else:
@@ -200,7 +200,5 @@ def _step(
     tokens, sums = memory.tokens + (1 if real is None else real[:, 0].long()), memory.sums
     whole = (tokens > memory.tokens) & (tokens % rule.chunk == 0)
     if bool(whole.any()):
-        whole = whole[:, None, None]
-        sums = sums + ((far_key.mT @ value).to(sums.dtype) * whole)
-        key, far_key, value = (x.masked_fill(whole, 0) for x in (key, far_key, value))
+        sums = sums + (far_key.mT @ value).to(sums.dtype) * whole[:, None, None]
     return out, Memory(sums, key, far_key, value, tokens)
