@@ -53,6 +53,8 @@ def of(name: str) -> st.SearchStrategy[Method]:
         "share": st.floats(0.1, 1),
     }
     special |= {"scale_base": numbers, "gamma": numbers, "width": even, "buckets": even, "far": st.integers(200, 4096)}
+    special |= {"dt_min": st.floats(1e-4, 1e-2), "dt_max": st.floats(0.05, 1), "lr": st.none() | st.floats(1e-5, 1)}
+    special |= {"expansion": st.floats(0.5, 4), **({"size": even} if name in ("gau", "flash") else {})}
     special |= {"globals": st.integers(0, 2)}
     special |= {"segments": st.sampled_from(["2k/4k", "64/100"]), "dilations": st.sampled_from(["1/2", "1/64"])}
     if name == "unlimiformer":  # what faiss takes is tested with it

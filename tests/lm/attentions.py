@@ -18,7 +18,9 @@ class Line:
     """`position` is a scheme that it works with. `full`: settings under which it equals full attention, None where there
     are none; `seam`: the word of the configuration that takes it;
     `causal` and `bidirectional`: what it is defined for; `exact`: whether it computes the same however a text is cut
-    and padded; `settings`: of the model around it."""
+    and padded; `settings`: of the model around it; `leak`: what rounding may carry back from later tokens, as the Fourier
+    transforms of a convolution do; `own`: by how much parameters that are no linear layer's are made larger, so that they matter;
+    `grows`: whether a mixer's state does with the text."""
 
     spec: str
     position: str = "rope"
@@ -28,6 +30,9 @@ class Line:
     exact: bool = True
     seam: str = "attention"
     settings: dict[str, Any] = field(default_factory=dict)
+    leak: float = 1e-6
+    own: float = 1.0
+    grows: bool = False
 
 
 LINES = (
@@ -45,6 +50,20 @@ LINES = (
     Line("longnet:segments=9/20,dilations=1/5", position="alibi", full="longnet:segments=64,dilations=1"),
     Line("transformer-xl:segment=7,length=9", "xl", "transformer-xl:segment=64", bidirectional=False, seam="memory"),
     Line("transformer-xl:segment=7,length=9,same_length=true", "rope", bidirectional=False, seam="memory"),
+    Line("s4:states=16", "nope", leak=1e-5),
+    Line("s4:states=8,systems=4,length=20", "sinusoidal", leak=1e-5),
+    Line("s4d:states=16", "nope", leak=1e-5),
+    Line("s4d:states=8,init=inv,rule=bilinear,mlp=true", "sinusoidal", leak=1e-5),
+    Line("gau:size=16", own=100, grows=True),
+    Line("gau:size=8,scale=su,expansion=1.5", "sinusoidal", own=20, grows=True),
+    Line("flash:size=16,chunk=8", own=100),
+    Line(
+        "flash:size=8,chunk=8,scale=su,linear=count",
+        "learned",
+        own=20,
+        bidirectional=False,
+        settings={"max_position_embeddings": 128},
+    ),
     Line("linear"),
     Line("linear", position="sinusoidal"),
     Line("performer:features=32"),
@@ -68,4 +87,7 @@ def build(line: Line, spec: str | None = None, cls: type[PreTrainedModel] = Long
                 draw = torch.Generator().manual_seed(sum(name.encode()))
                 width = module.weight.shape[1]
                 module.weight.copy_(torch.randn(module.weight.shape, generator=draw) * 1.5 * width**-0.5)
+        for layer in (m for m in model.modules() if hasattr(m, "self_attn")):
+            for weight in layer.self_attn.parameters(recurse=False):
+                weight.mul_(line.own)
     return model

@@ -88,7 +88,7 @@ def test_later_tokens_change_nothing_before_them(line: Line) -> None:
     for at in (39, 24, 16):
         other = ids.clone()
         other[:, at] = 2 + (other[:, at] - 1) % 90
-        torch.testing.assert_close(logits(model, other)[:, :at], logits(model, ids)[:, :at], rtol=0, atol=1e-6)
+        torch.testing.assert_close(logits(model, other)[:, :at], logits(model, ids)[:, :at], rtol=0, atol=line.leak)
         assert not torch.allclose(logits(model, other)[:, at], logits(model, ids)[:, at])
 
 
@@ -199,7 +199,7 @@ def test_one_layer_of_several(line: Line) -> None:
 
 @every
 def test_mixers_keep_a_state_of_one_size(line: Line) -> None:
-    if not isinstance(parse(line.spec).methods[0], Mixer) or not line.causal:
+    if not isinstance(parse(line.spec).methods[0], Mixer) or not line.causal or line.grows:
         return
     model, cache, sizes = build(line), DynamicCache(), []
     with torch.no_grad():

@@ -46,6 +46,8 @@ class Attention(Method):
     """Whether it wants the mask of (new tokens × all tokens) that transformers makes."""
     replaces_mlp: ClassVar[bool] = False
     """Whether it is a whole layer, so that no feed-forward network follows."""
+    knows_order: ClassVar[bool] = False
+    """Whether it tells the order of tokens apart without a position scheme, in an encoder too."""
     directions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
@@ -177,4 +179,12 @@ class Mixer(Attention):
             raise NotSupported(
                 f"position={config.position} acts on {', '.join(sorted(lost))}, which attention={self.spec} has not; "
                 f"use position={fitting}"
+            )
+
+    def check_dropout(self, config: LongspanConfig) -> None:
+        """For what has no weights of attention to drop."""
+        if config.attention_dropout:
+            raise NotSupported(
+                f"attention_dropout={config.attention_dropout} drops weights of attention, which attention={self.spec} does not; "
+                "use hidden_dropout"
             )

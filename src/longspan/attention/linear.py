@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from longspan.attention.base import Attention, Mixer
+from longspan.attention.base import Mixer
 from longspan.engine.linear import Kernel, State, bidirectional, causal
-from longspan.errors import NotSupported
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.modeling import LongspanAttention, rotated
 from longspan.lm.state import state_of
@@ -67,16 +66,7 @@ class KernelMixer(Mixer):
     def check_config(self, config: LongspanConfig, place: Place, *, causal: bool) -> None:
         self.check_direction(causal)
         self.check_place(config, place)
-        refuse_weight_dropout(self, config)
-
-
-def refuse_weight_dropout(attention: Attention, config: LongspanConfig) -> None:
-    """For what never makes the weights that attention_dropout drops."""
-    if config.attention_dropout:
-        raise NotSupported(
-            f"attention_dropout={config.attention_dropout} drops weights of attention, which attention={attention.spec} never "
-            "makes one by one; use hidden_dropout"
-        )
+        self.check_dropout(config)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:

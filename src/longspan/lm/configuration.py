@@ -129,6 +129,7 @@ class LongspanConfig(PreTrainedConfig):
             head_dim=self.head_dim,
             window=self.max_position_embeddings,
             causal=causal,
+            ordered=any(a.knows_order for a in self.attentions),
         )
 
     def _check(self) -> None:

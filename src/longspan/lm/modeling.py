@@ -206,6 +206,7 @@ class LongspanPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = [".ssm."]  # poles of state spaces
     _can_record_outputs = {"hidden_states": LongspanLayer, "attentions": LongspanAttention}
 
     def __init__(self, config: LongspanConfig):

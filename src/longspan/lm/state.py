@@ -15,7 +15,8 @@ from longspan.errors import NotSupported
 
 
 class MixerState(CacheLayerMixin):
-    """`tensors` by name, each with the batch first; `seen` is the number of tokens read, which the module counts up."""
+    """`tensors` by name, each with the batch first; `seen` is the number of tokens read, which the module counts up; `shared`
+    is what all rows have in common, made once from the weights."""
 
     is_compileable = False
     is_sliding = False
@@ -23,6 +24,7 @@ class MixerState(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.tensors: dict[str, Tensor] = {}
+        self.shared: dict[str, Tensor] = {}
         self.seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
@@ -40,7 +42,7 @@ class MixerState(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.tensors, self.seen = {}, 0
+        self.tensors, self.shared, self.seen = {}, {}, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:

@@ -91,7 +91,9 @@ class NoPositions(Scheme):
     paper: ClassVar[str] = "Kazemnejad 2023, arXiv 2305.19466"
 
     def build(self, shape: Shape) -> Place:
-        self.require(shape.causal, "without positions an encoder cannot tell any order; use rope or t5")
+        self.require(
+            shape.causal or shape.ordered, "without positions an encoder cannot tell any order; use rope or t5"
+        )
         return Place()
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """The model that a scheme is built for; `window` is the training length in tokens."""
+    """The model that a scheme is built for; `window` is the training length in tokens, `ordered` says that some layer of it
+    tells the order of tokens without a scheme."""
 
     layers: int
     hidden: int
@@ -40,6 +41,7 @@ class Shape:
     head_dim: int
     window: int
     causal: bool
+    ordered: bool = False
 
 
 class Place(nn.Module):

@@ -52,6 +52,28 @@ def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Re
     (Path(folder) / RECIPE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
 
 
+def own_settings(model: nn.Module) -> list[tuple[nn.Parameter, dict[str, float]]]:
+    """The parameters that learn otherwise than the rest, and how (`lr`, `weight_decay`): modules with a method
+    `optimizer_settings` say so, by the names of their parameters."""
+    found = []
+    for module in model.modules():
+        settings: Any = getattr(module, "optimizer_settings", dict)
+        found += [(getattr(module, name), own) for name, own in settings().items()]
+    return [(parameter, own) for parameter, own in found if parameter.requires_grad]
+
+
+def set_apart(optimizer: torch.optim.Optimizer, own: list[tuple[nn.Parameter, dict[str, float]]]) -> None:
+    """Moves parameters of a new optimizer into groups with their own settings, one for each kind."""
+    moved = {id(parameter) for parameter, _ in own}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in moved]
+    kinds: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
+    for parameter, settings in own:
+        kinds.setdefault(tuple(sorted(settings.items())), []).append(parameter)
+    for kind, parameters in kinds.items():
+        optimizer.add_param_group({"params": parameters, **dict(kind)})
+
+
 class RecipeTrainer(Trainer):
     """A Trainer over a `NextToken` module, whose inner model is what is saved."""
 
@@ -69,6 +91,12 @@ class RecipeTrainer(Trainer):
         """The inner model as a folder that loads; by the main process."""
         if self.args.should_save:
             save_folder(self.next_token.model, self.tokenizer, self.recipe, output_dir or self.args.output_dir or "")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, with the parameters that ask for settings of their own in groups of their own."""
+        optimizer = super().create_optimizer(model)
+        set_apart(optimizer, own_settings(self.next_token if model is None else model))
+        return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: the model was built from the checkpoint."""

@@ -1,0 +1,247 @@
+"""The gated attention unit and FLASH (Hua 2022, arXiv 2202.10447): attention and feed-forward network in one gated layer.
+
+    U = silu(x W_u), V = silu(x W_v), Z = silu(x W_z); queries and keys are Z·γ + β, each with its own γ and β
+    output = (U ⊙ A V) W_o, A = relu(q·k/n + b)²             (section 2.2)
+
+`gau` is quadratic over the whole text, `flash` within chunks, with a linear part between them. A layer is whole: with U and V
+twice as wide as the model, two of them have the weights of one layer of attention and feed-forward network, so a model takes
+twice as many layers. Of the model around it, norms (RMSNorm) and positions are those of all our models: RoPE turns the unit's
+heads, so heads must be as wide as `size`; b is T5's bias by distance, each layer's own.
+
+The paper's n is the length of the text, which in a decoder a token cannot know: it would change with every token that is
+generated. `scale=paper` takes the training length there, so that training is the paper's and decoding gives the same.
+The paper drops weights of attention nowhere; neither can these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from longspan.attention.base import Mixer
+from longspan.engine.gated import Heads, Memory, Rule, mixed_both_ways, mixed_causal, quadratic
+from longspan.errors import NotSupported
+from longspan.lm.state import state_of
+from longspan.positions.scheme import Place
+from longspan.positions.t5_bias import buckets
+
+if TYPE_CHECKING:
+    from longspan.lm.configuration import LongspanConfig
+
+
+class GatedUnit(nn.Module):
+    """What both have in common: gate, values, and one head seen in `views` ways."""
+
+    def __init__(self, method: GatedMixer, config: LongspanConfig, layer_idx: int, views: int, *, causal: bool):
+        super().__init__()
+        width, wide = config.hidden_size, int(config.hidden_size * method.expansion)
+        self.method, self.layer_idx, self.causal = method, layer_idx, causal
+        self.trained_length = config.max_position_embeddings
+        self.u_proj = nn.Linear(width, wide, bias=False)
+        self.v_proj = nn.Linear(width, wide, bias=False)
+        self.z_proj = nn.Linear(width, method.size, bias=False)
+        self.o_proj = nn.Linear(wide, width, bias=False)
+        self.gamma = nn.Parameter(torch.empty(views, method.size))
+        self.beta = nn.Parameter(torch.empty(views, method.size))
+        self.table = nn.Parameter(torch.empty(method.buckets))
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        nn.init.normal_(self.gamma, std=0.02)
+        nn.init.zeros_(self.beta)
+        nn.init.normal_(self.table, std=0.02)
+
+    def bias(self, distance: Tensor) -> Tensor:
+        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
+        return table[buckets(distance, len(table), self.method.far, causal=self.causal)]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        padding: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        gate, value, base = (F.silu(p(hidden_states)) for p in (self.u_proj, self.v_proj, self.z_proj))
+        views = base[:, None] * self.gamma[:, None].to(base.dtype) + self.beta[:, None].to(base.dtype)
+        if rotation is not None:
+            views = _turned(views, rotation)
+        if padding is not None:
+            real = padding[:, -value.shape[1] :, None]
+            value, views = value * real.to(value.dtype), views * real[:, None].to(views.dtype)
+        with torch.autocast(hidden_states.device.type, enabled=False):  # which would make scores of half precision
+            mixed = self.mix(views.to(value.dtype).unbind(1), value, padding, past_key_values)
+        return self.o_proj(gate * mixed), None
+
+    def mix(self, views: tuple[Tensor, ...], value: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
+        """(B, T, e) from views of the head (B, T, s) and values (B, T, e), all zero where there is padding."""
+        raise NotImplementedError
+
+
+def _turned(views: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, views, T, s) rotated, in the channels that turn."""
+    width = rotation[0].shape[-1]
+    turned, _ = apply_rotary_pos_emb(views[..., :width], views[:, :0, :, :width], *rotation)
+    return torch.cat((turned, views[..., width:]), dim=-1)
+
+
+class QuadraticUnit(GatedUnit):
+    """The unit itself. A decoder keeps keys and values of all tokens, as a cache of one head."""
+
+    method: GAU
+
+    def mix(self, views: tuple[Tensor, ...], value: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
+        query, key = views
+        if cache is not None and self.causal:
+            key, value = (x[:, 0] for x in cache.update(key[:, None], value[:, None], self.layer_idx))
+        numbers = torch.arange(key.shape[1], device=key.device)[None]
+        if padding is not None:
+            numbers = padding.long().cumsum(1) - 1
+        inner, outer = self._scales(numbers, query.shape[1])
+        return quadratic(query, key, value, numbers, self.bias, inner, outer, causal=self.causal)
+
+    def _scales(self, numbers: Tensor, new: int) -> tuple[Tensor, Tensor]:
+        """What scores and their squares are multiplied by, (B or 1, Tq or 1, 1)."""
+        wide = torch.promote_types(self.gamma.dtype, torch.float32)
+        seen = numbers[:, -new:] + 1 if self.causal else numbers[:, -1:] + 1
+        if self.causal and self.method.scale == "paper":
+            seen = torch.full_like(seen[:1, :1], self.trained_length)
+        share = 1 / seen.clamp(min=1).to(wide)[..., None]
+        one = torch.ones_like(share)
+        return (one * self.method.size**-0.5, share) if self.method.scale == "su" else (share, one)
+
+
+class ChunkedUnit(GatedUnit):
+    """FLASH. A decoder keeps the sums of whole chunks and the tokens of the last one."""
+
+    method: Flash
+
+    def mix(self, views: tuple[Tensor, ...], value: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
+        query, key, far_query, far_key = views
+        heads, length = Heads(query, key, far_query, far_key, value), value.shape[1]
+        real = None if padding is None else padding[:, -length:]
+        if not self.causal:
+            count = torch.full((1,), length, device=value.device) if real is None else real.sum(1)
+            share = 1 / count.clamp(min=1).to(torch.promote_types(value.dtype, torch.float32))
+            return mixed_both_ways(heads, self._rule(), share.view(-1, 1, 1, 1), real)
+        memory = None if cache is None else state_of(cache, self.layer_idx)
+        before = Memory(**memory.tensors) if memory is not None and memory.tensors else None
+        mixed, after = mixed_causal(heads, self._rule(), self._share(), real, before)
+        if memory is not None:
+            memory.keep(length, **after._asdict())
+        return mixed
+
+    def _rule(self) -> Rule:
+        """Inside chunks, also in one that is not full."""
+        chunk = self.method.chunk
+        if self.method.scale == "su":
+            return Rule(chunk, self.method.size**-0.5, 1 / chunk, self.bias)
+        return Rule(chunk, 1 / chunk, 1.0, self.bias)
+
+    def _share(self) -> Callable[[Tensor], Tensor]:
+        """The linear part's normaliser after a number of chunks."""
+        chunk, linear = self.method.chunk, self.method.linear
+        if linear == "count":
+            return lambda chunks: 1 / (chunks * chunk).clamp(min=1).to(self._wide)
+        share = 1 / (self.trained_length if linear == "paper" else chunk)
+        return lambda chunks: torch.full(chunks.shape, share, dtype=self._wide, device=chunks.device)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.gamma.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class GatedMixer(Mixer):
+    """`expansion` is how much wider than the model gate and values are, `size` the width of the one head; distances go to
+    `buckets`, those from `far` on to the last."""
+
+    expansion: float = 2.0
+    size: int = 128
+    buckets: int = 32
+    far: int = 128
+
+    positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})
+    knows_order: ClassVar[bool] = True
+    replaces_mlp: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.require(self.expansion > 0, f"expansion must be above 0, not {self.expansion}")
+        self.require(self.size >= 1, f"size must be at least 1, not {self.size}")
+        self.require(self.buckets == 1 or self.buckets >= 4, f"buckets must be 1, or 4 and more, not {self.buckets}")
+        self.require(
+            self.far > self.buckets // 2, f"far must be above {self.buckets // 2}, half the buckets, not {self.far}"
+        )
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        self.check_direction(causal)
+        self.check_place(config, place)
+        self.check_dropout(config)
+        self.require(causal or self.buckets % 4 == 0, "an encoder needs a number of buckets that 4 divides")
+        if config.rope_parameters is not None and config.head_dim != self.size:
+            raise NotSupported(
+                f"position={config.position} turns heads of {config.head_dim} channels and the head of attention={self.spec} "
+                f"has {self.size}; use head_dim={self.size}, or attention={self.name}:size={config.head_dim}"
+            )
+        return self.unit(config, layer, causal=causal)
+
+    def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class GAU(GatedMixer):
+    """`scale` says what keeps the scores small: `paper`, relu(qk/n + b)² with n the text's tokens in an encoder and the training
+    length in a decoder; `count`, the same with n the tokens that a query sees; `su`, relu(qk/sqrt(size) + b)²/n with those (Su
+    2022, kexue.fm/archives/8934)."""
+
+    scale: Literal["paper", "count", "su"] = "paper"
+
+    name: ClassVar[str] = "gau"
+    title: ClassVar[str] = "GAU: gated attention unit"
+    paper: ClassVar[str] = "Hua 2022, arXiv 2202.10447"
+    cost: ClassVar[str] = "time n², cache n"
+
+    def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
+        self.require(
+            causal or self.scale != "count",
+            "in an encoder a query sees all tokens, which is scale=paper; use that, or kind=decoder",
+        )
+        return QuadraticUnit(self, config, layer, 2, causal=causal)
+
+
+@dataclass(frozen=True)
+class Flash(GatedMixer):
+    """`chunk` in tokens. `scale` inside chunks: `paper`, relu(qk/c + b)²; `su`, relu(qk/sqrt(size) + b)²/c. `linear` is what the
+    sums between chunks are divided by: `paper`, the text's tokens in an encoder and the training length in a decoder; in a
+    decoder also `chunk`, the tokens of a chunk, or Su's `count`, those of all chunks before."""
+
+    chunk: int = 256
+    scale: Literal["paper", "su"] = "paper"
+    linear: Literal["paper", "chunk", "count"] = "paper"
+
+    name: ClassVar[str] = "flash"
+    title: ClassVar[str] = "FLASH: gated attention in chunks"
+    paper: ClassVar[str] = "Hua 2022, arXiv 2202.10447"
+    cost: ClassVar[str] = "time n, state of one size"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.chunk >= 1, f"chunk must be at least 1 token, not {self.chunk}")
+
+    def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
+        self.require(
+            causal or self.linear == "paper",
+            f"linear={self.linear} is for the chunks before a query's, and in an encoder it sees all; use linear=paper, or "
+            "kind=decoder",
+        )
+        return ChunkedUnit(self, config, layer, 4, causal=causal)
