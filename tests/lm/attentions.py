@@ -17,7 +17,8 @@ from longspan.lm import LongspanConfig, LongspanForCausalLM
 class Line:
     """`position` is a scheme that it works with. `full`: settings under which it equals full attention, None where there
     are none; `causal` and `bidirectional`: what it is defined for; `exact`: whether it computes the same however a text is cut
-    and padded; `settings`: of the model around it."""
+    and padded; `sealed`: whether no later token has a part in what an earlier one sees; `grows`: whether what a mixer keeps
+    grows with the text; `settings`: of the model around it."""
 
     spec: str
     position: str = "rope"
@@ -25,12 +26,17 @@ class Line:
     causal: bool = True
     bidirectional: bool = True
     exact: bool = True
+    sealed: bool = True
+    grows: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 LINES = (
     Line("window:size=9", full="window:size=64"),
     Line("window:size=9", position="alibi", full="window:size=64"),
+    Line("lsh:chunk=8,buckets=4", position="sinusoidal", exact=False, sealed=False, grows=True),
+    Line("lsh:chunk=64,buckets=4", position="sinusoidal", sealed=False, grows=True),  # no bucket outgrows its chunk
+    Line("lsh:chunk=4,buckets=4,form=aligned", grows=True),
 )
 """A new pattern or mixer is one more line."""
 
