@@ -40,7 +40,7 @@ def bias(spec: str, distances: torch.Tensor, heads: int = 8) -> torch.Tensor:
     """Mean over heads of what a score gets; learned ones as they are drawn by seed 0."""
     torch.manual_seed(0)
     scheme: Any = parse(spec).methods[0]
-    place: Place = scheme.build(Shape(512, heads, 64, 512, True))
+    place: Place = scheme.build(Shape(8, 512, heads, 64, 512, True))
     return place.bias(distances).mean(0).detach()
 
 

@@ -70,7 +70,7 @@ class Method:
 
     def reach(self, facts: ModelFacts) -> int | None:
         """The longest input, in tokens, that these settings are meant for; None where there is no end."""
-        return facts.window
+        return None if facts.endless else facts.window
 
     def neutral_length(self) -> int:
         """The longest input, in tokens, that the resolved method reads exactly as the plain model does."""

@@ -16,7 +16,8 @@ from longspan.lm import LongspanConfig, LongspanForCausalLM
 @dataclass(frozen=True)
 class Line:
     """`position` is a scheme that it works with. `full`: settings under which it equals full attention, None where there
-    are none; `causal` and `bidirectional`: what it is defined for; `exact`: whether it computes the same however a text is cut
+    are none; `seam`: the word of the configuration that takes it;
+    `causal` and `bidirectional`: what it is defined for; `exact`: whether it computes the same however a text is cut
     and padded; `sealed`: whether no later token has a part in what an earlier one sees; `grows`: whether what a mixer keeps
     grows with the text; `settings`: of the model around it."""
 
@@ -28,6 +29,7 @@ class Line:
     exact: bool = True
     sealed: bool = True
     grows: bool = False
+    seam: str = "attention"
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -37,13 +39,17 @@ LINES = (
     Line("lsh:chunk=8,buckets=4", position="sinusoidal", exact=False, sealed=False, grows=True),
     Line("lsh:chunk=64,buckets=4", position="sinusoidal", sealed=False, grows=True),  # no bucket outgrows its chunk
     Line("lsh:chunk=4,buckets=4,form=aligned", grows=True),
+    Line("transformer-xl:segment=7,length=9", "xl", "transformer-xl:segment=64", bidirectional=False, seam="memory"),
+    Line("transformer-xl:segment=7,length=9,same_length=true", "rope", bidirectional=False, seam="memory"),
 )
 """A new pattern or mixer is one more line."""
 
 
 def build(line: Line, spec: str | None = None, cls: type[PreTrainedModel] = LongspanForCausalLM, **more: Any) -> Any:
     """A tiny model with projections large enough for attention to matter; the same for every line, but for its own parts."""
-    settings = {**SIZES, "position": line.position, "attention": spec or line.spec, **line.settings, **more}
+    settings = {**SIZES, "position": line.position, line.seam: spec or line.spec, **line.settings, **more}
+    if spec == "full":
+        settings.pop("memory", None)
     torch.manual_seed(1)
     model = cls(LongspanConfig(**settings)).eval()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,15 @@ def build(attention: str | list[str] = "full", position: str = "rope", kind: str
             if weight.ndim == 2:
                 weight.normal_(0, weight.shape[1] ** -0.5)
     return model
+
+
+def test_memory_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build("full", "xl", memory="transformer-xl:segment=7,length=9", **DROPOUT), tokens(2, 32)
+    logits, gradients = step(model, ids)
+    with everything_kept(monkeypatch):
+        wanted, kept = step(model, ids)
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(gradients, kept, rtol=1e-4, atol=1e-5)
 
 
 @contextmanager
@@ -104,23 +114,29 @@ def test_is_equation_9() -> None:
     }
 
 
+class Kept:
+    """A tensor that a graph holds for as long as it holds this."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
 def kept_bytes(attention: str, layers: int, **more: Any) -> int:
-    """What the forward of the stack keeps for its backward, without the weights."""
+    """What is kept for the backward when the forward is done, without the weights."""
     model, ids = build(attention, num_hidden_layers=layers, **more).train(), tokens(1, 64)
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    total: dict[int, tuple[Tensor, int]] = {}
+    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
 
-    def pack(saved: Tensor) -> Tensor:
-        if saved.untyped_storage().data_ptr() not in weights:
-            total[saved.untyped_storage().data_ptr()] = (
-                saved,
-                saved.untyped_storage().nbytes(),
-            )  # held: no address twice
-        return saved
+    def pack(saved: Tensor) -> Kept:
+        kept = Kept(saved.detach())  # an output with its history would keep itself
+        alive.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        model(ids, labels=ids, use_cache=False)
-    return sum(size for _, size in total.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        loss = model(ids, labels=ids, use_cache=False).loss
+    storages = {k.tensor.untyped_storage().data_ptr(): k.tensor.untyped_storage().nbytes() for k in alive}
+    assert loss.requires_grad
+    return sum(size for pointer, size in storages.items() if pointer not in weights)
 
 
 def test_memory_is_level_in_depth() -> None:

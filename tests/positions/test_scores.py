@@ -21,7 +21,7 @@ FAR = torch.tensor([0, 1, 2, 4, 8, 16, 64, 128, 512, 1024, 4096])
 
 
 def place(spec: str, heads: int = HEADS, causal: bool = True) -> Place:
-    shape = Shape(hidden=heads * WIDTH, heads=heads, head_dim=WIDTH, window=64, causal=causal)
+    shape = Shape(layers=2, hidden=heads * WIDTH, heads=heads, head_dim=WIDTH, window=64, causal=causal)
     return parse(spec).methods[0].build(shape)
 
 
@@ -166,7 +166,7 @@ def test_sinusoid() -> None:
 
 def test_xpos_scale_vectors() -> None:
     """What a score keeps over 2,048 tokens, pair by pair (head of 64)."""
-    shape = Shape(hidden=64, heads=1, head_dim=64, window=64, causal=True)
+    shape = Shape(layers=2, hidden=64, heads=1, head_dim=64, window=64, causal=True)
     at = parse("xpos").methods[0].build(shape)
     kept = []
     for pair in (0, 16, 31):

@@ -75,7 +75,7 @@ def test_a_curve_holds_by_its_worst_length() -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"schemes": ("yarn:factor=2",)}, "no position scheme"),
+        ({"schemes": ("yarn:factor=2",)}, "not one position scheme"),
         ({"schemes": ("rope", "rope")}, "once"),
         ({"times": (2, 4)}, "from 1"),
         ({"seeds": 0}, "at least 1"),

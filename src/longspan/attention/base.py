@@ -98,15 +98,19 @@ class Pattern(Attention):
         unless a pattern has a faster way. Rows are aligned at their first real token."""
         return masked_attention(self, call, grid)
 
+    def check_place(self, config: LongspanConfig, place: Place) -> None:
+        """Refuses a scheme that cannot be joined with the pattern."""
+        if place.has("pair_bias"):
+            raise NotSupported(
+                f"position={config.position} scores every pair of places, which {self.spec} is there to avoid; "
+                "use attention=full, or another scheme such as rope, alibi or kerple"
+            )
+
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
         from longspan.lm.modeling import LongspanAttention
 
         self.check_direction(causal)
-        if place.has("pair_bias"):
-            raise NotSupported(
-                f"position={config.position} scores every pair of places, which attention={self.spec} is there to avoid; "
-                "use attention=full, or another scheme such as rope, alibi or kerple"
-            )
+        self.check_place(config, place)
         return LongspanAttention(config, layer, place, causal=causal, pattern=self)
 
 
@@ -141,7 +145,7 @@ class Mixer(Attention):
 
     def check_place(self, config: LongspanConfig, place: Place) -> None:
         """Refuses a scheme whose part would be lost."""
-        parts = {p for p in ("embed", "turn", "query_scale", "bias", "pair_bias") if place.has(p)}
+        parts = {p for p in ("embed", "turn", "query_scale", "bias", "pair_bias", "query_scores") if place.has(p)}
         if config.rope_parameters is not None:
             parts.add("rotation")
         if lost := parts - self.positions:

@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.models.llama.modeling_llama import rotate_half
 
 from longspan.attention.base import Mixer
 from longspan.engine.choices import decided
@@ -134,7 +133,9 @@ class LshAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         qk, value = self._heads(self.qk_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
         if rotation is not None:  # before the hash: tokens that attend to each other shall fall into one bucket
-            qk = _rotate(qk, *rotation)
+            from longspan.lm.modeling import rotated
+
+            qk = rotated(qk, rotation)
         buckets = decided(lambda: self.buckets_of(qk))
         new, past = hidden_states.shape[1], 0
         if past_key_values is not None:
@@ -307,10 +308,3 @@ def _scale(method: Lsh, x: Tensor) -> float:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on the first of x's dimensions, as many as cos (B or 1, T, width) has."""
-    width = cos.shape[-1]
-    turned = x[..., :width] * cos[:, None] + rotate_half(x[..., :width]) * sin[:, None]
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)

@@ -9,7 +9,7 @@ reading the last `size` tokens alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ class Window(Span, Pattern):
     name: ClassVar[str] = "window"
     title: ClassVar[str] = "Window (on trained models Su's strong baseline)"
     paper: ClassVar[str] = "Su 2023, kexue.fm/archives/9431"
+    seam: ClassVar[Any] = "attention"
     works_on: ClassVar[str] = "pretrained, from scratch"
 
     def __post_init__(self) -> None:

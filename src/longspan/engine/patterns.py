@@ -37,19 +37,23 @@ class Call:
     bias: Callable[[Tensor], Tensor] | None = None
     """What a score gets at a distance in tokens: (H, *shape) float32 for whole numbers of any shape."""
     dropout: float = 0.0
+    query_scores: Callable[[slice, Tensor], Tensor] | None = None
+    """What some of the queries get at each of N distances, before the scale: (B, H, rows, N) float32."""
 
 
 def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """(B, H, Tq, D). What padding tokens get is never read by others, but is a number."""
-    if call.query.shape[2] != call.key.shape[2]:
+    padded_left = call.padding is not None and not bool((call.padding[:, 1:] <= call.padding[:, :-1]).all())
+    if call.query.shape[2] != call.key.shape[2] or (padded_left and call.query_scores is not None):
         return masked_attention(pattern, call, grid)
-    if call.padding is None or bool((call.padding[:, 1:] <= call.padding[:, :-1]).all()):  # none, or on the right
+    if not padded_left:
         return pattern.run(call, grid)
+    assert call.padding is not None
     shift = call.padding.int().argmax(1)
-    query, key, value = (_roll(x, shift, 2) for x in (call.query, call.key, call.value))
-    aligned = replace(call, query=query, key=key, value=value, padding=_roll(call.padding, shift, 1))
+    query, key, value = (roll(x, shift, 2) for x in (call.query, call.key, call.value))
+    aligned = replace(call, query=query, key=key, value=value, padding=roll(call.padding, shift, 1))
     out = pattern.run(aligned, grid)
-    return _roll(out, -shift, 2)
+    return roll(out, -shift, 2)
 
 
 def masked_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
@@ -84,18 +88,40 @@ def _block(call: Call, rows: slice, columns: Tensor, mask: Tensor, first: Tensor
     heads = call.query.shape[1]
     query, key, value = call.query[:, :, rows], call.key[:, :, columns], call.value[:, :, columns]
     key, value = expand_heads(key, heads), expand_heads(value, heads)
-    if call.bias is None:
+    if call.bias is None and call.query_scores is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scale
         )
     total, new = call.key.shape[2], call.query.shape[2]
     numbers = torch.arange(total - new, total, device=query.device)[rows]
-    bias = call.bias(numbers[:, None] - columns[None])[None]
+    bias = _bias(call, rows, numbers[:, None] - columns[None])
     bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))  # rows that see nothing are padding
     out = F.scaled_dot_product_attention(
         query.float(), key.float(), value.float(), attn_mask=bias, dropout_p=call.dropout, scale=call.scale
     )
     return out.to(query.dtype)
+
+
+def _bias(call: Call, rows: slice, far: Tensor) -> Tensor:
+    """(B or 1, H, rows, Tk) of the distances (rows, Tk)."""
+    bias: Tensor | float = 0.0
+    if call.bias is not None:
+        bias = call.bias(far)[None]
+    if call.query_scores is not None:
+        low, high = int(far.min()), int(far.max())
+        line = call.query_scores(rows, torch.arange(low, high + 1, device=far.device))
+        bias = bias + call.scale * line.gather(-1, (far - low).expand(*line.shape[:3], -1))
+    assert isinstance(bias, Tensor)
+    return bias
+
+
+def shifted(line: Tensor, keys: int) -> Tensor:
+    """Scores of each query by distance, lined up with the keys: (B, H, Tq, Tq + keys - 1) → (B, H, Tq, keys), where distances
+    rise by one and the last query has the least one to the last key (the shift of Transformer-XL, appendix B)."""
+    batch, heads, rows, width = line.shape
+    back = line.flip(-1).contiguous()  # row r begins at rows - 1 - r
+    strides = (*back.stride()[:2], width - 1, 1)
+    return back.as_strided((batch, heads, rows, keys), strides, rows - 1)
 
 
 def _columns(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
@@ -109,7 +135,7 @@ def _columns(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
     return torch.cat(parts)
 
 
-def _roll(x: Tensor, shift: Tensor, dim: int) -> Tensor:
+def roll(x: Tensor, shift: Tensor, dim: int) -> Tensor:
     """Each row of the batch moved left by its own `shift` (B,) along `dim`, what leaves coming back on the other side."""
     length = x.shape[dim]
     index = (torch.arange(length, device=x.device)[None] + shift[:, None]) % length

@@ -24,8 +24,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -83,12 +83,7 @@ class LongspanAttention(nn.Module):
         query = self._heads(self.q_proj(hidden_states))
         key, value = self._keys(hidden_states, encoder_states, past_key_values)
         if rotation is not None:
-            width = rotation[0].shape[-1]
-            turned = apply_rotary_pos_emb(query[..., :width], key[..., :width], *rotation)
-            query, key = (
-                new if width == self.head_dim else torch.cat((new, old[..., width:]), dim=-1)
-                for new, old in zip(turned, (query, key), strict=True)
-            )
+            query, key = rotated(query, rotation), rotated(key, rotation)
         if past_key_values is not None and not self.cross:
             key, value = past_key_values.update(key, value, self.layer_idx)
         out, weights = self._interface()(
@@ -135,6 +130,14 @@ class LongspanAttention(nn.Module):
             raise NotSupported(
                 f"{what}, which attn_implementation={name!r} knows nothing of; leave attn_implementation out, or say {SCHEME!r}"
             )
+
+
+def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads (B, H, T, D) turned by the tables (B or 1, T, W), of which the first W channels take part."""
+    cos, sin = (table[:, None] for table in rotation)
+    part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    turned = part * cos + rotate_half(part) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 class LongspanLayer(GradientCheckpointingLayer):

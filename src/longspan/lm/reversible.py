@@ -36,8 +36,8 @@ def reversible(
     """Both streams (B, T, hidden) after all branches, from x (B, T, hidden) in both, with nothing kept in between.
 
     parameters: all that the branches have and that a gradient shall reach. inputs: what every branch is given by name; a
-    gradient reaches the tensors among them too, unless they are inside of something else. A branch must not change what it
-    is given: it runs twice.
+    gradient reaches the tensors among them too, unless they are inside of something else. A branch runs twice, with gradients
+    switched on, and must not change what it is given.
     """
     names = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad]
     trained = [p for p in parameters if p.requires_grad]
@@ -62,8 +62,10 @@ class _Reversible(torch.autograd.Function):
         a = b = x
         for branch in work.branches:
             circumstances = _Circumstances(x)
-            with circumstances.precision(), keeping() as kept:
-                a, b = b, a + branch(b, **work.inputs)
+            stream = b.detach().requires_grad_()
+            with torch.enable_grad(), circumstances.precision(), keeping() as kept:  # as in the second run
+                change = branch(stream, **work.inputs)
+            a, b = b, a + change.detach()
             ctx.circumstances.append(circumstances)
             ctx.decisions.append(len(kept))
             decided += kept
@@ -107,7 +109,7 @@ class _Circumstances:
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """Mixed precision as it was; without its cache, which would hold weights cast where no gradient was asked for."""
+        """Mixed precision as it was, without its cache, which would keep the cast weights of all layers."""
         with ExitStack() as stack:
             for kind, (enabled, dtype) in self.autocast.items():
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))

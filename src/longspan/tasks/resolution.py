@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longspan.engine.core import expand_heads
 from longspan.errors import NotSupported
-from longspan.lm.attention import SCHEME
+from longspan.lm.attention import SCHEME, query_scores, relative_scores
 from longspan.positions.scheme import Place
 from longspan.tasks.base import Outcome, Sample, Task
 from longspan.tasks.receptive_field import POINTS, windows
@@ -128,7 +128,9 @@ def _add_scores(
     place: Place | None = getattr(module, "place", None)
     positions: Any = kwargs.get("position_ids")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    asking = None
     if place is not None:
+        asking = query_scores(place, query, positions, cast(int, module.layer_idx))
         query, key = place.turn(query, key, positions, positions)
         factor = place.query_scale(positions)
         query = query if factor is None else query * factor[:, None, :, None].to(query.dtype)
@@ -143,6 +145,10 @@ def _add_scores(
         scores = (rows @ key.mT * scale).mean(1)[0]
         if place is not None and place.has("bias"):
             scores = scores + place.bias(distance).double().mean(0)
+        if asking is not None:
+            some = slice(start, start + rows.shape[2])
+            extra = relative_scores(asking, some, positions[:, some], positions)
+            scores = scores + scale * extra.double().mean(1)[0]
         if kwargs.get("pair_bias") is not None:
             scores = scores + kwargs["pair_bias"][0, :, start : start + ROWS].double().mean(0)
         seen = distance >= 0

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longspan.compare.cost import Meter
 from longspan.compare.store import write_atomically
 from longspan.errors import NotSupported, SpecError
+from longspan.lm.configuration import read_position
 from longspan.models import load
-from longspan.positions.scheme import Scheme
 from longspan.tasks.base import Task, parse_task
 from longspan.training.metrics import append_line, read_lines
 
@@ -72,14 +72,8 @@ class Settings:
     sliding: bool = True
 
     def __post_init__(self) -> None:
-        from longspan.method import parse
-
         for name in self.schemes:
-            methods = parse(name).methods
-            if len(methods) != 1 or not isinstance(methods[0], Scheme):
-                raise SpecError(
-                    f"study: {name!r} is no position scheme; `longspan methods` lists those that work from scratch"
-                )
+            read_position(name)
         if not self.schemes or len(set(self.schemes)) < len(self.schemes):
             raise SpecError("study: name each position scheme once")
         if self.seeds < 1 or self.samples < 1:
