@@ -243,3 +243,19 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(NotSupported, match="output_hidden_states"):
         model(ids, output_hidden_states=True)
     assert model(ids).past_key_values is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("attention", ["full", "window:size=9", "lsh:chunk=8", "lsh:chunk=8,form=aligned"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_on_a_gpu_with_its_random_numbers(attention: str, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build(attention, **DROPOUT).cuda(), tokens(2, 64).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed):
+        logits, gradients = step(model, ids)
+        after = torch.rand(3, device="cuda")
+        with everything_kept(monkeypatch):
+            wanted, kept = step(model, ids)
+    assert torch.equal(after, torch.rand(3, device="cuda"))
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients.items():
+        assert (gradient - kept[name]).norm() < (0.05 if mixed else 1e-3) * kept[name].norm(), name
