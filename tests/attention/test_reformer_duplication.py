@@ -10,7 +10,22 @@ from types import ModuleType
 import pytest
 import torch
 
-SMALL = "--length 16 --symbols 6 --width 32 --heads 2 --chunk 4 --batch 32 --held-out 2".split()
+SMALL = [
+    "--length",
+    "16",
+    "--symbols",
+    "6",
+    "--width",
+    "32",
+    "--heads",
+    "2",
+    "--chunk",
+    "4",
+    "--batch",
+    "32",
+    "--held-out",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")

@@ -36,11 +36,25 @@ class Line:
 LINES = (
     Line("window:size=9", full="window:size=64"),
     Line("window:size=9", position="alibi", full="window:size=64"),
+    Line("local:block=8", full="local:block=64"),
+    Line("local:block=12,globals=0"),
+    Line("local:block=7,globals=3", position="alibi", full="local:block=64"),
+    Line("overlap:block=8", full="overlap:block=64"),
+    Line("overlap:block=6,globals=0", position="t5"),
+    Line("overlap:block=6", position="xl", bidirectional=False),
+    Line("longnet:segments=8/16/24,dilations=1/2/3", full="longnet:segments=64,dilations=1"),
+    Line("longnet:segments=9/20,dilations=1/5", position="alibi", full="longnet:segments=64,dilations=1"),
     Line("lsh:chunk=8,buckets=4", position="sinusoidal", exact=False, sealed=False, grows=True),
     Line("lsh:chunk=64,buckets=4", position="sinusoidal", sealed=False, grows=True),  # no bucket outgrows its chunk
     Line("lsh:chunk=4,buckets=4,form=aligned", grows=True),
     Line("transformer-xl:segment=7,length=9", "xl", "transformer-xl:segment=64", bidirectional=False, seam="memory"),
     Line("transformer-xl:segment=7,length=9,same_length=true", "rope", bidirectional=False, seam="memory"),
+    Line("linear"),
+    Line("linear", position="sinusoidal"),
+    Line("performer:features=32"),
+    Line("performer:features=24,kernel=relu,norms=sqrt,redraw=3", position="sinusoidal"),
+    Line("linformer:k=16", position="sinusoidal", causal=False),
+    Line("linformer:k=16,share=layerwise", position="learned", causal=False),
 )
 """A new pattern or mixer is one more line."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from longspan.attention.base import Attention, Grid, Mixer, Pattern
-from longspan.engine.core import reference_attention
+from longspan.engine.core import reference_mix
 from longspan.engine.patterns import Call, attend
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForMaskedLM
@@ -60,7 +60,11 @@ def test_pattern_is_what_it_says(line: Line, causal: bool, padded: bool) -> None
         mask = mask & (number[:, None, None] <= number[:, None, :, None])
     real = padding[:, None, :, None]
     got = attend(pattern, Call(q, k, v, 0.3, padding if padded else None), grid) * real
-    wanted = reference_attention(q, k, v, mask, 0.3) * real
+    scores = q @ k.repeat_interleave(2, 1).mT * 0.3
+    counts = pattern.counts(number, number, grid)
+    if counts is not None:
+        scores = scores + counts.clamp(min=1).double().log()
+    wanted = reference_mix(scores, v.repeat_interleave(2, 1), mask) * real
     torch.testing.assert_close(got, wanted)
     pull = torch.randn(got.shape, generator=draw).double()
     ours = torch.autograd.grad((got * pull).sum(), (q, k, v))

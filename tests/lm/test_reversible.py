@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from attentions import LINES, Line
 from schemes import SIZES, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -53,9 +55,14 @@ def build(attention: str | list[str] = "full", position: str = "rope", kind: str
     return model
 
 
-def test_memory_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = build("full", "xl", memory="transformer-xl:segment=7,length=9", **DROPOUT), tokens(2, 32)
+@pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.spec}-{line.position}")
+def test_every_attention_runs_alike_both_times(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = "decoder" if line.causal else "encoder"
+    model = build(position=line.position, kind=kind, **{line.seam: line.spec}, **line.settings, hidden_dropout=0.2)
+    ids = tokens(2, 32)
+    state = copy.deepcopy(model.state_dict())  # what is drawn anew in training is drawn from here both times
     logits, gradients = step(model, ids)
+    model.load_state_dict(state)
     with everything_kept(monkeypatch):
         wanted, kept = step(model, ids)
     torch.testing.assert_close(logits, wanted, rtol=0, atol=0)

@@ -22,6 +22,7 @@ from longspan.positions.scheme import Place
 if TYPE_CHECKING:
     from longspan.apply import Site
     from longspan.lm.configuration import LongspanConfig
+    from longspan.lm.modeling import LongspanModel
 
 
 class Attention(Method):
@@ -48,6 +49,9 @@ class Attention(Method):
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
         """The module of layer number `layer`. Raises `NotSupported` for a configuration that it cannot be part of."""
         raise NotImplementedError
+
+    def join(self, stack: LongspanModel) -> None:
+        """Called once, when all layers of a stack stand: for what its layers share or do together."""
 
     def check_direction(self, causal: bool) -> None:
         direction = "causal" if causal else "bidirectional"
@@ -88,6 +92,10 @@ class Pattern(Attention):
         """Which keys each query sees: boolean (B or 1, H or 1, Tq, Tk); queries (B or 1, Tq), keys (B or 1, Tk) token numbers.
         Causality and padding are added by the caller, and need not be in the answer."""
         raise NotImplementedError
+
+    def counts(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor | None:
+        """How often a visible key counts in the softmax: whole numbers, asked for and answered as `visible` is. None: once."""
+        return None
 
     def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
         """Where the keys are that some query of start … end - 1 sees: ascending, disjoint (first, last + 1)."""

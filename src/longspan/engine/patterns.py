@@ -40,6 +40,11 @@ class Call:
     query_scores: Callable[[slice, Tensor], Tensor] | None = None
     """What some of the queries get at each of N distances, before the scale: (B, H, rows, N) float32."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether the weights are the softmax of products of queries and keys, and nothing else."""
+        return self.bias is None and self.query_scores is None and not self.dropout
+
 
 def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """(B, H, Tq, D). What padding tokens get is never read by others, but is a number."""
@@ -70,9 +75,11 @@ def masked_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
         wanted = pattern.ranges(max(0, start - lead), end - int(first.min()), grid)
         last = end if grid.causal else total
         columns = _columns([(low, min(high + lead, last)) for low, high in wanted], device)
-        mask = _mask(pattern, call, grid, torch.arange(start, end, device=device)[None] - first, columns, first)
+        numbers = torch.arange(start, end, device=device)[None] - first
+        mask = _mask(pattern, call, grid, numbers, columns, first)
         rows = slice(start - (total - new), end - (total - new))
-        blocks.append(_block(call, rows, columns, mask, first))
+        counts = pattern.counts(numbers, columns[None] - first, grid)
+        blocks.append(_block(call, rows, columns, mask, counts))
     return torch.cat(blocks, dim=2)
 
 
@@ -84,34 +91,36 @@ def _mask(pattern: Pattern, call: Call, grid: Grid, queries: Tensor, columns: Te
     return mask if call.padding is None else mask & call.padding[:, columns][:, None, None]
 
 
-def _block(call: Call, rows: slice, columns: Tensor, mask: Tensor, first: Tensor) -> Tensor:
+def _block(call: Call, rows: slice, columns: Tensor, mask: Tensor, counts: Tensor | None) -> Tensor:
     heads = call.query.shape[1]
     query, key, value = call.query[:, :, rows], call.key[:, :, columns], call.value[:, :, columns]
     key, value = expand_heads(key, heads), expand_heads(value, heads)
-    if call.bias is None and call.query_scores is None:
+    if call.bias is None and call.query_scores is None and counts is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scale
         )
     total, new = call.key.shape[2], call.query.shape[2]
     numbers = torch.arange(total - new, total, device=query.device)[rows]
-    bias = _bias(call, rows, numbers[:, None] - columns[None])
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    bias = _bias(call, rows, numbers[:, None] - columns[None]).to(wide)
+    if counts is not None:  # what is invisible counts as one here and is hidden below
+        bias = bias + counts.clamp(min=1).to(wide).log()
     bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))  # rows that see nothing are padding
     out = F.scaled_dot_product_attention(
-        query.float(), key.float(), value.float(), attn_mask=bias, dropout_p=call.dropout, scale=call.scale
+        query.to(wide), key.to(wide), value.to(wide), attn_mask=bias, dropout_p=call.dropout, scale=call.scale
     )
     return out.to(query.dtype)
 
 
 def _bias(call: Call, rows: slice, far: Tensor) -> Tensor:
     """(B or 1, H, rows, Tk) of the distances (rows, Tk)."""
-    bias: Tensor | float = 0.0
+    bias = torch.zeros(1, 1, 1, 1, device=far.device)
     if call.bias is not None:
         bias = call.bias(far)[None]
     if call.query_scores is not None:
         low, high = int(far.min()), int(far.max())
         line = call.query_scores(rows, torch.arange(low, high + 1, device=far.device))
         bias = bias + call.scale * line.gather(-1, (far - low).expand(*line.shape[:3], -1))
-    assert isinstance(bias, Tensor)
     return bias
 
 

@@ -246,6 +246,8 @@ class LongspanPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Place):
             module.reset_parameters()
+        elif hasattr(module, "draw_weights"):
+            module.draw_weights()  # type: ignore[operator]
         else:
             super()._init_weights(module)
 
@@ -267,6 +269,8 @@ class LongspanModel(LongspanPreTrainedModel):
             for i in range(layers or config.num_hidden_layers)
         )
         self.attentions = config.attentions
+        for attention in dict.fromkeys(self.attentions):
+            attention.join(self)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.rope_parameters is not None:
             self.rotary_emb = LongspanRotaryEmbedding(config)  # type: ignore[arg-type]

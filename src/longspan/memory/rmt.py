@@ -58,7 +58,7 @@ class RMT(Method):
     title: ClassVar[str] = "Recurrent Memory Transformer"
     paper: ClassVar[str] = "Bulatov 2022, arXiv 2207.06881; Bulatov 2023, arXiv 2304.11062"
     seam: ClassVar[Any] = "memory"
-    slots: ClassVar[frozenset[str]] = frozenset({"frequencies", "span", "cache"})
+    slots: ClassVar[frozenset[str]] = frozenset({"frequencies", "attention", "queries", "span", "cache"})
     works_on: ClassVar[str] = "a trained model that is then fine-tuned"
     cost: ClassVar[str] = "time n, cache constant"
     why_not_exportable: ClassVar[str] = "it is a model around the model; longspan train saves it as one of its own type"
