@@ -94,17 +94,20 @@ def accuracy(options: argparse.Namespace, trained: LongspanForCausalLM, hashes: 
 def measure(options: argparse.Namespace, hashes: str, device: str) -> dict[str, Any]:
     start = time.perf_counter()
     model = train(options, hashes, device)
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "train")}
     return {
         "trained_with": hashes,
         "seconds": time.perf_counter() - start,
         "accuracy": {read: accuracy(options, model, read, device) for read in READ_WITH},
         "texts": options.held_out * options.batch,
-        "settings": settings,
+        "settings": settings_of(options),
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name not in ("out", "train")}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -128,7 +131,10 @@ def main(arguments: list[str] | None = None) -> None:
         file = options.out / f"trained-{hashes}.json"
         if not file.is_file():
             file.write_text(json.dumps(measure(options, hashes, device), indent=1) + "\n", encoding="utf-8")
-        found = json.loads(file.read_text(encoding="utf-8"))["accuracy"]
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if result["settings"] != settings_of(options):
+            raise SystemExit(f"{file} is of a run with other settings; give another folder to --out")
+        found = result["accuracy"]
         print(f"{'trained with ' + hashes:>36} " + "  ".join(f"{100 * found[r]:5.1f}%" for r in READ_WITH), flush=True)
 
 

@@ -58,4 +58,6 @@ def test_a_model_that_was_trained_copies_and_one_that_was_not_does_not(
             found = json.loads((out / f"trained-{hashes}.json").read_text())["accuracy"]
             assert set(found) == {"full", "8", "4", "2", "1"}
             assert (found[hashes] > 0.9) == good
+    with pytest.raises(SystemExit, match="other settings"):
+        script.main(["--out", str(out), *SMALL, "--steps", "2", "--train", "full"])
     assert "trained with full" in capsys.readouterr().out
