@@ -36,6 +36,8 @@ class Line:
 LINES = (
     Line("window:size=9", full="window:size=64"),
     Line("window:size=9", position="alibi", full="window:size=64"),
+    Line("window:size=7,sinks=3", full="window:size=64,sinks=3"),
+    Line("window:size=7,sinks=3", position="kerple", full="window:size=64,sinks=3"),
     Line("local:block=8", full="local:block=64"),
     Line("local:block=12,globals=0"),
     Line("local:block=7,globals=3", position="alibi", full="local:block=64"),

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from longspan.engine.patterns import Call, masked_attention
+from longspan.engine import routes
+from longspan.engine.block_tables import Blocks, band
+from longspan.engine.patterns import Call
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
 from longspan.method import Method
@@ -101,10 +103,20 @@ class Pattern(Attention):
         """Where the keys are that some query of start … end - 1 sees: ascending, disjoint (first, last + 1)."""
         return [(0, grid.length)]
 
+    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks | None:
+        """The same as `visible` in blocks of `size` tokens, causality with it, for FlexAttention; None where there are no such
+        blocks. The same object for the same question, made without a mask of pairs."""
+        return None
+
+    def kept(self) -> tuple[int, int] | None:
+        """(sinks, window) where a token of a decoder sees the first `sinks` tokens and the last `window`, itself among them,
+        and no others: then a cache keeps only those. None where any token may be seen again."""
+        return None
+
     def run(self, call: Call, grid: Grid) -> Tensor:
-        """Attention of all tokens of a text on themselves, (B, H, T, D); blocks of queries under the mask of `visible`
-        unless a pattern has a faster way. Rows are aligned at their first real token."""
-        return masked_attention(self, call, grid)
+        """Attention of all tokens of a text on themselves, (B, H, T, D), the fastest way that can run it
+        (`longspan.engine.routes`) unless a pattern has one of its own. Rows are aligned at their first real token."""
+        return routes.run(self, call, grid)
 
     def check_place(self, config: LongspanConfig, place: Place) -> None:
         """Refuses a scheme that cannot be joined with the pattern."""
@@ -134,6 +146,10 @@ class Full(Pattern):
 
     def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
         return torch.ones(1, 1, queries.shape[1], keys.shape[1], dtype=torch.bool, device=queries.device)
+
+    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks:
+        lengths = grid.length, grid.length
+        return band(lengths, window=grid.length, causal=grid.causal, size=size, device=device)
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
         from longspan.lm.modeling import LongspanAttention

@@ -1,8 +1,7 @@
-"""Attention under a pattern: which way a call goes, and the way that always works.
+"""Attention under a pattern: a call, and where it goes.
 
-A text that attends to itself goes to the pattern's own `run`, with rows aligned at their first real token. Tokens that
-come after others (decoding, chunks) go through masks made for the keys that they can see, a block of queries at a time,
-so that no mask is as long as the text on both sides.
+A text that attends to itself goes to the pattern's own `run`, with rows aligned at their first real token; tokens that come
+after others (decoding, chunks) to masks, or to a kernel where it knows the keys of a rolling cache.
 """
 
 from __future__ import annotations
@@ -12,16 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.engine.core import expand_heads
+from longspan.engine import routes
+from longspan.engine.masks import masked_attention
 
 if TYPE_CHECKING:
     from longspan.attention.base import Grid, Pattern
-
-QUERIES_AT_ONCE = 512
-"""Queries that share one mask."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,9 @@ class Call:
     dropout: float = 0.0
     query_scores: Callable[[slice, Tensor], Tensor] | None = None
     """What some of the queries get at each of N distances, before the scale: (B, H, rows, N) float32."""
+    columns: Tensor | None = None
+    """Which tokens the keys are, (B or 1, Tk), -1 for none, where they come from a rolling cache: the sinks that the pattern
+    keeps, then the others. None where they are all tokens."""
 
     @property
     def plain(self) -> bool:
@@ -48,6 +47,8 @@ class Call:
 
 def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """(B, H, Tq, D). What padding tokens get is never read by others, but is a number."""
+    if call.columns is not None:
+        return routes.run_rolled(pattern, call, grid)
     padded_left = call.padding is not None and not bool((call.padding[:, 1:] <= call.padding[:, :-1]).all())
     if call.query.shape[2] != call.key.shape[2] or (padded_left and call.query_scores is not None):
         return masked_attention(pattern, call, grid)
@@ -61,69 +62,6 @@ def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     return roll(out, -shift, 2)
 
 
-def masked_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
-    """The definition, made affordable: `pattern.visible` for one block of queries and the keys in its `ranges`."""
-    total, new, device = call.key.shape[2], call.query.shape[2], call.query.device
-    first = torch.zeros(1, 1, dtype=torch.long, device=device)
-    if call.padding is not None:
-        first = call.padding.int().argmax(1, keepdim=True)  # each row's first real token
-    lead = int(first.max())
-    blocks = []
-    for start in range(total - new, total, QUERIES_AT_ONCE):
-        end = min(start + QUERIES_AT_ONCE, total)
-        # Rows begin at columns 0 … lead, so a range of token numbers lies in columns that are up to `lead` further on.
-        wanted = pattern.ranges(max(0, start - lead), end - int(first.min()), grid)
-        last = end if grid.causal else total
-        columns = _columns([(low, min(high + lead, last)) for low, high in wanted], device)
-        numbers = torch.arange(start, end, device=device)[None] - first
-        mask = _mask(pattern, call, grid, numbers, columns, first)
-        rows = slice(start - (total - new), end - (total - new))
-        counts = pattern.counts(numbers, columns[None] - first, grid)
-        blocks.append(_block(call, rows, columns, mask, counts))
-    return torch.cat(blocks, dim=2)
-
-
-def _mask(pattern: Pattern, call: Call, grid: Grid, queries: Tensor, columns: Tensor, first: Tensor) -> Tensor:
-    keys = columns[None] - first
-    mask = pattern.visible(queries, keys, grid) & (keys >= 0)[:, None, None]
-    if grid.causal:
-        mask = mask & (keys[:, None, None, :] <= queries[:, None, :, None])
-    return mask if call.padding is None else mask & call.padding[:, columns][:, None, None]
-
-
-def _block(call: Call, rows: slice, columns: Tensor, mask: Tensor, counts: Tensor | None) -> Tensor:
-    heads = call.query.shape[1]
-    query, key, value = call.query[:, :, rows], call.key[:, :, columns], call.value[:, :, columns]
-    key, value = expand_heads(key, heads), expand_heads(value, heads)
-    if call.bias is None and call.query_scores is None and counts is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scale
-        )
-    total, new = call.key.shape[2], call.query.shape[2]
-    numbers = torch.arange(total - new, total, device=query.device)[rows]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    bias = _bias(call, rows, numbers[:, None] - columns[None]).to(wide)
-    if counts is not None:  # what is invisible counts as one here and is hidden below
-        bias = bias + counts.clamp(min=1).to(wide).log()
-    bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))  # rows that see nothing are padding
-    out = F.scaled_dot_product_attention(
-        query.to(wide), key.to(wide), value.to(wide), attn_mask=bias, dropout_p=call.dropout, scale=call.scale
-    )
-    return out.to(query.dtype)
-
-
-def _bias(call: Call, rows: slice, far: Tensor) -> Tensor:
-    """(B or 1, H, rows, Tk) of the distances (rows, Tk)."""
-    bias = torch.zeros(1, 1, 1, 1, device=far.device)
-    if call.bias is not None:
-        bias = call.bias(far)[None]
-    if call.query_scores is not None:
-        low, high = int(far.min()), int(far.max())
-        line = call.query_scores(rows, torch.arange(low, high + 1, device=far.device))
-        bias = bias + call.scale * line.gather(-1, (far - low).expand(*line.shape[:3], -1))
-    return bias
-
-
 def shifted(line: Tensor, keys: int) -> Tensor:
     """Scores of each query by distance, lined up with the keys: (B, H, Tq, Tq + keys - 1) → (B, H, Tq, keys), where distances
     rise by one and the last query has the least one to the last key (the shift of Transformer-XL, appendix B)."""
@@ -131,17 +69,6 @@ def shifted(line: Tensor, keys: int) -> Tensor:
     back = line.flip(-1).contiguous()  # row r begins at rows - 1 - r
     strides = (*back.stride()[:2], width - 1, 1)
     return back.as_strided((batch, heads, rows, keys), strides, rows - 1)
-
-
-def _columns(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """Ascending, each once, though padding may have made ranges overlap."""
-    parts, done = [], 0
-    for low, high in ranges:
-        low = max(low, done)
-        if low < high:
-            parts.append(torch.arange(low, high, device=device))
-            done = high
-    return torch.cat(parts)
 
 
 def roll(x: Tensor, shift: Tensor, dim: int) -> Tensor:

@@ -36,6 +36,7 @@ from longspan.errors import NotSupported
 from longspan.lm.attention import SCHEME
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.reversible import Branch, reversible
+from longspan.lm.state import rolling_of
 from longspan.positions.scheme import Place, ending_at
 
 
@@ -85,7 +86,7 @@ class LongspanAttention(nn.Module):
         if rotation is not None:
             query, key = rotated(query, rotation), rotated(key, rotation)
         if past_key_values is not None and not self.cross:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = self._remember(past_key_values, key, value, kwargs)
         out, weights = self._interface()(
             self,
             query,
@@ -112,6 +113,20 @@ class LongspanAttention(nn.Module):
         if isinstance(cache, EncoderDecoderCache):
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
+        return key, value
+
+    def _remember(self, cache: Cache, key: Tensor, value: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """All keys and values that there are to see, the new ones among them. Where the pattern sees a window only, the cache
+        keeps no more of them, unless gradients are to reach what it keeps."""
+        kept = self.pattern.kept() if self.pattern is not None else None
+        ours = (
+            kept and self.config._attn_implementation == SCHEME and not (torch.is_grad_enabled() and key.requires_grad)
+        )
+        held = rolling_of(cache, self.layer_idx, *kept) if kept and ours else None
+        if held is not None:
+            held.see_padding(given.get("padding"), key.shape[2])
+        key, value = cache.update(key, value, self.layer_idx)
+        given["rolling"] = held
         return key, value
 
     def _interface(self) -> Any:
