@@ -322,3 +322,12 @@ def test_impossible_settings(spec: str) -> None:
 def test_schemes_whose_part_would_be_lost_are_refused(position: str) -> None:
     with pytest.raises(NotSupported, match="rope"):
         model("lsh:chunk=8", position=position)
+
+
+def test_scaled_divides_scores_by_the_root_of_the_width() -> None:
+    """Which is the same as shorter queries, since keys have length 1 anyway."""
+    qk, value, number = drawn(37, 2, 4)
+    for attend in (hashed_attention, newest_attention):
+        plain = attend(qk / 8**0.5, value, number, Lsh(chunk=8), True, None, 0.0)
+        scaled = attend(qk, value, number, Lsh(chunk=8, scaled=True), True, None, 0.0)
+        torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-5)
