@@ -18,9 +18,10 @@ class Line:
     """`position` is a scheme that it works with. `full`: settings under which it equals full attention, None where there
     are none; `seam`: the word of the configuration that takes it;
     `causal` and `bidirectional`: what it is defined for; `exact`: whether it computes the same however a text is cut
-    and padded; `settings`: of the model around it; `leak`: what rounding may carry back from later tokens, as the Fourier
-    transforms of a convolution do; `own`: by how much parameters that are no linear layer's are made larger, so that they matter;
-    `grows`: whether a mixer's state does with the text."""
+    and padded; `sealed`: whether no later token has a part in what an earlier one sees; `settings`: of the model around it;
+    `leak`: what rounding may carry back from later tokens, as the Fourier transforms of a convolution do; `own`: by how much
+    parameters that are no linear layer's are made larger, so that they matter; `grows`: whether what a mixer keeps grows
+    with the text."""
 
     spec: str
     position: str = "rope"
@@ -28,11 +29,12 @@ class Line:
     causal: bool = True
     bidirectional: bool = True
     exact: bool = True
+    sealed: bool = True
+    grows: bool = False
     seam: str = "attention"
     settings: dict[str, Any] = field(default_factory=dict)
     leak: float = 1e-6
     own: float = 1.0
-    grows: bool = False
 
 
 LINES = (
@@ -48,6 +50,9 @@ LINES = (
     Line("overlap:block=6", position="xl", bidirectional=False),
     Line("longnet:segments=8/16/24,dilations=1/2/3", full="longnet:segments=64,dilations=1"),
     Line("longnet:segments=9/20,dilations=1/5", position="alibi", full="longnet:segments=64,dilations=1"),
+    Line("lsh:chunk=8,buckets=4", position="sinusoidal", exact=False, sealed=False, grows=True),
+    Line("lsh:chunk=64,buckets=4", position="sinusoidal", sealed=False, grows=True),  # no bucket outgrows its chunk
+    Line("lsh:chunk=4,buckets=4,form=aligned", grows=True),
     Line("transformer-xl:segment=7,length=9", "xl", "transformer-xl:segment=64", bidirectional=False, seam="memory"),
     Line("transformer-xl:segment=7,length=9,same_length=true", "rope", bidirectional=False, seam="memory"),
     Line("s4:states=16", "nope", leak=1e-5),

@@ -82,7 +82,7 @@ def test_chunks_and_single_tokens_equal_one_forward(line: Line) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, ids), **CLOSE)
 
 
-@where("causal")
+@where("causal", "sealed")
 def test_later_tokens_change_nothing_before_them(line: Line) -> None:
     model, ids = build(line), tokens(2, 40)
     for at in (39, 24, 16):

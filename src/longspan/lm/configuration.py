@@ -23,6 +23,8 @@ class LongspanConfig(PreTrainedConfig):
     position: a position scheme as a spec string (`rope`, `alibi`, `kerple:kind=power`, `t5 + logn`, …; `longspan methods`
     lists them).
     attention: `full`, a pattern or a mixer as a spec string, or a list of them that is repeated over the layers.
+    reversible: two residual streams, whose activations are computed back instead of kept (`lm/reversible.py`).
+    mlp_chunk: how many tokens go through a feed-forward network at once; None for all (`engine/chunked.py`).
     memory: what lies beyond the attended tokens (`transformer-xl:segment=128,length=128`), with attention=full.
     Sizes that are left out follow: as many key-value heads as heads, heads of hidden_size / heads, a feed-forward layer of
     8/3 hidden_size rounded up to a multiple of 64, as many decoder layers as encoder layers.
@@ -53,6 +55,8 @@ class LongspanConfig(PreTrainedConfig):
     position: str = "rope"
     attention: str | list[str] = "full"
     memory: str = "none"
+    reversible: bool = False
+    mlp_chunk: int | None = None
     rope_parameters: dict | None = None
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
@@ -139,7 +143,14 @@ class LongspanConfig(PreTrainedConfig):
             raise SpecError(
                 f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads evenly"
             )
-        _ = self.attentions
+        replaced = all(a.replaces_mlp for a in self.attentions)
+        if self.mlp_chunk is not None and (self.mlp_chunk < 1 or replaced):
+            why = (
+                f"with attention={self.attention} there is no feed-forward network"
+                if replaced
+                else "it is below 1 token"
+            )
+            raise SpecError(f"mlp_chunk={self.mlp_chunk}: {why}; leave it out")
 
 
 def _read_attention(spec: str) -> Attention:

@@ -6,7 +6,7 @@ a scheme without a part in the scores leaves attention to whatever implementatio
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from longspan.attention.base import Full, Pattern
+from longspan.engine.chunked import in_chunks
 from longspan.errors import NotSupported
 from longspan.lm.attention import SCHEME
 from longspan.lm.configuration import LongspanConfig
+from longspan.lm.reversible import Branch, reversible
 from longspan.lm.state import rolling_of
 from longspan.positions.scheme import Place, ending_at
 
@@ -167,8 +169,18 @@ class LongspanLayer(GradientCheckpointingLayer):
             self.cross_attn = LongspanAttention(config, layer_idx, place, causal=False, cross=True)
             self.cross_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.mlp_chunk = config.mlp_chunk
 
-    def forward(
+    def branches(self) -> list[Branch]:
+        """What is added to the residual stream, in order; each is given the stream and `forward`'s inputs by name."""
+        found: list[Branch] = [self.attend]
+        if hasattr(self, "cross_attn"):
+            found.append(self.look)
+        if hasattr(self, "mlp"):
+            found.append(self.feed)
+        return found
+
+    def attend(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -178,20 +190,41 @@ class LongspanLayer(GradientCheckpointingLayer):
         encoder_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        own = (
-            past_key_values.self_attention_cache
-            if isinstance(past_key_values, EncoderDecoderCache)
-            else past_key_values
-        )
-        out, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, rotation, own, **kwargs)
-        hidden_states = hidden_states + self.dropout(out)
-        if hasattr(self, "cross_attn"):
-            states = self.cross_layernorm(hidden_states)
-            out, _ = self.cross_attn(states, encoder_mask, None, past_key_values, encoder_states)
-            hidden_states = hidden_states + self.dropout(out)
-        if not hasattr(self, "mlp"):
+        if isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values = past_key_values.self_attention_cache
+        states = self.input_layernorm(hidden_states)
+        out, _ = self.self_attn(states, attention_mask, rotation, past_key_values, **kwargs)
+        return self.dropout(out)
+
+    def look(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        encoder_states: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        states = self.cross_layernorm(hidden_states)
+        out, _ = self.cross_attn(states, encoder_mask, None, past_key_values, encoder_states)
+        return self.dropout(out)
+
+    def feed(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        def network(states: Tensor) -> Tensor:
+            return self.dropout(self.mlp(self.post_attention_layernorm(states)))
+
+        return network(hidden_states) if self.mlp_chunk is None else in_chunks(network, hidden_states, self.mlp_chunk)
+
+    def forward(
+        self, hidden_states: Tensor, twin: Tensor | None = None, **inputs: Any
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """The residual stream after the layer; with a `twin`, of a reversible stack, the mean of both streams and both."""
+        if twin is None:
+            for branch in self.branches():
+                hidden_states = hidden_states + branch(hidden_states, **inputs)
             return hidden_states
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        for branch in self.branches():
+            hidden_states, twin = twin, hidden_states + branch(twin, **inputs)
+        return (hidden_states + twin) / 2, hidden_states, twin
 
 
 class LongspanPreTrainedModel(PreTrainedModel):
@@ -216,6 +249,14 @@ class LongspanPreTrainedModel(PreTrainedModel):
             ours = not place.plain or not all(isinstance(a, Full) for a in config.attentions)
             config._attn_implementation = SCHEME if ours else None
         super().__init__(config)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        if enable and self.config.reversible:
+            raise NotSupported(
+                "reversible layers keep no activations that gradient checkpointing could drop; use one of reversible=true and "
+                "gradient checkpointing"
+            )
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -270,7 +311,7 @@ class LongspanModel(LongspanPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None and self.causal:
+        if use_cache and past_key_values is None and self.causal and not self._going_back:
             past_key_values = DynamicCache(config=self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         positions = self._positions(position_ids, attention_mask, seen, embeds)
@@ -284,20 +325,47 @@ class LongspanModel(LongspanPreTrainedModel):
         if self.place.has("pair_bias"):
             pair_bias = self.place.pair_bias(positions, ending_at(positions, seen + embeds.shape[1]))
         hidden = self.dropout(self.place.embed(embeds, positions))
-        for layer in self.layers:
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                rotation=rotation,
-                past_key_values=past_key_values,
-                encoder_states=encoder_states,
-                encoder_mask=encoder_mask,
-                position_ids=positions,
-                pair_bias=pair_bias,
-                padding=padding,
-                **kwargs,
-            )
+        inputs = {
+            "attention_mask": mask,
+            "rotation": rotation,
+            "past_key_values": past_key_values,
+            "encoder_states": encoder_states,
+            "encoder_mask": encoder_mask,
+            "position_ids": positions,
+            "pair_bias": pair_bias,
+            "padding": padding,
+            **kwargs,
+        }
+        if self.config.reversible:
+            hidden = self._reversible(hidden, inputs)
+        else:
+            for layer in self.layers:
+                hidden = layer(hidden, **inputs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    @property
+    def _going_back(self) -> bool:
+        """Whether activations are computed back in the backward pass."""
+        return self.config.reversible and self.training and torch.is_grad_enabled()
+
+    def _reversible(self, hidden: Tensor, inputs: dict[str, Any]) -> Tensor:
+        if not self._going_back:
+            a = b = hidden
+            for layer in self.layers:
+                hidden, a, b = layer(a, b, **inputs)
+            return hidden
+        if inputs["past_key_values"] is not None:
+            raise NotSupported(
+                "reversible layers run twice in training, and a cache would be filled twice: train without past_key_values, or "
+                "use reversible=false"
+            )
+        for what in ("output_hidden_states", "output_attentions"):
+            if inputs.get(what, getattr(self.config, what, False)):
+                raise NotSupported(f"reversible layers keep nothing for {what} in training; ask in evaluation mode")
+        branches = [branch for layer in self.layers for branch in cast(LongspanLayer, layer).branches()]
+        parameters = [*self.layers.parameters(), *self.place.parameters()]
+        a, b = reversible(branches, hidden, parameters, inputs)
+        return (a + b) / 2
 
     def _masks(
         self, given: Tensor | None, embeds: Tensor, cache: Cache | None, position_ids: Tensor | None, seen: int

@@ -1,0 +1,310 @@
+"""Attention to what hashes alike (Reformer): a token sees the tokens of its own bucket, whatever their distance.
+
+Queries and keys are one vector, the key scaled to length 1. A random rotation R sends a vector x to the bucket
+argmax[xR; -xR] (section 2); close vectors fall into the same. Tokens are sorted by bucket, and by time within one, and cut
+into chunks; a token sees those of its bucket in its own chunk and in the one before (equation 5). Several rounds with other
+rotations make up for neighbours that fell apart, and their results are joined as one softmax over the union (equations
+13-16): a pair found in N rounds counts 1/N in each. A token sees itself only where it sees nothing else.
+
+Three forms:
+    paper    as above. Where the chunks begin in the sorted text depends on all tokens, later ones too. No value of a later
+             token is ever mixed in, but when a bucket is longer than a chunk, later tokens have a part in which of the
+             earlier ones are seen.
+    trax     the authors' code, and transformers': a token sees all of its chunk and the one before, of whatever bucket,
+             the first chunk of a round the last one of the round before; a pair counts as often as it is found.
+    aligned  ours: every bucket begins with a chunk of its own. What a token sees depends on the tokens before it alone,
+             decoding computes the same as training, and padding and chunks change nothing.
+
+Decoding takes a token's candidates from the cache: those of its buckets, newest first, up to 2·chunk·hashes of them (in
+`trax` filled up with the newest of all). In the forms `paper` and `trax` that is an approximation of what training
+computes, equal where no bucket is longer than a chunk (`paper`). A piece of several tokens is run with all before it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+
+from longspan.attention.base import Mixer
+from longspan.engine.choices import decided
+from longspan.engine.core import expand_heads
+from longspan.positions.scheme import Place
+
+if TYPE_CHECKING:
+    from longspan.lm.configuration import LongspanConfig
+
+HIDDEN = -1e9
+"""The score of a key that is not seen: a number, so that padding that sees nothing gets numbers."""
+ITSELF = 1e5
+"""What a token's score with itself loses (equation 16)."""
+ONE_FACTOR = 128
+"""More buckets than these are numbered by two hashes, as in the authors' code."""
+
+
+@dataclass(frozen=True)
+class Lsh(Mixer):
+    """`chunk` in tokens (section 5 names 128 as typical); `hashes` rounds (2 in the authors' enwik8 settings; a model may be
+    run with more than it was trained with); `buckets` even, or 1 for no hashing; left out, they are 2·L/chunk for the
+    training length L. `scaled` divides scores by sqrt(d) on top of the key's length 1. `seed` draws the rotations."""
+
+    chunk: int = 128
+    hashes: int = 2
+    buckets: int | None = None
+    form: Literal["paper", "trax", "aligned"] = "paper"
+    scaled: bool = False
+    seed: int = 0
+
+    name: ClassVar[str] = "lsh"
+    title: ClassVar[str] = "LSH attention (Reformer)"
+    paper: ClassVar[str] = "Kitaev 2020, arXiv 2001.04451"
+    cost: ClassVar[str] = "time n log n, cache n"
+    positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})
+
+    def __post_init__(self) -> None:
+        self.require(self.chunk >= 1, f"chunk must be at least 1 token, not {self.chunk}")
+        self.require(self.hashes >= 1, f"hashes must be at least 1, not {self.hashes}")
+        buckets = self.buckets
+        self.require(
+            buckets is None or buckets == 1 or (buckets > 1 and buckets % 2 == 0),
+            f"buckets must be even, or 1 for no hashing, not {buckets}",
+        )
+        self.require(
+            buckets != 1 or (self.hashes == 1 and self.seed == 0), "with one bucket there is nothing to hash or to draw"
+        )
+
+    def factors(self, length: int) -> tuple[int, ...]:
+        """How many buckets each hash of a round has; their product is the number of buckets for a training length of
+        `length` tokens. Above 128 they are two, the first a power of 2."""
+        if self.buckets == 1:
+            return ()
+        buckets = self.buckets or 2 * max(1, length // self.chunk)
+        if buckets <= ONE_FACTOR:
+            return (buckets,)
+        first = 2 ** math.ceil(math.log2(buckets) / 2)
+        return first, 2 * math.ceil(buckets / (2 * first))
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        self.check_place(config, place)
+        return LshAttention(config, self, layer, causal=causal)
+
+
+class LshAttention(nn.Module):
+    """One projection for queries and keys, (heads · D); values may be shared by groups of heads."""
+
+    rotations: Tensor
+
+    def __init__(self, config: LongspanConfig, method: Lsh, layer_idx: int, *, causal: bool):
+        super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        self.method, self.layer_idx, self.is_causal = method, layer_idx, causal
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.dropout = config.attention_dropout
+        self.factors = method.factors(config.max_position_embeddings)
+        width, inner = config.hidden_size, self.heads * self.head_dim
+        self.qk_proj = nn.Linear(width, inner, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(inner, width, bias=config.attention_bias)
+        self.register_buffer("rotations", self._draw())
+
+    def _draw(self) -> Tensor:
+        """(H, rounds, D, half of all factors). Each round has a seed of its own, so that more rounds begin with the same."""
+        shape = self.heads, self.head_dim, sum(self.factors) // 2
+        rounds = []
+        for number in range(self.method.hashes):
+            seed = (self.method.seed * 1_000_003 + self.layer_idx) * 1_000_003 + number
+            draw = torch.Generator().manual_seed(seed % 2**63)
+            rounds.append(torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu"))
+        return torch.stack(rounds, dim=1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        padding: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        qk, value = self._heads(self.qk_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
+        if rotation is not None:  # before the hash: tokens that attend to each other shall fall into one bucket
+            from longspan.lm.modeling import rotated
+
+            qk = rotated(qk, rotation)
+        buckets = decided(lambda: self.buckets_of(qk))
+        new, past = hidden_states.shape[1], 0
+        if past_key_values is not None:
+            qk, value, buckets = self._with_past(past_key_values, qk, value, buckets)
+            past = qk.shape[2] - new
+        single = past > 0 and new == 1
+        attend = newest_attention if single else hashed_attention
+        dropout = self.dropout if self.training else 0.0
+        out = attend(qk, expand_heads(value, self.heads), buckets, self.method, self.is_causal, padding, dropout)
+        out = out[:, :, -new:].transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+        return self.o_proj(out), None
+
+    @torch.no_grad()
+    def buckets_of(self, qk: Tensor) -> Tensor:
+        """Bucket numbers (B, H, rounds, T) of qk (B, H, T, D), in float32 whatever its dtype."""
+        batch, heads, length, _ = qk.shape
+        number = torch.zeros(batch, heads, self.method.hashes, length, dtype=torch.long, device=qk.device)
+        begin, step = 0, 1
+        with torch.autocast(qk.device.type, enabled=False):
+            for buckets in self.factors:
+                part = self.rotations[..., begin : begin + buckets // 2].float()
+                turned = torch.einsum("bhtd,hrdn->bhrtn", qk.float(), part)
+                number += step * torch.cat((turned, -turned), dim=-1).argmax(-1)
+                begin, step = begin + buckets // 2, step * buckets
+        return number.to(torch.int16 if step < 2**15 else torch.int32)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def _with_past(self, cache: Cache, *new: Tensor) -> tuple[Tensor, ...]:
+        """All tokens' vectors, values and buckets, which the cache keeps for the next ones."""
+        from longspan.lm.state import state_of
+
+        state = state_of(cache, self.layer_idx)
+        names = ("qk", "value", "buckets")
+        if state.seen:
+            kept = (state.tensors[name] for name in names)
+            new = tuple(torch.cat(pair, dim=i) for pair, i in zip(zip(kept, new, strict=True), (2, 2, 3), strict=True))
+        state.keep(new[0].shape[2] - state.seen, **dict(zip(names, new, strict=True)))
+        return new
+
+
+def hashed_attention(
+    qk: Tensor, value: Tensor, buckets: Tensor, method: Lsh, causal: bool, padding: Tensor | None, dropout: float
+) -> Tensor:
+    """(B, H, T, D): a text that attends to itself. qk and value (B, H, T, D), buckets (B, H, rounds, T), padding boolean
+    (B, T), True where a token is real, or None. Memory grows with T · rounds · chunk."""
+    length, size = qk.shape[2], method.chunk
+    groups = int(buckets.max()) + 1
+    buckets = buckets.long()
+    if padding is not None:  # padding comes last, behind every bucket
+        buckets = buckets.masked_fill(~padding[:, None, None], groups)
+    slot, slots = _slots(buckets, groups + 1, size, method.form == "aligned")
+    order = torch.full((*slot.shape[:3], slots), length, device=qk.device)  # token numbers; `length` is an empty slot
+    order.scatter_(3, slot, torch.arange(length, device=qk.device).expand_as(slot))
+    queries = order.unflatten(3, (-1, size))
+    before = _roll(queries)
+    if method.form != "trax":
+        before[:, :, :, 0] = length  # before a round's first chunk there is nothing
+    keys = torch.cat((before, queries), dim=-1)
+    query, seen = _rows(qk, queries), _rows(value, queries)
+    key = _unit(query)
+    key, seen = (torch.cat((_roll(x), x), dim=-2) for x in (key, seen))
+    scores = _wide(query @ key.mT) * _scale(method, qk)
+    with torch.no_grad():
+        visible = _visible(queries, keys, length, padding, causal)
+        counted: Tensor | float = 0.0
+        if method.form != "trax":
+            found, times = _found(buckets, slot // size, queries, keys)
+            visible &= found
+            counted = times.to(scores.dtype).log_()
+    scores = (scores - counted).masked_fill(~visible, HIDDEN) - ITSELF * (queries[..., None] == keys[..., None, :])
+    total = scores.logsumexp(-1)
+    weights = F.dropout((scores - total[..., None]).exp(), dropout, training=dropout > 0)
+    out = weights.to(seen.dtype) @ seen
+    index = slot[..., None].expand(*slot.shape, out.shape[-1])
+    out, total = out.flatten(3, 4).gather(3, index), total.flatten(3, 4).gather(3, slot)
+    return (total.softmax(2)[..., None] * out).sum(2).to(value.dtype)
+
+
+def newest_attention(
+    qk: Tensor, value: Tensor, buckets: Tensor, method: Lsh, causal: bool, padding: Tensor | None, dropout: float
+) -> Tensor:
+    """(B, H, 1, D): what the last token gets. All as in `hashed_attention`; time and memory grow with T · rounds, of small
+    whole numbers, and with the candidates."""
+    length = qk.shape[2]
+    same = buckets == buckets[..., -1:]
+    if padding is not None:
+        same &= padding[:, None, None]
+    if method.form == "aligned":
+        place = same.cumsum(-1) - 1  # within the bucket, where it counts
+        same &= place >= (place[..., -1:] // method.chunk - 1) * method.chunk
+    found = same.any(2)[..., :-1]
+    real = torch.ones_like(found) if padding is None else padding[:, None, :-1].expand_as(found)
+    newest = torch.arange(length - 1, device=qk.device) + length * (found.long() + real)
+    chosen = newest.topk(min(length - 1, 2 * method.chunk * method.hashes), dim=-1).indices
+    shown = (real if method.form == "trax" else found).gather(2, chosen)
+    index = chosen[..., None].expand(*chosen.shape, qk.shape[-1])
+    query = qk[:, :, -1:]
+    key = _unit(torch.cat((qk.gather(2, index), query), dim=2))
+    scores = _wide(query @ key.mT) * _scale(method, qk)
+    scores = torch.cat((scores[..., :-1].masked_fill(~shown[:, :, None], HIDDEN), scores[..., -1:] - ITSELF), dim=-1)
+    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
+    return weights.to(value.dtype) @ torch.cat((value.gather(2, index), value[:, :, -1:]), dim=2)
+
+
+def _slots(buckets: Tensor, groups: int, size: int, aligned: bool) -> tuple[Tensor, int]:
+    """Where each token comes to lie, (B, H, rounds, T), and how many slots there are, a multiple of `size`: sorted by
+    bucket and time, without gaps or, `aligned`, with each bucket's first token at the beginning of a chunk."""
+    order = buckets.argsort(dim=-1, stable=True)
+    place = torch.empty_like(order)
+    place.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    if not aligned:
+        return place, -(-order.shape[-1] // size) * size
+    count = buckets.new_zeros(*buckets.shape[:-1], groups).scatter_add_(-1, buckets, torch.ones_like(buckets))
+    room = -(-count // size) * size
+    moved = (room.cumsum(-1) - room) - (count.cumsum(-1) - count)
+    return place + moved.gather(-1, buckets), int(room.sum(-1).max())
+
+
+def _roll(x: Tensor) -> Tensor:
+    """(B, H, rounds, chunks, ...) moved on by one chunk, over the ends of rounds."""
+    return x.flatten(2, 3).roll(1, 2).view_as(x)
+
+
+def _visible(queries: Tensor, keys: Tensor, length: int, padding: Tensor | None, causal: bool) -> Tensor:
+    """Which pairs there are, whatever their buckets: boolean (B, H, rounds, chunks, size, 2·size)."""
+    there = keys < length
+    if padding is not None:
+        real = F.pad(padding, (0, 1), value=False)[:, None, None, None].expand(*keys.shape[:-1], -1)
+        there = there & real.gather(-1, keys)
+    there = there[..., None, :]
+    return there & (keys[..., None, :] <= queries[..., None]) if causal else there.expand(*queries.shape, -1).clone()
+
+
+def _found(buckets: Tensor, chunk: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the tokens of a pair share their bucket in the round they lie in, and in how many rounds they do and their
+    chunks are the same or neighbours, at least 1. buckets and chunk (B, H, rounds, T)."""
+    code = F.pad(
+        buckets * (int(chunk.max()) + 2) + chunk, (0, 1), value=-9
+    )  # one below: the same bucket's chunk before
+    found, times = None, torch.zeros(*queries.shape, keys.shape[-1], dtype=torch.int16, device=keys.device)
+    rounds = torch.arange(code.shape[2], device=code.device).view(-1, 1, 1, 1)
+    for number in range(code.shape[2]):
+        each = code[:, :, number, None, None].expand(*queries.shape[:-1], -1)
+        ahead = each.gather(-1, queries)[..., None] - each.gather(-1, keys)[..., None, :]
+        together = (ahead == 0) | (ahead == 1)
+        times += together
+        own = together & (rounds == number)
+        found = own if found is None else found | own
+    assert found is not None
+    return found, times.clamp_(min=1)
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, H, T, D) in the order of token numbers (B, H, ...), zeros where a number is T."""
+    index = order.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
+    return F.pad(x, (0, 0, 0, 1)).gather(2, index).view(*order.shape, -1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x|; the small number under the root is the authors' code's, 1e-6 of the mean square."""
+    wide = _wide(x)
+    return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6 * x.shape[-1]).rsqrt()).to(x.dtype)
+
+
+def _scale(method: Lsh, x: Tensor) -> float:
+    return x.shape[-1] ** -0.5 if method.scaled else 1.0
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

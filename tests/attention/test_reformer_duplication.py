@@ -1,0 +1,63 @@
+"""The duplication task of `reproductions/reformer_duplication.py`, small: the texts, what is scored, and a model that learns."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SMALL = [
+    "--length",
+    "16",
+    "--symbols",
+    "6",
+    "--width",
+    "32",
+    "--heads",
+    "2",
+    "--chunk",
+    "4",
+    "--batch",
+    "32",
+    "--held-out",
+    "2",
+]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = Path(__file__).parents[2] / "reproductions" / "reformer_duplication.py"
+    spec = importlib.util.spec_from_file_location("reformer_duplication", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_texts_are_a_word_twice(script: ModuleType) -> None:
+    options = script.parse(["--out", "unused", *SMALL])
+    ids = script.examples(options, 3, "cpu")
+    assert ids.shape == (32, 16)
+    assert torch.equal(ids[:, :8], ids[:, 8:])
+    assert (ids[:, 0] == 0).all()
+    assert set(ids[:, 1:8].unique().tolist()) == set(range(1, 7))
+    assert not torch.equal(ids, script.examples(options, 4, "cpu"))
+
+
+def test_a_model_that_was_trained_copies_and_one_that_was_not_does_not(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps, good in (("1", False), ("250", True)):
+        out = tmp_path / steps
+        script.main(["--out", str(out), *SMALL, "--steps", steps, "--train", "full,2", "--learning-rate", "0.01"])
+        for hashes in ("full", "2"):
+            found = json.loads((out / f"trained-{hashes}.json").read_text())["accuracy"]
+            assert set(found) == {"full", "8", "4", "2", "1"}
+            assert (found[hashes] > 0.9) == good
+    with pytest.raises(SystemExit, match="other settings"):
+        script.main(["--out", str(out), *SMALL, "--steps", "2", "--train", "full"])
+    assert "trained with full" in capsys.readouterr().out
