@@ -31,6 +31,9 @@ class Line:
 LINES = (
     Line("window:size=9", full="window:size=64"),
     Line("window:size=9", position="alibi", full="window:size=64"),
+    Line("longformer:window=8", full="longformer:window=128"),
+    Line("longformer:window=6,dilated=2,dilation=3", full="longformer:window=128"),
+    Line("longformer:window=6,dilated=4,dilation=2", position="kerple"),
 )
 """A new pattern or mixer is one more line."""
 

@@ -22,6 +22,7 @@ from longspan.positions.scheme import Place
 if TYPE_CHECKING:
     from longspan.apply import Site
     from longspan.lm.configuration import LongspanConfig
+    from longspan.lm.modeling import LongspanAttention
 
 
 class Attention(Method):
@@ -43,17 +44,24 @@ class Attention(Method):
     """Whether it wants the mask of (new tokens × all tokens) that transformers makes."""
     replaces_mlp: ClassVar[bool] = False
     """Whether it is a whole layer, so that no feed-forward network follows."""
+    takes_globals: ClassVar[bool] = False
+    """Whether a call may name global tokens with `global_attention_mask`."""
     directions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
-        """The module of layer number `layer`. Raises `NotSupported` for a configuration that it cannot be part of."""
+        """The module of layer number `layer`. Where a part of it has a `draw_weights()`, that is called in place of the usual
+        drawing; it goes through `transformers.initialization`, so that what a checkpoint holds stays. Raises `NotSupported`
+        for a configuration that it cannot be part of."""
         raise NotImplementedError
 
     def check_direction(self, causal: bool) -> None:
         direction = "causal" if causal else "bidirectional"
         if direction not in self.directions:
             kind = "an encoder (kind=encoder)" if causal else "a decoder (kind=decoder)"
-            raise NotSupported(f"attention={self.spec} is not {direction}; it can be part of {kind}")
+            raise NotSupported(
+                f"attention={self.spec} is not {direction}; it can be part of {kind}"
+                + (", and of kind=encoder-decoder with decoder_attention=full" if causal else "")
+            )
 
     def check(self, facts: ModelFacts) -> None:
         self._refuse(facts)
@@ -98,16 +106,20 @@ class Pattern(Attention):
         unless a pattern has a faster way. Rows are aligned at their first real token."""
         return masked_attention(self, call, grid)
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def module_class(self) -> type[LongspanAttention]:
+        """What it is part of: ordinary attention, unless it has weights of its own."""
         from longspan.lm.modeling import LongspanAttention
 
+        return LongspanAttention
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
         if place.has("pair_bias"):
             raise NotSupported(
                 f"position={config.position} scores every pair of places, which attention={self.spec} is there to avoid; "
                 "use attention=full, or another scheme such as rope, alibi or kerple"
             )
-        return LongspanAttention(config, layer, place, causal=causal, pattern=self)
+        return self.module_class()(config, layer, place, causal=causal, pattern=self)
 
 
 @dataclass(frozen=True)

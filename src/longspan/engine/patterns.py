@@ -37,6 +37,16 @@ class Call:
     bias: Callable[[Tensor], Tensor] | None = None
     """What a score gets at a distance in tokens: (H, *shape) float32 for whole numbers of any shape."""
     dropout: float = 0.0
+    shown: Tensor | None = None
+    """Boolean (B, Tk), True for keys that every query sees whatever the pattern says; of the patterns only some know it."""
+
+
+def some_heads(call: Call, start: int, end: int) -> Call:
+    """The call for the query heads from `start` to `end` - 1, each with keys and values of its own."""
+    heads, bias = call.query.shape[1], call.bias
+    key, value = (expand_heads(x, heads)[:, start:end] for x in (call.key, call.value))
+    own = None if bias is None else lambda distance: bias(distance)[start:end]
+    return replace(call, query=call.query[:, start:end], key=key, value=value, bias=own)
 
 
 def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
@@ -47,7 +57,8 @@ def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
         return pattern.run(call, grid)
     shift = call.padding.int().argmax(1)
     query, key, value = (_roll(x, shift, 2) for x in (call.query, call.key, call.value))
-    aligned = replace(call, query=query, key=key, value=value, padding=_roll(call.padding, shift, 1))
+    shown = None if call.shown is None else _roll(call.shown, shift, 1)
+    aligned = replace(call, query=query, key=key, value=value, padding=_roll(call.padding, shift, 1), shown=shown)
     out = pattern.run(aligned, grid)
     return _roll(out, -shift, 2)
 

@@ -36,11 +36,13 @@ def scheme_attention(
     key_positions: Tensor | None = None,
     pair_bias: Tensor | None = None,
     padding: Tensor | None = None,
+    shown: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), mask None or boolean
     (B, 1, Tq, Tk), key_positions (B or 1, Tk) where they do not just end at the queries',
-    pair_bias None or (B or 1, H, Tq, Tk), padding None or boolean (B, Tk), for patterns; returns (B, Tq, H, D)."""
+    pair_bias None or (B or 1, H, Tq, Tk), padding and shown (keys that all see) None or boolean
+    (B, Tk), for patterns; returns (B, Tq, H, D)."""
     place = cast(Place, module.place)
     assert position_ids is not None, "the model gives positions to every layer"
     queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
@@ -50,7 +52,7 @@ def scheme_attention(
         query = query * scale[:, None, :, None].to(query.dtype)
     scaling *= place.score_scale
     if pattern := getattr(module, "pattern", None):
-        call = Call(query, key, value, scaling, padding, place.bias if place.has("bias") else None, dropout)
+        call = Call(query, key, value, scaling, padding, place.bias if place.has("bias") else None, dropout, shown)
         grid = Grid(query.shape[1], key.shape[2], cast(int, module.layer_idx), bool(module.is_causal))
         out = attend(pattern, call, grid)
         return out.transpose(1, 2).contiguous(), None

@@ -23,6 +23,7 @@ class LongspanConfig(PreTrainedConfig):
     position: a position scheme as a spec string (`rope`, `alibi`, `kerple:kind=power`, `t5 + logn`, …; `longspan methods`
     lists them).
     attention: `full`, a pattern or a mixer as a spec string, or a list of them that is repeated over the layers.
+    decoder_attention: the same for the decoder of an encoder-decoder, where it is another than the encoder's.
     Sizes that are left out follow: as many key-value heads as heads, heads of hidden_size / heads, a feed-forward layer of
     8/3 hidden_size rounded up to a multiple of 64, as many decoder layers as encoder layers.
     """
@@ -51,6 +52,7 @@ class LongspanConfig(PreTrainedConfig):
     kind: str = "decoder"
     position: str = "rope"
     attention: str | list[str] = "full"
+    decoder_attention: str | list[str] | None = None
     memory: str = "none"
     rope_parameters: dict | None = None
     hidden_act: str = "silu"
@@ -112,8 +114,11 @@ class LongspanConfig(PreTrainedConfig):
     @property
     def attentions(self) -> tuple[Attention, ...]:
         """What `attention` names, to be repeated over the layers. Raises `SpecError` for what is none."""
-        specs = [self.attention] if isinstance(self.attention, str) else self.attention
-        return tuple(_read_attention(spec) for spec in specs) or (_read_attention(""),)
+        return _read_attentions(self.attention)
+
+    def attentions_of(self, *, causal: bool) -> tuple[Attention, ...]:
+        """Those of one stack: the decoder's (causal) or the encoder's."""
+        return _read_attentions(self.decoder_attention) if causal and self.decoder_attention else self.attentions
 
     def shape(self, *, causal: bool) -> Shape:
         """What a position scheme is built for."""
@@ -133,9 +138,16 @@ class LongspanConfig(PreTrainedConfig):
             raise SpecError(
                 f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads evenly"
             )
-        _ = self.attentions
+        _ = self.attentions, self.attentions_of(causal=True)
+        if self.decoder_attention and self.kind != "encoder-decoder":
+            raise SpecError(f"decoder_attention belongs to kind=encoder-decoder; with kind={self.kind} say attention=")
         if self.memory != "none":
             raise NotSupported(f"memory={self.memory!r}: models of our own have no memory beyond their cache; use none")
+
+
+def _read_attentions(specs: str | list[str]) -> tuple[Attention, ...]:
+    specs = [specs] if isinstance(specs, str) else specs
+    return tuple(_read_attention(spec) for spec in specs) or (_read_attention(""),)
 
 
 def _read_attention(spec: str) -> Attention:

@@ -138,7 +138,7 @@ class LongspanAttention(nn.Module):
 class LongspanLayer(GradientCheckpointingLayer):
     def __init__(self, config: LongspanConfig, layer_idx: int, place: Place, *, causal: bool, cross: bool = False):
         super().__init__()
-        attentions = config.attentions
+        attentions = config.attentions_of(causal=causal)
         attention = attentions[layer_idx % len(attentions)]
         self.self_attn = attention.build(config, layer_idx, place, causal=causal)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -194,7 +194,8 @@ class LongspanPreTrainedModel(PreTrainedModel):
         if config._attn_implementation is None:
             with torch.device("meta"):  # only asked what it does
                 place = config.build_place(causal=config.kind != "encoder")
-            ours = not place.plain or not all(isinstance(a, Full) for a in config.attentions)
+            attentions = config.attentions + config.attentions_of(causal=True)
+            ours = not place.plain or not all(isinstance(a, Full) for a in attentions)
             config._attn_implementation = SCHEME if ours else None
         super().__init__(config)
 
@@ -202,6 +203,8 @@ class LongspanPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Place):
             module.reset_parameters()
+        elif hasattr(module, "draw_weights"):
+            module.draw_weights()  # type: ignore[operator]
         else:
             super()._init_weights(module)
 
@@ -222,7 +225,7 @@ class LongspanModel(LongspanPreTrainedModel):
             LongspanLayer(config, i, self.place, causal=self.causal, cross=cross)
             for i in range(layers or config.num_hidden_layers)
         )
-        self.attentions = config.attentions
+        self.attentions = config.attentions_of(causal=self.causal)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.rope_parameters is not None:
             self.rotary_emb = LongspanRotaryEmbedding(config)  # type: ignore[arg-type]
@@ -246,6 +249,10 @@ class LongspanModel(LongspanPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if kwargs.get("global_attention_mask") is not None and not any(a.takes_globals for a in self.attentions):
+            raise NotSupported(
+                f"global_attention_mask means nothing to attention={self.config.attention}; train with attention=longformer"
+            )
         embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None and self.causal:
             past_key_values = DynamicCache(config=self.config)
