@@ -34,6 +34,9 @@ LINES = (
     Line("longformer:window=8", full="longformer:window=128"),
     Line("longformer:window=6,dilated=2,dilation=3", full="longformer:window=128"),
     Line("longformer:window=6,dilated=4,dilation=2", position="kerple"),
+    Line("bigbird:block=3,random=1", causal=False),
+    Line("bigbird:block=4,random=2,among=12,seed=5", position="alibi", causal=False),
+    Line("bigbird:block=4,globals=3,random=1", position="kerple", causal=False),
 )
 """A new pattern or mixer is one more line."""
 

@@ -84,6 +84,8 @@ class Grid:
     length: int
     layer: int
     causal: bool
+    lengths: Tensor | None = None
+    """How many tokens each row's text has, (B,), where padding makes them differ."""
 
 
 class Pattern(Attention):

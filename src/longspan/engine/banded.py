@@ -14,28 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.engine.core import expand_heads
+from longspan.engine.everywhere import Chosen, chosen
 from longspan.engine.patterns import Call
 
 SHORTEST_BLOCK = 64
 """Queries of a block at least; half the band where that is more."""
 SCORES_AT_ONCE = 2**24
 """How many entries of masks, or of biases, one call of SDPA is given."""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Some tokens of each row: `index` (B, G) their numbers, `real` (B, G) False where a row has fewer than the most."""
-
-    index: Tensor
-    real: Tensor
-
-
-def chosen(tokens: Tensor) -> Chosen:
-    """The tokens that are True in `tokens` (B, T), in order."""
-    count = tokens.sum(1)
-    most = int(count.max())
-    index = (~tokens).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-    return Chosen(index, torch.arange(most, device=tokens.device)[None] < count[:, None])
 
 
 @dataclass(frozen=True)
@@ -87,8 +72,8 @@ def banded_attention(call: Call, before: int, after: int, dilation: int = 1) -> 
 def _shared(call: Call, some: Chosen) -> _Shared | None:
     if not some.index.shape[1]:
         return None
-    index = some.index[:, None, :, None].expand(-1, call.key.shape[1], -1, call.key.shape[3])
-    return _Shared(call.key.gather(2, index), call.value.gather(2, index), some.index, some.real)
+    key, value = (some.of(x.transpose(1, 2)).transpose(1, 2) for x in (call.key, call.value))
+    return _Shared(key, value, some.index, some.real)
 
 
 def _fold(x: Tensor, parts: int, dim: int) -> Tensor:

@@ -49,6 +49,13 @@ def some_heads(call: Call, start: int, end: int) -> Call:
     return replace(call, query=call.query[:, start:end], key=key, value=value, bias=own)
 
 
+def text_lengths(padding: Tensor | None) -> Tensor | None:
+    """From each row's first real token to its last, (B,)."""
+    if padding is None:
+        return None
+    return padding.shape[1] - padding.flip(1).int().argmax(1) - padding.int().argmax(1)
+
+
 def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """(B, H, Tq, D). What padding tokens get is never read by others, but is a number."""
     if call.query.shape[2] != call.key.shape[2]:

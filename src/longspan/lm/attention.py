@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from longspan.attention.base import Grid
 from longspan.engine.core import attention, causal_mask, expand_heads
-from longspan.engine.patterns import Call, attend
+from longspan.engine.patterns import Call, attend, text_lengths
 from longspan.positions.scheme import Place, distances, ending_at
 
 SCHEME = "longspan_scheme"
@@ -53,7 +53,9 @@ def scheme_attention(
     scaling *= place.score_scale
     if pattern := getattr(module, "pattern", None):
         call = Call(query, key, value, scaling, padding, place.bias if place.has("bias") else None, dropout, shown)
-        grid = Grid(query.shape[1], key.shape[2], cast(int, module.layer_idx), bool(module.is_causal))
+        grid = Grid(
+            query.shape[1], key.shape[2], cast(int, module.layer_idx), bool(module.is_causal), text_lengths(padding)
+        )
         out = attend(pattern, call, grid)
         return out.transpose(1, 2).contiguous(), None
     causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import initialization
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from longspan.engine.banded import Chosen, chosen
-from longspan.engine.core import attention
+from longspan.engine.everywhere import Chosen, attend_everywhere, chosen
+from longspan.engine.patterns import Call
 from longspan.errors import NotSupported
 from longspan.lm.modeling import LongspanAttention
 
@@ -60,8 +60,7 @@ class LongformerAttention(LongspanAttention):
         )
         if shown is not None:
             some = chosen(shown)
-            rows = self._global_rows(hidden_states, some, rotation, padding)
-            out = out.index_put((shown.nonzero()[:, 0], some.index[some.real]), rows[some.real])
+            out = some.put(out, self._global_rows(hidden_states, some, rotation, padding))
         return out, weights
 
     def _shown(self, hidden: Tensor, given: Tensor | None, padding: Tensor | None) -> Tensor | None:
@@ -86,23 +85,15 @@ class LongformerAttention(LongspanAttention):
         self, hidden: Tensor, some: Chosen, rotation: tuple[Tensor, Tensor] | None, padding: Tensor | None
     ) -> Tensor:
         """(B, G, hidden): what the chosen tokens get."""
-        batch, length = hidden.shape[:2]
-        query = self._heads(self.q_global(hidden.gather(1, some.index[..., None].expand(-1, -1, hidden.shape[2]))))
+        query = self._heads(self.q_global(some.of(hidden)))
         key, value = self._heads(self.k_global(hidden)), self._heads(self.v_global(hidden))
         if rotation is not None:
-            index = some.index[..., None].expand(-1, -1, rotation[0].shape[2])
-            cos, sin = (x.expand(batch, -1, -1).gather(1, index) for x in rotation)
-            query, key = _turned(query, cos, sin), _turned(key, *rotation)
-        numbers = torch.arange(length, device=hidden.device)
-        mask = None if padding is None else padding[:, None, None]
+            own = (some.of(x.expand(len(hidden), -1, -1)) for x in rotation)
+            query, key = _turned(query, *own), _turned(key, *rotation)
+        bias = self.place.bias if self.place.has("bias") else None
         dropout = self.config.attention_dropout if self.training else 0.0
-        scale = self.scaling * self.place.score_scale
-        if self.place.has("bias"):
-            bias = self.place.bias(some.index[..., None] - numbers).transpose(0, 1)
-            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-            query, key, value = (x.float() for x in (query, key, value))
-        out = attention(query, key, value, mask, scale, dropout=dropout)
-        return self.o_proj(out.to(hidden.dtype).transpose(1, 2).flatten(2))
+        call = Call(query, key, value, self.scaling * self.place.score_scale, padding, bias, dropout)
+        return self.o_proj(attend_everywhere(call, some.index).transpose(1, 2).flatten(2))
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
