@@ -43,6 +43,8 @@ class BigBird(Pattern):
 
     name: ClassVar[str] = "bigbird"
     title: ClassVar[str] = "BigBird: window, random and global blocks"
+    works_on: ClassVar[str] = "from scratch, trained encoders (longspan apply)"
+    converts_encoders: ClassVar[bool] = True
     paper: ClassVar[str] = "Zaheer 2020, arXiv 2007.14062"
     cost: ClassVar[str] = "time n, encoders only"
     directions: ClassVar[tuple[str, ...]] = ("bidirectional",)

@@ -42,6 +42,8 @@ class Longformer(Pattern):
 
     name: ClassVar[str] = "longformer"
     title: ClassVar[str] = "Longformer: window, dilated heads, global tokens"
+    works_on: ClassVar[str] = "from scratch, trained encoders (longspan apply)"
+    converts_encoders: ClassVar[bool] = True
     paper: ClassVar[str] = "Beltagy 2020, arXiv 2004.05150"
     cost: ClassVar[str] = "time n, cache n"
     takes_globals: ClassVar[bool] = True
