@@ -43,7 +43,7 @@ def of(name: str) -> st.SearchStrategy[Method]:
         "factor": numbers,
         "step": sizes,
         "group": st.none() | sizes,
-        "window": st.integers(2, 2**16) if name == "streaming" else st.none() | st.integers(2, 2**16),
+        "window": st.integers(2, 2**16) if name in ("streaming", "longformer") else st.none() | st.integers(2, 2**16),
         "size": st.none() | st.integers(1, 2**16).map(lambda half: 2 * half),
     }
     even = st.integers(1, 64).map(lambda n: 4 * n)
@@ -53,14 +53,22 @@ def of(name: str) -> st.SearchStrategy[Method]:
         "share": st.floats(0.1, 1),
     }
     special |= {"scale_base": numbers, "gamma": numbers, "width": even, "buckets": even, "far": st.integers(200, 4096)}
+    special |= {"globals": st.integers(0, 2), "among": st.none() | st.integers(256, 4096)}
+    special |= {"segments": st.sampled_from(["2k/4k", "64/100"]), "dilations": st.sampled_from(["1/2", "1/64"])}
     cls = catalogue()[name]
     hints = typing.get_type_hints(cls)
-    drawn = {f.name: special[f.name] if f.name in special else of_type(hints[f.name]) for f in dataclasses.fields(cls)}
+    choices = {name for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+    drawn = {
+        f.name: special[f.name] if f.name in special.keys() - choices else of_type(hints[f.name])
+        for f in dataclasses.fields(cls)
+    }
     return st.builds(cls, **drawn)
 
 
 def of_type(hint: Any) -> st.SearchStrategy:
-    """Values of a choice or a switch."""
+    """Values of a choice, a number of tokens, or a switch."""
+    if int in (hint, *typing.get_args(hint)):
+        return st.integers(1, 64).map(lambda n: 4 * n)
     if typing.get_origin(hint) is Literal:
         return st.sampled_from(typing.get_args(hint))
     return st.booleans() if hint is bool else st.none() | st.booleans()

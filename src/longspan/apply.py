@@ -71,7 +71,7 @@ class Attend:
             return self.keys_at
         return ending_at(self.position_ids, self.key.shape[2])
 
-    def part(self, queries: slice, keys: slice) -> Attend:
+    def part(self, queries: slice, keys: slice | Tensor) -> Attend:
         """The same for some queries and some keys."""
         return replace(
             self,
@@ -163,16 +163,25 @@ class Site:
         def attend(call: Attend) -> Tensor:
             tables = trial.rotary.tables(call.position_ids, call.query, trial.layer_type(call.module))
             query, key = (rotate(call.module, x, *tables) for x in (call.query, call.key))
-            mask = call.mask if call.mask is not None else query.new_ones(query.shape[2], key.shape[2]).tril().bool()
-            return attention(query, key, call.value, mask, call.scale, softcap=call.softcap)
+            return _plain_attention(replace(call, query=query, key=key))
 
+        trial._prove(attend, unrotated=True)
+
+    def prove_attention(self) -> None:
+        """For methods that change every input: proves that queries, keys, values and mask are all there is to this
+        architecture's attention, by plain attention over them."""
+        Site(self.model, self.methods, self.facts)._prove(_plain_attention)
+
+    def _prove(self, attend: Callable[[Attend], Tensor], *, unrotated: bool = False) -> None:
+        """Compares a short input under `attend` with the model as it is; nothing stays on the model."""
         before = _probe(self.model, _SHORT)
         try:
-            trial.unrotate()
-            trial.attention(attend)
+            if unrotated:
+                self.unrotate()
+            self.attention(attend)
             _compare(self, before, _probe(self.model, _SHORT))
         finally:
-            trial.undo()
+            self.undo()
 
     def attention(self, attend: Callable[[Attend], Tensor], *, own_mask: bool = False) -> None:
         """Runs `attend` as every layer's attention; it returns (B, H, Tq, D)."""
@@ -187,18 +196,30 @@ class Site:
             self._undo.append(lambda m=module: object.__delattr__(m, _SITE))  # type: ignore[misc]
         self.before_forward(self._begin)
 
-    def own_attention(self, call: Attend, mask: Tensor | None) -> Tensor:
+    @property
+    def plain_attention(self) -> bool:
+        """Whether the model's own attention, now under ours, is transformers' SDPA: softmax(scale · q kᵀ + mask) v."""
+        return self._own == "sdpa"
+
+    def own_attention(self, call: Attend, mask: Tensor | None, counts: Tensor | None = None) -> Tensor:
         """The model's own attention over the call's keys under another mask, (B, H, Tq, D), for methods that only decide what
         is seen: whatever else the model does to its scores stays. mask: boolean, broadcastable to (B, H, Tq, Tk); None where
-        each query sees all keys up to its own, which is the last one's for the last query."""
+        each query sees all keys up to its own, which is the last one's for the last query. counts: how often each visible
+        key counts, of the mask's shape, where not once."""
         attend, as_numbers = self._own_function(call.module)
+        if counts is not None and self._own.startswith("longspan"):
+            raise NotSupported(
+                f"{self.methods.spec} weighs keys, which a model of ours under its position scheme does when it is built with "
+                "it (attention=…), not afterwards; use a method that only hides keys, such as window"
+            )
         new, held = call.query.shape[2], call.key.shape[2]
         if mask is None and new > 1 and (as_numbers or new != held):
             mask = causal_mask(new, held, call.query.device)[None, None]
-        if mask is not None and as_numbers:
+        if mask is not None and (as_numbers or counts is not None):
             # Eager attention takes its softmax in float32, where the lowest float64 would be -inf and padding's rows no numbers.
             lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(torch.float32).min)
-            mask = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill(~mask, lowest)
+            numbers = torch.zeros_like(mask, dtype=call.query.dtype) if counts is None else counts.clamp(min=1).log()
+            mask = numbers.to(call.query.dtype).masked_fill(~mask, lowest)
         known = {"softcap": call.softcap, "sliding_window": call.sliding_window, "position_ids": call.position_ids}
         known = {name: value for name, value in known.items() if value is not None}
         out, _ = attend(
@@ -428,15 +449,25 @@ def _attach(site: Site) -> None:
 
 def _attach_attention(site: Site, method: Method) -> None:
     """Attaches, then proves on one short input that the model calls our attention and that nothing changed where the method
-    changes nothing: an architecture with a rotation or a kernel that we do not know is refused, never run wrongly."""
+    changes nothing: an architecture with a rotation or a kernel that we do not know is refused, never run wrongly. Where a
+    method changes every input, plain attention in its place is compared first."""
     if not site.facts.attention_interface:
         raise NotSupported(
             f"{method.name} needs a model that calls its attention through transformers' AttentionInterface; "
             f"{site.facts.architecture} does not. "
             + ("Methods that only change frequencies still work: ntk, yarn" if site.facts.rope else _ANOTHER)
         )
+    built_with = next((p for m in site.model.modules() if hasattr(p := getattr(m, "pattern", None), "visible")), None)
+    if "attention" in method.slots and built_with is not None:
+        raise NotSupported(
+            f"{method.name} changes which keys are seen, and this model was built with {built_with.spec}, which says so itself; "
+            "build it with attention=full, or with the other pattern"
+        )
     try:
-        length = min(_SHORT, method.neutral_length())
+        neutral = method.neutral_length()
+        length = min(_SHORT, neutral) or _SHORT
+        if not neutral:
+            site.prove_attention()
         before = _probe(site.model, length)
         method.attach(site)
         with _counted(site) as called:
@@ -452,7 +483,14 @@ def _attach_attention(site: Site, method: Method) -> None:
             f"{method.name} works in every layer's attention, and {site.facts.architecture} asked for {len(called)} of "
             f"{site.facts.layers}. {_STILL_WORK}"
         )
-    _compare(site, before, after)
+    if neutral:
+        _compare(site, before, after)
+
+
+def _plain_attention(call: Attend) -> Tensor:
+    query = call.query
+    mask = call.mask if call.mask is not None else query.new_ones(query.shape[2], call.key.shape[2]).tril().bool()
+    return attention(query, call.key, call.value, mask, call.scale, softcap=call.softcap)
 
 
 @contextlib.contextmanager

@@ -23,10 +23,11 @@ from typer.core import TyperGroup
 
 from longspan import __version__
 from longspan.errors import LongspanError, SpecError
-from longspan.printing import console, print_bench, print_catalogue, print_json, print_table
+from longspan.printing import console, print_attention, print_bench, print_catalogue, print_json, print_table
 
 if TYPE_CHECKING:
     from longspan.bench import Row
+    from longspan.bench_attention import Row as AttentionRow
     from longspan.compare import Run
     from longspan.generation import Chat
 
@@ -530,6 +531,44 @@ def bench_prefill(
     network, _, _ = _load(model, method, dtype, device)
     made = bench.prefill(network, length=size, method=method, chunk=at_once, repeats=repeats, on_row=_say_row)
     print_bench(made, out, as_json)
+
+
+@bench.command("attention")
+def bench_attention(
+    lengths: Annotated[
+        list[str] | None,
+        typer.Option("--lengths", "-l", help="A length, like 16k; once for each. Left out, 1k and on."),
+    ] = None,
+    patterns: Annotated[
+        list[str] | None, typer.Option("--patterns", "-p", help="A pattern or mixer; once for each. Left out, all.")
+    ] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 16,
+    kv_heads: Annotated[int | None, typer.Option(help="Key-value heads; as many as heads if left out.")] = None,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
+    most_s: Annotated[float, typer.Option(help="Seconds of one call past which longer texts are left out.")] = 10.0,
+    peers: Annotated[bool, typer.Option(help="Modules of other libraries too.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Also write this JSON file, and a plot beside it.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+    include: Include = None,
+) -> None:
+    """Time and memory of every pattern and mixer, by length, beside dense attention."""
+    from longspan import bench_attention
+
+    made = bench_attention.attention(
+        lengths=[_size(x) for x in lengths or ()],
+        specs=patterns or (),
+        shape=bench_attention.shape_of(heads, kv_heads or heads, head_dim, dtype, device),
+        most_s=most_s,
+        peers=peers,
+        on_row=_say_attention,
+    )
+    print_attention(made, out, as_json)
+
+
+def _say_attention(row: AttentionRow) -> None:
+    typer.echo(f"{row.name}, {row.length:,}: {row.note or f'{1e3 * (row.forward_s or 0):.4g} ms'}", err=True)
 
 
 def _say_row(row: Row) -> None:

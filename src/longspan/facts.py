@@ -46,6 +46,8 @@ class ModelFacts:
     """Kinds of layers that the configuration names (`full_attention`, `sliding_attention`, …); empty where it names none."""
     absolute_positions: bool = False
     """Whether a token's place is added to its embedding, learned or sinusoidal."""
+    endless: bool = False
+    """Whether it reads a text of any length as it was trained to, as a recurrence does."""
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that a full key-value cache grows by with each token, over all layers."""
@@ -124,6 +126,7 @@ def facts_of(model_or_config: Any) -> ModelFacts:
         sliding_window=getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None,
         layer_types=frozenset(getattr(config, "layer_types", None) or ()),
         absolute_positions=_absolute_positions(model),
+        endless=bool(getattr(model, "endless", False)),
     )
 
 

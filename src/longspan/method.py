@@ -70,7 +70,7 @@ class Method:
 
     def reach(self, facts: ModelFacts) -> int | None:
         """The longest input, in tokens, that these settings are meant for; None where there is no end."""
-        return facts.window
+        return None if facts.endless else facts.window
 
     def neutral_length(self) -> int:
         """The longest input, in tokens, that the resolved method reads exactly as the plain model does."""
@@ -91,9 +91,9 @@ class Method:
     def spec(self) -> str:
         """The method as text, with the settings that differ from their defaults; `parse` reads it back."""
         settings = [
-            f"{f.name}={_format(value)}"
+            f"{f.name}={text}"
             for f in dataclasses.fields(self)
-            if (value := getattr(self, f.name)) != f.default
+            if (text := _format(getattr(self, f.name))) != _format(f.default)
         ]
         return self.name + (":" + ",".join(settings) if settings else "")
 

@@ -230,8 +230,9 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     """The folder's configuration; refuses what is no decoder-only model."""
     from transformers import AutoConfig
 
-    if _read_json(folder / "config.json").get("model_type") == "longspan":
-        import longspan.lm  # noqa: F401  (makes transformers know models of our own)
+    if str(_read_json(folder / "config.json").get("model_type")).startswith("longspan"):
+        import longspan.lm
+        import longspan.memory.rmt  # noqa: F401  (makes transformers know models of our own)
     with reading(f"{folder}/config.json is of no model that transformers itself knows"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kinds = config.architectures or []

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from longspan.bench import Bench, Row
+    from longspan.bench_attention import AttentionBench
+    from longspan.bench_attention import Row as AttentionRow
 
 
 def print_catalogue(known: dict[str, type], name: str | None, kind: str, columns: list[str], as_json: bool) -> None:
@@ -94,6 +96,39 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple | frozenset) else str(value)
+
+
+def print_attention(made: AttentionBench, out: Path | None, as_json: bool) -> None:
+    """The rows of `bench attention` as a table or as JSON; into the file `out` and a picture beside it."""
+    if out is not None:
+        from longspan.bench_attention import draw
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(made.to_dict(), indent=1) + "\n", encoding="utf-8")
+        draw(made, out.with_suffix(".png"))
+    if as_json:
+        print_json(made.to_dict())
+        return
+    columns = ["attention", "timed as", "tokens", "way", "forward ms", "backward ms", "peak MB", "TFLOP/s", "backward"]
+    print_table([*columns, "mask share"], [_attention_row(row) for row in made.rows])
+    measured = ("forward_s", "backward_s", "peak_bytes")
+    growth = [[name, *(_figure(made.growth(name, what)) for what in measured)] for name in made.names()]
+    print_table(["grows as length to the power of", "forward", "backward", "peak"], growth)
+    for name, reason in made.skipped.items():
+        typer.echo(f"left out: {name}: {reason}")
+
+
+def _attention_row(row: AttentionRow) -> list[str]:
+    forward, backward = (None if t is None else f"{1e3 * t:.4g}" for t in (row.forward_s, row.backward_s))
+    times = [forward or row.note, backward or (row.note if forward else "")]
+    peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}"
+    rates = [_figure(row.forward_tflops), _figure(row.backward_tflops), _figure(row.mask_share)]
+    kind = row.kind if row.direction == "causal" else f"{row.kind}, {row.direction}"
+    return [row.name, kind, f"{row.length:,}", row.way, *times, peak, *rates]
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def print_bench(made: Bench, out: Path | None, as_json: bool) -> None:

@@ -66,6 +66,8 @@ LINES = (
     Line("leaky-rerope:window=6,factor=4", "leaky-rerope:window=6,factor=1"),
     Line("window:size=12", "window:size=64"),
     Line("bca:size=18", "bca:size=64"),
+    Line("local:block=10", "local:block=64"),
+    Line("longnet:segments=8/16/24,dilations=1/2/3", "longnet:segments=64,dilations=1"),
     Line("logn:window=8", "logn:window=64"),
     Line("streaming:sinks=3,window=9", "streaming:sinks=3,window=64"),
     Line("ntk:factor=4 + self-extend:group=4,window=6", "ntk:factor=1 + self-extend:group=1,window=6"),

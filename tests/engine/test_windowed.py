@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import dense
 from longspan.apply import apply
 from longspan.engine import windowed
+from longspan.engine.block_tables import band
 from longspan.engine.core import expand_heads, reference_attention
 from longspan.memory.streaming import StreamingLLM
 
@@ -34,7 +35,7 @@ def visible(queries: int, keys: int, offset: int, window: int) -> torch.Tensor:
 )
 def test_block_mask_covers_what_is_visible(queries: int, keys: int, offset: int, window: int) -> None:
     """A block that holds a visible pair is visited; a block marked as full holds nothing else."""
-    mask = windowed._block_mask(queries, keys, offset, window, torch.device("cpu"))
+    mask = band((queries, keys), window=window, offset=offset, device=torch.device("cpu")).mask()
     blocks = visible(queries, keys, offset, window).reshape(queries // 128, 128, keys // 128, 128).transpose(1, 2)
     some, full = blocks.flatten(2).any(-1), blocks.flatten(2).all(-1)
 

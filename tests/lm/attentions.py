@@ -16,7 +16,8 @@ from longspan.lm import LongspanConfig, LongspanForCausalLM
 @dataclass(frozen=True)
 class Line:
     """`position` is a scheme that it works with. `full`: settings under which it equals full attention, None where there
-    are none; `causal` and `bidirectional`: what it is defined for; `exact`: whether it computes the same however a text is cut
+    are none; `seam`: the word of the configuration that takes it;
+    `causal` and `bidirectional`: what it is defined for; `exact`: whether it computes the same however a text is cut
     and padded; `settings`: of the model around it."""
 
     spec: str
@@ -25,6 +26,7 @@ class Line:
     causal: bool = True
     bidirectional: bool = True
     exact: bool = True
+    seam: str = "attention"
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -34,16 +36,37 @@ LINES = (
     Line("longformer:window=8", full="longformer:window=128"),
     Line("longformer:window=6,dilated=2,dilation=3", full="longformer:window=128"),
     Line("longformer:window=6,dilated=4,dilation=2", position="kerple"),
+    Line("longformer:window=6,dilated=2,dilation=2", position="xl", bidirectional=False),
     Line("bigbird:block=3,random=1", causal=False),
     Line("bigbird:block=4,random=2,among=12,seed=5", position="alibi", causal=False),
     Line("bigbird:block=4,globals=3,random=1", position="kerple", causal=False),
+    Line("window:size=7,sinks=3", full="window:size=64,sinks=3"),
+    Line("window:size=7,sinks=3", position="kerple", full="window:size=64,sinks=3"),
+    Line("local:block=8", full="local:block=64"),
+    Line("local:block=12,globals=0"),
+    Line("local:block=7,globals=3", position="alibi", full="local:block=64"),
+    Line("overlap:block=8", full="overlap:block=64"),
+    Line("overlap:block=6,globals=0", position="t5"),
+    Line("overlap:block=6", position="xl", bidirectional=False),
+    Line("longnet:segments=8/16/24,dilations=1/2/3", full="longnet:segments=64,dilations=1"),
+    Line("longnet:segments=9/20,dilations=1/5", position="alibi", full="longnet:segments=64,dilations=1"),
+    Line("transformer-xl:segment=7,length=9", "xl", "transformer-xl:segment=64", bidirectional=False, seam="memory"),
+    Line("transformer-xl:segment=7,length=9,same_length=true", "rope", bidirectional=False, seam="memory"),
+    Line("linear"),
+    Line("linear", position="sinusoidal"),
+    Line("performer:features=32"),
+    Line("performer:features=24,kernel=relu,norms=sqrt,redraw=3", position="sinusoidal"),
+    Line("linformer:k=16", position="sinusoidal", causal=False),
+    Line("linformer:k=16,share=layerwise", position="learned", causal=False),
 )
 """A new pattern or mixer is one more line."""
 
 
 def build(line: Line, spec: str | None = None, cls: type[PreTrainedModel] = LongspanForCausalLM, **more: Any) -> Any:
     """A tiny model with projections large enough for attention to matter; the same for every line, but for its own parts."""
-    settings = {**SIZES, "position": line.position, "attention": spec or line.spec, **line.settings, **more}
+    settings = {**SIZES, "position": line.position, line.seam: spec or line.spec, **line.settings, **more}
+    if spec == "full":
+        settings.pop("memory", None)
     torch.manual_seed(1)
     model = cls(LongspanConfig(**settings)).eval()
     with torch.no_grad():

@@ -52,6 +52,8 @@ LINES = (
     Line("xpos", "xpos:scale_base=1e30", "rope", encoder=False),
     Line("rope + logn", relative=False, encoder=False),
     Line("kerple + logn", relative=False, encoder=False),
+    Line("xl", encoder=False),
+    Line("xl:clamp=8", encoder=False),
     Line("tupe", relative=False, endless=False),
     Line("tupe:relative=true", relative=False, endless=False),
 )

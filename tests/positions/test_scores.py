@@ -21,7 +21,7 @@ FAR = torch.tensor([0, 1, 2, 4, 8, 16, 64, 128, 512, 1024, 4096])
 
 
 def place(spec: str, heads: int = HEADS, causal: bool = True) -> Place:
-    shape = Shape(hidden=heads * WIDTH, heads=heads, head_dim=WIDTH, window=64, causal=causal)
+    shape = Shape(layers=2, hidden=heads * WIDTH, heads=heads, head_dim=WIDTH, window=64, causal=causal)
     return parse(spec).methods[0].build(shape)
 
 
@@ -166,7 +166,7 @@ def test_sinusoid() -> None:
 
 def test_xpos_scale_vectors() -> None:
     """What a score keeps over 2,048 tokens, pair by pair (head of 64)."""
-    shape = Shape(hidden=64, heads=1, head_dim=64, window=64, causal=True)
+    shape = Shape(layers=2, hidden=64, heads=1, head_dim=64, window=64, causal=True)
     at = parse("xpos").methods[0].build(shape)
     kept = []
     for pair in (0, 16, 31):
@@ -212,3 +212,13 @@ def test_tupe_unties_the_first_token() -> None:
     torch.testing.assert_close(bias[0, :, 0], at.cls[0][:, None].expand(-1, 6))
     torch.testing.assert_close(bias[0, :, 1:, 0], at.cls[1][:, None].expand(-1, 5))
     assert bias[0, 0, 1:, 1:].unique().numel() > 20
+
+
+def test_product_of_two_sinusoids_falls_as_the_logarithm() -> None:
+    """(2/d) p_m·p_n is about 1 - (ln n + γ) / ln base: the long-range decay of sinusoidal positions (Su, archives/8231)."""
+    far = torch.tensor([1, 2, 5, 10, 30, 100, 300, 1000, 3000])
+    p = sinusoid(far, 4096)
+    product = (p @ sinusoid(torch.zeros(1), 4096).mT)[:, 0] / 2048
+    law = 1 - (far.double().log() + 0.5772156649) / math.log(10_000)
+    assert (product - law).abs().max() < 0.06
+    assert (product[1:] < product[:-1]).all()

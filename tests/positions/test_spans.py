@@ -276,3 +276,10 @@ def test_settings() -> None:
     assert parse("bca").resolve(facts).reach(facts) is None
     with pytest.raises(SpecError, match="size must be an even number of tokens, two blocks, not 7"):
         parse("bca:size=7")
+
+
+def test_sinks_are_for_models_of_our_own(model: LlamaForCausalLM) -> None:
+    with pytest.raises(NotSupported, match="streaming:sinks=4,window=9"):
+        apply(model, "window:size=9,sinks=4")
+    with pytest.raises(SpecError, match="sinks"):
+        parse("window:size=9,sinks=-1")

@@ -334,3 +334,29 @@ def test_a_hub_data_set_without_its_library_says_what_to_install(
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(NotSupported, match=r"longspan\[train\]"):
         ls.train(recipes_tiny.recipe(have, tmp_path / "out", data={"train": "someone/books"}))
+
+
+def test_recurrent_memory_in_two_stages(have: Have, tmp_path: Path) -> None:
+    """A trained model is tuned on two segments and then on four, from the weights before; it loads in another process."""
+    first = recipes_tiny.recipe(have, tmp_path / "base", training={"steps": 2})
+    base = ls.train(first).model
+    more = {"tokenizer": None, "model": base, "method": "rmt:tokens=2,segment=12,depth=1"}
+    second = recipes_tiny.recipe(have, tmp_path / "two", data={"length": 24}, **more)
+    ls.train({k: v for k, v in second.items() if v is not None})
+    after = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "two") if "loss" in r}
+    assert len(after) == 12 and after[12] < after[1]
+    whole = weights(tmp_path / "two")
+    for name in ("model", "checkpoints/checkpoint-12"):  # as if it had been stopped after step 8
+        shutil.rmtree(tmp_path / "two" / name)
+    (tmp_path / "two" / "result.json").unlink()
+    assert ls.train({k: v for k, v in second.items() if v is not None}).resumed_from == 8
+    again = weights(tmp_path / "two")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    more = {"tokenizer": None, "model": str(tmp_path / "two" / "model")}
+    third = recipes_tiny.recipe(have, tmp_path / "four", data={"length": 48}, training={"steps": 4}, **more)
+    ls.train({k: v for k, v in third.items() if v is not None})
+    code = "import sys, longspan as ls; m, _ = ls.load(sys.argv[1]); print(type(m).__name__, m.config.segment)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "four" / "model")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-2:] == ["RMTForCausalLM", "12"]

@@ -42,12 +42,14 @@ def test_study(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monke
     settings = Settings(("alibi", "learned"), seeds=2, times=(1, 2), samples=2, text=recipe["data"]["train"])
     folder = study(recipe, settings, tmp_path / "study", said.append)
     records = read_results(folder)
-    assert len(records) == 2 * 2 * (2 * 2 + 1)
+    assert len(records) == 2 * 2 * (2 * 2 + 2 + 1)
     heads, rows = table(folder)
     assert heads[1:3] == ["64", "128"]
     assert [r[0] for r in rows] == ["alibi", "learned"]
     assert rows[1][2] == "–"
     assert rows[1][3] == "does not hold"
+    assert heads[-1] == "resolution at 64 / 128"
+    assert rows[1][-1].endswith("/ –")
     assert (folder / "curves.png").stat().st_size > 10_000
     alibi = curves(records, "non-overlapping")[0]
     own = [r["score"] for r in records if (r["scheme"], r["protocol"], r["length"]) == ("alibi", "non-overlapping", 64)]
@@ -73,7 +75,7 @@ def test_a_curve_holds_by_its_worst_length() -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"schemes": ("yarn:factor=2",)}, "no position scheme"),
+        ({"schemes": ("yarn:factor=2",)}, "not one position scheme"),
         ({"schemes": ("rope", "rope")}, "once"),
         ({"times": (2, 4)}, "from 1"),
         ({"seeds": 0}, "at least 1"),

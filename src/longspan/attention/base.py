@@ -7,13 +7,15 @@ Both are methods with settings. `docs/adding-a-method.md` shows one of each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from longspan.engine.patterns import Call, masked_attention
+from longspan.engine import routes
+from longspan.engine.block_tables import Blocks, band
+from longspan.engine.patterns import Call
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
 from longspan.method import Method
@@ -22,7 +24,7 @@ from longspan.positions.scheme import Place
 if TYPE_CHECKING:
     from longspan.apply import Site
     from longspan.lm.configuration import LongspanConfig
-    from longspan.lm.modeling import LongspanAttention
+    from longspan.lm.modeling import LongspanAttention, LongspanModel
 
 
 class Attention(Method):
@@ -54,6 +56,9 @@ class Attention(Method):
         for a configuration that it cannot be part of."""
         raise NotImplementedError
 
+    def join(self, stack: LongspanModel) -> None:
+        """Called once, when all layers of a stack stand: for what its layers share or do together."""
+
     def check_direction(self, causal: bool) -> None:
         direction = "causal" if causal else "bidirectional"
         if direction not in self.directions:
@@ -84,7 +89,7 @@ class Grid:
     length: int
     layer: int
     causal: bool
-    lengths: Tensor | None = None
+    lengths: Tensor | None = field(default=None, compare=False)
     """How many tokens each row's text has, (B,), where padding makes them differ."""
 
 
@@ -99,14 +104,36 @@ class Pattern(Attention):
         Causality and padding are added by the caller, and need not be in the answer."""
         raise NotImplementedError
 
+    def counts(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor | None:
+        """How often a visible key counts in the softmax: whole numbers, asked for and answered as `visible` is. None: once."""
+        return None
+
     def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
         """Where the keys are that some query of start … end - 1 sees: ascending, disjoint (first, last + 1)."""
         return [(0, grid.length)]
 
+    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks | None:
+        """The same as `visible` in blocks of `size` tokens, causality with it, for FlexAttention; None where there are no such
+        blocks. The same object for the same question, made without a mask of pairs."""
+        return None
+
+    def kept(self) -> tuple[int, int] | None:
+        """(sinks, window) where a token of a decoder sees the first `sinks` tokens and the last `window`, itself among them,
+        and no others: then a cache keeps only those. None where any token may be seen again."""
+        return None
+
     def run(self, call: Call, grid: Grid) -> Tensor:
-        """Attention of all tokens of a text on themselves, (B, H, T, D); blocks of queries under the mask of `visible`
-        unless a pattern has a faster way. Rows are aligned at their first real token."""
-        return masked_attention(self, call, grid)
+        """Attention of all tokens of a text on themselves, (B, H, T, D), the fastest way that can run it
+        (`longspan.engine.routes`) unless a pattern has one of its own. Rows are aligned at their first real token."""
+        return routes.run(self, call, grid)
+
+    def check_place(self, config: LongspanConfig, place: Place) -> None:
+        """Refuses a scheme that cannot be joined with the pattern."""
+        if place.has("pair_bias"):
+            raise NotSupported(
+                f"position={config.position} scores every pair of places, which {self.spec} is there to avoid; "
+                "use attention=full, or another scheme such as rope, alibi or kerple"
+            )
 
     def module_class(self) -> type[LongspanAttention]:
         """What it is part of: ordinary attention, unless it has weights of its own."""
@@ -116,11 +143,7 @@ class Pattern(Attention):
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        if place.has("pair_bias"):
-            raise NotSupported(
-                f"position={config.position} scores every pair of places, which attention={self.spec} is there to avoid; "
-                "use attention=full, or another scheme such as rope, alibi or kerple"
-            )
+        self.check_place(config, place)
         return self.module_class()(config, layer, place, causal=causal, pattern=self)
 
 
@@ -136,6 +159,10 @@ class Full(Pattern):
 
     def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
         return torch.ones(1, 1, queries.shape[1], keys.shape[1], dtype=torch.bool, device=queries.device)
+
+    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks:
+        lengths = grid.length, grid.length
+        return band(lengths, window=grid.length, causal=grid.causal, size=size, device=device)
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
         from longspan.lm.modeling import LongspanAttention
@@ -155,7 +182,7 @@ class Mixer(Attention):
 
     def check_place(self, config: LongspanConfig, place: Place) -> None:
         """Refuses a scheme whose part would be lost."""
-        parts = {p for p in ("embed", "turn", "query_scale", "bias", "pair_bias") if place.has(p)}
+        parts = {p for p in ("embed", "turn", "query_scale", "bias", "pair_bias", "query_scores") if place.has(p)}
         if config.rope_parameters is not None:
             parts.add("rotation")
         if lost := parts - self.positions:

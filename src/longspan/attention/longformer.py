@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from longspan.attention.base import Grid, Pattern
+from longspan.engine import routes
 from longspan.engine.banded import banded_attention
-from longspan.engine.patterns import Call, some_heads
+from longspan.engine.block_tables import Blocks, band
+from longspan.engine.patterns import Call, masked_attention, some_heads
 from longspan.errors import NotSupported
 from longspan.positions.scheme import Place
 
@@ -89,7 +91,20 @@ class Longformer(Pattern):
         before, after = (side * self.dilation for side in self._sides(grid))
         return [(max(0, start - before), min(grid.length, end + after))]
 
+    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks | None:
+        if self.dilated:
+            return None
+        lengths, window = (grid.length, grid.length), min(self._sides(grid)[0] + 1, grid.length)
+        return band(lengths, window=window, causal=grid.causal, size=size, device=device)
+
+    def kept(self) -> tuple[int, int] | None:
+        return None if self.dilated else (0, self.window + 1)
+
     def run(self, call: Call, grid: Grid) -> Tensor:
+        if call.query_scores is not None:
+            return masked_attention(self, call, grid)
+        if not self.dilated and call.shown is None and routes.choose(self, call, grid).way != "masks":
+            return routes.run(self, call, grid)
         before, after = self._sides(grid)
         plain = grid.heads - self.dilated
         if plain == grid.heads:

@@ -1,4 +1,5 @@
-"""A window: every token sees the last `size` tokens, 0 <= i - j < size; in an encoder as many after it as well.
+"""A window: every token sees the last `size` tokens, 0 <= i - j < size; in an encoder as many after it as well. With `sinks`
+it sees the text's first tokens too, wherever it stands.
 
 On a trained model, where nothing is trained, it is Su's strong baseline. With as many tokens as the model was trained on,
 neither an unknown distance nor an unknown number of keys is met, so perplexity stays level at any length. Through the
@@ -9,11 +10,14 @@ reading the last `size` tokens alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from longspan.attention.base import Grid, Pattern
+from longspan.engine.block_tables import Blocks, band
+from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
 from longspan.positions.scheme import Place
 from longspan.positions.spans import Span
@@ -24,17 +28,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Window(Span, Pattern):
-    """`size` in tokens; left out, it is a trained model's window."""
+    """`size` in tokens; left out, it is a trained model's window. `sinks` first tokens are seen by all, in models of our own."""
 
     size: int | None = None
+    sinks: int = 0
 
     name: ClassVar[str] = "window"
     title: ClassVar[str] = "Window (on trained models Su's strong baseline)"
     paper: ClassVar[str] = "Su 2023, kexue.fm/archives/9431"
+    seam: ClassVar[Any] = "attention"
     works_on: ClassVar[str] = "pretrained, from scratch"
 
     def __post_init__(self) -> None:
         self.require(self.size is None or self.size >= 1, f"size must be at least 1 token, not {self.size}")
+        self.require(0 <= self.sinks <= 2**16, f"sinks must be from 0 to 65,536, not {self.sinks:,}")
+
+    def check(self, facts: ModelFacts) -> None:
+        super().check(facts)
+        if self.sinks:
+            raise NotSupported(
+                f"{self.spec}: {facts.architecture} was not trained with sinks, and from far away they would stand at distances "
+                f"that it has never met; streaming:sinks={self.sinks},window={self.size or facts.window} keeps them near"
+            )
 
     def resolve(self, facts: ModelFacts, length: int | None) -> Self:
         return replace(self, size=self.size or facts.window)
@@ -53,8 +68,21 @@ class Window(Span, Pattern):
     def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
         assert self.size is not None
         distance = queries[:, None, :, None] - keys[:, None, None, :]
-        return distance.abs() < self.size
+        near = distance.abs() < self.size
+        return near | (keys < self.sinks)[:, None, None, :] if self.sinks else near
 
     def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
         assert self.size is not None
-        return [(max(0, start - self.size + 1), min(grid.length, end if grid.causal else end + self.size - 1))]
+        low, high = max(0, start - self.size + 1), min(grid.length, end if grid.causal else end + self.size - 1)
+        if low <= self.sinks:
+            return [(0, max(high, min(self.sinks, grid.length)))]
+        return [(0, self.sinks), (low, high)] if self.sinks else [(low, high)]
+
+    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks:
+        assert self.size is not None
+        lengths, window = (grid.length, grid.length), min(self.size, grid.length)
+        return band(lengths, window=window, sinks=self.sinks, causal=grid.causal, size=size, device=device)
+
+    def kept(self) -> tuple[int, int]:
+        assert self.size is not None
+        return self.sinks, self.size

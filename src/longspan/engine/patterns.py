@@ -1,8 +1,7 @@
-"""Attention under a pattern: which way a call goes, and the way that always works.
+"""Attention under a pattern: a call, and where it goes.
 
-A text that attends to itself goes to the pattern's own `run`, with rows aligned at their first real token. Tokens that
-come after others (decoding, chunks) go through masks made for the keys that they can see, a block of queries at a time,
-so that no mask is as long as the text on both sides.
+A text that attends to itself goes to the pattern's own `run`, with rows aligned at their first real token; tokens that come
+after others (decoding, chunks) to masks, or to a kernel where it knows the keys of a rolling cache.
 """
 
 from __future__ import annotations
@@ -12,16 +11,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.engine import routes
 from longspan.engine.core import expand_heads
+from longspan.engine.masks import masked_attention
 
 if TYPE_CHECKING:
     from longspan.attention.base import Grid, Pattern
-
-QUERIES_AT_ONCE = 512
-"""Queries that share one mask."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,18 @@ class Call:
     bias: Callable[[Tensor], Tensor] | None = None
     """What a score gets at a distance in tokens: (H, *shape) float32 for whole numbers of any shape."""
     dropout: float = 0.0
+    query_scores: Callable[[slice, Tensor], Tensor] | None = None
+    """What some of the queries get at each of N distances, before the scale: (B, H, rows, N) float32."""
+    columns: Tensor | None = None
+    """Which tokens the keys are, (B or 1, Tk), -1 for none, where they come from a rolling cache: the sinks that the pattern
+    keeps, then the others. None where they are all tokens."""
     shown: Tensor | None = None
     """Boolean (B, Tk), True for keys that every query sees whatever the pattern says; of the patterns only some know it."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weights are the softmax of products of queries and keys, and nothing else."""
+        return self.bias is None and self.query_scores is None and not self.dropout
 
 
 def some_heads(call: Call, start: int, end: int) -> Call:
@@ -58,76 +65,32 @@ def text_lengths(padding: Tensor | None) -> Tensor | None:
 
 def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """(B, H, Tq, D). What padding tokens get is never read by others, but is a number."""
-    if call.query.shape[2] != call.key.shape[2]:
+    if call.columns is not None:
+        return routes.run_rolled(pattern, call, grid)
+    padded_left = call.padding is not None and not bool((call.padding[:, 1:] <= call.padding[:, :-1]).all())
+    if call.query.shape[2] != call.key.shape[2] or (padded_left and call.query_scores is not None):
         return masked_attention(pattern, call, grid)
-    if call.padding is None or bool((call.padding[:, 1:] <= call.padding[:, :-1]).all()):  # none, or on the right
+    if not padded_left:
         return pattern.run(call, grid)
+    assert call.padding is not None
     shift = call.padding.int().argmax(1)
-    query, key, value = (_roll(x, shift, 2) for x in (call.query, call.key, call.value))
-    shown = None if call.shown is None else _roll(call.shown, shift, 1)
-    aligned = replace(call, query=query, key=key, value=value, padding=_roll(call.padding, shift, 1), shown=shown)
+    query, key, value = (roll(x, shift, 2) for x in (call.query, call.key, call.value))
+    shown = None if call.shown is None else roll(call.shown, shift, 1)
+    aligned = replace(call, query=query, key=key, value=value, padding=roll(call.padding, shift, 1), shown=shown)
     out = pattern.run(aligned, grid)
-    return _roll(out, -shift, 2)
+    return roll(out, -shift, 2)
 
 
-def masked_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
-    """The definition, made affordable: `pattern.visible` for one block of queries and the keys in its `ranges`."""
-    total, new, device = call.key.shape[2], call.query.shape[2], call.query.device
-    first = torch.zeros(1, 1, dtype=torch.long, device=device)
-    if call.padding is not None:
-        first = call.padding.int().argmax(1, keepdim=True)  # each row's first real token
-    lead = int(first.max())
-    blocks = []
-    for start in range(total - new, total, QUERIES_AT_ONCE):
-        end = min(start + QUERIES_AT_ONCE, total)
-        # Rows begin at columns 0 … lead, so a range of token numbers lies in columns that are up to `lead` further on.
-        wanted = pattern.ranges(max(0, start - lead), end - int(first.min()), grid)
-        last = end if grid.causal else total
-        columns = _columns([(low, min(high + lead, last)) for low, high in wanted], device)
-        mask = _mask(pattern, call, grid, torch.arange(start, end, device=device)[None] - first, columns, first)
-        rows = slice(start - (total - new), end - (total - new))
-        blocks.append(_block(call, rows, columns, mask, first))
-    return torch.cat(blocks, dim=2)
+def shifted(line: Tensor, keys: int) -> Tensor:
+    """Scores of each query by distance, lined up with the keys: (B, H, Tq, Tq + keys - 1) → (B, H, Tq, keys), where distances
+    rise by one and the last query has the least one to the last key (the shift of Transformer-XL, appendix B)."""
+    batch, heads, rows, width = line.shape
+    back = line.flip(-1).contiguous()  # row r begins at rows - 1 - r
+    strides = (*back.stride()[:2], width - 1, 1)
+    return back.as_strided((batch, heads, rows, keys), strides, rows - 1)
 
 
-def _mask(pattern: Pattern, call: Call, grid: Grid, queries: Tensor, columns: Tensor, first: Tensor) -> Tensor:
-    keys = columns[None] - first
-    mask = pattern.visible(queries, keys, grid) & (keys >= 0)[:, None, None]
-    if grid.causal:
-        mask = mask & (keys[:, None, None, :] <= queries[:, None, :, None])
-    return mask if call.padding is None else mask & call.padding[:, columns][:, None, None]
-
-
-def _block(call: Call, rows: slice, columns: Tensor, mask: Tensor, first: Tensor) -> Tensor:
-    heads = call.query.shape[1]
-    query, key, value = call.query[:, :, rows], call.key[:, :, columns], call.value[:, :, columns]
-    key, value = expand_heads(key, heads), expand_heads(value, heads)
-    if call.bias is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scale
-        )
-    total, new = call.key.shape[2], call.query.shape[2]
-    numbers = torch.arange(total - new, total, device=query.device)[rows]
-    bias = call.bias(numbers[:, None] - columns[None])[None]
-    bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))  # rows that see nothing are padding
-    out = F.scaled_dot_product_attention(
-        query.float(), key.float(), value.float(), attn_mask=bias, dropout_p=call.dropout, scale=call.scale
-    )
-    return out.to(query.dtype)
-
-
-def _columns(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """Ascending, each once, though padding may have made ranges overlap."""
-    parts, done = [], 0
-    for low, high in ranges:
-        low = max(low, done)
-        if low < high:
-            parts.append(torch.arange(low, high, device=device))
-            done = high
-    return torch.cat(parts)
-
-
-def _roll(x: Tensor, shift: Tensor, dim: int) -> Tensor:
+def roll(x: Tensor, shift: Tensor, dim: int) -> Tensor:
     """Each row of the batch moved left by its own `shift` (B,) along `dim`, what leaves coming back on the other side."""
     length = x.shape[dim]
     index = (torch.arange(length, device=x.device)[None] + shift[:, None]) % length

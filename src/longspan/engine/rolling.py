@@ -145,10 +145,10 @@ class StreamingLayer(CacheLayerMixin):
         if tokens_to_remove == 0:
             return
         if tokens_to_remove > 0:
-            raise NotSupported("streaming: crop takes a negative number, of the tokens to forget")
+            raise NotSupported("rolling cache: crop takes a negative number, of the tokens to forget")
         if self.seen > self.sinks + self.window:
             raise NotSupported(
-                "streaming: tokens that left the window cannot be brought back; assisted decoding needs `none`"
+                "rolling cache: tokens that left the window cannot be brought back; assisted decoding needs full attention"
             )
         self.seen += tokens_to_remove
 
@@ -166,6 +166,45 @@ class StreamingLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._each_row(lambda x: x[indices, ...])
+
+
+class WindowLayer(StreamingLayer):
+    """The same for patterns, which ask which tokens the keys are that `update` returned."""
+
+    columns: Tensor | None = None
+    """(B or 1, keys): the number of each key's token, counted from the row's first column; -1 where a slot repeats another
+    or holds nothing. None after the first call, whose keys are all tokens as they came."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start, new = self.seen, key_states.shape[2]
+        ring = self.in_ring(start, new, key_states)
+        keys, values = super().update(key_states, value_states)
+        if start == 0:
+            self.columns = None
+            return key_states, value_states
+        self.columns = self._columns(start, ring, keys.shape[2])
+        return keys, values
+
+    def _columns(self, start: int, ring: bool, count: int) -> Tensor:
+        if ring:
+            slots = torch.arange(self.sinks, count, device=self.device)
+            later = self.seen - 1 - (self.seen - 1 - slots) % self.window
+        else:
+            first = max(self.sinks, start - self.window + 1)
+            later = torch.arange(first, max(first, self.seen), device=self.device)
+        pad = torch.zeros(1, dtype=torch.long, device=self.device) if self.pad is None else self.pad.to(self.device)
+        sinks = pad[:, None] + torch.arange(min(self.sinks, count), device=self.device)
+        sinks = sinks.masked_fill(sinks >= self.seen, -1)
+        repeated = later[None] < pad[:, None] + self.sinks
+        return torch.cat((sinks, later.expand(len(pad), -1).masked_fill(repeated, -1)), dim=1)
+
+    def see_padding(self, padding: Tensor | None, new: int) -> None:
+        """padding (B, tokens so far), True where a token is real, before `update` takes in `new` of them: where rows begin."""
+        if padding is None or (new == 1 and self.seen >= max(1, self.settled)):
+            return
+        pad = (padding.cumsum(-1) == 0).sum(-1)
+        if self.pad is not None or bool((pad > 0).any()):
+            self.set_padding(pad)
 
 
 def streaming_cache(layers: int, sinks: int = 4, window: int = 1020) -> Cache:

@@ -1,7 +1,7 @@
 """Causal attention over a rolling window on a GPU: FlexAttention with a block mask built from the window's own arithmetic.
 
-Only blocks that the window touches are visited, and the mask is never materialised: its block indices are computed in
-O(queries/128 · window/128). The log-sum-exp comes back with the output, so that other keys (sinks) can join the softmax.
+Only blocks that the window touches are visited, and the mask is never materialised. The log-sum-exp comes back with the
+output, so that other keys (sinks) can join the softmax.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from longspan.engine.block_tables import SIZE as BLOCK
+from longspan.engine.block_tables import band
 from longspan.engine.core import expand_heads
 
 if TYPE_CHECKING:
     from longspan.apply import Attend
 
-BLOCK = 128
 QUERIES = 4096
 """Queries of one kernel call. One number, so that any prompt compiles once for each window."""
 MOST_SHAPES = 6
@@ -67,7 +68,7 @@ def window_attention(
         near = [x[:, :, left : left + span] for x in (key, value)]
         if (short := span - near[0].shape[2]) > 0:  # columns past the last query: never seen
             near = [F.pad(x, (0, 0, 0, short)) for x in near]
-        mask = _block_mask(QUERIES, span, row + offset - left, window, query.device)
+        mask = band((QUERIES, span), window=window, offset=row + offset - left, device=query.device).mask()
         rows = query[:, :, row : row + QUERIES]
         parts.append(_compiled()(rows, *near, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True)))
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([aux.lse for _, aux in parts], dim=2)
@@ -85,46 +86,3 @@ def join(out: Tensor, lse: Tensor, scores: Tensor, values: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def _compiled() -> Callable:
     return torch.compile(flex_attention, dynamic=False)
-
-
-@functools.lru_cache(maxsize=32)
-def _block_mask(queries: int, keys: int, offset: int, window: int, device: torch.device) -> BlockMask:
-    """Blocks that the window touches, those inside it marked as full so that the kernel skips the mask there."""
-    blocks = torch.arange(queries // BLOCK, device=device)
-    first_row = blocks * BLOCK + offset
-    last_row = first_row + BLOCK - 1
-    low = (first_row - window + 1).clamp(min=0) // BLOCK
-    high = last_row.clamp(max=keys - 1) // BLOCK  # before the first key: -1, no block
-    width = min(-(-(window + 2 * BLOCK) // BLOCK) + 1, -(-keys // BLOCK))
-    index = low[:, None] + torch.arange(width, device=device)
-    touched = index <= high[:, None]
-    start, end = index * BLOCK, index * BLOCK + BLOCK - 1
-    full = touched & (end <= first_row[:, None]) & (start >= (last_row - window + 1)[:, None]) & (end < keys)
-    parts = [_compact(index, chosen) for chosen in (touched & ~full, full)]
-    (partial_count, partial), (full_count, full_index) = parts
-    shift, reach = torch.tensor(offset, device=device), torch.tensor(window, device=device)
-
-    def visible(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        distance = row + shift - column
-        return (distance >= 0) & (distance < reach)
-
-    return BlockMask.from_kv_blocks(
-        partial_count,
-        partial,
-        full_count,
-        full_index,
-        BLOCK_SIZE=BLOCK,
-        mask_mod=visible,
-        seq_lengths=(queries, keys),
-        compute_q_blocks=False,
-    )
-
-
-def _compact(index: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts (1, 1, rows) and the chosen block numbers moved to the front (1, 1, rows, width), int32. Both index tensors
-    of a mask must have one width: kernels silently read narrower ones wrongly."""
-    order = (~chosen).int().argsort(dim=-1, stable=True)
-    moved = index.gather(1, order).clamp(min=0)
-    count = chosen.sum(-1)
-    moved = torch.where(torch.arange(index.shape[1], device=index.device) < count[:, None], moved, 0)
-    return count.int()[None, None], moved.int()[None, None]

@@ -6,6 +6,7 @@ and not with its square. This form runs everywhere and trains everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from longspan.attention.base import Grid
 from longspan.engine.core import attention, causal_mask, expand_heads
-from longspan.engine.patterns import Call, attend, text_lengths
+from longspan.engine.patterns import Call, attend, shifted, text_lengths
+from longspan.engine.rolling import WindowLayer
 from longspan.positions.scheme import Place, distances, ending_at
 
 SCHEME = "longspan_scheme"
@@ -37,29 +39,34 @@ def scheme_attention(
     pair_bias: Tensor | None = None,
     padding: Tensor | None = None,
     shown: Tensor | None = None,
+    rolling: WindowLayer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), mask None or boolean
     (B, 1, Tq, Tk), key_positions (B or 1, Tk) where they do not just end at the queries',
-    pair_bias None or (B or 1, H, Tq, Tk), padding and shown (keys that all see) None or boolean
-    (B, Tk), for patterns; returns (B, Tq, H, D)."""
+    pair_bias None or (B or 1, H, Tq, Tk); for patterns padding None or boolean (B, tokens so far), shown the keys that all see,
+    None or boolean (B, Tk), and rolling the layer of a cache that kept a part of the keys; returns (B, Tq, H, D)."""
     place = cast(Place, module.place)
     assert position_ids is not None, "the model gives positions to every layer"
     queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
+    if rolling is not None and rolling.columns is not None:
+        keys = position_ids[:, -1:] - (rolling.seen - 1 - rolling.columns)
+    layer = cast(int, getattr(module, "layer_idx", 0))
+    asking = query_scores(place, query, queries, layer)
     query, key = place.turn(query, key, queries, keys)
     scale = place.query_scale(queries)
     if scale is not None:
         query = query * scale[:, None, :, None].to(query.dtype)
     scaling *= place.score_scale
     if pattern := getattr(module, "pattern", None):
-        call = Call(query, key, value, scaling, padding, place.bias if place.has("bias") else None, dropout, shown)
-        grid = Grid(
-            query.shape[1], key.shape[2], cast(int, module.layer_idx), bool(module.is_causal), text_lengths(padding)
-        )
+        columns, total = (None, key.shape[2]) if rolling is None else (rolling.columns, rolling.seen)
+        by_distance = place.bias if place.has("bias") else None
+        call = Call(query, key, value, scaling, padding, by_distance, dropout, asking, columns, shown)
+        grid = Grid(query.shape[1], total, layer, bool(module.is_causal), text_lengths(padding))
         out = attend(pattern, call, grid)
         return out.transpose(1, 2).contiguous(), None
     causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1
-    if pair_bias is None and not place.has("bias"):
+    if pair_bias is None and asking is None and not place.has("bias"):
         out = attention(query, key, value, attention_mask, scaling, dropout=dropout, causal=causal)
         return out.transpose(1, 2).contiguous(), None
     heads, total = query.shape[1], key.shape[2]
@@ -68,12 +75,17 @@ def scheme_attention(
     for start, end in _blocks(query, key):
         seen = total - query.shape[2] + end if causal else total
         asked, offered = queries[:, start:end], keys[:, :seen]
-        bias = relative_bias(place, asked, offered) if pair_bias is None else pair_bias[:, :, start:end, :seen]
+        if pair_bias is not None:
+            extra = pair_bias[:, :, start:end, :seen]
+        elif asking is not None:
+            extra = scaling * relative_scores(asking, slice(start, end), asked, offered)
+        else:
+            extra = relative_bias(place, asked, offered)
         mask = causal_mask(end - start, seen, query.device) if causal else _rows(attention_mask, start, end)
         if mask is not None:  # rows that see nothing are padding: what they get is never read, but must be numbers
-            bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))
+            extra = extra.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))
         q, k, v = wide[0][:, :, start:end], wide[1][:, :, :seen], wide[2][:, :, :seen]
-        block = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scaling)
+        block = F.scaled_dot_product_attention(q, k, v, attn_mask=extra, dropout_p=dropout, scale=scaling)
         blocks.append(block.to(query.dtype))
     return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
 
@@ -86,6 +98,34 @@ def relative_bias(place: Place, queries: Tensor, keys: Tensor) -> Tensor:
         line = torch.arange(first, first + queries.shape[1] + keys.shape[1] - 1, device=keys.device)
         return place.bias(line).unfold(-1, keys.shape[1], 1).flip(-1)[None]
     return place.bias(distances(queries, keys)).transpose(0, 1)
+
+
+Asking = Callable[[slice, Tensor], Tensor]
+"""Some of the queries and distances (N,) to scores (B, H, rows, N), before the scale."""
+
+
+def query_scores(place: Place, query: Tensor, queries: Tensor, layer: int) -> Asking | None:
+    """What the scheme's `query_scores` says of these queries (B, H, Tq, D) at positions (B or 1, Tq), with the scheme's
+    `query_scale`; None where it says nothing."""
+    if not place.has("query_scores"):
+        return None
+    scale = place.query_scale(queries)
+
+    def ask(rows: slice, far: Tensor) -> Tensor:
+        scores = place.query_scores(query[:, :, rows], far, layer)
+        return scores if scale is None else scores * scale[:, None, rows, None]
+
+    return ask
+
+
+def relative_scores(asking: Asking, rows: slice, queries: Tensor, keys: Tensor) -> Tensor:
+    """(B, H, rows, Tk) of the queries `rows`, which are at positions queries (B or 1, rows), with keys (B or 1, Tk)."""
+    far = distances(queries, keys)
+    low, high = int(far.min()), int(far.max())
+    line = asking(rows, torch.arange(low, high + 1, device=keys.device))
+    if _consecutive(queries) and _consecutive(keys):
+        return shifted(line, keys.shape[1])
+    return line.gather(-1, (far - low)[:, None].expand(line.shape[0], line.shape[1], -1, -1))
 
 
 def _consecutive(positions: Tensor) -> bool:

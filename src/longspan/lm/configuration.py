@@ -24,6 +24,7 @@ class LongspanConfig(PreTrainedConfig):
     lists them).
     attention: `full`, a pattern or a mixer as a spec string, or a list of them that is repeated over the layers.
     decoder_attention: the same for the decoder of an encoder-decoder, where it is another than the encoder's.
+    memory: what lies beyond the attended tokens (`transformer-xl:segment=128,length=128`), with attention=full.
     Sizes that are left out follow: as many key-value heads as heads, heads of hidden_size / heads, a feed-forward layer of
     8/3 hidden_size rounded up to a multiple of 64, as many decoder layers as encoder layers.
     """
@@ -86,11 +87,11 @@ class LongspanConfig(PreTrainedConfig):
     @property
     def scheme(self) -> Scheme:
         """The position scheme that `position` names. Raises `SpecError` for what is none."""
-        return self._read_position()[0]
+        return read_position(self.position)[0]
 
     def build_place(self, *, causal: bool) -> Place:
         """The scheme in a stack of this configuration, with log-n around it where `position` says so."""
-        scheme, logn = self._read_position()
+        scheme, logn = read_position(self.position)
         place = scheme.build(self.shape(causal=causal))
         if logn is None:
             return place
@@ -100,30 +101,33 @@ class LongspanConfig(PreTrainedConfig):
             )
         return LogNPlace(place, logn.window or max(2, self.max_position_embeddings))
 
-    def _read_position(self) -> tuple[Scheme, LogN | None]:
-        methods = parse(self.position).methods
-        schemes = [m for m in methods if isinstance(m, Scheme)]
-        logn = [m for m in methods if isinstance(m, LogN)]
-        if len(schemes) != 1 or len(schemes) + len(logn) != len(methods):
-            raise SpecError(
-                f"position={self.position!r} is not one position scheme, such as rope, alibi or kerple:kind=power, alone or with "
-                "logn; methods for trained models, such as yarn, are put on the model afterwards with longspan.apply"
-            )
-        return schemes[0], logn[0] if logn else None
-
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """What `attention` names, to be repeated over the layers. Raises `SpecError` for what is none."""
-        return _read_attentions(self.attention)
+        """What `attention` or `memory` names, to be repeated over the layers. Raises `SpecError` for what is none."""
+        return _read_attentions(self.attention) if self.memory == "none" else (self._read_memory(),)
 
     def attentions_of(self, *, causal: bool) -> tuple[Attention, ...]:
         """Those of one stack: the decoder's (causal) or the encoder's."""
         return _read_attentions(self.decoder_attention) if causal and self.decoder_attention else self.attentions
 
+    def _read_memory(self) -> Attention:
+        methods = parse(self.memory).methods
+        if len(methods) != 1 or not isinstance(methods[0], Attention) or methods[0].seam != "memory":
+            raise SpecError(
+                f"memory={self.memory!r} is no memory that a model is built with, such as transformer-xl:segment=128,length=128"
+            )
+        if self.attention != "full" or self.decoder_attention:
+            other = self.decoder_attention or self.attention
+            raise NotSupported(
+                f"memory={self.memory} is what attention sees, and so is attention={other}; leave one of them out"
+            )
+        return methods[0]
+
     def shape(self, *, causal: bool) -> Shape:
         """What a position scheme is built for."""
         assert self.head_dim is not None
         return Shape(
+            layers=max(self.num_hidden_layers, self.decoder_layers or 0),
             hidden=self.hidden_size,
             heads=self.num_attention_heads,
             head_dim=self.head_dim,
@@ -141,8 +145,6 @@ class LongspanConfig(PreTrainedConfig):
         _ = self.attentions, self.attentions_of(causal=True)
         if self.decoder_attention and self.kind != "encoder-decoder":
             raise SpecError(f"decoder_attention belongs to kind=encoder-decoder; with kind={self.kind} say attention=")
-        if self.memory != "none":
-            raise NotSupported(f"memory={self.memory!r}: models of our own have no memory beyond their cache; use none")
 
 
 def _read_attentions(specs: str | list[str]) -> tuple[Attention, ...]:
@@ -152,9 +154,22 @@ def _read_attentions(specs: str | list[str]) -> tuple[Attention, ...]:
 
 def _read_attention(spec: str) -> Attention:
     methods = parse(spec).methods
-    if len(methods) != 1 or not isinstance(methods[0], Attention):
+    if len(methods) != 1 or not isinstance(methods[0], Attention) or methods[0].seam != "attention":
         raise SpecError(
             f"attention={spec!r} is not one way to mix tokens, such as full or window:size=256; a position scheme belongs to "
             "position, and methods for trained models are put on the model afterwards with longspan.apply"
         )
     return methods[0]
+
+
+def read_position(spec: str) -> tuple[Scheme, LogN | None]:
+    """The scheme, and log-n where it stands beside it. Raises `SpecError` for what is no position scheme."""
+    methods = parse(spec).methods
+    schemes = [m for m in methods if isinstance(m, Scheme)]
+    logn = [m for m in methods if isinstance(m, LogN)]
+    if len(schemes) != 1 or len(schemes) + len(logn) != len(methods):
+        raise SpecError(
+            f"position={spec!r} is not one position scheme, such as rope, alibi or kerple:kind=power, alone or with "
+            "logn; methods for trained models, such as yarn, are put on the model afterwards with longspan.apply"
+        )
+    return schemes[0], logn[0] if logn else None

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from longspan.engine.everywhere import Chosen, attend_everywhere, chosen
 from longspan.engine.patterns import Call
 from longspan.errors import NotSupported
-from longspan.lm.modeling import LongspanAttention
+from longspan.lm.modeling import LongspanAttention, rotated
 
 if TYPE_CHECKING:
     from longspan.attention.longformer import Longformer
@@ -88,16 +87,9 @@ class LongformerAttention(LongspanAttention):
         query = self._heads(self.q_global(some.of(hidden)))
         key, value = self._heads(self.k_global(hidden)), self._heads(self.v_global(hidden))
         if rotation is not None:
-            own = (some.of(x.expand(len(hidden), -1, -1)) for x in rotation)
-            query, key = _turned(query, *own), _turned(key, *rotation)
+            cos, sin = (some.of(x.expand(len(hidden), -1, -1)) for x in rotation)
+            query, key = rotated(query, (cos, sin)), rotated(key, rotation)
         bias = self.place.bias if self.place.has("bias") else None
         dropout = self.config.attention_dropout if self.training else 0.0
         call = Call(query, key, value, self.scaling * self.place.score_scale, padding, bias, dropout)
         return self.o_proj(attend_everywhere(call, some.index).transpose(1, 2).flatten(2))
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, D) rotated; channels past the rotated ones pass."""
-    width = cos.shape[-1]
-    turned = apply_rotary_pos_emb(x[..., :width], x[..., :width], cos, sin)[0]
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)

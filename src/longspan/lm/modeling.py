@@ -24,8 +24,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -34,6 +34,7 @@ from longspan.attention.base import Full, Pattern
 from longspan.errors import NotSupported
 from longspan.lm.attention import SCHEME
 from longspan.lm.configuration import LongspanConfig
+from longspan.lm.state import rolling_of
 from longspan.positions.scheme import Place, ending_at
 
 
@@ -81,14 +82,9 @@ class LongspanAttention(nn.Module):
         query = self._heads(self.q_proj(hidden_states))
         key, value = self._keys(hidden_states, encoder_states, past_key_values)
         if rotation is not None:
-            width = rotation[0].shape[-1]
-            turned = apply_rotary_pos_emb(query[..., :width], key[..., :width], *rotation)
-            query, key = (
-                new if width == self.head_dim else torch.cat((new, old[..., width:]), dim=-1)
-                for new, old in zip(turned, (query, key), strict=True)
-            )
+            query, key = rotated(query, rotation), rotated(key, rotation)
         if past_key_values is not None and not self.cross:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = self._remember(past_key_values, key, value, kwargs)
         out, weights = self._interface()(
             self,
             query,
@@ -117,6 +113,20 @@ class LongspanAttention(nn.Module):
             cache.is_updated[self.layer_idx] = True
         return key, value
 
+    def _remember(self, cache: Cache, key: Tensor, value: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """All keys and values that there are to see, the new ones among them. Where the pattern sees a window only, the cache
+        keeps no more of them, unless gradients are to reach what it keeps."""
+        kept = self.pattern.kept() if self.pattern is not None else None
+        ours = (
+            kept and self.config._attn_implementation == SCHEME and not (torch.is_grad_enabled() and key.requires_grad)
+        )
+        held = rolling_of(cache, self.layer_idx, *kept) if kept and ours else None
+        if held is not None:
+            held.see_padding(given.get("padding"), key.shape[2])
+        key, value = cache.update(key, value, self.layer_idx)
+        given["rolling"] = held
+        return key, value
+
     def _interface(self) -> Any:
         name = self.config._attn_implementation
         if self.cross:
@@ -133,6 +143,14 @@ class LongspanAttention(nn.Module):
             raise NotSupported(
                 f"{what}, which attn_implementation={name!r} knows nothing of; leave attn_implementation out, or say {SCHEME!r}"
             )
+
+
+def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads (B, H, T, D) turned by the tables (B or 1, T, W), of which the first W channels take part."""
+    cos, sin = (table[:, None] for table in rotation)
+    part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    turned = part * cos + rotate_half(part) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 class LongspanLayer(GradientCheckpointingLayer):
@@ -226,6 +244,8 @@ class LongspanModel(LongspanPreTrainedModel):
             for i in range(layers or config.num_hidden_layers)
         )
         self.attentions = config.attentions_of(causal=self.causal)
+        for attention in dict.fromkeys(self.attentions):
+            attention.join(self)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.rope_parameters is not None:
             self.rotary_emb = LongspanRotaryEmbedding(config)  # type: ignore[arg-type]

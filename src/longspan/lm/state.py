@@ -1,4 +1,5 @@
-"""What a mixer remembers between calls: tensors of fixed size in the caller's own cache, in place of keys and values."""
+"""What is remembered between calls, in the caller's own cache: a mixer's tensors of fixed size, or the keys and values of a
+pattern that sees no others."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from longspan.engine.rolling import WindowLayer
 from longspan.errors import NotSupported
 
 
@@ -71,11 +73,28 @@ class MixerState(CacheLayerMixin):
 
 def state_of(cache: Cache, layer: int) -> MixerState:
     """The state of layer number `layer` in a cache, put there if the cache is new."""
-    layers: list[Any] = cache.layers
-    while len(layers) <= layer:
-        layers.append(DynamicLayer())
+    layers = _layers(cache, layer)
     if not isinstance(layers[layer], MixerState):
         if layers[layer].get_seq_length():
             raise NotSupported("this cache holds keys and values of another model; begin with an empty one")
         layers[layer] = MixerState()
     return layers[layer]
+
+
+def rolling_of(cache: Cache, layer: int, sinks: int, window: int) -> WindowLayer | None:
+    """The rolling layer number `layer` of a cache, put there if the cache is a new and growing one. None where the caller
+    brought another kind, which then keeps every key."""
+    layers = _layers(cache, layer)
+    if type(layers[layer]) is DynamicLayer and not layers[layer].get_seq_length():
+        layers[layer] = WindowLayer(sinks, window)
+    held = layers[layer]
+    if isinstance(held, WindowLayer) and (held.sinks, held.window) != (sinks, window):
+        raise NotSupported("this cache keeps a window of another model; begin with an empty one")
+    return held if isinstance(held, WindowLayer) else None
+
+
+def _layers(cache: Cache, layer: int) -> list[Any]:
+    """The layers of a cache, at least up to number `layer`."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    return cache.layers

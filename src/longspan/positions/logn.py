@@ -82,3 +82,6 @@ class LogNPlace(Place):
 
     def pair_bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         return self.inner.pair_bias(q_positions, k_positions)
+
+    def query_scores(self, query: Tensor, distance: Tensor, layer: int) -> Tensor:
+        return self.inner.query_scores(query, distance, layer)

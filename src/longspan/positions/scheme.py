@@ -8,6 +8,7 @@ parameters, shared by all layers, and answers a few questions, each of which mos
     query_scale a factor on each query                           log-n
     bias        added to a score, by the distance alone          alibi, kerple, sandwich, t5
     pair_bias   added to a score, by both places                 tupe
+    query_scores  added to a score, by the query and the distance  xl
 
 Rotation by RoPE is not among them: it runs through transformers' rotary module, so that whatever scales a pretrained
 model's rotation scales ours. `docs/adding-a-method.md` shows a whole scheme.
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 class Shape:
     """The model that a scheme is built for; `window` is the training length in tokens."""
 
+    layers: int
     hidden: int
     heads: int
     head_dim: int
@@ -68,6 +70,11 @@ class Place(nn.Module):
         """What the score of each pair gets, (B or 1, H, Tq, Tk), float32; computed once for all layers."""
         raise NotImplementedError
 
+    def query_scores(self, query: Tensor, distance: Tensor, layer: int) -> Tensor:
+        """What each query gets besides its product with a key that lies `distance` (N,) behind: (B, H, Tq, N), float32, before
+        the scale; query (B, H, Tq, D) as it was before `turn`."""
+        raise NotImplementedError
+
     def has(self, what: str) -> bool:
         """Whether the scheme has an answer of its own to `what`."""
         return getattr(type(self), what) is not getattr(Place, what)
@@ -75,7 +82,9 @@ class Place(nn.Module):
     @property
     def plain(self) -> bool:
         """Whether attention is what it would be without the scheme, so that any implementation can run it."""
-        return self.score_scale == 1.0 and not any(map(self.has, ("turn", "query_scale", "bias", "pair_bias")))
+        return self.score_scale == 1.0 and not any(
+            map(self.has, ("turn", "query_scale", "bias", "pair_bias", "query_scores"))
+        )
 
     def reset_parameters(self) -> None:
         """Draws the scheme's parameters anew; called whenever a model is made without weights."""

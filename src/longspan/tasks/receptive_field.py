@@ -55,16 +55,7 @@ class ReceptiveField(Task):
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
         """Windows of exactly `length` tokens that end at places evenly spread over the text, the same for every length."""
-        self.require(length >= SHORTEST, f"a length of at least {SHORTEST} tokens is needed, not {length:,}")
-        text = tokenised(tokenizer, read_text(self.text, self.name))
-        begin = bos_id(tokenizer)
-        before = [] if begin is None else [begin]
-        samples = []
-        for number in range(count):
-            end = int((0.5 + seed / 7 + number * _GOLDEN) % 1 * len(text.ids))
-            ids = before + text.take(end - (length - len(before)), length - len(before), self.name)
-            samples.append(Sample(f"end-{number}", ids, {"text": text.name, "text_sha256": text.sha256, "end": end}))
-        return check_fits(samples, length)
+        return windows(self, tokenizer, self.text, length, count, seed)
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, meter: Meter) -> Outcome:
         with meter.prefill(len(sample.tokens)):
@@ -76,6 +67,22 @@ class ReceptiveField(Task):
         places = torch.linspace(0, len(norms) - 1, min(POINTS, len(norms))).long()
         curve = {"distances": places.tolist(), "share_within": within[places].tolist()}
         return Outcome(float(field(within, self.share)), {**sample.meta, "share": self.share, **curve})
+
+
+def windows(
+    task: Task, tokenizer: PreTrainedTokenizerBase, source: str, length: int, count: int, seed: int
+) -> list[Sample]:
+    """`count` windows of exactly `length` tokens of one text; where they end does not depend on their length."""
+    task.require(length >= SHORTEST, f"a length of at least {SHORTEST} tokens is needed, not {length:,}")
+    text = tokenised(tokenizer, read_text(source, task.name))
+    begin = bos_id(tokenizer)
+    before = [] if begin is None else [begin]
+    samples = []
+    for number in range(count):
+        end = int((0.5 + seed / 7 + number * _GOLDEN) % 1 * len(text.ids))
+        ids = before + text.take(end - (length - len(before)), length - len(before), task.name)
+        samples.append(Sample(f"end-{number}", ids, {"text": text.name, "text_sha256": text.sha256, "end": end}))
+    return check_fits(samples, length)
 
 
 def gradient_norms(model: PreTrainedModel, ids: list[int], directions: int = 4) -> Tensor:

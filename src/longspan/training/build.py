@@ -15,7 +15,8 @@ from longspan.apply import apply
 from longspan.errors import NotSupported, SpecError, nearest
 from longspan.facts import ModelFacts, text_config
 from longspan.fetching import reading
-from longspan.method import Combination, parse
+from longspan.memory.rmt import RMT, around
+from longspan.method import Combination, NoMethod, parse
 from longspan.training.data import load_tokenizer
 from longspan.training.recipe import LoraRecipe, Recipe, TokenizerRecipe
 
@@ -72,7 +73,7 @@ def check_method(recipe: Recipe, facts: ModelFacts) -> Combination | None:
     pose = recipe.positions.pose(recipe.data.length)
     target = pose.target if pose else recipe.data.length
     wanted = parse(recipe.method).resolve(facts, target) if recipe.method else None
-    reach = facts.window if wanted is None else _reach(wanted, facts)
+    reach = _reach(wanted or Combination((NoMethod(),)), facts)
     if reach is not None and reach < target:
         key = "positions.target" if pose else "data.length"
         raise SpecError(
@@ -103,8 +104,14 @@ def build(recipe: Recipe, config: PreTrainedConfig, method: Combination | None, 
         with reading(f"model: no {config.model_type} model can be built"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if method is not None:
-        apply(model, method)
+        model = _with_method(model, method)
     return model if recipe.lora is None else _adapted(model, recipe.lora)
+
+
+def _with_method(model: PreTrainedModel, method: Combination) -> PreTrainedModel:
+    if isinstance(method.methods[0], RMT):
+        return around(model, method.methods[0])
+    return apply(model, method)
 
 
 def rebuild(recipe: Recipe, checkpoint: Path, method: Combination | None, dtype: torch.dtype) -> nn.Module:
@@ -116,7 +123,9 @@ def rebuild(recipe: Recipe, checkpoint: Path, method: Combination | None, dtype:
             model if method is None else apply(model, method), checkpoint, is_trainable=True
         )
     model, _ = models.load(checkpoint, dtype=dtype, device="cpu")
-    if method is not None:  # scaling is in the configuration, and load put on the rest
+    if method is not None and not isinstance(
+        method.methods[0], RMT
+    ):  # scaling is in the configuration, and load put on the rest
         text_config(model.config).longspan = {"method": method.spec}
     return model
 

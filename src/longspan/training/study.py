@@ -8,7 +8,8 @@ multiples of its training length on the same text, under two protocols that diff
     non-overlapping  disjoint windows of the length (ALiBi's default): early tokens of a window have little before them
     sliding          a window of the length moved by a stride: every counted token has nearly the whole length before it
 
-Beside the loss stands the receptive field, how far back the tokens lie that move the last state. Every measurement is one
+Beside the loss stand the receptive field, how far back the tokens lie that move the last state, and the resolution of
+attention at the first two lengths. Every measurement is one
 line of `results.jsonl`, so that a study that was stopped goes on; `study.json` has the means, the spread over seeds and a
 verdict, and `curves.png` draws them.
 """
@@ -28,8 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longspan.compare.cost import Meter
 from longspan.compare.store import write_atomically
 from longspan.errors import NotSupported, SpecError
+from longspan.lm.configuration import read_position
 from longspan.models import load
-from longspan.positions.scheme import Scheme
 from longspan.tasks.base import Task, parse_task
 from longspan.training.metrics import append_line, read_lines
 
@@ -71,14 +72,8 @@ class Settings:
     sliding: bool = True
 
     def __post_init__(self) -> None:
-        from longspan.method import parse
-
         for name in self.schemes:
-            methods = parse(name).methods
-            if len(methods) != 1 or not isinstance(methods[0], Scheme):
-                raise SpecError(
-                    f"study: {name!r} is no position scheme; `longspan methods` lists those that work from scratch"
-                )
+            read_position(name)
         if not self.schemes or len(set(self.schemes)) < len(self.schemes):
             raise SpecError("study: name each position scheme once")
         if self.seeds < 1 or self.samples < 1:
@@ -172,6 +167,8 @@ def _tasks(window: int, settings: Settings) -> Iterator[tuple[str, int, Task]]:
                 length,
                 parse_task(f"ppl:protocol=sliding,window={length},stride={stride},text={settings.text}"),
             )
+    for times in settings.times[:2]:
+        yield "resolution", times * window, parse_task(f"resolution:text={settings.text}")
     yield "field", min(FIELD_TIMES, settings.times[-1]) * window, parse_task(f"field:text={settings.text}")
 
 
@@ -237,6 +234,7 @@ def report(folder: Path, settings: Settings) -> Path:
         "transformers": transformers.__version__,
         "curves": {p: [{**asdict(c), "holds": c.holds} for c in cs] for p, cs in drawn.items()},
         "field": fields,
+        "resolution": {c.scheme: c.mean for c in curves(records, "resolution")},
     }
     write_atomically(folder / "study.json", json.dumps(made, indent=1))
     _draw(folder / "curves.png", drawn, curves_of_field(records))
@@ -297,5 +295,8 @@ def table(folder: Path) -> tuple[list[str], list[list[str]]]:
         losses = ["–" if m is None else f"{m:.3f}" for m in curve["mean"]]
         reach = made["field"].get(curve["scheme"])
         far = "–" if reach is None else f"{reach:,.0f}"
-        rows.append([curve["scheme"], *losses, "holds" if curve["holds"] else "does not hold", far])
-    return ["scheme", *(f"{n:,}" for n in found[0]["lengths"]), "past the training length", "field"], rows
+        sharp = ["–" if r is None else f"{r:.3g}" for r in made["resolution"].get(curve["scheme"], [])]
+        held = "holds" if curve["holds"] else "does not hold"
+        rows.append([curve["scheme"], *losses, held, far, " / ".join(sharp)])
+    lengths = [f"{n:,}" for n in found[0]["lengths"]]
+    return ["scheme", *lengths, "past the training length", "field", f"resolution at {' / '.join(lengths[:2])}"], rows

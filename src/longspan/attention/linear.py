@@ -1,0 +1,102 @@
+"""Linear attention (Katharopoulos 2020): φ(q)·φ(k) with φ = elu + 1 in place of e^(q·k), so time is linear and the state of
+a decoder is one matrix for each head.
+
+Projections are those of softmax attention. RoPE turns queries and keys before φ, so weights stay positive and their sum is
+the denominator; a weight then depends on both places and not on their distance alone. (RoFormer's section on linear
+attention turns φ(q) and φ(k) and leaves the denominator unturned, so that its weights may be negative and add up to anything.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from longspan.attention.base import Attention, Mixer
+from longspan.engine.linear import Kernel, State, bidirectional, causal
+from longspan.errors import NotSupported
+from longspan.lm.configuration import LongspanConfig
+from longspan.lm.modeling import LongspanAttention, rotated
+from longspan.lm.state import state_of
+from longspan.positions.scheme import Place
+
+
+class KernelAttention(LongspanAttention):
+    """Attention by the features that `kernel` makes, of the heads and projections of softmax attention."""
+
+    def kernel(self) -> Kernel:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        encoder_states: Tensor | None = None,
+        padding: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        query = self._heads(self.q_proj(hidden_states))
+        key, value = self._keys(hidden_states, None, None)
+        if rotation is not None:
+            query, key = rotated(query, rotation), rotated(key, rotation)
+        new, kernel = query.shape[2], self.kernel()
+        real = None if padding is None else padding[:, -new:]
+        if not self.is_causal:
+            out = bidirectional(query, key, value, kernel, real)
+        elif past_key_values is None:
+            out, _ = causal(query, key, value, kernel, real=real)
+        else:
+            memory = state_of(past_key_values, self.layer_idx)
+            before = State(**memory.tensors) if memory.tensors else None
+            out, after = causal(query, key, value, kernel, before, real)
+            memory.keep(new, **after._asdict())
+        return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
+
+
+class KernelMixer(Mixer):
+    """Base of the mixers whose weights are a product of features."""
+
+    cost: ClassVar[str] = "time n, state of one size"
+    positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})
+
+    def check_config(self, config: LongspanConfig, place: Place, *, causal: bool) -> None:
+        self.check_direction(causal)
+        self.check_place(config, place)
+        refuse_weight_dropout(self, config)
+
+
+def refuse_weight_dropout(attention: Attention, config: LongspanConfig) -> None:
+    """For what never makes the weights that attention_dropout drops."""
+    if config.attention_dropout:
+        raise NotSupported(
+            f"attention_dropout={config.attention_dropout} drops weights of attention, which attention={attention.spec} never "
+            "makes one by one; use hidden_dropout"
+        )
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1 (Katharopoulos 2020, eq. 7), as e^x below zero, where the sum would round to 0."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+class LinearAttention(KernelAttention):
+    def kernel(self) -> Kernel:
+        return Kernel(elu_plus_one)
+
+
+@dataclass(frozen=True)
+class Linear(KernelMixer):
+    """Without settings: φ = elu + 1."""
+
+    name: ClassVar[str] = "linear"
+    title: ClassVar[str] = "Linear attention"
+    paper: ClassVar[str] = "Katharopoulos 2020, arXiv 2006.16236"
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        self.check_config(config, place, causal=causal)
+        return LinearAttention(config, layer, place, causal=causal)

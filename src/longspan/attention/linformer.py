@@ -1,0 +1,137 @@
+"""Linformer (Wang 2020): keys and values of n tokens are projected along the text to k, so time and memory are linear.
+
+    head = softmax(Q (E K)ᵀ / sqrt(d)) F V,   E, F of (k, n)                                          (eq. 7)
+
+E and F are learned, for the length that the model is made for: a shorter text takes their first columns, a longer one cannot
+be read. Every projected key holds tokens from the whole text, so there is no causal form: a mask over the projected keys
+would hide none of what comes later. Columns are counted from a row's first real token and padding is zero before it is
+projected, so padding changes nothing.
+
+Layers with fewer projected keys further up, as the paper proposes, are a list: attention=[linformer:k=256, linformer:k=128].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from longspan.attention.base import Mixer
+from longspan.engine.core import attention
+from longspan.errors import NotSupported
+from longspan.lm.configuration import LongspanConfig
+from longspan.lm.modeling import LongspanAttention, LongspanModel
+from longspan.positions.scheme import Place
+
+
+class Projection(nn.Module):
+    """E and, where it is another, F: (heads or 1, k, n). Entries begin normal with variance 1 / k, as in the paper's Theorem 2;
+    it does not say how its trained models began."""
+
+    def __init__(self, method: Linformer, heads: int, length: int):
+        super().__init__()
+        self.method, self.length = method, length
+        shape = heads if method.share == "none" else 1, method.k, length
+        self.keys = nn.Parameter(torch.empty(shape))
+        self.values = nn.Parameter(torch.empty(shape)) if method.share in ("none", "headwise") else None
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=self.method.k**-0.5)
+
+    def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, T, D) → (B, H, k, D), both."""
+        new = key.shape[2]
+        if new > self.length:
+            raise NotSupported(
+                f"attention={self.method.spec} was made for texts of {self.length:,} tokens and this one has {new:,}: "
+                f"shorten it, or train with max_position_embeddings={new} or more"
+            )
+        values = self.keys if self.values is None else self.values
+        return self.keys[..., :new].to(key.dtype) @ key, values[..., :new].to(value.dtype) @ value
+
+
+class LinformerAttention(LongspanAttention):
+    """Attention to projected keys and values. Under layerwise sharing the first layer that has this method holds the
+    projection, and the others use it."""
+
+    def __init__(self, config: LongspanConfig, layer: int, place: Place, *, method: Linformer):
+        super().__init__(config, layer, place, causal=False)
+        assert config.num_key_value_heads is not None
+        self.method = method
+        self._elsewhere: tuple[Projection, ...] = ()  # in a tuple: its parameters belong to another layer, once
+        if method.share != "layerwise":
+            self.projection = Projection(method, config.num_key_value_heads, config.max_position_embeddings)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        encoder_states: Tensor | None = None,
+        padding: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        query = self._heads(self.q_proj(hidden_states))
+        key, value = self._keys(hidden_states, None, None)
+        if padding is not None:
+            key, value = (_aligned(x, padding) for x in (key, value))
+        key, value = (self._elsewhere[0] if self._elsewhere else self.projection)(key, value)
+        dropout = float(self.config.attention_dropout) if self.training else 0.0
+        out = attention(query, key, value, None, self.scaling, dropout=dropout)
+        return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
+
+
+def _aligned(x: Tensor, padding: Tensor) -> Tensor:
+    """x (B, H, T, D) with padding zeroed and each row's first real token in front."""
+    length = x.shape[2]
+    column = torch.arange(length, device=x.device)[None] + padding.int().argmax(1, keepdim=True)
+    zeroed = x.masked_fill(~padding[:, None, :, None], 0)
+    return zeroed.gather(2, (column % length)[:, None, :, None].expand_as(x))
+
+
+@dataclass(frozen=True)
+class Linformer(Mixer):
+    """`k` projected keys. `share`: none (each head has an E and an F), headwise (each layer has), kv (E = F in each layer) or
+    layerwise (one matrix for the whole model)."""
+
+    k: int = 256
+    share: Literal["none", "headwise", "kv", "layerwise"] = "headwise"
+
+    name: ClassVar[str] = "linformer"
+    title: ClassVar[str] = "Linformer"
+    paper: ClassVar[str] = "Wang 2020, arXiv 2006.04768"
+    cost: ClassVar[str] = "time n, no decoding"
+    directions: ClassVar[tuple[str, ...]] = ("bidirectional",)
+
+    def __post_init__(self) -> None:
+        self.require(self.k >= 1, f"k must be at least 1, not {self.k}")
+
+    def check_direction(self, causal: bool) -> None:
+        if causal:
+            raise NotSupported(
+                f"attention={self.spec} cannot be causal: each projected key holds tokens of the whole text, later ones too. It "
+                "can be part of an encoder (kind=encoder); in a decoder linear or performer take linear time"
+            )
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        self.check_direction(causal)
+        self.check_place(config, place)
+        length = config.max_position_embeddings
+        self.require(
+            self.k <= length, f"k={self.k} is more than the {length} tokens that there are; use k={length // 4}"
+        )
+        return LinformerAttention(config, layer, place, method=self)
+
+    def join(self, stack: LongspanModel) -> None:
+        layers = [m for m in stack.modules() if isinstance(m, LinformerAttention) and m.method == self]
+        if self.share != "layerwise" or not layers:
+            return
+        shared = layers[0].projection = Projection(self, 1, stack.config.max_position_embeddings)
+        for module in layers[1:]:
+            module._elsewhere = (shared,)

@@ -1,0 +1,164 @@
+"""Simple local attention (Xiong 2021): tokens lie in blocks and see their own block, or with `overlap` half a block around it.
+
+With b the block's size, token i lies in the block that begins at s = floor(i / b)·b. `local` shows it keys s … s + b - 1,
+`overlap` keys s - b/2 … s + 3b/2 - 1, aligned to the block and not to the token (the authors' modules `block` and
+`blockwise`). The first `globals` tokens see every token and are seen by every token, through the same projections: one
+softmax over local and global keys. `globals=0` is the form without. The authors mark more tokens as global by task;
+token 0 always is one, as here.
+
+The paper has encoders. In a decoder a token sees of these keys those up to itself, which extends the paper: `local` is then
+attention in chunks, with a cache that no query reads past its block, and `overlap` shows the half block before it as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from longspan.attention.base import Grid, Pattern
+from longspan.attention.trained import OnTrained
+from longspan.engine.joint import Chunk, Lane, Part, by_row, joint_attention
+from longspan.engine.patterns import Call, masked_attention
+from longspan.facts import ModelFacts
+
+TOKENS_AT_ONCE = 2**17
+"""Queries whose sums are held in float32 at once."""
+
+
+@dataclass(frozen=True)
+class Blockwise(Pattern):
+    """Base of both. `block` in tokens."""
+
+    block: int
+    globals: int
+
+    paper: ClassVar[str] = "Xiong 2021, arXiv 2112.07210"
+
+    @property
+    def halo(self) -> int:
+        """How many tokens are seen on each side of the block."""
+        return 0
+
+    def _check(self, most: int) -> None:
+        self.require(self.block >= 1, f"block must be at least 1 token, not {self.block}")
+        self.require(0 <= self.globals <= most, f"globals must be 0 to {most} tokens, not {self.globals}")
+
+    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+        start = queries[:, None, :, None].div(self.block, rounding_mode="floor") * self.block
+        queries, keys = queries[:, None, :, None], keys[:, None, None, :]
+        near = (keys >= start - self.halo) & (keys < start + self.block + self.halo)
+        return near | (keys < self.globals) | (queries < self.globals)
+
+    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
+        if start < self.globals and not grid.causal:
+            return [(0, grid.length)]
+        low = max(self.globals, start // self.block * self.block - self.halo)
+        high = min(grid.length, -(-end // self.block) * self.block + self.halo)
+        return [(0, self.globals), (low, high)]
+
+    def run(self, call: Call, grid: Grid) -> Tensor:
+        """Blocks, halves beside them and global tokens as dense calls that are put together. With more than products in the
+        scores, or dropout, blocks of queries under a mask."""
+        if not call.plain:
+            return masked_attention(self, call, grid)
+
+        def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            chunks = self.chunks(query.shape[2], grid.causal)
+            return joint_attention(query, key, value, chunks, call.scale)
+
+        return by_row(rows, call.query, call.key, call.value, None if grid.causal else call.padding)
+
+    def chunks(self, length: int, causal: bool) -> list[Chunk]:
+        """Where the pieces lie in a text of `length` tokens."""
+        step = max(1, TOKENS_AT_ONCE // self.block) * self.block
+        bounds = [(start, min(start + step, length)) for start in range(0, length, step)]
+        return [Chunk(start, end, self._parts(start, end, length, causal)) for start, end in bounds]
+
+    def _parts(self, start: int, end: int, length: int, causal: bool) -> list[Part]:
+        parts = []
+        if start == 0 and self.globals and not causal:  # the rows of global tokens, and the rest of their block
+            first = min(self.globals, length)
+            parts.append(_one(0, first, 0, length))
+            start = min(self.block, end)
+            if first < start:
+                parts.append(_one(first, start, 0, min(self.block + self.halo, length)))
+        parts += [Part(n, at, at, causal) for n, at in self._blocks(start, end)]
+        later = max(start, self.block)  # global tokens lie in the first block's own keys
+        if self.globals and later < end:
+            parts.append(_one(later, end, 0, self.globals))
+        if self.halo:
+            parts += [
+                Part(n, at, Lane(at.start - self.halo, self.halo, self.block)) for n, at in self._blocks(later, end)
+            ]
+        return parts if causal or not self.halo else parts + self._after(start, end, length)
+
+    def _blocks(self, start: int, end: int) -> list[tuple[int, Lane]]:
+        """The whole blocks of tokens `start` … `end` - 1, and what is left."""
+        whole = max(0, end - start) // self.block
+        rest = start + whole * self.block
+        found = [(whole, Lane(start, self.block, self.block))] if whole else []
+        return found + ([(1, Lane(rest, end - rest))] if rest < end else [])
+
+    def _after(self, start: int, end: int, length: int) -> list[Part]:
+        """The halves after blocks, of which the text's end cuts the last."""
+        whole = min(end - start, length - self.halo - start) // self.block
+        rest = start + max(0, whole) * self.block
+        parts = []
+        if whole > 0:
+            keys = Lane(start + self.block, self.halo, self.block)
+            parts.append(Part(whole, Lane(start, self.block, self.block), keys))
+        if rest + self.block <= end and rest + self.block < length:
+            parts.append(_one(rest, rest + self.block, rest + self.block, min(length, rest + self.block + self.halo)))
+        return parts
+
+
+def _one(start: int, end: int, first: int, last: int) -> Part:
+    """Queries `start` … `end` - 1 see keys `first` … `last` - 1."""
+    return Part(1, Lane(start, end - start), Lane(first, last - first))
+
+
+@dataclass(frozen=True)
+class Local(Blockwise, OnTrained):
+    """`block` in tokens; the first `globals` tokens see and are seen by all (the authors' form without has block=256)."""
+
+    block: int = 512
+    globals: int = 1
+
+    name: ClassVar[str] = "local"
+    title: ClassVar[str] = "Attention in disjoint blocks (a trained model loses what lies before them)"
+    cost: ClassVar[str] = "time n, cache n (all keys are kept)"
+
+    def __post_init__(self) -> None:
+        self._check(self.block)
+
+    def reach(self, facts: ModelFacts) -> int | None:
+        """No end where a model's positions are relative and stay within its window: global tokens are ever farther away."""
+        return None if self.globals == 0 and self.block <= facts.window else facts.window
+
+    def neutral_length(self) -> int:
+        return self.block
+
+    def keys_seen(self, facts: ModelFacts, length: int) -> int:
+        return min(length, self.block + self.globals)
+
+
+@dataclass(frozen=True)
+class Overlap(Blockwise):
+    """`block` in tokens, even; the first `globals` tokens see and are seen by all."""
+
+    block: int = 128
+    globals: int = 1
+
+    name: ClassVar[str] = "overlap"
+    title: ClassVar[str] = "Attention in overlapping blocks"
+    cost: ClassVar[str] = "time n, cache n"
+
+    def __post_init__(self) -> None:
+        self.require(self.block >= 2 and self.block % 2 == 0, f"block must be an even number, not {self.block}")
+        self._check(self.block // 2)
+
+    @property
+    def halo(self) -> int:
+        return self.block // 2

@@ -1,0 +1,151 @@
+"""LongNet's dilated attention (Ding 2023, §2.2): segments of growing length, in each of which every r-th token takes part.
+
+Pattern i cuts the text into segments of w_i tokens. Head j takes of each the tokens whose place p in the segment has
+p mod r_i = s_ij with s_ij = j mod r_i (eq. 9), as queries, keys and values alike (eq. 4-6), and attends among them. The
+patterns' results are added with weights α_i, the shares of their softmax's denominators (eq. 10-11); a pattern in which a
+query takes no part has none. That is one softmax over the keys of all patterns, in which a key of m patterns counts m times:
+m is `counts`, and its logarithm a part of the score.
+
+Decoding follows from the same: token t asks in pattern i on head j only if (t mod w_i) mod r_i = s_ij, in its own segment.
+
+The authors' code (torchscale) gives offsets to groups of neighbouring heads, which for r dividing the number of heads is
+the same with heads renumbered, and fills texts up with zero keys that are not masked; neither is copied. It lets no
+gradient through α: `weights=detached` does so for texts that are read whole.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from longspan.apply import Site
+from longspan.attention.base import Grid
+from longspan.attention.trained import OnTrained
+from longspan.engine.joint import Chunk, Lane, Part, by_row, joint_attention
+from longspan.engine.patterns import Call, masked_attention
+from longspan.errors import NotSupported
+from longspan.facts import ModelFacts
+from longspan.method import read_size
+from longspan.positions.scheme import Place
+
+if TYPE_CHECKING:
+    from longspan.lm.configuration import LongspanConfig
+
+TOKENS_AT_ONCE = 2**17
+"""Queries whose sums are held in float32 at once, where the segments' lengths allow it."""
+
+
+@dataclass(frozen=True)
+class LongNet(OnTrained):
+    """`segments`: w_i in tokens, `dilations`: r_i, both as lists such as 2k/4k/8k; the first dilation is 1. The defaults are
+    the paper's language models'. weights: whether gradients go through α, or as in the authors' code do not."""
+
+    segments: str = "2048/4096/8192/16384/32768"
+    dilations: str = "1/2/4/6/12"
+    weights: Literal["exact", "detached"] = "exact"
+
+    name: ClassVar[str] = "longnet"
+    title: ClassVar[str] = "Dilated attention (a trained model sees other keys than it learned to)"
+    paper: ClassVar[str] = "Ding 2023, arXiv 2307.02486"
+    cost: ClassVar[str] = "time n, cache n (all keys are kept)"
+
+    def __post_init__(self) -> None:
+        sizes, steps = self._list("segments"), self._list("dilations")
+        self.require(
+            len(sizes) == len(steps), f"{len(sizes)} segments and {len(steps)} dilations; each segment has one of each"
+        )
+        self.require(steps[0] == 1, f"the first dilation must be 1, or some tokens see nothing; not {steps[0]}")
+        for size, step in self.patterns:
+            self.require(1 <= step <= size, f"a dilation must lie between 1 and its segment, {size}; not {step}")
+
+    def _list(self, setting: str) -> list[int]:
+        text = getattr(self, setting)
+        self.require(isinstance(text, str) and bool(text), f"{setting} must be a list such as 2k/4k/8k, not {text!r}")
+        return [read_size(item.strip(), f"{self.name}: {setting}") for item in text.split("/")]
+
+    @property
+    def patterns(self) -> list[tuple[int, int]]:
+        """(w_i, r_i)."""
+        return list(zip(self._list("segments"), self._list("dilations"), strict=True))
+
+    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+        return self.counts(queries, keys, grid) > 0
+
+    def counts(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+        queries, keys = queries[:, None, :, None], keys[:, None, None, :]
+        heads = torch.arange(grid.heads, device=keys.device)[None, :, None, None]
+        found = torch.zeros((), dtype=torch.uint8, device=keys.device)
+        for size, step in self.patterns:
+            same = queries.div(size, rounding_mode="floor") == keys.div(size, rounding_mode="floor")
+            asks, answers = (x % size % step == heads % step for x in (queries, keys))
+            found = found + (same & asks & answers).to(found.dtype)
+        return found
+
+    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
+        sizes = self._list("segments")
+        return [(min(start // w * w for w in sizes), min(grid.length, max(-(-end // w) * w for w in sizes)))]
+
+    def run(self, call: Call, grid: Grid) -> Tensor:
+        """One dense call for each pattern and offset. With more than products in the scores, or dropout, blocks of queries under
+        a mask."""
+        if not call.plain:
+            return masked_attention(self, call, grid)
+
+        def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            chunks = self.chunks(query.shape[2], grid.heads, grid.causal)
+            return joint_attention(query, key, value, chunks, call.scale, detached=self.weights == "detached")
+
+        return by_row(rows, call.query, call.key, call.value, None if grid.causal else call.padding)
+
+    def chunks(self, length: int, heads: int, causal: bool) -> list[Chunk]:
+        """Where the segments lie in a text of `length` tokens. No segment crosses the end of a chunk."""
+        period = math.lcm(*self._list("segments"))
+        step = max(1, TOKENS_AT_ONCE // period) * period
+        bounds = [(start, min(start + step, length)) for start in range(0, length, step)]
+        return [Chunk(start, end, self._parts(start, end, heads, causal)) for start, end in bounds]
+
+    def _parts(self, start: int, end: int, heads: int, causal: bool) -> list[Part]:
+        parts = []
+        for size, step in self.patterns:
+            whole = (end - start) // size
+            last = start + whole * size
+            for offset in range(min(step, heads)):
+                some = slice(offset, None, step)
+                if whole:
+                    at = Lane(start + offset, size - offset, size, step)
+                    parts.append(Part(whole, at, at, causal, some))
+                if last + offset < end:
+                    at = Lane(last + offset, end - last - offset, step=step)
+                    parts.append(Part(1, at, at, causal, some))
+        return parts
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        added = place.has("bias") or place.has("query_scores")
+        if self.weights == "detached" and (added or config.attention_dropout):
+            raise NotSupported(
+                "weights=detached needs a position scheme that adds nothing to scores, such as rope or xpos, and "
+                "attention_dropout=0; use weights=exact"
+            )
+        return super().build(config, layer, place, causal=causal)
+
+    # On trained models.
+
+    def reach(self, facts: ModelFacts) -> int | None:
+        return None if max(self._list("segments")) <= facts.window else facts.window
+
+    def neutral_length(self) -> int:
+        """With several patterns the near keys count several times from the second token on."""
+        return self._list("segments")[0] if len(self.patterns) == 1 else 1
+
+    def keys_seen(self, facts: ModelFacts, length: int) -> int:
+        """The mean over tokens and heads: a share 1/r of them asks, for a share 1/r of a segment."""
+        return min(length, max(1, round(sum(min(size, length) / step**2 for size, step in self.patterns))))
+
+    def attach(self, site: Site) -> None:
+        if self.weights == "detached":
+            raise NotSupported(f"{self.name}: weights=detached is for training a model of ours; use weights=exact")
+        super().attach(site)

@@ -1,0 +1,162 @@
+"""Performer (FAVOR+, Choromanski 2021): attention by random features whose product estimates e^(q·k), in linear time.
+
+Keys' features are divided by their head's greatest so far (`engine/linear.py`), and nothing is added to them. The authors'
+code divides by the greatest of the whole text and adds 1e-6: then the causal form changes with tokens that come later, and
+features that sink below 1e-6 give every token the same weight.
+
+On a trained model softmax is only swapped for its estimate. At the size that trained queries and keys have, the estimate is
+far off (`attention/random_features.py` measures it), so the model must be fine-tuned with it; only then is it of use. Its
+cache keeps keys and values as before: one token costs the features of all keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from longspan.attention.linear import KernelAttention, KernelMixer
+from longspan.attention.random_features import Draw, RandomFeatures
+from longspan.engine.linear import Kernel, causal, read
+from longspan.errors import NotSupported
+from longspan.facts import ModelFacts
+from longspan.lm.configuration import LongspanConfig
+from longspan.lm.modeling import LongspanModel
+from longspan.positions.scheme import Place
+
+if TYPE_CHECKING:
+    from longspan.apply import Attend, Site
+
+
+class PerformerAttention(KernelAttention):
+    def __init__(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool, method: Performer):
+        super().__init__(config, layer, place, causal=causal)
+        self.method = method
+        self.features = method.random_features(self.head_dim, layer)
+
+    def kernel(self) -> Kernel:
+        return self.features.kernel(self.scaling)
+
+
+@dataclass(frozen=True)
+class Performer(KernelMixer):
+    """`features` random features, drawn from `seed` for each layer, `orthogonal` in blocks or independent; `norms` of their
+    rows as normal vectors have them (chi) or all the same (sqrt, the regularised softmax kernel). `kernel` is softmax, or relu
+    (the generalised kernel relu(W x) + 0.001). `redraw`: new features after every so many forwards in training, none while
+    0; evaluation and decoding keep the last."""
+
+    features: int = 256
+    kernel: Literal["softmax", "relu"] = "softmax"
+    orthogonal: bool = True
+    norms: Literal["chi", "sqrt"] = "chi"
+    redraw: int = 0
+    seed: int = 0
+
+    name: ClassVar[str] = "performer"
+    title: ClassVar[str] = "Performer (FAVOR+ random features)"
+    paper: ClassVar[str] = "Choromanski 2021, arXiv 2009.14794"
+    works_on: ClassVar[str] = "from scratch, or a trained model that is then fine-tuned"
+    cost: ClassVar[str] = (
+        "time n, state of one size (on a trained model: cache n, and features of all keys for each new token)"
+    )
+    why_not_exportable: ClassVar[str] = "it replaces softmax, and a checkpoint only holds weights and settings"
+
+    def __post_init__(self) -> None:
+        self.require(self.features >= 1, f"features must be at least 1, not {self.features}")
+        self.require(self.redraw >= 0, f"redraw must be a number of steps, or 0 for never, not {self.redraw}")
+        self.require(self.seed >= 0, f"seed must be 0 or above, not {self.seed}")
+
+    def random_features(self, width: int, layer: int) -> RandomFeatures:
+        draw = Draw(self.features, self.orthogonal, self.norms)
+        return RandomFeatures(draw, width, self.seed, layer, kernel=self.kernel, redraw=self.redraw)
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        self.check_config(config, place, causal=causal)
+        return PerformerAttention(config, layer, place, causal=causal, method=self)
+
+    def join(self, stack: LongspanModel) -> None:
+        """Forwards are counted where gradient checkpointing does not run them twice."""
+        if self.redraw:
+            stack.register_forward_pre_hook(self._count)
+
+    def _count(self, stack: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if stack.training and torch.is_grad_enabled():
+            for module in stack.modules():
+                if isinstance(module, PerformerAttention) and module.method == self:
+                    module.features.count()
+
+    def check(self, facts: ModelFacts) -> None:
+        if self.redraw:
+            raise NotSupported(
+                "performer: on a trained model features are drawn once, from the seed, so that the checkpoint needs no more than "
+                "its settings; leave redraw out"
+            )
+        windowed = facts.sliding_window is not None and not facts.layer_types
+        if windowed or facts.layer_types - {"full_attention"}:
+            raise NotSupported(
+                f"performer sums over all tokens before a query, and {facts.architecture} has layers that forget or see only a "
+                "window of them; use a model with full attention in every layer"
+            )
+
+    def attach(self, site: Site) -> None:
+        if any(getattr(module, "pattern", None) is not None for module in site.model.modules()):
+            raise NotSupported(
+                "performer sums over all tokens before a query, and this model was trained with a pattern that hides some; use a "
+                "model with full attention, or train one with attention=performer"
+            )
+        swap = Swap(self, site)
+        site.attention(swap.attend, own_mask=True)
+        site.before_forward(swap.before_forward)
+
+
+class Swap:
+    """Attention of one trained model by random features."""
+
+    def __init__(self, method: Performer, site: Site):
+        self.method, self.site = method, site
+        self.features: dict[int, RandomFeatures] = {}
+        self.real: Tensor | None = None
+
+    def before_forward(self, arguments: dict[str, Any]) -> None:
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise NotSupported("performer sums over all tokens: a mask may only hide padding, (batch, tokens)")
+        if mask is None and positions is not None and bool((positions.diff() < 0).any()):
+            raise NotSupported(
+                "several texts are packed into one row, and performer would sum across them; use data.packing=plain or none"
+            )
+        self.real = None if mask is None or bool(mask.all()) else mask.bool()
+
+    def attend(self, call: Attend) -> Tensor:
+        self._check(call)
+        kernel = self._features(call).kernel(call.scale)
+        total, before = call.key.shape[2], call.key.shape[2] - call.query.shape[2]
+        real = self.real
+        if real is not None and real.shape[1] != total:
+            raise NotSupported(
+                f"performer: the mask knows {real.shape[1]} tokens of {total}; give one over all tokens so far"
+            )
+        old, new = (None, None) if real is None else (real[:, :before], real[:, before:])
+        state = read(call.key[:, :, :before], call.value[:, :, :before], kernel, real=old) if before else None
+        return causal(call.query, call.key[:, :, before:], call.value[:, :, before:], kernel, state, new)[0]
+
+    def _features(self, call: Attend) -> RandomFeatures:
+        from longspan.apply import layer_number
+
+        layer = layer_number(call.module)
+        if layer not in self.features:
+            self.features[layer] = self.method.random_features(call.query.shape[-1], layer)
+        return self.features[layer].to(call.query.device)
+
+    def _check(self, call: Attend) -> None:
+        if call.softcap is not None:
+            raise NotSupported(
+                f"performer: {self.site.facts.architecture} caps its scores, which are never made one by one"
+            )
+        if call.dropout:
+            raise NotSupported(
+                "performer: attention_dropout drops weights that are never made one by one; set it to 0 in the model's "
+                "configuration"
+            )

@@ -1,0 +1,84 @@
+"""Patterns put on a trained model, which learned to see other keys: what a pattern hides is hidden from the model's attention.
+
+A whole text goes the pattern's own fast way where the model's attention is plain SDPA. All else (chunks, decoding, padding,
+softcaps) runs the model's own attention under the pattern's mask, a block of queries at a time. Tokens are known by position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from longspan.apply import Attend, Site, layer_number
+from longspan.attention.base import Grid, Pattern
+from longspan.engine.patterns import Call
+from longspan.errors import NotSupported
+from longspan.facts import ModelFacts
+
+QUERIES_AT_ONCE = 512
+"""Queries that share one mask."""
+
+
+@dataclass(frozen=True)
+class OnTrained(Pattern):
+    """Base of the patterns that trained models can be tried with."""
+
+    works_on: ClassVar[str] = "pretrained, from scratch"
+    why_not_exportable: ClassVar[str] = (
+        "it changes what the attention sees, and a checkpoint only holds weights and settings"
+    )
+
+    def check(self, facts: ModelFacts) -> None:
+        if facts.absolute_positions:
+            raise NotSupported(
+                f"{self.name} is there for texts past the window, and {facts.architecture} adds absolute positions to its "
+                "embeddings, which end there; use a model with RoPE (Llama, Mistral, Qwen, Phi-3, Gemma, …)"
+            )
+
+    def attach(self, site: Site) -> None:
+        site.attention(lambda call: self.attend(site, call))
+
+    def attend(self, site: Site, call: Attend) -> Tensor:
+        heads, new, held = call.query.shape[1], call.query.shape[2], call.key.shape[2]
+        end = site.once("end", lambda: int(call.position_ids.max()) + 1)
+        grid = Grid(heads, end, layer_number(call.module), causal=True)
+        if self._is_whole(site, call):
+            return self.run(Call(call.query, call.key, call.value, call.scale), grid)
+        columns = site.once(f"columns:{held}", lambda: self._columns(call, grid))
+        parts = []
+        for start, wanted in zip(range(0, new, QUERIES_AT_ONCE), columns, strict=True):
+            rows = slice(start, min(start + QUERIES_AT_ONCE, new))
+            part = call.part(rows, wanted)
+            asked, keys = part.position_ids, part.key_positions
+            mask = self.visible(asked, keys, grid)
+            if part.mask is None:
+                numbers = torch.arange(held - new, held, device=wanted.device)[rows]
+                mask = mask & (wanted <= numbers[:, None])
+            else:
+                mask = mask & part.mask
+            parts.append(site.own_attention(part, mask, self.counts(asked, keys, grid)))
+        return torch.cat(parts, dim=2)
+
+    def _is_whole(self, site: Site, call: Attend) -> bool:
+        """Whether tokens 0, 1, 2 … attend to themselves by SDPA and nothing else."""
+        if call.query.shape[2] != call.key.shape[2] or call.mask is not None or call.softcap is not None:
+            return False
+        if call.dropout or call.sliding_window is not None or not site.plain_attention:
+            return False
+        numbers = torch.arange(call.query.shape[2], device=call.query.device)
+        return site.once("in order", lambda: bool((call.position_ids == numbers).all()))
+
+    def _columns(self, call: Attend, grid: Grid) -> list[Tensor]:
+        """For each block of queries the columns of the keys that some of them see, ascending."""
+        blocks = call.position_ids.split(QUERIES_AT_ONCE, dim=-1)
+        lowest, highest = (torch.stack(x).tolist() for x in ([b.min() for b in blocks], [b.max() for b in blocks]))
+        keys, found = call.key_positions, []
+        for low, high in zip(lowest, highest, strict=True):
+            seen = torch.zeros(keys.shape[-1], dtype=torch.bool, device=keys.device)
+            for first, last in self.ranges(low, high + 1, grid):
+                seen |= ((keys >= first) & (keys < last)).any(0)
+            found.append(seen.nonzero()[:, 0])
+        return found

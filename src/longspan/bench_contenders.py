@@ -1,0 +1,332 @@
+"""Who takes part in `longspan bench attention`.
+
+Patterns are timed as attention alone, on queries, keys and values that are there. What has projections of its own is timed as
+a layer with them, beside full attention as a layer. Dense SDPA comes first. Modules of other libraries take part where they
+are installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.attention.base import Attention, Full, Grid, Pattern
+from longspan.engine.block_tables import block_size
+from longspan.engine.masks import pieces
+from longspan.engine.patterns import Call, attend
+from longspan.engine.routes import choose, dense_first, through
+from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.lm import LongspanConfig
+from longspan.lm.modeling import LongspanAttention, LongspanModel
+from longspan.method import catalogue, parse
+
+SIZED = {"window": ("window:size=1024", "window:size=1024,sinks=4")}
+"""Specs of what has no size of its own; everything else comes with its defaults."""
+SAMPLED = 256
+"""Queries whose keys are counted in a text that has more."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One text of one layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.head_dim
+
+    def leaves(self, length: int) -> list[Tensor]:
+        """Queries, keys and values (1, H or H_kv, length, D)."""
+        return [
+            torch.randn(1, heads, length, self.head_dim, dtype=self.dtype, device=self.device, requires_grad=True)
+            for heads in (self.heads, self.kv_heads, self.kv_heads)
+        ]
+
+    def states(self, length: int) -> Tensor:
+        return torch.randn(1, length, self.hidden, dtype=self.dtype, device=self.device, requires_grad=True)
+
+
+@dataclass
+class Work:
+    """What is timed: `run` gives the output, `leaves` are what a backward reaches."""
+
+    run: Callable[[], Tensor]
+    leaves: list[Tensor]
+    pairs: float | None = None
+    """Pairs of a query and a key that it sees, of all heads together."""
+    way: str = ""
+    why: str = ""
+    mask_s: float | None = None
+    """Seconds of building the masks, or the tables of blocks, that a call needs."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`prepare` makes its work for a length. Raises `NotSupported` for one that it cannot have."""
+
+    name: str
+    kind: str
+    causal: bool
+    prepare: Callable[[int], Work] = field(repr=False)
+
+
+def contenders(specs: list[str], shape: Shape, skipped: dict[str, str], *, peers: bool) -> Iterator[Contender]:
+    """Of all attentions of the catalogue, or of `specs`; `skipped` gets who cannot take part, and why."""
+    methods = [_read(spec) for spec in specs or _known()]
+    yield Contender("dense SDPA", "attention", True, partial(_dense, shape))
+    if shape.device.type == "cuda":
+        yield Contender("FlexAttention", "attention", True, partial(_pattern, Full(), shape, True, "flex"))
+    yield Contender("full, layer", "layer", True, partial(_layer, Full(), shape, True))
+    for method in methods:
+        causal = "causal" in method.directions
+        try:
+            layer = _build(method, shape, 256, causal).layers[0].self_attn
+        except LongspanError as error:
+            skipped[method.spec] = str(error)
+            continue
+        if isinstance(method, Pattern) and type(layer) is LongspanAttention:
+            yield Contender(method.spec, "attention", causal, partial(_pattern, method, shape, causal, None))
+        elif not isinstance(method, Full):
+            yield Contender(method.spec, "layer", causal, partial(_layer, method, shape, causal))
+    for name, (causal, make) in PEERS.items() if peers else ():
+        try:
+            yield Contender(name, "layer", causal, make(shape))
+        except ImportError as error:
+            skipped[name] = f"{error.name or error} is not installed"
+
+
+def _known() -> list[str]:
+    names = [n for n, cls in catalogue().items() if issubclass(cls, Attention) and n != "full"]
+    return [spec for name in names for spec in SIZED.get(name, (name,))]
+
+
+def _read(spec: str) -> Attention:
+    methods = parse(spec).methods
+    if len(methods) != 1 or not isinstance(methods[0], Attention):
+        raise SpecError(f"{spec!r} is no pattern or mixer, such as window:size=1024; longspan methods lists them")
+    return methods[0]
+
+
+def _dense(shape: Shape, length: int) -> Work:
+    query, key, value = leaves = shape.leaves(length)
+    grouped = shape.heads != shape.kv_heads
+
+    def run() -> Tensor:
+        with dense_first(shape.device):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+
+    return Work(run, leaves, shape.heads * length * (length + 1) / 2, "sdpa")
+
+
+def _pattern(pattern: Pattern, shape: Shape, causal: bool, way: str | None, length: int) -> Work:
+    leaves = shape.leaves(length)
+    call = Call(leaves[0], leaves[1], leaves[2], shape.head_dim**-0.5)
+    grid = Grid(shape.heads, length, 0, causal)
+
+    def run() -> Tensor:
+        with through(way) if way else contextlib.nullcontext():
+            return attend(pattern, call, grid)
+
+    pairs = visible_pairs(pattern, grid)
+    if way is None and type(pattern).run is not Pattern.run:
+        return Work(run, leaves, pairs, "own")
+    tables_s = _tables_s(pattern, grid, shape.device)  # first, since they are kept
+    with through(way) if way else contextlib.nullcontext():
+        route = choose(pattern, call, grid)
+    mask_s = tables_s if route.way == "flex" else _masks_s(pattern, call, grid) if route.way == "masks" else 0.0
+    return Work(run, leaves, pairs, route.way, route.why, mask_s)
+
+
+def visible_pairs(pattern: Pattern, grid: Grid) -> float:
+    """Pairs of a query and a key that it sees, of all heads; in a long text from one query out of each of SAMPLED parts."""
+    count = min(grid.length, SAMPLED)
+    draw = torch.Generator().manual_seed(0)
+    edges = torch.linspace(0, grid.length, count + 1).long()
+    chosen = edges[:-1] + (torch.rand(count, generator=draw) * edges.diff()).long()
+    seen = 0.0
+    for query in chosen.tolist():
+        keys = torch.cat([torch.arange(low, high) for low, high in pattern.ranges(query, query + 1, grid)])
+        keys = keys[keys <= query] if grid.causal else keys
+        mask = pattern.visible(torch.tensor([[query]]), keys[None], grid)
+        seen += float(mask.expand(1, grid.heads, 1, len(keys)).sum())
+    return seen * grid.length / count
+
+
+def _tables_s(pattern: Pattern, grid: Grid, device: torch.device) -> float | None:
+    """Seconds of building the tables of blocks, where FlexAttention may need them."""
+    if device.type != "cuda":
+        return None
+    for length in (128, grid.length):  # the first for the libraries that it loads
+        _wait(device)
+        start = time.perf_counter()
+        blocks = pattern.blocks(replace(grid, length=length), block_size(length, backward=False), device)
+        if blocks is not None:
+            blocks.mask()
+        _wait(device)
+    return time.perf_counter() - start
+
+
+def _masks_s(pattern: Pattern, call: Call, grid: Grid) -> float:
+    """Seconds of making the masks of one call, which every call does."""
+    for _ in range(2):
+        _wait(call.query.device)
+        start = time.perf_counter()
+        for _ in pieces(pattern, call, grid):
+            pass
+        _wait(call.query.device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _build(method: Attention, shape: Shape, length: int, causal: bool) -> LongspanModel:
+    """One layer of it, without positions where it can be without."""
+    sizes: dict[str, Any] = {"hidden_size": shape.hidden, "num_attention_heads": shape.heads, "num_hidden_layers": 1}
+    sizes |= {
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": 64,
+        "vocab_size": 8,
+    }
+    sizes |= {"kind": "decoder" if causal else "encoder", "max_position_embeddings": length, method.seam: method.spec}
+    for position in ("nope", "rope"):
+        with contextlib.suppress(LongspanError):
+            model = LongspanModel(LongspanConfig(**sizes, position=position))
+            break
+    else:
+        model = LongspanModel(LongspanConfig(**sizes, position="sinusoidal"))
+    return nn.Module.to(model, shape.device, shape.dtype).eval()
+
+
+def _layer(method: Attention, shape: Shape, causal: bool, length: int) -> Work:
+    model = _build(method, shape, length, causal)
+    layer: Any = model.layers[0].self_attn
+    states = shape.states(length)
+    positions = torch.arange(length, device=shape.device)[None]
+    rotation = model.rotary_emb(states, positions) if hasattr(model, "rotary_emb") else None
+
+    def run() -> Tensor:
+        with dense_first(shape.device):
+            return layer(states, None, rotation, None, position_ids=positions, padding=None)[0]
+
+    return Work(run, [states, *layer.parameters()])
+
+
+def _module(
+    make: Callable[[int], tuple[nn.Module, Callable[[nn.Module, Tensor], Any]]], shape: Shape, length: int
+) -> Work:
+    """A module of another library, and how it is called with states."""
+    module, call = make(length)
+    module.to(shape.device, shape.dtype).eval()
+    states = shape.states(length)
+    return Work(lambda: call(module, states), [states, *module.parameters()])
+
+
+def _longformer(shape: Shape) -> Callable[[int], Work]:
+    from transformers import LongformerConfig
+    from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+    def make(length: int) -> tuple[nn.Module, Any]:
+        if length % 512:
+            raise NotSupported("it takes lengths in multiples of its window of 512")
+        sizes: dict[str, Any] = {
+            "hidden_size": shape.hidden,
+            "num_attention_heads": shape.heads,
+            "num_hidden_layers": 1,
+        }
+        module = LongformerSelfAttention(LongformerConfig(**sizes, attention_window=[512]), layer_id=0)
+        mask = torch.zeros(1, length, dtype=shape.dtype, device=shape.device)
+        masked = torch.zeros(1, length, dtype=torch.bool, device=shape.device)
+        return module, lambda m, x: m(x, mask, masked, masked, False)[0]
+
+    return partial(_module, make, shape)
+
+
+def _big_bird(shape: Shape) -> Callable[[int], Work]:
+    from transformers import BigBirdConfig
+    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
+
+    def make(length: int) -> tuple[nn.Module, Any]:
+        if length % 64 or length < 1024:
+            raise NotSupported("it takes lengths from 1,024 on, in multiples of its blocks of 64")
+        sizes: dict[str, Any] = {
+            "hidden_size": shape.hidden,
+            "num_attention_heads": shape.heads,
+            "max_position_embeddings": length,
+        }
+        module = BigBirdBlockSparseAttention(BigBirdConfig(**sizes), seed=0)
+        ones = torch.ones(1, length, dtype=shape.dtype, device=shape.device)
+        blocked, band, rows, columns = BigBirdModel.create_masks_for_block_sparse_attn(ones, 64)
+        return module, lambda m, x: m(x, band, rows, columns, blocked, blocked)[0]
+
+    return partial(_module, make, shape)
+
+
+def _reformer(shape: Shape) -> Callable[[int], Work]:
+    from transformers import ReformerConfig
+    from transformers.models.reformer.modeling_reformer import LSHSelfAttention
+
+    def make(length: int) -> tuple[nn.Module, Any]:
+        if length % 64:
+            raise NotSupported("it takes lengths in multiples of its chunks of 64")
+        sizes: dict[str, Any] = {
+            "hidden_size": shape.hidden,
+            "num_attention_heads": shape.heads,
+            "attention_head_size": shape.head_dim,
+        }
+        config = ReformerConfig(
+            **sizes, num_hashes=4, num_buckets=None, is_decoder=True, max_position_embeddings=length
+        )
+        return LSHSelfAttention(config), lambda m, x: m(x)[0]
+
+    return partial(_module, make, shape)
+
+
+def _linear_attention(shape: Shape) -> Callable[[int], Work]:
+    from fla.layers import LinearAttention
+
+    def make(length: int) -> tuple[nn.Module, Any]:
+        return LinearAttention(hidden_size=shape.hidden, num_heads=shape.heads), lambda m, x: m(x)[0]
+
+    return partial(_module, make, shape)
+
+
+def _x_transformers(shape: Shape) -> Callable[[int], Work]:
+    from x_transformers.x_transformers import Attention as PeerAttention
+
+    def make(length: int) -> tuple[nn.Module, Any]:
+        sizes = {"dim": shape.hidden, "heads": shape.heads, "dim_head": shape.head_dim}
+
+        def call(module: nn.Module, states: Tensor) -> Tensor:
+            out = module(states)
+            return out[0] if isinstance(out, tuple) else out
+
+        return PeerAttention(**sizes, causal=True, flash=True), call
+
+    return partial(_module, make, shape)
+
+
+PEERS: dict[str, tuple[bool, Callable[[Shape], Callable[[int], Work]]]] = {
+    "transformers Longformer": (False, _longformer),
+    "transformers BigBird": (False, _big_bird),
+    "transformers Reformer": (True, _reformer),
+    "flash-linear-attention": (True, _linear_attention),
+    "x-transformers": (True, _x_transformers),
+}
+"""Modules of other libraries: whether they are causal, and what makes them; ImportError where they are not installed."""

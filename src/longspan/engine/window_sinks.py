@@ -1,0 +1,174 @@
+"""Causal attention over a window and the first keys, forward and backward, in kernels of our own for CUDA.
+
+A query at position p sees key k where p - window < k <= p or k < sinks, k <= p. The queries are the last Tq of the Tk keys, so
+that keys of a rolling cache, sinks before the window, will do. Two operators registered with torch run the kernels:
+torch.compile sees calls with known shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longspan.engine.biased import LONG, _on, _rows_whole, _strides
+from longspan.errors import SpecError
+
+try:
+    from longspan.engine.kernels import windowed as kernels
+    from longspan.engine.kernels import windowed_backward as backward_kernels
+    from longspan.engine.kernels.biased import INTERPRETED
+except ImportError:  # no Triton
+    kernels = backward_kernels = None  # type: ignore[assignment]
+    INTERPRETED = False
+
+MOST_PARTS = 128
+"""Parts of a text whose gradients to the sinks are added up apart."""
+LEAST_PART = 1024
+"""Queries of such a part."""
+
+
+def refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why the kernels cannot answer, or None."""
+    if kernels is None:
+        return "Triton is not installed"
+    if not (query.is_cuda or INTERPRETED):
+        return "the device is no CUDA device"
+    width, dtypes = query.shape[-1], (torch.bfloat16, torch.float16, torch.float32)
+    if query.dtype not in dtypes or width not in (32, 64, 128):
+        return f"it runs heads of 32, 64 or 128 in 16 bits or float32, not of {width} in {query.dtype}"
+    if key.shape != value.shape or not query.dtype == key.dtype == value.dtype or key.shape[-1] != width:
+        return "queries, keys and values differ in width or dtype"
+    return None
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, window: int, sinks: int, scale: float) -> Tensor:
+    """query (B, H, Tq, D), key and value (B, H_kv, Tk, D) → (B, H, Tq, D), for what `refusal` does not refuse."""
+    if window < 1 or sinks < 0 or not scale > 0 or not 0 < query.shape[2] <= key.shape[2]:
+        raise SpecError(
+            f"window {window}, sinks {sinks}, scale {scale} on {query.shape[2]} queries and {key.shape[2]} keys cannot be"
+        )
+    keys = key.shape[2]
+    return _Windowed.apply(query, key, value, min(window, keys), min(sinks, keys), scale)[0]
+
+
+def _choices(query: Tensor, key: Tensor, sinks: int) -> dict[str, Any]:
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "WIDTH": query.shape[-1],
+        "SINK": 0 if sinks == 0 else 16 if sinks <= 16 else 32,
+        "PRECISION": "ieee",  # float32 inputs are multiplied as such
+    }
+
+
+def _bucket(queries: int, window: int) -> int:
+    """For block sizes: short and long inputs, narrow and wide windows want other ones."""
+    return 16 * int(queries >= LONG) + min(window.bit_length(), 15)
+
+
+@torch.library.custom_op("longspan::windowed_forward", mutates_args=())
+def _forward(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The output, and each row's log-sum-exp to base 2 (B, H, Tq)."""
+    query, key, value = _rows_whole(query, key, value)
+    (batch, heads, queries, _), keys = query.shape, key.shape[2]
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    with _on(query.device):
+        kernels.forward[lambda config: (-(-queries // config["BM"]), batch * heads)](
+            *(query, key, value, out, lse, heads, queries, keys, window, sinks, scale),
+            *_strides(query, key, value, out),
+            _bucket(queries, window),
+            **_choices(query, key, sinks),
+        )
+    return out, lse
+
+
+@torch.library.custom_op("longspan::windowed_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives by query, key and value."""
+    query, key, value, out, d_out = _rows_whole(query, key, value, out, d_out)
+    (batch, heads, queries, _), (_, kv_heads, keys, _) = query.shape, key.shape
+    dq, dk, dv, delta = (torch.empty_like(x) for x in (query, key, value, lse))
+    sizes, choices = (heads, queries, keys, window, sinks), _choices(query, key, sinks)
+    bucket = _bucket(queries, window)
+    with _on(query.device):
+        backward_kernels.backward_queries[lambda config: (-(-queries // config["BM"]), batch * heads)](
+            *(query, key, value, out, d_out, dq, lse, delta, *sizes, scale),
+            *_strides(query, key, value, out, d_out, dq),
+            bucket,
+            **choices,
+        )
+        far = _far(query, key, value, d_out, lse, delta, sizes, scale, choices) if sinks else lse
+        backward_kernels.backward_keys[lambda config: (-(-keys // config["BN"]), batch * kv_heads)](
+            *(query, key, value, d_out, dk, dv, far, lse, delta, *sizes, scale),
+            *_strides(query, key, value, d_out, dk, dv),
+            bucket,
+            **choices,
+        )
+    return dq, dk, dv
+
+
+def _far(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    sizes: tuple[int, int, int, int, int],
+    scale: float,
+    choices: dict[str, Any],
+) -> Tensor:
+    """What queries give to sinks that they are far from, (2, B, H_kv, sinks, D) float32, for keys without the scale."""
+    (batch, heads, queries, width), sinks, rows = query.shape, sizes[-1], 32 if query.element_size() == 4 else 64
+    part = max(LEAST_PART, -(-queries // (MOST_PARTS * rows)) * rows)
+    sums = lse.new_empty(2, -(-queries // part), batch, heads, sinks, width)
+    grid = (sums.shape[1], batch * heads, -(-sinks // choices["SINK"]))
+    backward_kernels.backward_sinks[grid](
+        *(query, key, value, d_out, sums, lse, delta, *sizes, part, scale),
+        *_strides(query, key, value, d_out),
+        **choices,
+        BM=rows,
+    )
+    return sums.sum(1).unflatten(2, (key.shape[1], -1)).sum(3)
+
+
+@_forward.register_fake
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(_rows_whole(query)[0]), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x) for x in _rows_whole(query, key, value))
+    return dq, dk, dv
+
+
+class _Windowed(torch.autograd.Function):
+    """The two operators as one function with a derivative, which torch.func knows too."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.longspan.windowed_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        query, key, value, *ctx.settings = inputs
+        ctx.save_for_backward(query, key, value, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple:
+        return (*torch.ops.longspan.windowed_backward(d_out, *ctx.saved_tensors, *ctx.settings), None, None, None)

@@ -1,0 +1,67 @@
+"""Transformer-XL's relative positions: each query scores the distance itself, beside the key that lies there.
+
+    A_ij = ((q_i + u) · k_j + (q_i + v) · W_R R_(i-j)) / sqrt(D)        (Dai 2019, §3.3)
+
+R is the sinusoid of the distance, its sines before its cosines; u and v are one vector a head, shared by all layers, and
+W_R is each layer's own. Nothing is added to embeddings, so states may be used again at another distance: that is what
+`memory="transformer-xl"` needs, though any relative scheme will do there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from longspan.positions.scheme import Place, Scheme, Shape
+
+
+class XLPlace(Place):
+    def __init__(self, shape: Shape, clamp: int | None):
+        super().__init__()
+        self.clamp = clamp
+        self.content = nn.Parameter(torch.empty(shape.heads, shape.head_dim))
+        self.position = nn.Parameter(torch.empty(shape.heads, shape.head_dim))
+        self.projection = nn.Parameter(torch.empty(shape.layers, shape.heads, shape.head_dim, shape.hidden))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def turn(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+        return query + self.content[:, None].to(query.dtype), key
+
+    def query_scores(self, query: Tensor, distance: Tensor, layer: int) -> Tensor:
+        weights = self.projection[layer].float()
+        far = distance if self.clamp is None else distance.clamp(max=self.clamp)
+        places = torch.einsum("nd,hwd->hwn", halves(far, weights.shape[-1]), weights)
+        return (query.float() + self.position[:, None].float()) @ places
+
+
+def halves(distance: Tensor, width: int, base: float = 10_000.0) -> Tensor:
+    """(N, width) float32: the sines of distance / base^(2i/width) and then the cosines."""
+    rates = base ** (-torch.arange(0, width, 2, device=distance.device, dtype=torch.float64) / width)
+    angles = distance.double()[:, None] * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
+
+
+@dataclass(frozen=True)
+class XL(Scheme):
+    """`clamp` is the distance, in tokens, from which all are alike; the paper's evaluations past the training length use it."""
+
+    clamp: int | None = None
+
+    name: ClassVar[str] = "xl"
+    title: ClassVar[str] = "Transformer-XL's relative positions"
+    paper: ClassVar[str] = "Dai 2019, arXiv 1901.02860"
+
+    def __post_init__(self) -> None:
+        self.require(self.clamp is None or self.clamp >= 1, f"clamp must be at least 1 token, not {self.clamp}")
+
+    def build(self, shape: Shape) -> Place:
+        self.require(shape.causal, "it is defined for looking back; an encoder can have rope or t5")
+        self.require(shape.hidden % 2 == 0, f"the hidden size must be even, not {shape.hidden}")
+        return XLPlace(shape, self.clamp)

@@ -1,0 +1,129 @@
+"""That every way gives what the definition gives, and which way is taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from longspan.attention.base import Full, Grid, Pattern
+from longspan.attention.window import Window
+from longspan.engine import routes, window_sinks
+from longspan.engine.core import reference_attention
+from longspan.engine.patterns import Call, attend
+from longspan.engine.routes import choose, through
+from longspan.errors import NotSupported, SpecError
+from longspan.lm import LongspanConfig, LongspanForCausalLM
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+def call(length: int = 300, heads: tuple[int, int] = (4, 2), width: int = 32, device: str = "cpu") -> Call:
+    shapes = (heads[0], length), (heads[1], length), (heads[1], length)
+    return Call(*(torch.randn(2, *shape, width, device=device) for shape in shapes), 0.2)
+
+
+def wanted(pattern: Pattern, call: Call, causal: bool) -> Tensor:
+    length = call.query.shape[2]
+    number = torch.arange(length, device=call.query.device)[None]
+    seen = pattern.visible(number, number, Grid(4, length, 0, causal))
+    if causal:
+        seen = seen & (number[:, None, None] <= number[:, None, :, None])
+    if call.padding is not None:
+        seen = seen & call.padding[:, None, None]
+    return reference_attention(call.query, call.key, call.value, seen, call.scale)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pattern", [Window(40), Window(130, 3), Window(20, 200), Full()], ids=lambda p: p.spec)
+def test_flex_is_the_definition(pattern: Pattern, causal: bool, device: str) -> None:
+    plain = call(device=device)
+    padded = torch.ones(2, 300, dtype=torch.bool, device=device)
+    padded[0, :33] = padded[1, 251:] = False
+    with through("flex"):
+        got = attend(pattern, plain, Grid(4, 300, 0, causal))
+        torch.testing.assert_close(got, wanted(pattern, plain, causal), rtol=1e-4, atol=1e-4)
+        got = attend(pattern, replace(plain, padding=padded), Grid(4, 300, 0, causal))
+    right = replace(call(267), **{n: getattr(plain, n)[:1, :, 33:] for n in ("query", "key", "value")}, scale=0.2)
+    torch.testing.assert_close(got[:1, :, 33:], wanted(pattern, right, causal), rtol=1e-4, atol=1e-4)
+    left = replace(call(251), **{n: getattr(plain, n)[1:, :, :251] for n in ("query", "key", "value")}, scale=0.2)
+    torch.testing.assert_close(got[1:, :, :251], wanted(pattern, left, causal), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pattern", [Window(40), Window(130, 3), Full()], ids=lambda p: p.spec)
+def test_flex_trains(pattern: Pattern, causal: bool) -> None:
+    """The tables from keys to queries, on a GPU."""
+    here = call(700, width=64, device="cuda")
+    tensors = [x.requires_grad_() for x in (here.query, here.key, here.value)]
+    with through("flex"):
+        out = attend(pattern, here, Grid(4, 700, 0, causal))
+    push = torch.randn_like(out)
+    got = torch.autograd.grad(out, tensors, push)
+    exact = torch.autograd.grad(wanted(pattern, here, causal), tensors, push)
+    for x, y in zip(got, exact, strict=True):
+        assert (x - y).abs().max() < 2e-2 * y.abs().max()
+
+
+def test_what_is_chosen_and_why() -> None:
+    here, grid = call(), Grid(4, 300, 0, True)
+    route = choose(Window(40, 3), here, grid)
+    if window_sinks.INTERPRETED:
+        assert route.way == "kernel" and not route.why
+        return
+    assert route.way == "masks" and "kernel: " in route.why and "flex: the device is no CUDA device" in route.why
+    with through("masks"):
+        assert choose(Window(40), here, grid).why == "asked for"
+    with pytest.raises(NotSupported, match="no backward on a CPU"), through("flex"):
+        choose(Window(40), replace(here, query=here.query.requires_grad_()), grid)
+    with pytest.raises(NotSupported, match="windows that look back"), through("kernel"):
+        choose(Window(40), here, replace(grid, causal=False))
+    with pytest.raises(NotSupported, match="position scheme"), through("flex"):
+        choose(Window(40), replace(here, bias=lambda d: d.float()[None]), grid)
+    with pytest.raises(SpecError), through("fast"):
+        pass
+    assert choose(Window(40), here, grid).way == "masks"
+
+
+@pytest.mark.cuda
+def test_what_is_chosen_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, grid = call(device="cuda"), Grid(4, 300, 0, True)
+    assert choose(Window(40, 3), here, grid).way == "kernel"
+    assert choose(Window(40, 3), here, replace(grid, causal=False)).way == "flex"
+    assert choose(Window(40, 3), replace(here, bias=lambda d: d.float()[None]), grid).way == "masks"
+    monkeypatch.setattr(routes, "MOST_SHAPES", 0)
+    monkeypatch.setattr(routes, "_shapes", set())
+    assert "compiled 0 shapes" in choose(Window(40), here, replace(grid, causal=False)).why
+
+
+@torch.no_grad()
+def test_a_whole_model_gives_the_same_every_way() -> None:
+    config = LongspanConfig(
+        vocab_size=96,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention="window:size=20,sinks=2",
+    )
+    torch.manual_seed(1)
+    model, ids = LongspanForCausalLM(config).eval(), torch.randint(1, 96, (2, 150))
+    mask = torch.ones_like(ids)
+    mask[0, :19] = 0
+    results = []
+    for way in ("masks", "flex", "kernel") if window_sinks.INTERPRETED else ("masks", "flex"):
+        cache = DynamicCache()
+        with through(way):
+            results.append(model(ids, attention_mask=mask).logits * mask[..., None])
+            parts = [model(part, past_key_values=cache).logits for part in ids.split((70, 1, 1, 40, 38), dim=1)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, rtol=1e-3, atol=1e-4)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-3, atol=1e-4)
