@@ -5,9 +5,9 @@
     novel   Bram Stoker's Dracula (1897), which comes with longspan (about 200,000 tokens)
     PATH    a .txt or .txt.gz file, or a folder of them
 
-The public-domain text of the novel is Project Gutenberg's number 345. Python's texts differ between its versions, and a user's files change, so every text goes by its sha256. A text is read as
-a ring: a window that starts near the end goes on at the beginning, so that windows of every length can start in the same
-places, and the shorter are prefixes of the longer.
+The novel is in the public domain (Project Gutenberg's number 345). Python's texts differ between its versions, and a user's
+files change, so every text goes by its sha256. A text is read as a ring: a window that starts near the end goes on at the
+beginning, so that windows of every length can start in the same places, and the shorter are prefixes of the longer.
 """
 
 from __future__ import annotations
