@@ -263,7 +263,9 @@ def start_sleeper(tiny: Path, tmp_path: Path) -> tuple[subprocess.Popen, set[int
     """A comparison whose worker sleeps, in a process group of its own; and all processes below it."""
     mark = tmp_path / "mark"
     code = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        f"import signal, sys; sys.path.insert(0, {str(HERE)!r})\n"
+        # A shell's background jobs, and all below them, begin with Ctrl-C ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from compare_tiny import *; from longspan.compare import compare\n"
         f"tasks = [TinyHit(), TinyTrouble(kind='sleep', mark={str(mark)!r})]\n"
         f"compare({str(tiny)!r}, methods=['none'], tasks=tasks, lengths=[128], out={str(tmp_path / 'run')!r})\n"
