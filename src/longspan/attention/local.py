@@ -66,7 +66,7 @@ class Blockwise(Pattern):
 
         def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             chunks = self.chunks(query.shape[2], grid.causal)
-            return joint_attention(query, key, value, chunks, call.scale)
+            return joint_attention(query, key, value, chunks, call.scale, zero_key=call.zero_key)
 
         return by_row(rows, call.query, call.key, call.value, None if grid.causal else call.padding)
 

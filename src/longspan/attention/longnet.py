@@ -97,7 +97,8 @@ class LongNet(OnTrained):
 
         def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             chunks = self.chunks(query.shape[2], grid.heads, grid.causal)
-            return joint_attention(query, key, value, chunks, call.scale, detached=self.weights == "detached")
+            how = {"detached": self.weights == "detached", "zero_key": call.zero_key}
+            return joint_attention(query, key, value, chunks, call.scale, **how)
 
         return by_row(rows, call.query, call.key, call.value, None if grid.causal else call.padding)
 

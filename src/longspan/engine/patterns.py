@@ -39,9 +39,12 @@ class Call:
     """Which tokens the keys are, (B or 1, Tk), -1 for none, where they come from a rolling cache: the sinks that the pattern
     keeps, then the others. None where they are all tokens."""
 
+    zero_key: bool = False
+    """Whether every query also sees a key and a value of zeros (`longspan.engine.core.with_zero_key`)."""
+
     @property
     def plain(self) -> bool:
-        """Whether the weights are the softmax of products of queries and keys, and nothing else."""
+        """Whether the weights are the softmax of products of queries and keys, with or without the zero key."""
         return self.bias is None and self.query_scores is None and not self.dropout
 
 

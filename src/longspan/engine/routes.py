@@ -134,6 +134,8 @@ def _shape(pattern: Pattern, call: Call, grid: Grid) -> tuple:
 def _unlike_plain(call: Call) -> str | None:
     if call.bias is not None or call.query_scores is not None:
         return "the position scheme takes part in the scores"
+    if call.zero_key:
+        return "a zero sink takes part in the softmax"
     return "attention has dropout" if call.dropout else None
 
 
