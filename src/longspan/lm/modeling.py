@@ -471,7 +471,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):
         cache = kwargs.get("past_key_values")
         if kwargs.get("is_first_iteration") and next_sequence_length is not None and cache and cache.get_seq_length():
             next_sequence_length += self.model.leading
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)  # type: ignore[arg-type]
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)  # type: ignore[arg-type, misc]
 
     @can_return_tuple
     def forward(
