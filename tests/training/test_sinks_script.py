@@ -17,7 +17,7 @@ import longspan as ls
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 
 SMALL = ["model.hidden_size=32", "model.head_dim=8", "model.num_hidden_layers=1", "data.length=64", "training.batch=2"]
-SMALL += ["training.micro_batch=2", "training.warmup=1", "tokenizer.vocabulary=300"]
+SMALL += ["training.micro_batch=2", "training.warmup=1", "tokenizer.vocabulary=280"]
 
 
 @pytest.fixture(scope="module")
