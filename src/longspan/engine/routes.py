@@ -173,6 +173,13 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_over_blocks, dynamic=False)
 
 
+def forget_compiled() -> None:
+    """Drops what was compiled in this process, so that as many shapes again may be."""
+    _shapes.clear()
+    _compiled.cache_clear()
+    torch.compiler.reset()
+
+
 def dense_first(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Within it SDPA asks cuDNN before FlashAttention on Hopper GPUs, where it is the faster for full attention."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
