@@ -43,7 +43,7 @@ def of(name: str) -> st.SearchStrategy[Method]:
         "factor": numbers,
         "step": sizes,
         "group": st.none() | sizes,
-        "window": st.integers(2, 2**16) if name == "streaming" else st.none() | st.integers(2, 2**16),
+        "window": st.integers(2, 2**16) if name in ("streaming", "longformer") else st.none() | st.integers(2, 2**16),
         "size": st.none() | st.integers(1, 2**16).map(lambda half: 2 * half),
     }
     even = st.integers(1, 64).map(lambda n: 4 * n)
@@ -55,7 +55,7 @@ def of(name: str) -> st.SearchStrategy[Method]:
     special |= {"scale_base": numbers, "gamma": numbers, "width": even, "buckets": even, "far": st.integers(200, 4096)}
     special |= {"dt_min": st.floats(1e-4, 1e-2), "dt_max": st.floats(0.05, 1), "lr": st.none() | st.floats(1e-5, 1)}
     special |= {"expansion": st.floats(0.5, 4), **({"size": even} if name in ("gau", "flash") else {})}
-    special |= {"globals": st.integers(0, 2)}
+    special |= {"globals": st.integers(0, 2), "among": st.none() | st.integers(256, 4096)}
     special |= {"segments": st.sampled_from(["2k/4k", "64/100"]), "dilations": st.sampled_from(["1/2", "1/64"])}
     if name == "unlimiformer":  # what faiss takes is tested with it
         special |= {"window": st.none() | st.integers(4, 2**16), "overlap": st.floats(0, 0.99)}

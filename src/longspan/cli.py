@@ -274,7 +274,7 @@ def apply(
     typer.echo(f"it reads {made.reach:,} tokens")
     for note in made.notes:
         typer.echo(f"note: {note}")
-    return typer.echo(f"\n{made.python}\n\n{made.vllm}")
+    return typer.echo("\n" + "\n\n".join(filter(None, (made.python, made.vllm))))
 
 
 @app.command()

@@ -89,16 +89,21 @@ def export(
 
     length: the target length in tokens, from which settings that were left open follow. dtype: that of the saved weights;
     the model's own if left out. overwrite: replace a model that is in `out`.
+    A longformer or bigbird is made from a trained encoder (`longspan.encoders`).
     Raises `NotSupported` for a method that a checkpoint cannot hold, before any weights load.
     """
-    place = _free_place(Path(out), overwrite, models.local_folder(model_name))
+    if _for_encoders(combination(method)):
+        from longspan.encoders import export_encoder
+
+        return export_encoder(model_name, method, out, length=length, dtype=dtype, overwrite=overwrite)
+    place = free_place(Path(out), overwrite, models.local_folder(model_name))
     facts = models.inspect_model(model_name)
     wanted = combination(method).resolve(facts, length)
     if not wanted.exportable:
         raise NotSupported(_why_not(wanted, facts, model_name))
     source = models.ready_folder(model_name)
     model, _ = models.load(model_name, dtype=dtype or _own_dtype(source), device="cpu", method=wanted)
-    with _filling(place) as folder:
+    with filling(place) as folder:
         notes = _save(model, facts, source, folder)
         size = sum(p.stat().st_size for p in folder.iterdir())
     config = text_config(model.config)
@@ -114,6 +119,10 @@ def export(
         rope_parameters=getattr(config, "rope_parameters", None),
         notes=tuple(notes),
     )
+
+
+def _for_encoders(wanted: Combination) -> bool:
+    return any(getattr(method, "converts_encoders", False) for method in wanted.methods)
 
 
 def _why_not(wanted: Combination, facts: ModelFacts, name: str | Path) -> str:
@@ -141,7 +150,7 @@ def _legal(cls: type[Method], facts: ModelFacts) -> bool:
 # The folder
 
 
-def _free_place(out: Path, overwrite: bool, source: Path | None) -> Path:
+def free_place(out: Path, overwrite: bool, source: Path | None) -> Path:
     """Where the folder will be; refuses to write over anything but an earlier model, and that only when told to."""
     place = out.expanduser().resolve()
     if source is not None and place in (source.resolve(), *source.resolve().parents):
@@ -157,7 +166,7 @@ def _free_place(out: Path, overwrite: bool, source: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def _filling(place: Path) -> Iterator[Path]:
+def filling(place: Path) -> Iterator[Path]:
     """A folder beside `place` that takes its place, whole, when the block ends well."""
     part = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
     old = part.with_suffix(".old")
@@ -183,10 +192,7 @@ def _save(model: PreTrainedModel, facts: ModelFacts, source: Path, folder: Path)
         raise LongspanError(f"{folder.parent} has {free / 1e9:.1f} GB free and the model needs {needed / 1e9:.1f} GB")
     with quiet():
         model.save_pretrained(folder)
-    for pattern in _TOKENIZER:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
-    _mend_tokenizer(folder, text_config(model.config).max_position_embeddings)
+    copy_tokenizer(source, folder, text_config(model.config).max_position_embeddings)
     written = _read(folder / "config.json")
     notes = _complete(written, model.config, facts)
     _write(folder / "config.json", written)
@@ -197,9 +203,13 @@ def _save(model: PreTrainedModel, facts: ModelFacts, source: Path, folder: Path)
     return notes
 
 
-def _mend_tokenizer(folder: Path, window: int) -> None:
-    """vLLM takes the smaller of the model's and the tokenizer's length, and transformers 4 does not know the name that
-    transformers 5 gives to a tokenizer.json without a class of its own."""
+def copy_tokenizer(source: Path, folder: Path, window: int) -> None:
+    """The tokenizer's files, mended for a model of `window` tokens: vLLM takes the smaller of the model's and the tokenizer's
+    length, and transformers 4 does not know the name that transformers 5 gives to a tokenizer.json without a class of its
+    own."""
+    for pattern in _TOKENIZER:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return

@@ -40,6 +40,13 @@ class Line:
 LINES = (
     Line("window:size=9", full="window:size=64"),
     Line("window:size=9", position="alibi", full="window:size=64"),
+    Line("longformer:window=8", full="longformer:window=128"),
+    Line("longformer:window=6,dilated=2,dilation=3", full="longformer:window=128"),
+    Line("longformer:window=6,dilated=4,dilation=2", position="kerple"),
+    Line("longformer:window=6,dilated=2,dilation=2", position="xl", bidirectional=False),
+    Line("bigbird:block=3,random=1", causal=False),
+    Line("bigbird:block=4,random=2,among=12,seed=5", position="alibi", causal=False),
+    Line("bigbird:block=4,globals=3,random=1", position="kerple", causal=False),
     Line("window:size=7,sinks=3", full="window:size=64,sinks=3"),
     Line("window:size=7,sinks=3", position="kerple", full="window:size=64,sinks=3"),
     Line("local:block=8", full="local:block=64"),

@@ -7,7 +7,7 @@ Both are methods with settings. `docs/adding-a-method.md` shows one of each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
@@ -24,7 +24,7 @@ from longspan.positions.scheme import Place
 if TYPE_CHECKING:
     from longspan.apply import Site
     from longspan.lm.configuration import LongspanConfig
-    from longspan.lm.modeling import LongspanModel
+    from longspan.lm.modeling import LongspanAttention, LongspanModel
 
 
 class Attention(Method):
@@ -48,10 +48,14 @@ class Attention(Method):
     """Whether it is a whole layer, so that no feed-forward network follows."""
     knows_order: ClassVar[bool] = False
     """Whether it tells the order of tokens apart without a position scheme, in an encoder too."""
+    takes_globals: ClassVar[bool] = False
+    """Whether a call may name global tokens with `global_attention_mask`."""
     directions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
-        """The module of layer number `layer`. Raises `NotSupported` for a configuration that it cannot be part of."""
+        """The module of layer number `layer`. Where a part of it has a `draw_weights()`, that is called in place of the usual
+        drawing; it goes through `transformers.initialization`, so that what a checkpoint holds stays. Raises `NotSupported`
+        for a configuration that it cannot be part of."""
         raise NotImplementedError
 
     def join(self, stack: LongspanModel) -> None:
@@ -61,7 +65,10 @@ class Attention(Method):
         direction = "causal" if causal else "bidirectional"
         if direction not in self.directions:
             kind = "an encoder (kind=encoder)" if causal else "a decoder (kind=decoder)"
-            raise NotSupported(f"attention={self.spec} is not {direction}; it can be part of {kind}")
+            raise NotSupported(
+                f"attention={self.spec} is not {direction}; it can be part of {kind}"
+                + (", and of kind=encoder-decoder with decoder_attention=full" if causal else "")
+            )
 
     def check(self, facts: ModelFacts) -> None:
         self._refuse(facts)
@@ -84,6 +91,8 @@ class Grid:
     length: int
     layer: int
     causal: bool
+    lengths: Tensor | None = field(default=None, compare=False)
+    """How many tokens each row's text has, (B,), where padding makes them differ."""
 
 
 class Pattern(Attention):
@@ -91,6 +100,9 @@ class Pattern(Attention):
 
     Tokens are known by their number, 0 for a row's first real token, so padding and the cut into chunks change nothing.
     """
+
+    runs_zero_key: ClassVar[bool] = False
+    """Whether its own `run` knows `Call.zero_key`; masks do otherwise."""
 
     def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
         """Which keys each query sees: boolean (B or 1, H or 1, Tq, Tk); queries (B or 1, Tq), keys (B or 1, Tk) token numbers.
@@ -128,12 +140,16 @@ class Pattern(Attention):
                 "use attention=full, or another scheme such as rope, alibi or kerple"
             )
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def module_class(self) -> type[LongspanAttention]:
+        """What it is part of: ordinary attention, unless it has weights of its own."""
         from longspan.lm.modeling import LongspanAttention
 
+        return LongspanAttention
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
         self.check_place(config, place)
-        return LongspanAttention(config, layer, place, causal=causal, pattern=self)
+        return self.module_class()(config, layer, place, causal=causal, pattern=self)
 
 
 @dataclass(frozen=True)

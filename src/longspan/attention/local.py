@@ -35,6 +35,7 @@ class Blockwise(Pattern):
     globals: int
 
     paper: ClassVar[str] = "Xiong 2021, arXiv 2112.07210"
+    runs_zero_key: ClassVar[bool] = True
 
     @property
     def halo(self) -> int:

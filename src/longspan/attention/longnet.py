@@ -52,6 +52,7 @@ class LongNet(OnTrained):
     title: ClassVar[str] = "Dilated attention (a trained model sees other keys than it learned to)"
     paper: ClassVar[str] = "Ding 2023, arXiv 2307.02486"
     cost: ClassVar[str] = "time n, cache n (all keys are kept)"
+    runs_zero_key: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         sizes, steps = self._list("segments"), self._list("dilations")

@@ -101,12 +101,12 @@ def _block(
     heads, early = call.query.shape[1], grid.length - call.query.shape[2]
     query = call.query[:, :, queries[0] - early : queries[1] - early]
     key, value = (expand_heads(x[:, :, slots], heads) for x in (call.key, call.value))
-    shown: Tensor | None = mask
+    allowed: Tensor | None = mask
     if call.zero_key:
-        key, value, shown = with_zero_key(key, value, mask)
+        key, value, allowed = with_zero_key(key, value, mask)
     if _plain(call) and counts is None:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=shown, dropout_p=call.dropout, scale=call.scale
+            query, key, value, attn_mask=allowed, dropout_p=call.dropout, scale=call.scale
         )
     numbers = torch.arange(*queries, device=query.device)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32

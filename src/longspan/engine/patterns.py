@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine import routes
+from longspan.engine.core import expand_heads
 from longspan.engine.masks import masked_attention
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class Call:
     columns: Tensor | None = None
     """Which tokens the keys are, (B or 1, Tk), -1 for none, where they come from a rolling cache: the sinks that the pattern
     keeps, then the others. None where they are all tokens."""
-
+    shown: Tensor | None = None
+    """Boolean (B, Tk), True for keys that every query sees whatever the pattern says; of the patterns only some know it."""
     zero_key: bool = False
     """Whether every query also sees a key and a value of zeros (`longspan.engine.core.with_zero_key`)."""
 
@@ -48,19 +50,36 @@ class Call:
         return self.bias is None and self.query_scores is None and not self.dropout
 
 
+def some_heads(call: Call, start: int, end: int) -> Call:
+    """The call for the query heads from `start` to `end` - 1, each with keys and values of its own."""
+    heads, bias = call.query.shape[1], call.bias
+    key, value = (expand_heads(x, heads)[:, start:end] for x in (call.key, call.value))
+    own = None if bias is None else lambda distance: bias(distance)[start:end]
+    return replace(call, query=call.query[:, start:end], key=key, value=value, bias=own)
+
+
+def text_lengths(padding: Tensor | None) -> Tensor | None:
+    """From each row's first real token to its last, (B,)."""
+    if padding is None:
+        return None
+    return padding.shape[1] - padding.flip(1).int().argmax(1) - padding.int().argmax(1)
+
+
 def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """(B, H, Tq, D). What padding tokens get is never read by others, but is a number."""
     if call.columns is not None:
         return routes.run_rolled(pattern, call, grid)
     padded_left = call.padding is not None and not bool((call.padding[:, 1:] <= call.padding[:, :-1]).all())
-    if call.query.shape[2] != call.key.shape[2] or (padded_left and call.query_scores is not None):
+    unlike = call.zero_key and not pattern.runs_zero_key
+    if unlike or call.query.shape[2] != call.key.shape[2] or (padded_left and call.query_scores is not None):
         return masked_attention(pattern, call, grid)
     if not padded_left:
         return pattern.run(call, grid)
     assert call.padding is not None
     shift = call.padding.int().argmax(1)
     query, key, value = (roll(x, shift, 2) for x in (call.query, call.key, call.value))
-    aligned = replace(call, query=query, key=key, value=value, padding=roll(call.padding, shift, 1))
+    shown = None if call.shown is None else roll(call.shown, shift, 1)
+    aligned = replace(call, query=query, key=key, value=value, padding=roll(call.padding, shift, 1), shown=shown)
     out = pattern.run(aligned, grid)
     return roll(out, -shift, 2)
 

@@ -136,6 +136,8 @@ def _unlike_plain(call: Call) -> str | None:
         return "the position scheme takes part in the scores"
     if call.zero_key:
         return "a zero sink takes part in the softmax"
+    if call.shown is not None:
+        return "a text names global tokens of its own"
     return "attention has dropout" if call.dropout else None
 
 

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from longspan.attention.base import Grid
 from longspan.engine.core import attention, causal_mask, expand_heads, with_zero_key
 from longspan.engine.joint import Chunk, Lane, Part, joint_attention
-from longspan.engine.patterns import Call, attend, shifted
+from longspan.engine.patterns import Call, attend, shifted, text_lengths
 from longspan.engine.rolling import WindowLayer
 from longspan.positions.scheme import Place, distances, ending_at
 
@@ -39,13 +39,14 @@ def scheme_attention(
     key_positions: Tensor | None = None,
     pair_bias: Tensor | None = None,
     padding: Tensor | None = None,
+    shown: Tensor | None = None,
     rolling: WindowLayer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), mask None or boolean
     (B, 1, Tq, Tk), key_positions (B or 1, Tk) where they do not just end at the queries',
-    pair_bias None or (B or 1, H, Tq, Tk); for patterns padding None or boolean (B, tokens so far) and rolling the layer of a
-    cache that kept a part of the keys; returns (B, Tq, H, D)."""
+    pair_bias None or (B or 1, H, Tq, Tk); for patterns padding None or boolean (B, tokens so far), shown the keys that all see,
+    None or boolean (B, Tk), and rolling the layer of a cache that kept a part of the keys; returns (B, Tq, H, D)."""
     place = cast(Place, module.place)
     assert position_ids is not None, "the model gives positions to every layer"
     queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
@@ -62,8 +63,8 @@ def scheme_attention(
     if pattern := getattr(module, "pattern", None):
         columns, total = (None, key.shape[2]) if rolling is None else (rolling.columns, rolling.seen)
         by_distance = place.bias if place.has("bias") else None
-        call = Call(query, key, value, scaling, padding, by_distance, dropout, asking, columns, zero_key)
-        grid = Grid(query.shape[1], total, layer, bool(module.is_causal))
+        call = Call(query, key, value, scaling, padding, by_distance, dropout, asking, columns, shown, zero_key)
+        grid = Grid(query.shape[1], total, layer, bool(module.is_causal), text_lengths(padding))
         out = attend(pattern, call, grid)
         return out.transpose(1, 2).contiguous(), None
     causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1

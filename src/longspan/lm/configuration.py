@@ -29,6 +29,7 @@ class LongspanConfig(PreTrainedConfig):
     sink: what a decoder's attention can rest on (Xiao 2024, arXiv 2309.17453, section 3.3). `zero`: every softmax has
     exp(0) = 1 more in its sum (softmax-off-by-one), with attention=full or a pattern. `learned`: one trained token before
     every text (`lm/sink.py`).
+    decoder_attention: the same for the decoder of an encoder-decoder, where it is another than the encoder's.
     memory: what lies beyond the attended tokens (`transformer-xl:segment=128,length=128`), with attention=full.
     Sizes that are left out follow: as many key-value heads as heads, heads of hidden_size / heads, a feed-forward layer of
     8/3 hidden_size rounded up to a multiple of 64, as many decoder layers as encoder layers.
@@ -58,6 +59,7 @@ class LongspanConfig(PreTrainedConfig):
     kind: str = "decoder"
     position: str = "rope"
     attention: str | list[str] = "full"
+    decoder_attention: str | list[str] | None = None
     memory: str = "none"
     sink: str = "none"
     reversible: bool = False
@@ -111,10 +113,11 @@ class LongspanConfig(PreTrainedConfig):
     @property
     def attentions(self) -> tuple[Attention, ...]:
         """What `attention` or `memory` names, to be repeated over the layers. Raises `SpecError` for what is none."""
-        if self.memory != "none":
-            return (self._read_memory(),)
-        specs = [self.attention] if isinstance(self.attention, str) else self.attention
-        return tuple(_read_attention(spec) for spec in specs) or (_read_attention(""),)
+        return _read_attentions(self.attention) if self.memory == "none" else (self._read_memory(),)
+
+    def attentions_of(self, *, causal: bool) -> tuple[Attention, ...]:
+        """Those of one stack: the decoder's (causal) or the encoder's."""
+        return _read_attentions(self.decoder_attention) if causal and self.decoder_attention else self.attentions
 
     def _read_memory(self) -> Attention:
         methods = parse(self.memory).methods
@@ -122,9 +125,10 @@ class LongspanConfig(PreTrainedConfig):
             raise SpecError(
                 f"memory={self.memory!r} is no memory that a model is built with, such as transformer-xl:segment=128,length=128"
             )
-        if self.attention != "full":
+        if self.attention != "full" or self.decoder_attention:
+            other = self.decoder_attention or self.attention
             raise NotSupported(
-                f"memory={self.memory} is what attention sees, and so is attention={self.attention}; leave one of them out"
+                f"memory={self.memory} is what attention sees, and so is attention={other}; leave one of them out"
             )
         return methods[0]
 
@@ -138,7 +142,7 @@ class LongspanConfig(PreTrainedConfig):
             head_dim=self.head_dim,
             window=self.max_position_embeddings + (self.sink == "learned"),  # the sink has a position too
             causal=causal,
-            ordered=any(a.knows_order for a in self.attentions),
+            ordered=any(a.knows_order for a in self.attentions_of(causal=causal)),
         )
 
     def _check(self) -> None:
@@ -152,7 +156,7 @@ class LongspanConfig(PreTrainedConfig):
             raise SpecError(f"sink must be one of {', '.join(SINKS)}, not {self.sink!r}")
         if self.sink != "none" and self.kind != "decoder":
             raise NotSupported(f"sink={self.sink} is for texts without end, which a decoder reads; use kind=decoder")
-        replaced = all(a.replaces_mlp for a in self.attentions)
+        replaced = all(a.replaces_mlp for a in (*self.attentions, *self.attentions_of(causal=True)))
         if self.mlp_chunk is not None and (self.mlp_chunk < 1 or replaced):
             why = (
                 f"with attention={self.attention} there is no feed-forward network"
@@ -160,6 +164,13 @@ class LongspanConfig(PreTrainedConfig):
                 else "it is below 1 token"
             )
             raise SpecError(f"mlp_chunk={self.mlp_chunk}: {why}; leave it out")
+        if self.decoder_attention and self.kind != "encoder-decoder":
+            raise SpecError(f"decoder_attention belongs to kind=encoder-decoder; with kind={self.kind} say attention=")
+
+
+def _read_attentions(specs: str | list[str]) -> tuple[Attention, ...]:
+    specs = [specs] if isinstance(specs, str) else specs
+    return tuple(_read_attention(spec) for spec in specs) or (_read_attention(""),)
 
 
 def _read_attention(spec: str) -> Attention:

@@ -73,12 +73,17 @@ class LongspanForConditionalGeneration(LongspanPreTrainedModel, GenerationMixin)
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        global_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """labels (B, T): the answer's tokens, -100 where no loss is wanted; the decoder's inputs follow from them."""
+        """labels (B, T): the answer's tokens, -100 where no loss is wanted; the decoder's inputs follow from them.
+        global_attention_mask (B, T): the encoder's global tokens, where its attention has such."""
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                global_attention_mask=global_attention_mask,
             )
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)

@@ -166,7 +166,7 @@ def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 class LongspanLayer(GradientCheckpointingLayer):
     def __init__(self, config: LongspanConfig, layer_idx: int, place: Place, *, causal: bool, cross: bool = False):
         super().__init__()
-        attentions = config.attentions
+        attentions = config.attentions_of(causal=causal)
         attention = attentions[layer_idx % len(attentions)]
         self.self_attn = attention.build(config, layer_idx, place, causal=causal)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -254,7 +254,8 @@ class LongspanPreTrainedModel(PreTrainedModel):
         if config._attn_implementation is None:
             with torch.device("meta"):  # only asked what it does
                 place = config.build_place(causal=config.kind != "encoder")
-            ours = not place.plain or config.sink == "zero" or not all(isinstance(a, Full) for a in config.attentions)
+            attentions = config.attentions + config.attentions_of(causal=True)
+            ours = not place.plain or config.sink == "zero" or not all(isinstance(a, Full) for a in attentions)
             config._attn_implementation = SCHEME if ours else None
         super().__init__(config)
 
@@ -292,7 +293,7 @@ class LongspanModel(LongspanPreTrainedModel):
             LongspanLayer(config, i, self.place, causal=self.causal, cross=cross)
             for i in range(layers or config.num_hidden_layers)
         )
-        self.attentions = config.attentions
+        self.attentions = config.attentions_of(causal=self.causal)
         for attention in dict.fromkeys(self.attentions):
             attention.join(self)
         if config.sink == "zero":
@@ -323,6 +324,10 @@ class LongspanModel(LongspanPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if kwargs.get("global_attention_mask") is not None and not any(a.takes_globals for a in self.attentions):
+            raise NotSupported(
+                f"global_attention_mask means nothing to attention={self.config.attention}; train with attention=longformer"
+            )
         embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None and self.causal and not self._going_back:
             past_key_values = DynamicCache(config=self.config)

@@ -1,0 +1,157 @@
+"""BigBird: blocks of tokens that see their neighbours, a few blocks drawn at random, and some that all see; encoders only.
+
+ITC, the default (section 2, appendix E): the first and the last block of a text see all and are seen by all; every other
+block sees itself, its two neighbours, those two and `random` blocks drawn for each head. ETC: `globals` tokens at the
+beginning of a text see all and are seen by all in place of the two blocks, and blocks are counted after them; the paper's
+base model has globals=256, random=0, block=84. The tokens are the text's own first ones, such as tokens of no meaning put
+before it; that their place among the others is learned apart from the usual distances is left out: what distance means is
+the position scheme's.
+
+Which blocks are drawn follows from the settings, the layer and the text's number of blocks alone, so a saved model has them,
+in training as in evaluation: with raw 64-bit numbers of numpy's PCG64 seeded with (seed, layer), in the order block, head,
+draw, each draw takes the block number (raw modulo n) of the n, in ascending order, that the block does not see yet. The
+authors' code draws others for lengths up to 4,096 from the first 1,024 tokens only: `among=1024`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.attention.base import Grid, Pattern
+from longspan.engine.blocks import block_sparse_attention
+from longspan.engine.everywhere import Chosen, attend_everywhere
+from longspan.engine.patterns import Call
+from longspan.errors import NotSupported
+
+
+@dataclass(frozen=True)
+class BigBird(Pattern):
+    """block and globals in tokens; among: the first tokens of a text, from whose blocks random ones are drawn, all where it is
+    left out. A text of few blocks is seen whole."""
+
+    block: int = 64
+    random: int = 3
+    globals: int = 0
+    seed: int = 0
+    among: int | None = None
+
+    name: ClassVar[str] = "bigbird"
+    title: ClassVar[str] = "BigBird: window, random and global blocks"
+    works_on: ClassVar[str] = "from scratch, trained encoders (longspan apply)"
+    converts_encoders: ClassVar[bool] = True
+    paper: ClassVar[str] = "Zaheer 2020, arXiv 2007.14062"
+    cost: ClassVar[str] = "time n, encoders only"
+    directions: ClassVar[tuple[str, ...]] = ("bidirectional",)
+
+    def __post_init__(self) -> None:
+        self.require(self.block >= 1, f"block must be at least 1 token, not {self.block}")
+        for name in ("random", "globals", "seed"):
+            value = getattr(self, name)
+            self.require(value >= 0, f"{name} must be 0 or more, not {value}")
+        if self.among is not None:
+            self.require(
+                self.among >= self.block, f"among={self.among} holds no block of {self.block} tokens; take more tokens"
+            )
+        self.require(
+            self.random > 0 or (self.seed == 0 and self.among is None),
+            "with random=0 nothing is drawn; leave seed and among out",
+        )
+
+    def check_direction(self, causal: bool) -> None:
+        if causal:
+            raise NotSupported(
+                f"attention={self.spec}: blocks that all tokens see lie ahead of most of them, so BigBird is not causal; use it "
+                "with kind=encoder, or kind=encoder-decoder with decoder_attention=full"
+            )
+
+    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+        table, counts = self._tables(grid, queries.device)
+        q, k = (torch.div(x - self.globals, self.block, rounding_mode="floor") for x in (queries, keys))
+        row = torch.arange(len(table), device=queries.device)[:, None]
+        named = table.transpose(1, 2)[row, q.clamp(0, table.shape[2] - 1)].transpose(1, 2)  # (B or 1, H, Tq, slots)
+        q, k = q[:, None, :, None], k[:, None, None, :]
+        mask = (named[..., None, :] == k[..., None]).any(-1)
+        if self.globals:
+            return mask | (q < 0) | (k < 0)
+        last = counts.view(-1, 1, 1, 1) - 1
+        return mask | (q == 0) | (k == 0) | (q == last) | (k == last)
+
+    def run(self, call: Call, grid: Grid) -> Tensor:
+        length = call.query.shape[2]
+        table, counts = self._tables(grid, call.query.device)
+        if length <= self.globals:
+            out = torch.zeros_like(call.query)
+        else:
+            out = block_sparse_attention(call, table, self.block, self.globals)
+            out = torch.cat((torch.zeros_like(call.query[:, :, : self.globals]), out), dim=2)
+        some = self._everywhere(length, counts.expand(len(out)))
+        queries = some.of(call.query.transpose(1, 2)).transpose(1, 2)
+        rows = attend_everywhere(
+            Call(queries, call.key, call.value, call.scale, call.padding, call.bias, call.dropout), some.index
+        )
+        return some.put(out.transpose(1, 2), rows.transpose(1, 2)).transpose(1, 2)
+
+    def _everywhere(self, length: int, counts: Tensor) -> Chosen:
+        """The tokens that see all; counts (B): how many blocks each row has."""
+        device = counts.device
+        if self.globals:
+            index = torch.arange(min(self.globals, length), device=device).expand(len(counts), -1)
+            return Chosen(index, torch.ones_like(index, dtype=torch.bool))
+        inside = torch.arange(self.block, device=device).expand(len(counts), -1)
+        last = (counts[:, None] - 1) * self.block + inside
+        index = torch.cat((inside, last), dim=1)
+        real = torch.cat((inside >= 0, last >= self.block), dim=1) & (index < length)
+        return Chosen(index.clamp(0, length - 1), real)
+
+    def _tables(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(B or 1, H, blocks, slots) and how many blocks each row has, (B or 1)."""
+        lengths = torch.tensor([grid.length]) if grid.lengths is None else grid.lengths.cpu()
+        counts = (-((self.globals - lengths) // self.block)).clamp(min=0)
+        most = max(1, -((self.globals - grid.length) // self.block))
+        table = torch.full((len(counts), grid.heads, most, self._slots), -1)
+        for row, count in enumerate(counts.tolist()):
+            table[row, :, :count] = _table(self, count, grid.heads, grid.layer)
+        return table.to(device), counts.to(device)
+
+    @property
+    def _slots(self) -> int:
+        return 3 + (0 if self.globals else 2) + self.random
+
+
+@functools.lru_cache(maxsize=256)
+def _table(pattern: BigBird, count: int, heads: int, layer: int) -> Tensor:
+    """(H, count, slots): the blocks that each block sees, each once, -1 where there are fewer."""
+    blocks = np.arange(count)
+    seen = [blocks - 1, blocks, np.where(blocks + 1 < count, blocks + 1, -1)]
+    if not pattern.globals:
+        seen += [np.zeros_like(blocks), np.full_like(blocks, count - 1)]
+    table = np.broadcast_to(np.stack(seen, axis=1), (heads, count, len(seen)))
+    bound = count if pattern.among is None else min(count, pattern.among // pattern.block)
+    raw = np.random.PCG64([pattern.seed, layer]).random_raw(count * heads * pattern.random)
+    raw = raw.reshape(count, heads, pattern.random).transpose(1, 0, 2)
+    table = _once(table, count)
+    for draw in range(pattern.random):
+        table = _once(np.concatenate((table, _drawn(table, raw[..., draw], bound)[..., None]), axis=2), count)
+    return torch.from_numpy(np.where(table == count, -1, table))
+
+
+def _drawn(table: np.ndarray, raw: np.ndarray, bound: int) -> np.ndarray:
+    """For each row one of the blocks below `bound` that are not in it, -1 where all are. table: ascending along its end."""
+    left = bound - (table < bound).sum(-1)
+    pick = (raw % np.maximum(left, 1).astype(np.uint64)).astype(np.int64)
+    for slot in range(table.shape[2]):
+        pick += pick >= table[..., slot]
+    return np.where(left > 0, pick, -1)
+
+
+def _once(table: np.ndarray, count: int) -> np.ndarray:
+    """Ascending, each block once; `count` stands where there is none."""
+    table = np.sort(np.where(table < 0, count, table), axis=-1)
+    twice = np.concatenate((np.zeros_like(table[..., :1], dtype=bool), table[..., 1:] == table[..., :-1]), axis=-1)
+    return np.sort(np.where(twice, count, table), axis=-1)
