@@ -70,6 +70,13 @@ def test_who_is_too_slow_or_too_large_stops(monkeypatch: pytest.MonkeyPatch) -> 
     assert "would take" in rows[1].note and rows[0].forward_s
 
 
+def test_growth_is_guessed_from_what_a_query_sees() -> None:
+    made = {c.name: c for c in contenders(["window:size=64", "longnet", "linear"], SHAPE, {}, peers=False)}
+    assert made["window:size=64"].linear and made["longnet"].linear and not made["dense SDPA"].linear
+    assert bench_attention._expected([(2**16, 0.01)], 2**24, 1.0) == pytest.approx(2.56)
+    assert bench_attention._expected([(2**16, 0.01)], 2**24, 2.0) == pytest.approx(655.36)
+
+
 class _Once(torch.autograd.Function):
     """As compiled attention does, gives what it saved away in its backward."""
 

@@ -161,7 +161,7 @@ def _climb(
     done: list[tuple[int, float]] = []
     for length in lengths:
         row = Row(contender.name, contender.kind, "causal" if contender.causal else "bidirectional", length)
-        expected = _expected(done, length)
+        expected = _expected(done, length, 1.0 if contender.linear else 2.0)
         if ends := expected > most_s:
             row.note = f"would take about {expected:.0f} s"
         else:
@@ -174,11 +174,10 @@ def _climb(
             done.append((length, max(row.forward_s, row.backward_s or 0.0)))
 
 
-def _expected(done: list[tuple[int, float]], length: int) -> float:
-    """Seconds of a call at `length`, from how they grew so far; with the square while that is unknown."""
+def _expected(done: list[tuple[int, float]], length: int, slope: float) -> float:
+    """Seconds of a call at `length`, from how they grew so far; as length^slope while that is unknown."""
     if not done:
         return 0.0
-    slope = 2.0
     if len(done) > 1:
         (near, least), (far, most) = done[-2:]
         slope = min(max(math.log(most / least) / math.log(far / near), 1.0), 2.0)

@@ -84,6 +84,8 @@ class Contender:
     kind: str
     causal: bool
     prepare: Callable[[int], Work] = field(repr=False)
+    linear: bool = False
+    """Whether a query sees no more of a longer text, so that time grows as the length from some length on."""
 
 
 def contenders(specs: list[str], shape: Shape, skipped: dict[str, str], *, peers: bool) -> Iterator[Contender]:
@@ -104,10 +106,11 @@ def contenders(specs: list[str], shape: Shape, skipped: dict[str, str], *, peers
             skipped[method.spec] = f"{type(error).__name__}: {error}"
             continue
         if isinstance(method, Pattern) and type(layer) is LongspanAttention:
-            yield Contender(method.spec, "attention", causal, partial(_pattern, method, shape, causal, None))
+            linear = _is_linear(method, Grid(shape.heads, 2**24, 0, causal))
+            yield Contender(method.spec, "attention", causal, partial(_pattern, method, shape, causal, None), linear)
             if shape.device.type == "cuda" and causal and method.kept() is not None:  # beside the kernels of our own
                 by_flex = partial(_pattern, method, shape, causal, "flex")
-                yield Contender(f"{method.spec}, FlexAttention", "attention", causal, by_flex)
+                yield Contender(f"{method.spec}, FlexAttention", "attention", causal, by_flex, linear)
         elif not isinstance(method, Full):
             yield Contender(method.spec, "layer", causal, partial(_layer, method, shape, causal))
     for name, (causal, make) in PEERS.items() if peers else ():
@@ -174,6 +177,11 @@ def visible_pairs(pattern: Pattern, grid: Grid) -> float:
         mask = pattern.visible(torch.tensor([[query]]), keys[None], grid)
         seen += float(mask.expand(1, grid.heads, 1, len(keys)).sum())
     return seen * grid.length / count
+
+
+def _is_linear(pattern: Pattern, grid: Grid) -> bool:
+    """Whether the last query of a very long text sees less than a hundredth of it."""
+    return sum(high - low for low, high in pattern.ranges(grid.length - 1, grid.length, grid)) < grid.length / 100
 
 
 def _tables_s(pattern: Pattern, grid: Grid, device: torch.device) -> float | None:

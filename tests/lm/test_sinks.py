@@ -29,6 +29,7 @@ SPECS = (
     "window:size=7,sinks=3",
     "local:block=8",
     "overlap:block=6",
+    "longformer:window=8",
     "longnet:segments=8/16,dilations=1/2",
 )
 MODELS = [
