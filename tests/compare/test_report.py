@@ -299,12 +299,12 @@ def test_a_stream_is_shown_by_position():
     assert picture.table.rows[0] == ["none", *["1.00"] * 2, *["0.00"] * 6]
     assert picture.table.rows[1] == [STREAMING, *["1.00"] * 4, *["–"] * 4]
     assert "longer cell: streaming at 16,384" in picture.caption
-    assert "none 1.00 1.00 0.00" in picture.panels[0].label
+    assert "plain model 1.00 1.00 0.00" in picture.panels[0].label
     assert all(styles(("none", STREAMING))[m].colour in picture.panels[0].svg for m in ("none", STREAMING))
     assert "stream-stream-eval" in report.render(manifest, cells)
     screen = io.StringIO()
     report.terminal(manifest, cells, Console(file=screen, width=200))
-    assert "stream-eval, right in each eighth of 32,768 tokens: none 1.00 1.00 0.00 0.00" in screen.getvalue()
+    assert "stream-eval, right in each eighth of 32,768 tokens: plain model 1.00 1.00 0.00 0.00" in screen.getvalue()
 
 
 def test_copies_are_no_stream():

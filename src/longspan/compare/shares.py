@@ -38,6 +38,7 @@ def right_by_position(results: Results, task: TaskFacts) -> Picture | None:
         title=f"Answered by position: {task.spec}",
         caption="A method that goes on without end stays level to the right; one that has lost its cache or its window falls to "
         "nothing where that ends."
+        + (" The dashed line is the model's native window." if results.native < longest else "")
         + (f" Lines that end early did not finish a longer cell: {', '.join(ended)}." if ended else ""),
         protocol=results.protocol_line(task, results.target),
         panels=[Panel("", wide, label, narrow)],
