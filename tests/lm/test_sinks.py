@@ -277,6 +277,40 @@ def test_streaming_keeps_the_learned_token_alone() -> None:
         assert torch.allclose(a, b, atol=1e-6) is same
 
 
+@pytest.mark.parametrize("sink", ["none", "zero", "learned"])
+@pytest.mark.parametrize("spec", ["full", "local:block=8", "window:size=9"])
+def test_mixed_precision(sink: str, spec: str) -> None:
+    """Under autocast, where rotary tables are float32 and projections are not, as in training; whole layers once more too."""
+    model, ids = model_of(Line(spec, settings={"sink": sink})).train(), tokens(2, 32)
+    wanted = model(ids, labels=ids, use_cache=False).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(ids, labels=ids, use_cache=False).loss
+        got.backward()
+    assert abs(got.item() - wanted.item()) < 0.1
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("spec", ["full", "local:block=8"])
+def test_compiled_training(spec: str) -> None:
+    model, ids = model_of(Line(spec, settings={"sink": "zero"})).train(), tokens(2, 32)
+    wanted = model(ids, labels=ids, use_cache=False).loss
+    wanted.backward()
+    grad = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    model.base_model.compile(dynamic=False, backend="aot_eager")
+    got = model(ids, labels=ids, use_cache=False).loss
+    got.backward()
+    torch.testing.assert_close(got, wanted, **CLOSE)
+    torch.testing.assert_close(model.model.embed_tokens.weight.grad, grad, **CLOSE)
+
+
+def test_reversible_layers_with_sinks() -> None:
+    for sink in ("zero", "learned"):
+        model, ids = model_of(Line("full", settings={"sink": sink}), reversible=True).train(), tokens(2, 32)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
 def test_other_methods_on_such_models() -> None:
     """What leaves the model its attention works; what brings a softmax of its own is refused with a zero sink."""
     ids = tokens(1, 40)

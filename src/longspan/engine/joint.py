@@ -60,6 +60,7 @@ class Chunk(NamedTuple):
     parts: list[Part]
 
 
+@torch.compiler.disable  # its sums are written through overlapping views, which torch.compile refuses
 def joint_attention(
     query: Tensor,
     key: Tensor,

@@ -54,7 +54,7 @@ def scheme_attention(
         keys = position_ids[:, -1:] - (rolling.seen - 1 - rolling.columns)
     layer = cast(int, getattr(module, "layer_idx", 0))
     asking = query_scores(place, query, queries, layer)
-    query, key = place.turn(query, key, queries, keys)
+    query, key = (x.to(value.dtype) for x in place.turn(query, key, queries, keys))
     scale = place.query_scale(queries)
     if scale is not None:
         query = query * scale[:, None, :, None].to(query.dtype)

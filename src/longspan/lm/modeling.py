@@ -159,7 +159,7 @@ def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Heads (B, H, T, D) turned by the tables (B or 1, T, W), of which the first W channels take part."""
     cos, sin = (table[:, None] for table in rotation)
     part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    turned = part * cos + rotate_half(part) * sin
+    turned = (part * cos + rotate_half(part) * sin).to(x.dtype)  # tables are float32 under autocast
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
