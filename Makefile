@@ -1,10 +1,11 @@
-# Everything from nothing: `make demo` shows a comparison with its report, `make test` runs every check.
+# Everything from nothing: `make demo` compares methods on a small model and then on a real one, each with its report, `make test` runs every check.
 # The first call makes the environment; later calls find it by its stamp.
 
 PYTHON ?= python3
 VENV ?= .venv
 # On Linux pip's plain torch brings CUDA's packages along. Where a CPU build can be had, name it: make TORCH="torch==2.13.0+cpu"
 TORCH ?= torch==2.13.0
+FIRST ?= longspan compare longspan-7m -m none -m ntk -m streaming -m window -t ppl:text=novel -l 4k --samples 3 --out runs/first
 DEMO ?= longspan compare smollm2-135m -m none -m ntk -m streaming -t ppl -l 12k --samples 1 --out runs/demo
 WORKERS ?= 2
 
@@ -15,6 +16,7 @@ BROWSER := $(VENV)/.browser
 .PHONY: demo test lint format clean
 
 demo: $(READY)
+	PATH="$(BIN):$$PATH" $(FIRST)
 	PATH="$(BIN):$$PATH" $(DEMO)
 
 test: $(READY) $(BROWSER) lint

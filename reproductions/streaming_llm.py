@@ -37,6 +37,7 @@ import longspan as ls
 from longspan.bench import generate_row
 from longspan.compare.worker import is_out_of_memory
 from longspan.engine.decode import StreamDecoder
+from longspan.facts import facts_of
 from longspan.memory.streaming import StreamingLLM
 from longspan.method import combination, read_size
 
@@ -255,10 +256,10 @@ def main(arguments: list[str] | None = None) -> None:
     places = [2 * options.prompt << i for i in range(30) if 2 * options.prompt << i < ids.shape[1]]
     if not options.peers:
         places = []
-    (method,) = combination(options.method).methods
+    (method,) = combination(options.method).resolve(facts_of(model), None).methods
     if not isinstance(method, StreamingLLM):
         raise SystemExit(f"--method is a streaming:sinks=…,window=…, not {options.method}")
-    options.capacity = method.sinks + method.window
+    options.capacity = method.sinks + method.recent
     ls.apply(model, method)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

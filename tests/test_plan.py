@@ -159,7 +159,7 @@ def test_data_and_terminal(folder: Path) -> None:
     assert data["total_s"] == pytest.approx(made.prefill_s + 10 * made.decode_s_per_token)
     text = io.StringIO()
     plan.terminal(replace(made, model="[bold]m[/bold]"), Console(file=text, width=160))
-    assert "[bold]m[/bold] with streaming, 500 tokens in and 10 out: fits" in text.getvalue()
+    assert "[bold]m[/bold] with streaming:window=124, 500 tokens in and 10 out: fits" in text.getvalue()
     assert "estimates" in text.getvalue()
     assert "not here: needs factors" in text.getvalue() and "made for up to 128 tokens" in text.getvalue()
 

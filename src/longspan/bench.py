@@ -96,7 +96,7 @@ def decode(
     if tokens < 8:
         raise SpecError(f"bench decode needs at least 8 tokens for a median, not {tokens}")
     streaming = methods[0]
-    context = streaming.sinks + streaming.window
+    context = streaming.sinks + streaming.recent
     prompt = _random_ids(model, context)
     bench = Bench("decode", "s/token", _settings(model, method=method, context=context, tokens=tokens))
     contenders: list[tuple[str, Callable[[], Row]]] = [

@@ -474,7 +474,9 @@ def study(
     seeds: Annotated[int, typer.Option(help="How often each scheme is trained.")] = 1,
     times: Annotated[str, typer.Option(help="Lengths tested, as multiples of the training length.")] = "1,2,4,8,16,32",
     samples: Annotated[int, typer.Option(help="Windows of text at each length.")] = 8,
-    text: Annotated[str, typer.Option(help="prose, code, or a text file or folder that was not trained on.")] = "prose",
+    text: Annotated[
+        str, typer.Option(help="prose, code, novel, or a text file or folder that was not trained on.")
+    ] = "prose",
     sliding: Annotated[bool, typer.Option(help="Measure the sliding protocol too.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for the models and the results.")] = Path("runs/study"),
     as_json: Json = False,

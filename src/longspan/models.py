@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from longspan import fetching
 from longspan.errors import LongspanError, NotSupported, nearest
 from longspan.facts import ModelFacts, facts_of, text_config
-from longspan.fetching import ALIASES, Alias, digest, reading, reason
+from longspan.fetching import ALIASES, Alias, Fetched, Shipped, digest, reading, reason
 
 if TYPE_CHECKING:
     from longspan.method import Combination, Method
@@ -125,7 +125,10 @@ def local_folder(name: Name) -> Path | None:
     kind = _kind(name)
     if kind == "alias":
         alias = ALIASES[str(name)]
-        return fetching.converted(alias.sha256) or _whole_in_hub_cache(alias.hub)
+        if isinstance(alias, Fetched):
+            return fetching.converted(alias.sha256) or _whole_in_hub_cache(alias.hub)
+        assert isinstance(alias, Shipped)
+        return alias.folder
     if kind == "hub":
         return _whole_in_hub_cache(str(name))
     path = Path(name).expanduser()
@@ -137,6 +140,9 @@ def ready_folder(name: Name) -> Path:
     folder, kind = local_folder(name), _kind(name)
     if kind == "alias":
         alias = ALIASES[str(name)]
+        if not isinstance(alias, Fetched):
+            assert folder is not None
+            return folder
         if folder is not None and not (folder / fetching.MANIFEST).is_file():
             fetching.say(f"{name}: using {alias.hub} out of the hub's cache")
         return folder or fetching.fetch(alias)

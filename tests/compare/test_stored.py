@@ -43,3 +43,17 @@ def test_the_readme_quotes_the_stored_scores(results):
         ]
         shares = " / ".join("0" if f == ".00" else f for f in found)
         assert f"| {name} | {' | '.join(losses)} | {shares} |" in readme
+
+
+def test_the_readme_quotes_the_stored_speeds():
+    rows = json.loads((ROOT / "reproductions" / "speed" / "decode.json").read_text())["rows"]
+    ms = {row["name"]: 1e3 * row["seconds"] for row in rows}
+    readme = (ROOT / "README.md").read_text()
+    for said, name in {
+        "longspan, rolling cache, step of fixed shape": "longspan rolling cache, fixed step",
+        "transformers, static cache, compiled": "stock generate, static cache, compiled",
+        "transformers `generate`, dynamic cache": "stock generate, dynamic cache",
+        "the window recomputed for every token": "window recomputed for every token",
+    }.items():
+        shown = readme.split(f"| {said} | ")[1].split(" |")[0].strip("*")
+        assert shown == f"{ms[name]:.{len(shown.partition('.')[2])}f}"

@@ -249,7 +249,7 @@ def _streaming_site(model: PreTrainedModel) -> Site | None:
 def _sees_the_ring(site: Site) -> bool:
     """Whether the model's own window, where it has one, covers all that is kept."""
     window, method = site.facts.sliding_window, site.state.method
-    return window is None or window >= method.sinks + method.window
+    return window is None or window >= method.sinks + method.recent
 
 
 @torch.no_grad()

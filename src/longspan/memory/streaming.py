@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +37,16 @@ QUERIES_AT_ONCE = 1024
 """How many queries share one SDPA call when many come at once: bounds the mask."""
 
 
+PAPER_WINDOW = 1020
+
+
 @dataclass(frozen=True)
 class StreamingLLM(Method):
-    """`sinks` first tokens and `window` most recent tokens are kept; the paper's cache of 1,024 is 4 + 1,020."""
+    """`sinks` first tokens and `window` most recent tokens are kept. Left out, the window is the 1,020 of the paper's cache of
+    1,024 tokens, or what the model's own window holds beside the sinks where that is less."""
 
     sinks: int = 4
-    window: int = 1020
+    window: int | None = None
 
     name: ClassVar[str] = "streaming"
     title: ClassVar[str] = "StreamingLLM: attention sinks and a rolling window"
@@ -54,7 +58,19 @@ class StreamingLLM(Method):
 
     def __post_init__(self) -> None:
         self.require(0 <= self.sinks <= 2**16, f"sinks must be from 0 to 65,536, not {self.sinks:,}")
-        self.require(1 <= self.window <= 2**26, f"window must be at least 1 token, not {self.window:,}")
+        self.require(1 <= self.recent <= 2**26, f"window must be at least 1 token, not {self.recent:,}")
+
+    @property
+    def recent(self) -> int:
+        """The window; while no model is known, the paper's."""
+        return PAPER_WINDOW if self.window is None else self.window
+
+    def resolve(self, facts: ModelFacts, length: int | None) -> Self:
+        if self.window is not None:
+            return self
+        room = facts.window - self.sinks
+        self.require(room > 0, f"sinks={self.sinks:,} leave no room in a window of {facts.window:,} tokens; take fewer")
+        return replace(self, window=min(PAPER_WINDOW, room))
 
     def check(self, facts: ModelFacts) -> None:
         if facts.rope is None:
@@ -71,10 +87,10 @@ class StreamingLLM(Method):
         return None
 
     def neutral_length(self) -> int:
-        return self.sinks + self.window
+        return self.sinks + self.recent
 
     def cache_tokens(self, facts: ModelFacts, length: int) -> int:
-        return self.sinks + self.window
+        return self.sinks + self.recent
 
     def attach(self, site: Site) -> None:
         site.prove_rotation()
@@ -157,7 +173,7 @@ class Streaming:
             arguments["position_ids"] = positions
         arguments["attention_mask"] = None
         self.now = Pass(start, new, pad, layers, {})
-        full = start >= self.method.sinks + self.method.window
+        full = start >= self.method.sinks + self.method.recent
         if layers and new == 1 and self.method.sinks and full and start >= layers[0].settled:
             self.now.sink_keys = self._turned(layers, arguments["position_ids"].device)
 
@@ -177,7 +193,7 @@ class Streaming:
         cache = arguments.get("past_key_values")
         config = text_config(self.site.model.config)
         use = arguments.get("use_cache")
-        own = (self.method.sinks, self.method.window)
+        own = (self.method.sinks, self.method.recent)
         if self.site.model.training and any(
             getattr(m, "gradient_checkpointing", False) for m in self.site.model.modules()
         ):
@@ -268,10 +284,10 @@ class Streaming:
         if zero_key:
             scores, sink_values = F.pad(scores, (0, 1)), F.pad(sink_values, (0, 0, 0, 1))
         first = max(
-            self.method.sinks, self.now.start - self.method.window + 1
+            self.method.sinks, self.now.start - self.method.recent + 1
         )  # number of the first token after the sinks
         key, value = call.key[:, :, sinks:], call.value[:, :, sinks:]
-        reach = min(self.method.window, call.sliding_window or self.method.window)
+        reach = min(self.method.recent, call.sliding_window or self.method.recent)
         if self.now.pad is None and windowed.serves(call, key, reach):
             out, lse = windowed.window_attention(call.query, key, value, self.now.start - first, reach, call.scale)
             return windowed.join(out, lse, scores, sink_values)
@@ -285,7 +301,7 @@ class Streaming:
     def _evicted(self, tokens: Tensor) -> Tensor:
         """How many tokens of its row were evicted before each token number: (B or 1, T)."""
         pad = 0 if self.now.pad is None else self.now.pad[:, None].to(tokens.device)
-        return (tokens[None] - pad + 1 - self.method.sinks - self.method.window).clamp(min=0)
+        return (tokens[None] - pad + 1 - self.method.sinks - self.method.recent).clamp(min=0)
 
     def _turn(self, call: Attend, x: Tensor, name: str, shift: Tensor) -> Tensor:
         """x rotated by `shift` more positions, in float32."""
@@ -309,7 +325,7 @@ class Streaming:
     def _ring_mask(self, call: Attend) -> Tensor | None:
         """Which slots one query sees, (B, 1, 1, slots); None when it sees them all."""
         filled, token = call.key.shape[2], self.now.start
-        sinks, window = self.method.sinks, self.method.window
+        sinks, window = self.method.sinks, self.method.recent
         short = call.sliding_window is not None and call.sliding_window < sinks + window
         padded = self.now.pad is not None and token < self.now.layers[0].settled + window  # type: ignore[index]
         if not short and not padded:
@@ -338,12 +354,12 @@ class Streaming:
         slot = torch.arange(sink_keys.shape[2], device=tokens.device)
         visible = slot <= position
         if call.sliding_window is not None:
-            inside = position.clamp(max=self.method.sinks + self.method.window - 1) - slot
+            inside = position.clamp(max=self.method.sinks + self.method.recent - 1) - slot
             visible = visible & (inside < call.sliding_window)
         return scores.masked_fill(~visible, float("-inf"))
 
     def _any_evicted(self) -> bool:
-        return self.now.start + self.now.new > self.method.sinks + self.method.window
+        return self.now.start + self.now.new > self.method.sinks + self.method.recent
 
     def _blocks(
         self, call: Attend, scores: Tensor, sink_values: Tensor, key: Tensor, value: Tensor, first: int
@@ -352,7 +368,7 @@ class Streaming:
         for begin in range(0, self.now.new, QUERIES_AT_ONCE):
             end = min(begin + QUERIES_AT_ONCE, self.now.new)
             start = self.now.start + begin
-            left = max(0, start - self.method.window + 1 - first)
+            left = max(0, start - self.method.recent + 1 - first)
             right = max(0, self.now.start + end - first)
             rows = torch.arange(start, self.now.start + end, device=key.device)[:, None]
             columns = torch.arange(first + left, first + right, device=key.device)[None]
@@ -369,7 +385,7 @@ class Streaming:
 
     def _band(self, rows: Tensor, columns: Tensor, sliding_window: int | None) -> Tensor:
         """(B or 1, 1, queries, keys): the last `window` tokens, without those that are sinks or padding of their row."""
-        reach = min(self.method.window, sliding_window or self.method.window)
+        reach = min(self.method.recent, sliding_window or self.method.recent)
         band = (columns <= rows) & (rows - columns < reach)
         if self.now.pad is None:
             return band[None, None]

@@ -2,11 +2,12 @@
 
     prose   Python's own help: its topics, then the docstrings of its library (about 350,000 tokens of technical English)
     code    the sources of Python's standard library (over a million tokens)
+    novel   Bram Stoker's Dracula (1897), which comes with longspan (about 200,000 tokens)
     PATH    a .txt or .txt.gz file, or a folder of them
 
-Python's texts differ between its versions, and a user's files change, so every text goes by its sha256. A text is read as
-a ring: a window that starts near the end goes on at the beginning, so that windows of every length can start in the same
-places, and the shorter are prefixes of the longer.
+The novel is in the public domain (Project Gutenberg's number 345). Python's texts differ between its versions, and a user's
+files change, so every text goes by its sha256. A text is read as a ring: a window that starts near the end goes on at the
+beginning, so that windows of every length can start in the same places, and the shorter are prefixes of the longer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from transformers import PreTrainedTokenizerBase
 
 from longspan.errors import SpecError, nearest
 
-BUILT_IN = ("prose", "code")
+BUILT_IN = ("prose", "code", "novel")
+NOVEL = Path(__file__).parents[1] / "texts" / "novel.txt.gz"
 SUFFIXES = (".txt", ".txt.gz")
 _DOCSTRING = re.compile(r'(?:\A|:[ \t]*\n)\s*[rR]?"""(.*?)"""', re.DOTALL)
 """What stands first in a module, or after a line that ends in a colon; far quicker than parsing."""
@@ -85,7 +87,7 @@ def read_text(name: str, task: str) -> Text:
     elif name == "code":
         documents = [p.read_text("utf-8") for p in _library_files(task)]
     else:
-        documents = [_read_file(p, task) for p in _files(name, task)]
+        documents = [_read_file(p, task) for p in ([NOVEL] if name == "novel" else _files(name, task))]
     whole = tuple(d.strip() + "\n\n" for d in documents if d.strip())
     if not whole:
         raise SpecError(f"{task}: text={name} is empty; use text=prose, text=code, or a file with text in it")

@@ -1,6 +1,6 @@
 """What a training reads, as token ids on disk: texts are tokenised once and read from a memory map ever after.
 
-A text is a .txt or .txt.gz file, a folder of them, `prose` or `code` (what every Python brings), or a data set on the hub
+A text is a .txt or .txt.gz file, a folder of them, `prose`, `code` or `novel` (`tasks/text.py`), or a data set on the hub
 (`owner/name` or `owner/name:config`, through the `datasets` library). A task of the catalogue that has answers, such as
 `passkey:protocol=pi`, is trained on too, with the loss on its answers alone. Tokens lie in the run's folder under a name that
 hashes the documents and the tokenizer, so that a changed text is never mistaken for the old one.

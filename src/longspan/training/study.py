@@ -55,7 +55,7 @@ FIELD_TIMES = 8
 TALL = 3.0
 """Nats above the best that a plot still shows."""
 SLIDES = 8
-"""Strides that a sliding window makes over one sample."""
+"""Strides that the longest sliding window makes over one sample."""
 
 Say = Callable[[str], None]
 
@@ -136,12 +136,12 @@ def _measure(model_folder: Path, scheme: str, seed: int, settings: Settings, fol
     model: PreTrainedModel | None = None
     tokenizer: Any = None
     window = json.loads((model_folder / "config.json").read_text())["max_position_embeddings"]
-    for protocol, length, task in _tasks(window, settings):
+    for protocol, length, size, task in _tasks(window, settings):
         if (scheme, seed, protocol, length, settings.text) in done:
             continue
         if model is None:
             model, tokenizer = load(model_folder)
-        figures = _figures(model, tokenizer, task, length, settings.samples)
+        figures = _figures(model, tokenizer, task, size, settings.samples)
         record = {
             "scheme": scheme,
             "seed": seed,
@@ -155,31 +155,29 @@ def _measure(model_folder: Path, scheme: str, seed: int, settings: Settings, fol
         say(f"{scheme}, seed {seed}: {protocol} at {length:,} tokens: {shown}")
 
 
-def _tasks(window: int, settings: Settings) -> Iterator[tuple[str, int, Task]]:
-    """(protocol, length, task) of every measurement; a sliding sample is longer than its window by what it slides."""
+def _tasks(window: int, settings: Settings) -> Iterator[tuple[str, int, int, Task]]:
+    """(protocol, length, tokens of a sample, task) of every measurement. The losses of all lengths are of the same texts, in
+    windows of `length`, so that a curve shows nothing but what the length does."""
+    longest, text = settings.times[-1] * window, settings.text
     for times in settings.times:
         length = times * window
-        yield "non-overlapping", length, parse_task(f"ppl:text={settings.text}")
+        task = parse_task(f"ppl:protocol=nonoverlapping,window={length},text={text}")
+        yield "non-overlapping", length, longest + 1, task
         if settings.sliding:
-            stride = max(1, min(256, length // 2))
-            yield (
-                "sliding",
-                length,
-                parse_task(f"ppl:protocol=sliding,window={length},stride={stride},text={settings.text}"),
-            )
+            stride = max(1, min(256, window // 2))
+            task = parse_task(f"ppl:protocol=sliding,window={length},stride={stride},text={text}")
+            yield "sliding", length, longest + SLIDES * stride + 1, task
     for times in settings.times[:2]:
-        yield "resolution", times * window, parse_task(f"resolution:text={settings.text}")
-    yield "field", min(FIELD_TIMES, settings.times[-1]) * window, parse_task(f"field:text={settings.text}")
+        yield "resolution", times * window, times * window, parse_task(f"resolution:text={text}")
+    field = min(FIELD_TIMES, settings.times[-1]) * window
+    yield "field", field, field, parse_task(f"field:text={text}")
 
 
 def _figures(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, length: int, count: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, size: int, count: int
 ) -> dict[str, Any]:
-    """Mean score over the samples, their scores, and by position or distance what the task tells; `score` None with the
-    reason where the model cannot read so far."""
-    size = length
-    if getattr(task, "stride", None):
-        size = length + SLIDES * task.stride + 1  # type: ignore[attr-defined]
+    """Mean score over the samples of `size` tokens, their scores, and by position or distance what the task tells; `score`
+    None with the reason where the model cannot read so far."""
     scores, details = [], []
     for sample in task.samples(tokenizer, size, count, 0):
         try:

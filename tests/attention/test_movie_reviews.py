@@ -1,0 +1,37 @@
+"""The script of the classification study, on a handful of texts that one word tells apart."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import zipfile
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "reproductions" / "movie_reviews.py"
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    path = tmp_path / "movie_reviews.zip"
+    with zipfile.ZipFile(path, "w") as made:
+        for kind, word in (("neg", "dull "), ("pos", "fine ")):
+            for n in range(16):
+                made.writestr(f"movie_reviews/{kind}/cv{n:03}.txt", word * (6 + n % 5))
+    return path
+
+
+def test_every_text_is_tested_once_and_told(archive: Path, tmp_path: Path) -> None:
+    small = (
+        "--texts 32 --folds 2 --epochs 8 --layers 1 --width 64 --length 48 --batch 8 --learning-rate 0.01 --dropout 0"
+    )
+    chosen = ["--attention", "longformer:window=8", "--attention", "bigbird:block=4"]
+    results = runpy.run_path(str(SCRIPT))["main"](
+        [str(archive), *small.split(), *chosen, "--out", str(tmp_path / "out")]
+    )
+    assert [r["attention"] for r in results] == ["longformer:window=8", "bigbird:block=4"]
+    for result in results:
+        assert len(result["right"]) == 32 and result["accuracy"] == sum(result["right"]) / 32 == 1
+        assert result["interval"][0] < 1 and result["tokens_per_s"] > 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
