@@ -137,6 +137,15 @@ def test_what_fails_is_a_result_and_the_others_go_on(monkeypatch: pytest.MonkeyP
     assert all(row.forward_s for row in rows) and not any(row.backward_s for row in rows[:4])
 
 
+@pytest.mark.cuda
+def test_every_way_has_its_backward_on_a_gpu() -> None:
+    """Compiled FlexAttention too, which cannot run a backward twice."""
+    shape = shape_of(4, 4, 64, None, "cuda")
+    made = attention(lengths=[1024, 2048], specs=["window:size=256", "longnet"], shape=shape, peers=False)
+    assert not [row for row in made.rows if row.note or not row.backward_s]
+    assert {"FlexAttention", "window:size=256, FlexAttention"} <= set(made.names())
+
+
 def test_targets_are_read_off() -> None:
     def row(name: str, length: int, forward: float, **more: float) -> Row:
         return Row(name, "attention", "causal", length, forward_s=forward, **more)

@@ -23,6 +23,7 @@ from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForMaskedLM
 from longspan.method import parse
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+LONGNET = "longnet:segments=8/16,dilations=1/2"
 SPECS = (
     "full",
     "window:size=9",
@@ -30,7 +31,7 @@ SPECS = (
     "local:block=8",
     "overlap:block=6",
     "longformer:window=8",
-    "longnet:segments=8/16,dilations=1/2",
+    LONGNET,
 )
 MODELS = [
     Line("full", settings={"sink": "zero"}),
@@ -101,6 +102,21 @@ def test_softmax_off_by_one_of_every_pattern(spec: str, biased: bool, padded: bo
     pull = torch.randn(got.shape, generator=draw).double()
     ours = torch.autograd.grad((got * pull).sum(), (q, k, v))
     torch.testing.assert_close(ours, torch.autograd.grad((wanted * pull).sum(), (q, k, v)))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("spec", ["full", "window:size=100", "local:block=64", LONGNET])
+def test_softmax_off_by_one_on_a_gpu(spec: str) -> None:
+    """In bfloat16, forward and backward, whatever way it goes there."""
+    model = model_of(Line(spec, settings={"sink": "zero"}), head_dim=64, max_position_embeddings=512).cuda()
+    ids = tokens(2, 300).cuda()
+    found = []
+    for kind in (torch.float32, torch.bfloat16):
+        made = copy.deepcopy(model).to(kind)
+        made(ids, labels=ids, use_cache=False).loss.backward()
+        found.append((logits(made, ids).float(), made.model.layers[0].self_attn.k_proj.weight.grad.float()))
+    for exact, half in zip(*found, strict=True):
+        assert (exact - half).norm() < 0.1 * exact.norm()
 
 
 def test_zero_key_of_a_mask() -> None:
