@@ -12,7 +12,16 @@ from compare_tiny import TinyHit, TinyLoss, TinyTrouble
 import tiny as tiny_model
 from longspan import method
 from longspan.compare import cells, cost
-from longspan.compare.cells import Cell, Request, choose_lengths, make_plan, read_lengths, read_methods, scale_of
+from longspan.compare.cells import (
+    Cell,
+    Request,
+    by_reason,
+    choose_lengths,
+    make_plan,
+    read_lengths,
+    read_methods,
+    scale_of,
+)
 from longspan.compare.store import canonical
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import facts_of
@@ -207,3 +216,11 @@ def test_the_key_changes_with_the_data_that_samples_are_made_from(monkeypatch):
     before = cell().key
     monkeypatch.setattr(TinyLoss, "data_digest", lambda self: "another text")
     assert cell().key != before
+
+
+def test_methods_left_out_for_one_reason_share_a_line() -> None:
+    assert by_reason({"a": "too big", "b": "for others", "c": "too big"}) == {"a, c": "too big", "b": "for others"}
+    _, left_out = read_methods(None, FACTS, 1024)
+    lines = by_reason(left_out)
+    assert "alibi" in left_out and any({"alibi", "gau"} <= set(names.split(", ")) for names in lines)
+    assert sum(len(names.split(", ")) for names in lines) == len(left_out)

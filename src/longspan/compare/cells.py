@@ -168,7 +168,7 @@ def _whole_catalogue(facts: ModelFacts, longest: int) -> tuple[list[Chosen], dic
     chosen, left_out = [], {}
     for name, cls in catalogue().items():
         if NoMethod.works_on not in cls.works_on:
-            left_out[name] = f"not for a pretrained decoder: it works on {cls.works_on}"
+            left_out[name] = f"not for a trained decoder as it is; for: {cls.works_on}"
             continue
         try:
             chosen.append(Chosen(name, combination(cls()).resolve(facts, longest)))
@@ -177,6 +177,14 @@ def _whole_catalogue(facts: ModelFacts, longest: int) -> tuple[list[Chosen], dic
         except TypeError:
             left_out[name] = "needs settings that do not follow from the length; ask for it by name"
     return chosen, left_out
+
+
+def by_reason(left_out: dict[str, str]) -> dict[str, str]:
+    """The same with the names that share a reason on one line, joined by commas."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    return {", ".join(those): reason for reason, those in names.items()}
 
 
 def check_importable(cls: type) -> None:

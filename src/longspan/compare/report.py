@@ -22,6 +22,7 @@ from rich.text import Text
 
 from longspan.compare import figures
 from longspan.compare.advice import Advice, advise
+from longspan.compare.cells import by_reason
 from longspan.compare.drawing import styles, swatch, with_own_names
 from longspan.compare.protocol import environment, first_prompt, methods_asked, task_protocol
 from longspan.compare.results import BARE, COSTS, STATUS, Record, Results, TaskFacts, failed_samples
@@ -86,7 +87,7 @@ def terminal(manifest: dict[str, Any], cells: Sequence[Record], console: Console
         console.print(Text(said))
     for line in _endings(results):
         console.print(Text(f"{line['status']}: {line['what']}: {line['error']}", style="dim"))
-    for name, reason in manifest["left_out"].items():
+    for name, reason in by_reason(manifest["left_out"]).items():
         console.print(Text(f"left out: {name}: {reason}", style="dim"))
 
 
@@ -138,7 +139,7 @@ def render(manifest: dict[str, Any], cells: Sequence[Record]) -> str:
         endings=_endings(results),
         failures=_failures(results),
         most_failures=MOST_FAILURES,
-        left_out=manifest["left_out"],
+        left_out=by_reason(manifest["left_out"]),
     )
 
 

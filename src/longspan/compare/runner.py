@@ -29,7 +29,7 @@ import torch
 
 import longspan
 from longspan.compare import cost
-from longspan.compare.cells import SOURCES, Cell, MethodLike, Plan, Request, as_list, make_plan
+from longspan.compare.cells import SOURCES, Cell, MethodLike, Plan, Request, as_list, by_reason, make_plan
 from longspan.compare.results import duration, size
 from longspan.compare.screen import Screen
 from longspan.compare.store import LOGS, MANIFEST, Record, Run, Store, is_finished, read_manifest
@@ -131,7 +131,7 @@ def _announce(screen: Screen, plan: Plan, store: Store, done: int, todo: list[Ce
         f"{len(plan.tasks)} tasks × {len(plan.lengths)} lengths = {done + len(todo)} cells, {done} of them finished"
     )
     screen.say(f"methods: {'; '.join(m.spec for m in plan.methods)}")
-    for name, reason in plan.left_out.items():
+    for name, reason in by_reason(plan.left_out).items():
         screen.say(f"left out: {name}: {reason}")
     screen.say(f"tasks: {'; '.join(f'{spec} ({n} samples)' for spec, n in plan.counts.items())}")
     screen.say(f"lengths: {lengths} ({plan.why})")
