@@ -1,11 +1,19 @@
-"""StreamingLLM over a hundred thousand tokens, one token at a time: is the loss level, the step, the memory?
+"""StreamingLLM over a stream of any length, beside what else could read it: is the loss level, the step, the memory?
 
     python reproductions/streaming_llm.py TEXT --tokens 100000 --out reproductions/streaming_llm
+    python reproductions/streaming_llm.py TEXT --tokens 4m --chunk 16k --probe 256 --out reproductions/streaming_llm
     python reproductions/streaming_llm.py TEXT --method streaming:sinks=0,window=2048 --out reproductions/streaming_llm
 
-Reads TEXT (.txt or .txt.gz) with the built-in model and `streaming` on it, through the fixed-shape step, scoring each token
-as it comes. Writes one record for every tenth of the way: mean NLL, median milliseconds a step, bytes of the cache and of the
-process's peak on the device. The paper's figure for this is that the loss stays level to four million tokens.
+Reads TEXT (.txt or .txt.gz; several files follow one another, and come again where they are used up) with the built-in model and
+`streaming` on it, through the fixed-shape step, scoring each token as it comes. With --chunk tokens pass in chunks, which give
+the same result, and only the last `probe` tokens of every tenth one by one. Writes one record for every tenth of the way: mean
+NLL, median milliseconds a step, bytes of the cache. The paper's figure is that the loss stays level to four million tokens.
+
+Beside it, in the same run and on the same tokens, the last `probe` before 8k, 16k, 32k, … tokens (--no-peers leaves them out):
+
+    window recomputed     as many tokens as the cache holds, read anew for every token: the paper's baseline
+    dense cache           stock attention over everything so far, until it is out of memory or out of --peer-s seconds
+    static cache          stock `generate` with transformers' compiled static cache (CUDA; time only)
 """
 
 from __future__ import annotations
@@ -15,93 +23,271 @@ import gzip
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
+from torch import Tensor
 from transformers import DynamicCache
 
 import longspan as ls
+from longspan.bench import generate_row
+from longspan.compare.worker import is_out_of_memory
 from longspan.engine.decode import StreamDecoder
+from longspan.facts import facts_of
+from longspan.memory.streaming import StreamingLLM
+from longspan.method import combination, read_size
 
 SEGMENTS = 10
+PROMPT = 4096
+READ = 16384
+"""Tokens that the dense peer reads at once."""
 
 
 def read(path: Path) -> str:
-    return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
+
+
+def tokens_of(texts: list[Path], tokenizer: Any, count: int) -> Tensor:
+    """(1, count): the texts after one another, again and again."""
+    ids = [i for path in texts for i in tokenizer(read(path), verbose=False)["input_ids"]]
+    return torch.tensor([(ids * -(-count // len(ids)))[:count]])
+
+
+def length(text: str) -> int:
+    return read_size(text, "length")
+
+
+def now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Stream:
+    """One reading by streaming. losses[i] and times[i]: nats and seconds of the step that reads token i; NaN where none did."""
+
+    def __init__(self, model: Any, ids: Tensor, prompt: int):
+        self.model, self.ids = model, ids
+        self.losses = torch.full((ids.shape[1],), torch.nan, device=ids.device)
+        self.times = torch.full((ids.shape[1],), torch.nan, dtype=torch.float64)
+        self.cache = DynamicCache(config=model.config)
+        model(input_ids=ids[:, :prompt], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.decoder = StreamDecoder(model, self.cache, compile=model.device.type == "cuda")
+
+    def steps(self, start: int, end: int) -> None:
+        for i in range(start, end):
+            begun = now(self.model)
+            logits = self.decoder.step(self.ids[:, i : i + 1])
+            self.losses[i] = F.cross_entropy(logits.float(), self.ids[:, i + 1])
+            self.times[i] = now(self.model) - begun
+
+    def chunks(self, start: int, end: int, size: int) -> None:
+        for i in range(start, end, size):
+            part = self.ids[:, i : min(i + size, end)]
+            logits = self.model(input_ids=part, past_key_values=self.cache, use_cache=True).logits[0]
+            after = self.ids[0, i + 1 : i + 1 + len(logits)]
+            for j in range(0, len(logits), 1024):
+                loss = F.cross_entropy(logits[j : j + 1024].float(), after[j : j + 1024], reduction="none")
+                self.losses[i + j : i + j + len(loss)] = loss
+
+    def cache_bytes(self) -> int:
+        held = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for layer in self.cache.layers
+            for t in (layer.keys, layer.values, layer.sink_keys)
+        }
+        return sum(held.values())
 
 
 @torch.inference_mode()
-def stream(model: Any, ids: torch.Tensor, prompt: int) -> list[dict[str, float]]:
-    cache = DynamicCache(config=model.config)
-    model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    decoder = StreamDecoder(model, cache, compile=model.device.type == "cuda")
-    losses = torch.zeros(ids.shape[1], device=ids.device)
-    times: list[float] = []
-    for i in range(prompt, ids.shape[1] - 1):
-        start = time.perf_counter()
-        logits = decoder.step(ids[:, i : i + 1])
-        losses[i] = torch.nn.functional.cross_entropy(logits.float(), ids[:, i + 1])
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+def stream(
+    model: Any, ids: Tensor, options: argparse.Namespace, places: list[int]
+) -> tuple[Stream, list[dict[str, Any]]]:
+    """Reads everything; single steps are where a tenth or one of `places` ends, or everywhere without chunks."""
+    made, end = Stream(model, ids, options.prompt), ids.shape[1] - 1
+    size = (end - options.prompt) // SEGMENTS
+    tenths = [options.prompt + size * (s + 1) for s in range(SEGMENTS)]
+    done = options.prompt
+    for stop in sorted({*tenths, *places}):
+        first = max(done, stop - options.probe) if options.chunk else done
+        if options.chunk:
+            made.chunks(done, first, options.chunk)
+        made.steps(first, stop)
+        done = stop
     records = []
-    size = len(times) // SEGMENTS
-    for s in range(SEGMENTS):
-        begin, end = s * size, (s + 1) * size
+    for stop in tenths:
+        part = slice(stop - size, stop)
+        timed = [t for t in made.times[part].tolist() if t == t]
         records.append(
             {
-                "from_token": prompt + begin,
-                "to_token": prompt + end,
-                "nll": losses[prompt + begin : prompt + end].mean().item(),
-                "ms_per_step": 1000 * statistics.median(times[begin:end]),
+                "from_token": part.start,
+                "to_token": stop,
+                "nll": made.losses[part].mean().item(),
+                "ms_per_step": 1000 * statistics.median(timed),
+                "cache_bytes": made.cache_bytes(),
             }
         )
-    held = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for layer in cache.layers
-        for t in (layer.keys, layer.values, layer.sink_keys)
+    return made, records
+
+
+def record_of(peer: str, at: int, losses: list[float], times: list[float], **more: Any) -> dict[str, Any]:
+    return {
+        "peer": peer,
+        "at": at,
+        "nll": statistics.fmean(losses),
+        "ms_per_step": 1000 * statistics.median(times),
+        **more,
     }
+
+
+@torch.inference_mode()
+def recomputed(model: Any, ids: Tensor, places: list[int], window: int, probe: int) -> Iterator[dict[str, Any]]:
+    """The last `window` tokens read anew for every token."""
+    for at in places:
+        losses, times = [], []
+        for i in range(at - probe, at):
+            begun = now(model)
+            logits = model(input_ids=ids[:, i + 1 - window : i + 1], use_cache=False, logits_to_keep=1).logits[:, -1]
+            times.append(now(model) - begun)
+            losses.append(F.cross_entropy(logits.float(), ids[:, i + 1]).item())
+        yield record_of("window recomputed", at, losses, times)
+
+
+@torch.inference_mode()
+def dense(model: Any, ids: Tensor, places: list[int], probe: int, most_s: float) -> Iterator[dict[str, Any]]:
+    """Stock attention and a cache of everything."""
+    cache, done, begun = DynamicCache(config=model.config), 0, time.perf_counter()
+    for at in places:
+        losses, times = [], []
+        while done < at:
+            if time.perf_counter() - begun > most_s:
+                yield {"peer": "dense cache", "at": at, "note": f"past {most_s:,.0f} s at {done:,} tokens"}
+                return
+            alone = done >= at - probe
+            end = done + 1 if alone else min(done + READ, at - probe)
+            start = now(model)
+            logits = model(input_ids=ids[:, done:end], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            if alone:
+                times.append(now(model) - start)
+                losses.append(F.cross_entropy(logits[:, -1].float(), ids[:, end]).item())
+            done = end
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        yield record_of("dense cache", at, losses, times, cache_bytes=held)
+
+
+def static(model: Any, ids: Tensor, places: list[int], probe: int, most_s: float) -> Iterator[dict[str, Any]]:
+    """transformers' compiled static cache; `generate` chooses its tokens, so it has no loss here."""
+    begun = time.perf_counter()
+    for at in places:
+        if time.perf_counter() - begun > most_s:
+            yield {"peer": "static cache", "at": at, "note": f"past {most_s:,.0f} s"}
+            return
+        row = generate_row(model, ids[:, :at], max(8, min(probe, 64)), static=True)
+        yield {
+            "peer": "static cache",
+            "at": at,
+            "ms_per_step": 1000 * (row.seconds or 0.0),
+            "first_call_s": row.first_s,
+        }
+
+
+def measured(records: Iterator[dict[str, Any]], peer: str) -> list[dict[str, Any]]:
+    """All that a peer gets done; what stops it is its last record."""
+    made: list[dict[str, Any]] = []
+    try:
+        for record in records:
+            made.append(record)
+            print(told(record), flush=True)
+    except Exception as error:  # whatever goes wrong with a peer is its result
+        note = "out of memory" if is_out_of_memory(error) else f"failed: {type(error).__name__}: {error}"
+        made.append({"peer": peer, "note": note})
+        print(told(made[-1]), flush=True)
+    return made
+
+
+def peers(
+    model: Any, ids: Tensor, made: Stream, options: argparse.Namespace, places: list[int]
+) -> list[dict[str, Any]]:
+    """Records of all peers, each beside streaming's figures on the same tokens."""
+    probe, most = options.probe, options.peer_s
+    records = measured(recomputed(model, ids, places, options.capacity, probe), "window recomputed")
+    records += measured(dense(model, ids, places, probe, most), "dense cache")
+    if model.device.type == "cuda":
+        sizes = [options.capacity, *(p for p in places if p > options.capacity)]
+        records += measured(static(model, ids, sizes, probe, most), "static cache")
     for record in records:
-        record["cache_bytes"] = sum(held.values())
+        if "nll" in record:
+            part = slice(record["at"] - probe, record["at"])
+            record["streaming_nll"] = made.losses[part].mean().item()
+            record["streaming_ms_per_step"] = 1000 * made.times[part].nanmedian().item()
     return records
 
 
-def main() -> None:
+def told(record: dict[str, Any]) -> str:
+    figures = [f"NLL {record['nll']:.3f}"] if "nll" in record else []
+    figures += [f"{record['ms_per_step']:.3f} ms"] if "ms_per_step" in record else []
+    figures += [f"{record['cache_bytes'] / 1e6:.1f} MB"] if "cache_bytes" in record else []
+    return f"{record['peer']:>18}, at {record.get('at', 0):>9,}: {'  '.join([*figures, record.get('note', '')])}"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", type=Path)
+    parser.add_argument("text", type=Path, nargs="+")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--method", default="streaming:sinks=4,window=2044")
-    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--tokens", type=length, default=100_000)
+    parser.add_argument("--prompt", type=length, default=PROMPT, help="read at once, before the first step")
+    parser.add_argument("--chunk", type=length, default=0, help="tokens read at once between single steps")
+    parser.add_argument("--probe", type=length, default=32, help="single steps that are compared with peers")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peer-s", type=float, default=120.0, help="seconds after which a peer stops")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     model, tokenizer = ls.load(options.model)
-    ls.apply(model, options.method)
-    ids = tokenizer(read(options.text), return_tensors="pt", verbose=False)["input_ids"][:, : options.tokens].to(
-        model.device
-    )
-    records = stream(model, ids, prompt=4096)
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
+    ids = tokens_of(options.text, tokenizer, options.tokens).to(model.device)
+    places = [2 * options.prompt << i for i in range(30) if 2 * options.prompt << i < ids.shape[1]]
+    if not options.peers:
+        places = []
+    (method,) = combination(options.method).resolve(facts_of(model), None).methods
+    if not isinstance(method, StreamingLLM):
+        raise SystemExit(f"--method is a streaming:sinks=…,window=…, not {options.method}")
+    options.capacity = method.sinks + method.recent
+    ls.apply(model, method)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    made, records = stream(model, ids, options, places)
+    peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
+    for r in records:
+        place = f"{r['from_token']:>9,}–{r['to_token']:<9,}"
+        print(f"{place} NLL {r['nll']:.3f}  {r['ms_per_step']:.3f} ms  {r['cache_bytes'] / 1e6:.1f} MB", flush=True)
+    ls.remove(model)
+    made.cache, made.decoder = None, None  # type: ignore[assignment]  # their memory is the peers'
     result = {
         "method": options.method,
         "model": options.model,
-        "text": options.text.name,
+        "text": [path.name for path in options.text],
         "tokens": ids.shape[1],
-        "device": device,
+        "chunk": options.chunk,
+        "probe": options.probe,
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
         "dtype": str(model.dtype),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "peak_bytes": torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None,
+        "peak_bytes": peak,
         "segments": records,
+        "peers": peers(model, ids, made, options, places),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{options.method.replace(':', '-').replace(',', '-').replace('=', '')}.json").write_text(
-        json.dumps(result, indent=1)
-    )
-    for r in records:
-        place = f"{r['from_token']:>9,}–{r['to_token']:<9,}"
-        print(f"{place} NLL {r['nll']:.3f}  {r['ms_per_step']:.3f} ms  {r['cache_bytes'] / 1e6:.1f} MB")
+    name = options.method.replace(":", "-").replace(",", "-").replace("=", "")
+    (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +68,116 @@ def test_who_is_too_slow_or_too_large_stops(monkeypatch: pytest.MonkeyPatch) -> 
     assert [row.note for row in rows] == ["", "", "out of memory"]
     rows = attention(lengths=[32, 64], shape=SHAPE, most_s=1e-12).rows
     assert "would take" in rows[1].note and rows[0].forward_s
+
+
+def test_growth_is_guessed_from_what_a_query_sees() -> None:
+    made = {c.name: c for c in contenders(["window:size=64", "longnet", "linear"], SHAPE, {}, peers=False)}
+    assert made["window:size=64"].linear and made["longnet"].linear and not made["dense SDPA"].linear
+    assert bench_attention._expected([(2**16, 0.01)], 2**24, 1.0) == pytest.approx(2.56)
+    assert bench_attention._expected([(2**16, 0.01)], 2**24, 2.0) == pytest.approx(655.36)
+
+
+class _Once(torch.autograd.Function):
+    """As compiled attention does, gives what it saved away in its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.run = False
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        if ctx.run:
+            raise RuntimeError("non-empty donated buffers")
+        ctx.run = True
+        return grad * 2
+
+
+def test_a_backward_is_timed_once_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(length: int) -> Work:
+        leaf = torch.ones(2, requires_grad=True)
+        return Work(lambda: _Once.apply(leaf), [leaf])
+
+    monkeypatch.setattr(bench_attention, "RUN_S", 0.01)
+    monkeypatch.setattr(bench_attention, "contenders", lambda *given, **more: [Contender("a", "layer", True, prepare)])
+    (row,) = attention(lengths=[32], shape=SHAPE).rows
+    assert row.backward_s and not row.note
+
+
+def test_what_fails_is_a_result_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(length: int, wrong: str = "") -> Work:
+        leaf = torch.ones(2, requires_grad=True)
+
+        class Wrong(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+                return x * 1
+
+            @staticmethod
+            def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+                raise torch.OutOfMemoryError("no memory") if wrong == "memory" else KeyError(wrong)
+
+        return Work(lambda: Wrong.apply(leaf) if wrong else leaf * 2, [leaf])
+
+    made = [
+        Contender("key", "layer", True, functools.partial(prepare, wrong="a key")),
+        Contender("memory", "layer", True, functools.partial(prepare, wrong="memory")),
+        Contender("good", "layer", True, prepare),
+    ]
+    monkeypatch.setattr(bench_attention, "contenders", lambda *given, **more: made)
+    rows = attention(lengths=[32, 64], shape=SHAPE).rows
+    assert [(row.name, row.note) for row in rows] == [
+        ("key", "failed: KeyError: 'a key'"),
+        ("key", "failed: KeyError: 'a key'"),
+        ("memory", "out of memory"),
+        ("memory", "out of memory"),
+        ("good", ""),
+        ("good", ""),
+    ]
+    assert all(row.forward_s for row in rows) and not any(row.backward_s for row in rows[:4])
+
+
+@pytest.mark.cuda
+def test_every_way_has_its_backward_on_a_gpu() -> None:
+    """Compiled FlexAttention too, which cannot run a backward twice."""
+    shape = shape_of(4, 4, 64, None, "cuda")
+    made = attention(lengths=[1024, 2048], specs=["window:size=256", "longnet"], shape=shape, peers=False)
+    assert not [row for row in made.rows if row.note or not row.backward_s]
+    assert {"FlexAttention", "window:size=256, FlexAttention"} <= set(made.names())
+
+
+def test_targets_are_read_off() -> None:
+    def row(name: str, length: int, forward: float, **more: float) -> Row:
+        return Row(name, "attention", "causal", length, forward_s=forward, **more)
+
+    rows = [
+        row("dense SDPA", 2**15, 0.008, forward_tflops=600.0),
+        row("window:size=1024", 2**15, 0.001, backward_s=0.0025, forward_tflops=200.0, visited_tflops=300.0),
+        row("window:size=1024", 2**17, 0.004, mask_share=0.01),
+        row("window:size=1024", 2**22, 0.128, mask_share=0.02),
+        row("longnet", 2**16, 0.001),
+        row("longnet", 2**24, 0.512),
+        Row("longnet", "attention", "causal", 2**23, note="out of memory"),
+        Row("linear", "layer", "causal", 2**15, forward_s=1.0),
+    ]
+    found = AttentionBench({}, rows).to_dict()["targets"]
+    window = found["at_32768"]["window:size=1024"]
+    assert window["forward_ms"] == pytest.approx(1) and window["backward_over_forward"] == pytest.approx(2.5)
+    assert window["share_of_dense_tflops"] == pytest.approx(0.5) and window["times_faster_than_dense"] == pytest.approx(
+        8
+    )
+    assert set(found["at_32768"]) == {"dense SDPA", "window:size=1024"}
+    assert found["mask_share"] == {"window:size=1024": {2**17: 0.01, 2**22: 0.02}}
+    per_token = found["forward_ns_per_token"]["longnet"]
+    assert per_token[2**24] / per_token[2**16] == pytest.approx(2)
+
+
+def test_visited_blocks_hold_the_pairs() -> None:
+    rows = attention(lengths=[512], specs=["window:size=100"], shape=SHAPE, peers=False).rows
+    window = rows[-1]
+    assert window.forward_tflops and window.visited_tflops
+    blocks = 2 * 128**2 * (1 + 3 * 2)  # two heads; the first block sees itself, the others the one before as well
+    assert window.visited_tflops == pytest.approx(4 * 16 * blocks / window.forward_s / 1e12)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask, flex_attention_mask
 
-from longspan.engine.core import attention, causal_mask
+from longspan.engine.core import attention, causal_mask, with_zero_key
 from longspan.errors import LongspanError, NotSupported
 from longspan.facts import ModelFacts, facts_of, rope_parameters, rotary_modules, text_config
 from longspan.method import Combination, Method, combination
@@ -163,7 +163,7 @@ class Site:
         def attend(call: Attend) -> Tensor:
             tables = trial.rotary.tables(call.position_ids, call.query, trial.layer_type(call.module))
             query, key = (rotate(call.module, x, *tables) for x in (call.query, call.key))
-            return _plain_attention(replace(call, query=query, key=key))
+            return _own_plain_attention(replace(call, query=query, key=key))
 
         trial._prove(attend, unrotated=True)
 
@@ -494,6 +494,17 @@ def _plain_attention(call: Attend) -> Tensor:
     query = call.query
     mask = call.mask if call.mask is not None else query.new_ones(query.shape[2], call.key.shape[2]).tril().bool()
     return attention(query, call.key, call.value, mask, call.scale, softcap=call.softcap)
+
+
+def _own_plain_attention(call: Attend) -> Tensor:
+    """The same with the zero key that a model of ours may have; what it keeps from other methods is theirs to know."""
+    if not getattr(call.module, "zero_key", False):
+        return _plain_attention(call)
+    mask = (
+        call.mask if call.mask is not None else causal_mask(call.query.shape[2], call.key.shape[2], call.query.device)
+    )
+    key, value, shown = with_zero_key(call.key, call.value, mask)
+    return _plain_attention(replace(call, key=key, value=value, mask=shown))
 
 
 def _attach_cross_attention(site: Site, method: Method) -> None:

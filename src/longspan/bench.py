@@ -105,7 +105,7 @@ def decode(
             lambda: _fixed_step(model, streaming, prompt, tokens, compile=_cuda(model)),
         ),
         ("longspan rolling cache, model.generate", lambda: _rolling_generate(model, streaming, prompt, tokens)),
-        ("stock generate, dynamic cache", lambda: _generate(model, prompt, tokens)),
+        ("stock generate, dynamic cache", lambda: generate_row(model, prompt, tokens)),
         ("longspan none, model.generate", lambda: _none_generate(model, prompt, tokens)),
         ("window recomputed for every token", lambda: _recompute(model, prompt, max(3, tokens // 16))),
     ]
@@ -118,7 +118,7 @@ def decode(
             ),
         )
         contenders.insert(
-            4, ("stock generate, static cache, compiled", lambda: _generate(model, prompt, tokens, static=True))
+            4, ("stock generate, static cache, compiled", lambda: generate_row(model, prompt, tokens, static=True))
         )
     _run(bench, contenders, on_row)
     return bench
@@ -245,16 +245,17 @@ def _fixed_step(model: PreTrainedModel, method: StreamingLLM, prompt: Tensor, to
 
 def _rolling_generate(model: PreTrainedModel, method: StreamingLLM, prompt: Tensor, tokens: int) -> Row:
     with applied(model, method):
-        return _generate(model, prompt, tokens)
+        return generate_row(model, prompt, tokens)
 
 
 def _none_generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Row:
     with applied(model, "none"):
-        return _generate(model, prompt, tokens)
+        return generate_row(model, prompt, tokens)
 
 
-def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int, *, static: bool = False) -> Row:
-    """Steps of `model.generate`, greedy, as its streamer sees them; the second of two calls counts."""
+def generate_row(model: PreTrainedModel, prompt: Tensor, tokens: int, *, static: bool = False) -> Row:
+    """Steps of `model.generate`, greedy, as its streamer sees them; the second of two calls counts. static: with transformers'
+    static cache, which compiles the step on CUDA. The row has no name."""
     settings: dict[str, Any] = {"cache_implementation": "static"} if static else {}
 
     def run() -> _Clock:

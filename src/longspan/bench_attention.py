@@ -1,13 +1,18 @@
 """Time and memory of every way to mix tokens, by length: `longspan bench attention`.
 
-A contender goes on to the next length until it is out of memory or would take too long. Everything that the catalogue knows
-takes part (`longspan.bench_contenders`), so a new method does by itself.
+A contender goes on to the next length until it is out of memory or would take too long; what fails is said in its row, and the
+others go on. Everything that the catalogue knows takes part (`longspan.bench_contenders`), so a new method does by itself.
+
+Every backward that is timed has a forward of its own: compiled attention gives its saved tensors away in its backward, and
+cannot run it twice.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,15 +20,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from longspan.bench_contenders import Contender, Shape, Work, contenders
-from longspan.compare.worker import is_out_of_memory
+from longspan.bench_contenders import DENSE, Contender, Shape, Work, contenders, wait
+from longspan.compare.worker import is_out_of_memory, one_line
+from longspan.engine.routes import forget_compiled
 from longspan.errors import LongspanError, SpecError
 
-LENGTHS = {"cuda": tuple(2**n for n in range(10, 24)), "cpu": (1024, 2048, 4096, 8192, 16384)}
+LENGTHS = {"cuda": tuple(2**n for n in range(10, 25)), "cpu": (1024, 2048, 4096, 8192, 16384)}
 RUN_S = 0.2
 """How long one figure is measured for."""
+MOST_GRAPHS = 16
+"""Backwards of short texts that are timed as one, so that what is timed is not the wait for the device."""
+COMPARED_AT = 2**15
+MASKS_AT = (2**17, 2**22)
+PER_TOKEN_AT = tuple(2**n for n in range(16, 25))
+"""Lengths of the figures in `AttentionBench.targets`."""
 
 
 @dataclass
@@ -42,6 +55,8 @@ class Row:
     backward_s: float | None = None
     peak_bytes: int | None = None
     forward_tflops: float | None = None
+    visited_tflops: float | None = None
+    """Of a forward, counting all pairs of the blocks of 128 that hold a pair that is seen; None where there are no blocks."""
     backward_tflops: float | None = None
     mask_share: float | None = None
     """Seconds of building the mask, or the tables of blocks that are built once for a length, over those of a forward."""
@@ -71,7 +86,37 @@ class AttentionBench:
         measured = ("forward_s", "backward_s", "peak_bytes")
         growth = {name: {what: self.growth(name, what) for what in measured} for name in self.names()}
         rows = [asdict(row) for row in self.rows]
-        return {"what": "attention", "settings": self.settings, "rows": rows, "growth": growth, "skipped": self.skipped}
+        made = {"what": "attention", "settings": self.settings, "rows": rows, "growth": growth, "skipped": self.skipped}
+        return {**made, "targets": self.targets()}
+
+    def targets(self) -> dict[str, Any]:
+        """What is read off most: speed at 32k beside dense SDPA, the share of masks at 128k and 4M, and the time a token from 64k
+        to 16M, each of those attentions and lengths that were measured."""
+        known = {(row.name, row.length): row for row in self.rows if row.forward_s and row.kind == "attention"}
+        masks: dict[str, dict[int, float]] = {}
+        tokens: dict[str, dict[int, float]] = {}
+        for (name, length), row in known.items():
+            assert row.forward_s is not None
+            if length in MASKS_AT and row.mask_share is not None:
+                masks.setdefault(name, {})[length] = row.mask_share
+            if length in PER_TOKEN_AT:
+                tokens.setdefault(name, {})[length] = 1e9 * row.forward_s / length
+        dense = known.get((DENSE, COMPARED_AT))
+        compared = {name: _compared(row, dense) for (name, length), row in known.items() if length == COMPARED_AT}
+        return {f"at_{COMPARED_AT}": compared, "mask_share": masks, "forward_ns_per_token": tokens}
+
+
+def _compared(row: Row, dense: Row | None) -> dict[str, float | None]:
+    assert row.forward_s is not None
+    rate = row.visited_tflops or row.forward_tflops
+    base = dense.forward_tflops if dense else None
+    return {
+        "forward_ms": 1e3 * row.forward_s,
+        "backward_over_forward": row.backward_s / row.forward_s if row.backward_s else None,
+        "tflops_on_visited_blocks": rate,
+        "share_of_dense_tflops": rate / base if rate and base else None,
+        "times_faster_than_dense": dense.forward_s / row.forward_s if dense and dense.forward_s else None,
+    }
 
 
 def shape_of(heads: int, kv_heads: int, head_dim: int, dtype: str | None, device: str | None) -> Shape:
@@ -116,7 +161,7 @@ def _climb(
     done: list[tuple[int, float]] = []
     for length in lengths:
         row = Row(contender.name, contender.kind, "causal" if contender.causal else "bidirectional", length)
-        expected = _expected(done, length)
+        expected = _expected(done, length, 1.0 if contender.linear else 2.0)
         if ends := expected > most_s:
             row.note = f"would take about {expected:.0f} s"
         else:
@@ -125,15 +170,14 @@ def _climb(
         on_row(row)
         if ends:
             return
-        if row.forward_s and row.backward_s:
-            done.append((length, max(row.forward_s, row.backward_s)))
+        if row.forward_s:
+            done.append((length, max(row.forward_s, row.backward_s or 0.0)))
 
 
-def _expected(done: list[tuple[int, float]], length: int) -> float:
-    """Seconds of a call at `length`, from how they grew so far; with the square while that is unknown."""
+def _expected(done: list[tuple[int, float]], length: int, slope: float) -> float:
+    """Seconds of a call at `length`, from how they grew so far; as length^slope while that is unknown."""
     if not done:
         return 0.0
-    slope = 2.0
     if len(done) > 1:
         (near, least), (far, most) = done[-2:]
         slope = min(max(math.log(most / least) / math.log(far / near), 1.0), 2.0)
@@ -141,8 +185,9 @@ def _expected(done: list[tuple[int, float]], length: int) -> float:
 
 
 def _measure(row: Row, contender: Contender, shape: Shape) -> bool:
-    """Fills in a row; True where there was too little memory for it."""
+    """Fills in a row as far as it goes; True where there was too little memory for a forward."""
     gc.collect()
+    forget_compiled()
     if shape.device.type == "cuda":
         torch.cuda.empty_cache()
     try:
@@ -151,22 +196,23 @@ def _measure(row: Row, contender: Contender, shape: Shape) -> bool:
         with torch.no_grad():
             row.forward_s = _seconds(work.run)
         row.mask_share = None if work.mask_s is None else work.mask_s / row.forward_s
-        row.forward_tflops = _tflops(work, shape, 2, row.forward_s)
+        row.forward_tflops = _tflops(work.pairs, shape, 2, row.forward_s)
+        row.visited_tflops = _tflops(work.visited, shape, 2, row.forward_s)
         row.backward_s, row.peak_bytes = _backward(work, shape.device)
-        row.backward_tflops = _tflops(work, shape, 5, row.backward_s)
+        row.backward_tflops = _tflops(work.pairs, shape, 5, row.backward_s)
     except LongspanError as error:
         row.note = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        row.note = "out of memory"
-        return True
+    except Exception as error:  # whatever one attention does wrong is its result
+        if is_out_of_memory(error):
+            row.note = "out of memory"
+            return row.forward_s is None
+        row.note = f"failed: {one_line(error)}"
     return False
 
 
-def _tflops(work: Work, shape: Shape, products: int, seconds: float) -> float | None:
-    """10¹² operations a second, of so many products with the pairs that are seen."""
-    return 2 * products * shape.head_dim * work.pairs / seconds / 1e12 if work.pairs else None
+def _tflops(pairs: float | None, shape: Shape, products: int, seconds: float) -> float | None:
+    """10¹² operations a second, of so many products with so many pairs."""
+    return 2 * products * shape.head_dim * pairs / seconds / 1e12 if pairs else None
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -184,8 +230,28 @@ def _backward(work: Work, device: torch.device) -> tuple[float, int | None]:
     push = torch.ones_like(out)
     torch.autograd.grad(out, work.leaves, push, allow_unused=True)
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-    out = work.run()
-    return _seconds(lambda: torch.autograd.grad(out, work.leaves, push, retain_graph=True, allow_unused=True)), peak
+    del out
+    return _backward_seconds(work, push, device), peak
+
+
+def _backward_seconds(work: Work, push: Tensor, device: torch.device) -> float:
+    """Median of one backward."""
+    count = max(1, min(MOST_GRAPHS, int(RUN_S / 20 / _backwards(work, push, device, 1))))
+    times: list[float] = []
+    while not times or sum(times) * count < RUN_S:
+        times.append(_backwards(work, push, device, count) / count)
+    return statistics.median(times)
+
+
+def _backwards(work: Work, push: Tensor, device: torch.device, count: int) -> float:
+    """Seconds of `count` backwards, each of a forward made before."""
+    outs = [work.run() for _ in range(count)]
+    wait(device)
+    start = time.perf_counter()
+    while outs:
+        torch.autograd.grad(outs.pop(), work.leaves, push, allow_unused=True)
+    wait(device)
+    return time.perf_counter() - start
 
 
 def _settings(shape: Shape, lengths: list[int]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.attention.base import Attention, Full, Grid, Pattern
-from longspan.engine.block_tables import block_size
+from longspan.engine.block_tables import SIZE, block_size
 from longspan.engine.masks import pieces
 from longspan.engine.patterns import Call, attend
 from longspan.engine.routes import choose, dense_first, through
@@ -30,6 +30,7 @@ from longspan.method import catalogue, parse
 
 SIZED = {"window": ("window:size=1024", "window:size=1024,sinks=4")}
 """Specs of what has no size of its own; everything else comes with its defaults."""
+DENSE = "dense SDPA"
 SAMPLED = 256
 """Queries whose keys are counted in a text that has more."""
 
@@ -67,6 +68,8 @@ class Work:
     leaves: list[Tensor]
     pairs: float | None = None
     """Pairs of a query and a key that it sees, of all heads together."""
+    visited: float | None = None
+    """Pairs of the blocks that hold any of these, of all heads; None where a pattern has no blocks."""
     way: str = ""
     why: str = ""
     mask_s: float | None = None
@@ -81,12 +84,14 @@ class Contender:
     kind: str
     causal: bool
     prepare: Callable[[int], Work] = field(repr=False)
+    linear: bool = False
+    """Whether a query sees no more of a longer text, so that time grows as the length from some length on."""
 
 
 def contenders(specs: list[str], shape: Shape, skipped: dict[str, str], *, peers: bool) -> Iterator[Contender]:
     """Of all attentions of the catalogue, or of `specs`; `skipped` gets who cannot take part, and why."""
     methods = [_read(spec) for spec in specs or _known()]
-    yield Contender("dense SDPA", "attention", True, partial(_dense, shape))
+    yield Contender(DENSE, "attention", True, partial(_dense, shape))
     if shape.device.type == "cuda":
         yield Contender("FlexAttention", "attention", True, partial(_pattern, Full(), shape, True, "flex"))
     yield Contender("full, layer", "layer", True, partial(_layer, Full(), shape, True))
@@ -97,8 +102,15 @@ def contenders(specs: list[str], shape: Shape, skipped: dict[str, str], *, peers
         except LongspanError as error:
             skipped[method.spec] = str(error)
             continue
+        except Exception as error:  # of a method of the user's own, say
+            skipped[method.spec] = f"{type(error).__name__}: {error}"
+            continue
         if isinstance(method, Pattern) and type(layer) is LongspanAttention:
-            yield Contender(method.spec, "attention", causal, partial(_pattern, method, shape, causal, None))
+            linear = _is_linear(method, Grid(shape.heads, 2**24, 0, causal))
+            yield Contender(method.spec, "attention", causal, partial(_pattern, method, shape, causal, None), linear)
+            if shape.device.type == "cuda" and causal and method.kept() is not None:  # beside the kernels of our own
+                by_flex = partial(_pattern, method, shape, causal, "flex")
+                yield Contender(f"{method.spec}, FlexAttention", "attention", causal, by_flex, linear)
         elif not isinstance(method, Full):
             yield Contender(method.spec, "layer", causal, partial(_layer, method, shape, causal))
     for name, (causal, make) in PEERS.items() if peers else ():
@@ -128,7 +140,7 @@ def _dense(shape: Shape, length: int) -> Work:
         with dense_first(shape.device):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
-    return Work(run, leaves, shape.heads * length * (length + 1) / 2, "sdpa")
+    return Work(run, leaves, shape.heads * length * (length + 1) / 2, way="sdpa")
 
 
 def _pattern(pattern: Pattern, shape: Shape, causal: bool, way: str | None, length: int) -> Work:
@@ -142,12 +154,14 @@ def _pattern(pattern: Pattern, shape: Shape, causal: bool, way: str | None, leng
 
     pairs = visible_pairs(pattern, grid)
     if way is None and type(pattern).run is not Pattern.run:
-        return Work(run, leaves, pairs, "own")
+        return Work(run, leaves, pairs, way="own")
     tables_s = _tables_s(pattern, grid, shape.device)  # first, since they are kept
     with through(way) if way else contextlib.nullcontext():
         route = choose(pattern, call, grid)
     mask_s = tables_s if route.way == "flex" else _masks_s(pattern, call, grid) if route.way == "masks" else 0.0
-    return Work(run, leaves, pairs, route.way, route.why, mask_s)
+    blocks = pattern.blocks(grid, SIZE, shape.device)
+    visited = None if blocks is None else float(shape.heads * blocks.visited())
+    return Work(run, leaves, pairs, visited, route.way, route.why, mask_s)
 
 
 def visible_pairs(pattern: Pattern, grid: Grid) -> float:
@@ -165,32 +179,38 @@ def visible_pairs(pattern: Pattern, grid: Grid) -> float:
     return seen * grid.length / count
 
 
+def _is_linear(pattern: Pattern, grid: Grid) -> bool:
+    """Whether the last query of a very long text sees less than a hundredth of it."""
+    return sum(high - low for low, high in pattern.ranges(grid.length - 1, grid.length, grid)) < grid.length / 100
+
+
 def _tables_s(pattern: Pattern, grid: Grid, device: torch.device) -> float | None:
     """Seconds of building the tables of blocks, where FlexAttention may need them."""
     if device.type != "cuda":
         return None
     for length in (128, grid.length):  # the first for the libraries that it loads
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         blocks = pattern.blocks(replace(grid, length=length), block_size(length, backward=False), device)
         if blocks is not None:
             blocks.mask()
-        _wait(device)
+        wait(device)
     return time.perf_counter() - start
 
 
 def _masks_s(pattern: Pattern, call: Call, grid: Grid) -> float:
     """Seconds of making the masks of one call, which every call does."""
     for _ in range(2):
-        _wait(call.query.device)
+        wait(call.query.device)
         start = time.perf_counter()
         for _ in pieces(pattern, call, grid):
             pass
-        _wait(call.query.device)
+        wait(call.query.device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -114,6 +114,11 @@ def print_attention(made: AttentionBench, out: Path | None, as_json: bool) -> No
     measured = ("forward_s", "backward_s", "peak_bytes")
     growth = [[name, *(_figure(made.growth(name, what)) for what in measured)] for name in made.names()]
     print_table(["grows as length to the power of", "forward", "backward", "peak"], growth)
+    for what, rows in made.targets().items():
+        if what.startswith("at_") and rows:
+            columns = [f"{int(what[3:]):,} tokens", "forward ms", "backward / forward", "TFLOP/s on visited blocks"]
+            table = [[name, *(_figure(value) for value in row.values())] for name, row in rows.items()]
+            print_table([*columns, "share of dense", "times faster"], table)
     for name, reason in made.skipped.items():
         typer.echo(f"left out: {name}: {reason}")
 

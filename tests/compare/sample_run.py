@@ -43,6 +43,18 @@ PASSKEY = {
     "worst": 0.0,
     "samples": 8,
 }
+STREAM = {
+    "spec": "stream-eval",
+    "name": "stream-eval",
+    "title": "StreamEval, rebuilt",
+    "version": 1,
+    "measures": "whether lines a fixed distance back are known",
+    "source": "generated",
+    "metric": "share right",
+    "higher_is_better": True,
+    "worst": 0.0,
+    "samples": 4,
+}
 METHODS = (
     "none",
     "pi:factor=4",
@@ -143,7 +155,7 @@ def _ended(status: str, error: str) -> dict[str, Any]:
 
 def _result(method: str, task: dict[str, Any], length: int, count: int) -> dict[str, Any]:
     draw = np.random.default_rng(length)  # the same texts for every method
-    makes = _loss_sample if task["name"] == "ppl" else _passkey_sample
+    makes = {"ppl": _loss_sample, "stream-eval": _stream_sample}.get(task["name"], _passkey_sample)
     records = [makes(method, length, i, count, draw) for i in range(count)]
     estimate = stats.score(records, stats.Scale(task["higher_is_better"], task["worst"]))
     return {
@@ -201,6 +213,21 @@ def _passkey_sample(method: str, length: int, number: int, count: int, draw: np.
         "template": "none",
     }
     return {"id": f"key-{number}", "score": float(found), "failed": False, "detail": detail}
+
+
+def _stream_sample(method: str, length: int, number: int, count: int, draw: np.random.Generator) -> dict[str, Any]:
+    """Streaming answers everywhere; anything else up to the window. Nothing can be asked in the first part."""
+    knows = [method.startswith("streaming") or (i + 0.5) / 32 * length < WINDOW for i in range(32)]
+    asked = [0] + [length // 1024] * 31
+    shares = [None if n == 0 else float(known) for n, known in zip(asked, knows, strict=True)]
+    right = sum(n for n, known in zip(asked, knows, strict=True) if known) / sum(asked)
+    detail = {
+        "questions": sum(asked),
+        "stream_tokens": length - 7,
+        "right_by_position": shares,
+        "asked_by_position": asked,
+    }
+    return {"id": f"stream-{number}", "score": right, "failed": False, "detail": detail | {"nll": 0.5}}
 
 
 def _cost(method: str, task: dict[str, Any], length: int) -> dict[str, Any]:

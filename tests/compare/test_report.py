@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from sample_run import METHODS, PASSKEY, PPL, sample_run, write_run
+from sample_run import METHODS, PASSKEY, PPL, STREAM, sample_run, write_run
 
 from longspan.compare import figures, report, stats
 from longspan.compare.advice import advise
@@ -290,6 +290,28 @@ def test_every_figure_has_words_numbers_and_real_text(pictures: Any):
     assert len(pictures[1].panels) == len(METHODS)
     assert "native window 8,192" in pictures[0].panels[0].svg
     assert "The plain model goes from 3.1" in pictures[0].caption
+
+
+def test_a_stream_is_shown_by_position():
+    manifest, cells = sample_run(("none", STREAMING), tasks=[STREAM], missing=[(STREAMING, "stream-eval", 32768)])
+    picture = figures.pictures(Results(manifest, cells))[0]
+    assert picture.name == "stream-stream-eval"
+    assert picture.table.rows[0] == ["none", *["1.00"] * 2, *["0.00"] * 6]
+    assert picture.table.rows[1] == [STREAMING, *["1.00"] * 4, *["–"] * 4]
+    assert "longer cell: streaming at 16,384" in picture.caption
+    assert "plain model 1.00 1.00 0.00" in picture.panels[0].label
+    assert all(styles(("none", STREAMING))[m].colour in picture.panels[0].svg for m in ("none", STREAMING))
+    assert "stream-stream-eval" in report.render(manifest, cells)
+    screen = io.StringIO()
+    report.terminal(manifest, cells, Console(file=screen, width=200))
+    assert "stream-eval, right in each eighth of 32,768 tokens: plain model 1.00 1.00 0.00 0.00" in screen.getvalue()
+
+
+def test_copies_are_no_stream():
+    manifest, cells = sample_run(("none",), tasks=[STREAM])
+    for sample in (s for c in cells for s in c["samples"]):
+        del sample["detail"]["stream_tokens"]
+    assert not any(p.name.startswith("stream") for p in figures.pictures(Results(manifest, cells)))
 
 
 def test_depths_of_thousands_of_samples_are_gathered():

@@ -2,11 +2,58 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from longspan.engine.core import reference_attention
 from longspan.engine.one_query import one_query_attention, serves
+
+
+def _in_a_process(code: str, path: Path) -> str:
+    """What `code` prints in a Python of its own, with `path` before everything else that modules come from."""
+    places = [str(path), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_streaming_asks_for_no_kernel_when_it_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "class Asked:\n"
+        "    names = []\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        self.names += [name] if name.startswith('longspan.engine.kernels.') else []\n"
+        "sys.meta_path.insert(0, Asked())\n"
+        "import longspan.memory.streaming, longspan.engine.decode\n"
+        "print(Asked.names)\n"
+        "from longspan.engine import one_query\n"
+        "one_query.load()\n"
+        "print(Asked.names)\n"
+    )
+    assert _in_a_process(code, tmp_path) == "[]\n['longspan.engine.kernels.one_query']\n"
+
+
+def test_longspan_streams_on_a_machine_without_triton(tmp_path: Path) -> None:
+    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('No module named triton', name='triton')\n")
+    code = (
+        "import torch, longspan as ls\n"
+        "from longspan.engine import one_query\n"
+        "from longspan.method import catalogue\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)\n"
+        "model = LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=None)).eval()\n"
+        "ls.apply(model, 'streaming:sinks=2,window=6')\n"
+        "ids = model.generate(torch.arange(20)[None], max_new_tokens=4, custom_generate=ls.stream_generate)\n"
+        "print(ids.shape[1], 'window' in catalogue(), one_query.load())\n"
+    )
+    assert _in_a_process(code, tmp_path) == "24 True False\n"
 
 
 def test_only_one_query_in_16_bit_on_cuda() -> None:

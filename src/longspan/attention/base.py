@@ -101,6 +101,9 @@ class Pattern(Attention):
     Tokens are known by their number, 0 for a row's first real token, so padding and the cut into chunks change nothing.
     """
 
+    runs_zero_key: ClassVar[bool] = False
+    """Whether its own `run` knows `Call.zero_key`; masks do otherwise."""
+
     def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
         """Which keys each query sees: boolean (B or 1, H or 1, Tq, Tk); queries (B or 1, Tq), keys (B or 1, Tk) token numbers.
         Causality and padding are added by the caller, and need not be in the answer."""

@@ -35,6 +35,7 @@ class Blockwise(Pattern):
     globals: int
 
     paper: ClassVar[str] = "Xiong 2021, arXiv 2112.07210"
+    runs_zero_key: ClassVar[bool] = True
 
     @property
     def halo(self) -> int:
@@ -66,7 +67,7 @@ class Blockwise(Pattern):
 
         def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             chunks = self.chunks(query.shape[2], grid.causal)
-            return joint_attention(query, key, value, chunks, call.scale)
+            return joint_attention(query, key, value, chunks, call.scale, zero_key=call.zero_key)
 
         return by_row(rows, call.query, call.key, call.value, None if grid.causal else call.padding)
 

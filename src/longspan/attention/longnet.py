@@ -52,6 +52,7 @@ class LongNet(OnTrained):
     title: ClassVar[str] = "Dilated attention (a trained model sees other keys than it learned to)"
     paper: ClassVar[str] = "Ding 2023, arXiv 2307.02486"
     cost: ClassVar[str] = "time n, cache n (all keys are kept)"
+    runs_zero_key: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         sizes, steps = self._list("segments"), self._list("dilations")
@@ -97,7 +98,8 @@ class LongNet(OnTrained):
 
         def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             chunks = self.chunks(query.shape[2], grid.heads, grid.causal)
-            return joint_attention(query, key, value, chunks, call.scale, detached=self.weights == "detached")
+            how = {"detached": self.weights == "detached", "zero_key": call.zero_key}
+            return joint_attention(query, key, value, chunks, call.scale, **how)
 
         return by_row(rows, call.query, call.key, call.value, None if grid.causal else call.padding)
 

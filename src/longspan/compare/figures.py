@@ -41,6 +41,7 @@ from longspan.compare.results import (
     size,
     tokens,
 )
+from longspan.compare.shares import right_by_position
 from longspan.compare.stats import Interval
 from longspan.errors import LongspanError
 
@@ -50,7 +51,8 @@ DEPTH_ROWS = 10
 
 def pictures(results: Results) -> list[Picture]:
     """Every figure that the run has the numbers for."""
-    made = [loss_by_position(results, t) for t in results.tasks] + [by_depth(results, t) for t in results.tasks]
+    kinds = (loss_by_position, right_by_position, by_depth)
+    made = [kind(results, t) for kind in kinds for t in results.tasks]
     made += [quality_and_cost(results), at_native_length(results)]
     return [picture for picture in made if picture is not None]
 

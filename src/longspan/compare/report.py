@@ -26,6 +26,7 @@ from longspan.compare.cells import by_reason
 from longspan.compare.drawing import styles, swatch, with_own_names
 from longspan.compare.protocol import environment, first_prompt, methods_asked, task_protocol
 from longspan.compare.results import BARE, COSTS, STATUS, Record, Results, TaskFacts, failed_samples
+from longspan.compare.shares import terminal_lines
 from longspan.compare.store import write_atomically
 
 MOST_FAILURES = 20
@@ -82,6 +83,8 @@ def terminal(manifest: dict[str, Any], cells: Sequence[Record], console: Console
             style="dim",
         )
     )
+    for said in (line for t in results.tasks for line in terminal_lines(results, t)):
+        console.print(Text(said))
     for line in _endings(results):
         console.print(Text(f"{line['status']}: {line['what']}: {line['error']}", style="dim"))
     for name, reason in by_reason(manifest["left_out"]).items():

@@ -220,6 +220,20 @@ def depths(record: Record) -> list[tuple[float, bool]]:
     return [(float(d["depth"]), bool(d.get("found")) and not failed) for d, failed in found if "depth" in d]
 
 
+def shares_right(record: Record) -> tuple[list[float], list[int]] | None:
+    """Questions right and questions asked in each of equal stretches of a stream, over all samples of a cell; None where the
+    task is none."""
+    found = [d for s in record["samples"] if "stream_tokens" in (d := s["detail"] or {}) and "right_by_position" in d]
+    if not found:
+        return None
+    asked = [sum(n) for n in zip(*(d["asked_by_position"] for d in found), strict=True)]
+    hits = [
+        [n * (share or 0.0) for share, n in zip(d["right_by_position"], d["asked_by_position"], strict=True)]
+        for d in found
+    ]
+    return [sum(h) for h in zip(*hits, strict=True)], asked
+
+
 def pareto(points: dict[str, tuple[float, float]], task: TaskFacts) -> list[str]:
     """The names of points (cost, score) that no other beats: cheaper and as good, or better and no dearer. By cost."""
     front: list[str] = []

@@ -58,6 +58,14 @@ def attention(
     )
 
 
+def with_zero_key(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values with one more of zeros at their end, and the mask that shows it to every query. Its score is 0 and it adds
+    nothing, so softmax over them is exp(x) / (1 + sum of exp(x)) over the others (Miller's softmax-off-by-one; the zero sink
+    of Xiao 2024, arXiv 2309.17453, equation 2)."""
+    key, value = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
+    return key, value, None if mask is None else F.pad(mask, (0, 1), value=True)
+
+
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """(queries, keys) boolean, where the queries are the last of the keys."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

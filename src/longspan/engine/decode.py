@@ -17,6 +17,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation.streamers import BaseStreamer
 
 from longspan.apply import Site
+from longspan.engine import one_query
 from longspan.engine.rolling import StreamingLayer
 from longspan.errors import NotSupported
 from longspan.memory.streaming import SinkKeys, Streaming
@@ -60,6 +61,7 @@ class StreamDecoder:
                 f"StreamDecoder sees the whole ring; this model's layers look back {site.facts.sliding_window:,} tokens only"
             )
         device = self.layers[0].device
+        self.leading = leading(model)
         self.graph = device.type == "cuda" if graph is None else graph
         self.compile = compile
         self._ready = False
@@ -150,6 +152,8 @@ class StreamDecoder:
             if self._token_on_device != self.layers[0].seen:
                 self.token.fill_(self.layers[0].seen)
             return
+        if self.token.device.type == "cuda":
+            one_query.load()
         self.token.fill_(self.layers[0].seen)
         with torch.inference_mode(False):  # the cache goes on after the decoder, in whatever mode
             self.keys = torch.stack([layer.keys for layer in self.layers])
@@ -174,7 +178,7 @@ class StreamDecoder:
         if sinks:
             self._turn_sinks(sinks, window)
         with sdpa_kernel(PREFERRED, set_priority=True):
-            logits = self._forward(self.ids, self.token - self.pad, slot)
+            logits = self._forward(self.ids, self.token - self.pad - self.leading, slot)
         self.token.add_(1)
         self.ids.copy_(logits.argmax(-1, keepdim=True))
         return logits
@@ -224,6 +228,11 @@ class StreamDecoder:
         self._recorded = recorded
 
 
+def leading(model: PreTrainedModel) -> int:
+    """How many tokens of its own the model puts before a text: they are in the cache and in no input."""
+    return int(getattr(model.base_model, "leading", 0))
+
+
 def steps_are_faster(model: PreTrainedModel) -> bool:
     """Whether `stream_generate` serves this model better than its ordinary forward: streaming on one CUDA device."""
     site = _streaming_site(model)
@@ -267,7 +276,7 @@ def stream_generate(
             "leave out custom_generate"
         )
     cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-    end = cache.get_seq_length() if cache is not None else 0
+    end = max(0, cache.get_seq_length() - leading(model)) if cache is not None else 0
     for part in input_ids[:, end:].split(generation_config.prefill_chunk_size or input_ids.shape[1], dim=1):
         end += part.shape[1]
         seen = None if mask is None else mask[:, :end]

@@ -60,15 +60,24 @@ class Chunk(NamedTuple):
     parts: list[Part]
 
 
+@torch.compiler.disable  # its sums are written through overlapping views, which torch.compile refuses
 def joint_attention(
-    query: Tensor, key: Tensor, value: Tensor, chunks: list[Chunk], scale: float, *, detached: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chunks: list[Chunk],
+    scale: float,
+    *,
+    detached: bool = False,
+    zero_key: bool = False,
 ) -> Tensor:
     """(B, H, T, D); query (B, H, T, D), key and value (B, H_kv, T, D). Every query lies in one chunk and at least one part.
-    detached: no gradient goes through the weights with which parts are put together."""
+    detached: no gradient goes through the weights with which parts are put together. zero_key: a key and a value of zeros
+    are in every query's softmax, whose sum begins at exp(0) then; the gradient's formula stays, since L holds that one too."""
     query, key, value = (_lined_up(x) for x in (query, key, value))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        return _Joint.apply(query, key, value, chunks, scale, detached)[0]
-    return _forward(query, key, value, chunks, scale)[0]
+        return _Joint.apply(query, key, value, chunks, scale, detached, zero_key)[0]
+    return _forward(query, key, value, chunks, scale, zero_key)[0]
 
 
 def by_row(call: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
@@ -86,15 +95,15 @@ def by_row(call: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tenso
 class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(
-        query: Tensor, key: Tensor, value: Tensor, chunks: list[Chunk], scale: float, detached: bool
+        query: Tensor, key: Tensor, value: Tensor, chunks: list[Chunk], scale: float, detached: bool, zero_key: bool
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(query, key, value, chunks, scale, keep=True)
+        out, lse = _forward(query, key, value, chunks, scale, zero_key, keep=True)
         assert lse is not None
         return out, lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, ctx.chunks, ctx.scale, ctx.detached = inputs
+        query, key, value, ctx.chunks, ctx.scale, ctx.detached, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(query, key, value, *output)
 
@@ -111,11 +120,11 @@ class _Joint(torch.autograd.Function):
                 o = _kernel(q)[0](q, k, v, ctx.scale, part.causal)[0]
             grads = _kernel(q)[1](given, q, k, v, o, total, ctx.scale, part.causal)
             _collect(part, sums, grads)
-        return *(s.to(x.dtype) for s, x in zip(sums, (query, key, value), strict=True)), None, None, None
+        return *(s.to(x.dtype) for s, x in zip(sums, (query, key, value), strict=True)), None, None, None, None
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, chunks: list[Chunk], scale: float, keep: bool = False
+    query: Tensor, key: Tensor, value: Tensor, chunks: list[Chunk], scale: float, zero_key: bool, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Result, and with `keep` the log-sum-exps (B, H, T) of all keys that a query saw."""
     out = torch.empty_like(query)
@@ -123,7 +132,7 @@ def _forward(
     for start, end, parts in chunks:
         here = query[:, :, start:end]
         mixed = torch.zeros_like(here, dtype=_wide(query))
-        lse = mixed.new_full(here.shape[:3], float("-inf"))
+        lse = mixed.new_full(here.shape[:3], 0.0 if zero_key else float("-inf"))
         for part in parts:
             part_out, part_lse = _kernel(query)[0](*_inputs(part, query, key, value), scale, part.causal)
             lane = Lane(part.queries.start - start, part.queries.length, part.queries.period, part.queries.step)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.engine.core import attention, expand_heads
+from longspan.engine.core import attention, expand_heads, with_zero_key
 
 if TYPE_CHECKING:
     from longspan.attention.base import Grid, Pattern
@@ -50,7 +50,10 @@ def rolled_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     kept, columns, new, device = pattern.kept(), call.columns, call.query.shape[2], call.query.device
     assert kept is not None and columns is not None
     if new == 1 and call.padding is None and _plain(call):  # a ring holds what its query sees, and nothing else
-        return attention(call.query, call.key, call.value, None, call.scale, dropout=call.dropout)
+        key, value = call.key, call.value
+        if call.zero_key:
+            key, value, _ = with_zero_key(key, value, None)
+        return attention(call.query, key, value, None, call.scale, dropout=call.dropout)
     first, blocks, (sinks, window) = _first(call), [], kept
     sinks = min(sinks, columns.shape[1])
     for start, end in _blocks(pattern, grid, grid.length - new, grid.length):
@@ -98,9 +101,12 @@ def _block(
     heads, early = call.query.shape[1], grid.length - call.query.shape[2]
     query = call.query[:, :, queries[0] - early : queries[1] - early]
     key, value = (expand_heads(x[:, :, slots], heads) for x in (call.key, call.value))
+    allowed: Tensor | None = mask
+    if call.zero_key:
+        key, value, allowed = with_zero_key(key, value, mask)
     if _plain(call) and counts is None:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scale
+            query, key, value, attn_mask=allowed, dropout_p=call.dropout, scale=call.scale
         )
     numbers = torch.arange(*queries, device=query.device)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -109,6 +115,8 @@ def _block(
     if counts is not None:  # what is invisible counts as one here and is hidden below
         bias = bias + counts.clamp(min=1).to(wide).log()
     bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))  # rows that see nothing are padding
+    if call.zero_key:
+        bias = F.pad(bias, (0, 1))
     out = F.scaled_dot_product_attention(
         query.to(wide), key.to(wide), value.to(wide), attn_mask=bias, dropout_p=call.dropout, scale=call.scale
     )

@@ -2,22 +2,38 @@
 
 One query leaves a fused kernel little to do at once, so the keys are split: each program takes a run of keys of one key-value
 head, with all the query heads that share it, and the last one to finish joins the parts, which is one softmax over them.
+Triton is imported when the kernel is first asked for, so machines without it, or without a GPU, never do.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
-
-try:
-    from longspan.engine.kernels import one_query as kernels
-except ImportError:  # no Triton
-    kernels = None  # type: ignore[assignment]
 
 KEYS = 64
 """Keys that one program takes at a time."""
 PROGRAMS = 256
 """As many as a large GPU runs side by side, twice."""
+
+
+_kernels: Any = None
+_asked = False
+"""Whether Triton was looked for."""
+
+
+def load() -> bool:
+    """Imports the kernel, once, and says whether there is one. What torch.compile traces cannot import: call it before."""
+    global _kernels, _asked
+    if not _asked and not torch.compiler.is_compiling():
+        _asked = True
+        try:
+            _kernels = importlib.import_module("longspan.engine.kernels.one_query")
+        except ImportError:  # no Triton
+            _kernels = None
+    return _kernels is not None
 
 
 def serves(query: Tensor, key: Tensor, softcap: float | None = None) -> bool:
@@ -31,7 +47,7 @@ def serves(query: Tensor, key: Tensor, softcap: float | None = None) -> bool:
         and key.shape[-1] == width
         and 16 <= width <= 256
         and width & (width - 1) == 0
-        and kernels is not None
+        and load()
     )
 
 
@@ -49,7 +65,7 @@ def one_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float)
     out = torch.empty(batch, heads, 1, width, dtype=query.dtype, device=query.device)
     partial = torch.empty(batch * kv_heads * parts * rows * width, dtype=torch.float32, device=query.device)
     weight = torch.empty(batch * kv_heads * parts * rows * 2, dtype=torch.float32, device=query.device)
-    kernels.attend[(batch * kv_heads, parts)](
+    _kernels.attend[(batch * kv_heads, parts)](
         query,
         key,
         value,

@@ -41,10 +41,12 @@ class Call:
     keeps, then the others. None where they are all tokens."""
     shown: Tensor | None = None
     """Boolean (B, Tk), True for keys that every query sees whatever the pattern says; of the patterns only some know it."""
+    zero_key: bool = False
+    """Whether every query also sees a key and a value of zeros (`longspan.engine.core.with_zero_key`)."""
 
     @property
     def plain(self) -> bool:
-        """Whether the weights are the softmax of products of queries and keys, and nothing else."""
+        """Whether the weights are the softmax of products of queries and keys, with or without the zero key."""
         return self.bias is None and self.query_scores is None and not self.dropout
 
 
@@ -68,7 +70,8 @@ def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     if call.columns is not None:
         return routes.run_rolled(pattern, call, grid)
     padded_left = call.padding is not None and not bool((call.padding[:, 1:] <= call.padding[:, :-1]).all())
-    if call.query.shape[2] != call.key.shape[2] or (padded_left and call.query_scores is not None):
+    unlike = call.zero_key and not pattern.runs_zero_key
+    if unlike or call.query.shape[2] != call.key.shape[2] or (padded_left and call.query_scores is not None):
         return masked_attention(pattern, call, grid)
     if not padded_left:
         return pattern.run(call, grid)

@@ -134,6 +134,8 @@ def _shape(pattern: Pattern, call: Call, grid: Grid) -> tuple:
 def _unlike_plain(call: Call) -> str | None:
     if call.bias is not None or call.query_scores is not None:
         return "the position scheme takes part in the scores"
+    if call.zero_key:
+        return "a zero sink takes part in the softmax"
     if call.shown is not None:
         return "a text names global tokens of its own"
     return "attention has dropout" if call.dropout else None
@@ -171,6 +173,13 @@ def _over_blocks(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> 
 @functools.lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_over_blocks, dynamic=False)
+
+
+def forget_compiled() -> None:
+    """Drops what was compiled in this process, so that as many shapes again may be."""
+    _shapes.clear()
+    _compiled.cache_clear()
+    torch.compiler.reset()
 
 
 def dense_first(device: torch.device) -> contextlib.AbstractContextManager[None]:

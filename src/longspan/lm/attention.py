@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longspan.attention.base import Grid
-from longspan.engine.core import attention, causal_mask, expand_heads
+from longspan.engine.core import attention, causal_mask, expand_heads, with_zero_key
+from longspan.engine.joint import Chunk, Lane, Part, joint_attention
 from longspan.engine.patterns import Call, attend, shifted, text_lengths
 from longspan.engine.rolling import WindowLayer
 from longspan.positions.scheme import Place, distances, ending_at
@@ -53,21 +54,23 @@ def scheme_attention(
         keys = position_ids[:, -1:] - (rolling.seen - 1 - rolling.columns)
     layer = cast(int, getattr(module, "layer_idx", 0))
     asking = query_scores(place, query, queries, layer)
-    query, key = place.turn(query, key, queries, keys)
+    query, key = (x.to(value.dtype) for x in place.turn(query, key, queries, keys))
     scale = place.query_scale(queries)
     if scale is not None:
         query = query * scale[:, None, :, None].to(query.dtype)
     scaling *= place.score_scale
+    zero_key = bool(getattr(module, "zero_key", False))
     if pattern := getattr(module, "pattern", None):
         columns, total = (None, key.shape[2]) if rolling is None else (rolling.columns, rolling.seen)
         by_distance = place.bias if place.has("bias") else None
-        call = Call(query, key, value, scaling, padding, by_distance, dropout, asking, columns, shown)
+        call = Call(query, key, value, scaling, padding, by_distance, dropout, asking, columns, shown, zero_key)
         grid = Grid(query.shape[1], total, layer, bool(module.is_causal), text_lengths(padding))
         out = attend(pattern, call, grid)
         return out.transpose(1, 2).contiguous(), None
     causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1
     if pair_bias is None and asking is None and not place.has("bias"):
-        out = attention(query, key, value, attention_mask, scaling, dropout=dropout, causal=causal)
+        attend_plainly = _with_zero_key if zero_key else attention
+        out = attend_plainly(query, key, value, attention_mask, scaling, dropout=dropout, causal=causal)
         return out.transpose(1, 2).contiguous(), None
     heads, total = query.shape[1], key.shape[2]
     wide = query.float(), expand_heads(key, heads).float(), expand_heads(value, heads).float()
@@ -85,9 +88,25 @@ def scheme_attention(
         if mask is not None:  # rows that see nothing are padding: what they get is never read, but must be numbers
             extra = extra.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))
         q, k, v = wide[0][:, :, start:end], wide[1][:, :, :seen], wide[2][:, :, :seen]
+        if zero_key:
+            k, v, _ = with_zero_key(k, v, None)
+            extra = F.pad(extra, (0, 1))
         block = F.scaled_dot_product_attention(q, k, v, attn_mask=extra, dropout_p=dropout, scale=scaling)
         blocks.append(block.to(query.dtype))
     return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _with_zero_key(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, dropout: float, causal: bool
+) -> Tensor:
+    """As `attention`, with a key and a value of zeros that every query sees; a text on itself goes through flash kernels."""
+    new, held = query.shape[2], key.shape[2]
+    if causal and mask is None and new == held and not dropout:
+        text = Lane(0, new)
+        return joint_attention(query, key, value, [Chunk(0, new, [Part(1, text, text, True)])], scale, zero_key=True)
+    if causal and mask is None:
+        mask = causal_mask(new, held, query.device)
+    return attention(query, *with_zero_key(key, value, mask), scale, dropout=dropout)
 
 
 def relative_bias(place: Place, queries: Tensor, keys: Tensor) -> Tensor:

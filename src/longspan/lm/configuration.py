@@ -14,6 +14,7 @@ from longspan.positions.logn import LogN, LogNPlace
 from longspan.positions.scheme import Place, Scheme, Shape
 
 KINDS = ("decoder", "encoder", "encoder-decoder")
+SINKS = ("none", "zero", "learned")
 
 
 @strict
@@ -25,6 +26,9 @@ class LongspanConfig(PreTrainedConfig):
     attention: `full`, a pattern or a mixer as a spec string, or a list of them that is repeated over the layers.
     reversible: two residual streams, whose activations are computed back instead of kept (`lm/reversible.py`).
     mlp_chunk: how many tokens go through a feed-forward network at once; None for all (`engine/chunked.py`).
+    sink: what a decoder's attention can rest on (Xiao 2024, arXiv 2309.17453, section 3.3). `zero`: every softmax has
+    exp(0) = 1 more in its sum (softmax-off-by-one), with attention=full or a pattern. `learned`: one trained token before
+    every text (`lm/sink.py`).
     decoder_attention: the same for the decoder of an encoder-decoder, where it is another than the encoder's.
     memory: what lies beyond the attended tokens (`transformer-xl:segment=128,length=128`), with attention=full.
     Sizes that are left out follow: as many key-value heads as heads, heads of hidden_size / heads, a feed-forward layer of
@@ -57,6 +61,7 @@ class LongspanConfig(PreTrainedConfig):
     attention: str | list[str] = "full"
     decoder_attention: str | list[str] | None = None
     memory: str = "none"
+    sink: str = "none"
     reversible: bool = False
     mlp_chunk: int | None = None
     rope_parameters: dict | None = None
@@ -135,7 +140,7 @@ class LongspanConfig(PreTrainedConfig):
             hidden=self.hidden_size,
             heads=self.num_attention_heads,
             head_dim=self.head_dim,
-            window=self.max_position_embeddings,
+            window=self.max_position_embeddings + (self.sink == "learned"),  # the sink has a position too
             causal=causal,
             ordered=any(a.knows_order for a in self.attentions_of(causal=causal)),
         )
@@ -147,6 +152,10 @@ class LongspanConfig(PreTrainedConfig):
             raise SpecError(
                 f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads evenly"
             )
+        if self.sink not in SINKS:
+            raise SpecError(f"sink must be one of {', '.join(SINKS)}, not {self.sink!r}")
+        if self.sink != "none" and self.kind != "decoder":
+            raise NotSupported(f"sink={self.sink} is for texts without end, which a decoder reads; use kind=decoder")
         replaced = all(a.replaces_mlp for a in (*self.attentions, *self.attentions_of(causal=True)))
         if self.mlp_chunk is not None and (self.mlp_chunk < 1 or replaced):
             why = (

@@ -37,6 +37,7 @@ from longspan.errors import NotSupported
 from longspan.lm.attention import SCHEME
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.reversible import Branch, reversible
+from longspan.lm.sink import SinkToken
 from longspan.lm.state import rolling_of
 from longspan.positions.scheme import Place, ending_at
 
@@ -60,6 +61,7 @@ class LongspanAttention(nn.Module):
         assert config.head_dim is not None and config.num_key_value_heads is not None
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.is_causal, self.cross = causal, cross
+        self.zero_key = config.sink == "zero" and not cross
         self.scaling = self.head_dim**-0.5
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self._place = (place,)  # in a tuple: its parameters belong to the model, once
@@ -100,6 +102,10 @@ class LongspanAttention(nn.Module):
         )
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, H, T, D) rotated as queries and keys are, for methods that are put on the model."""
+        return rotated(x, (cos, sin))
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
@@ -134,7 +140,7 @@ class LongspanAttention(nn.Module):
         name = self.config._attn_implementation
         if self.cross:
             return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention_forward)
-        if self.pattern is not None or not self.place.plain:
+        if self.pattern is not None or not self.place.plain or self.zero_key:
             self._refuse_others(str(name))
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
@@ -143,6 +149,8 @@ class LongspanAttention(nn.Module):
             what = f"position={self.config.position} takes part in the scores"
             if self.pattern is not None:
                 what = f"attention={self.pattern.spec} says which keys are seen"
+            elif self.zero_key:
+                what = "sink=zero takes part in the softmax"
             raise NotSupported(
                 f"{what}, which attn_implementation={name!r} knows nothing of; leave attn_implementation out, or say {SCHEME!r}"
             )
@@ -152,7 +160,7 @@ def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Heads (B, H, T, D) turned by the tables (B or 1, T, W), of which the first W channels take part."""
     cos, sin = (table[:, None] for table in rotation)
     part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    turned = part * cos + rotate_half(part) * sin
+    turned = (part * cos + rotate_half(part) * sin).to(x.dtype)  # tables are float32 under autocast
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
@@ -248,7 +256,7 @@ class LongspanPreTrainedModel(PreTrainedModel):
             with torch.device("meta"):  # only asked what it does
                 place = config.build_place(causal=config.kind != "encoder")
             attentions = config.attentions + config.attentions_of(causal=True)
-            ours = not place.plain or not all(isinstance(a, Full) for a in attentions)
+            ours = not place.plain or config.sink == "zero" or not all(isinstance(a, Full) for a in attentions)
             config._attn_implementation = SCHEME if ours else None
         super().__init__(config)
 
@@ -289,7 +297,12 @@ class LongspanModel(LongspanPreTrainedModel):
         self.attentions = config.attentions_of(causal=self.causal)
         for attention in dict.fromkeys(self.attentions):
             attention.join(self)
+        if config.sink == "zero":
+            self._check_zero_sink()
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.sink == "learned":
+            self.sink = SinkToken(config.hidden_size, config.initializer_range)
+            self.sink.attach(self)
         if config.rope_parameters is not None:
             self.rotary_emb = LongspanRotaryEmbedding(config)  # type: ignore[arg-type]
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -348,6 +361,20 @@ class LongspanModel(LongspanPreTrainedModel):
             for layer in self.layers:
                 hidden = layer(hidden, **inputs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    @property
+    def leading(self) -> int:
+        """How many tokens of its own the model puts before a text."""
+        return int(hasattr(self, "sink"))
+
+    def _check_zero_sink(self) -> None:
+        for layer in self.layers:
+            if type(layer.self_attn) is not LongspanAttention:
+                spec = self.config.attention if self.config.memory == "none" else self.config.memory
+                raise NotSupported(
+                    f"sink=zero is a part of softmax attention as full, window, local and longnet have it, and {spec} computes "
+                    "its own; use one of these, or sink=learned, which goes with everything"
+                )
 
     @property
     def _going_back(self) -> bool:
@@ -442,6 +469,15 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):
         self.model = LongspanModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', which takes the length of a cache for the number of the text's tokens that it holds."""
+        cache = kwargs.get("past_key_values")
+        if kwargs.get("is_first_iteration") and next_sequence_length is not None and cache and cache.get_seq_length():
+            next_sequence_length += self.model.leading
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)  # type: ignore[arg-type, misc]
 
     @can_return_tuple
     def forward(

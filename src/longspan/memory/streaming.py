@@ -26,7 +26,7 @@ from transformers import DynamicCache
 
 from longspan.apply import Attend, Site, layer_number
 from longspan.engine import one_query, windowed
-from longspan.engine.core import attention, expand_heads
+from longspan.engine.core import attention, expand_heads, with_zero_key
 from longspan.engine.rolling import StreamingLayer, streaming_cache
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts, text_config
@@ -263,7 +263,11 @@ class Streaming:
     # The attention of one layer.
 
     def attend(self, call: Attend) -> Tensor:
+        zero_key = bool(getattr(call.module, "zero_key", False))  # of a model of ours with a zero sink
         if self.fixed:
+            if zero_key:
+                key, value, _ = with_zero_key(call.key, call.value, None)
+                call = replace(call, key=key, value=value)
             if one_query.serves(call.query, call.key, call.softcap):
                 return one_query.one_query_attention(call.query, call.key, call.value, call.scale)
             return attention(call.query, call.key, call.value, None, call.scale, softcap=call.softcap)
@@ -277,6 +281,8 @@ class Streaming:
                 x.gather(2, where.expand(-1, x.shape[1], -1, x.shape[-1])) for x in (call.key, call.value)
             )
         scores = self._sink_scores(call, sink_keys)
+        if zero_key:
+            scores, sink_values = F.pad(scores, (0, 1)), F.pad(sink_values, (0, 0, 0, 1))
         first = max(
             self.method.sinks, self.now.start - self.method.recent + 1
         )  # number of the first token after the sinks
@@ -311,7 +317,10 @@ class Streaming:
         if turned is not None:
             call.key[:, :, : self.method.sinks] = turned
         mask = self.site.once(f"ring:{call.sliding_window}", lambda: self._ring_mask(call))
-        return attention(call.query, call.key, call.value, mask, call.scale, softcap=call.softcap)
+        key, value = call.key, call.value
+        if getattr(call.module, "zero_key", False):
+            key, value, mask = with_zero_key(key, value, mask)
+        return attention(call.query, key, value, mask, call.scale, softcap=call.softcap)
 
     def _ring_mask(self, call: Attend) -> Tensor | None:
         """Which slots one query sees, (B, 1, 1, slots); None when it sees them all."""

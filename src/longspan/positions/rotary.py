@@ -40,6 +40,8 @@ def rotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     ones pass. Layers that the architecture leaves without positions (SmolLM3's) are left alone."""
     if not getattr(module, "use_rope", True):
         return x
+    if hasattr(module, "turn"):  # a model of ours
+        return module.turn(x, cos, sin)  # type: ignore[operator]
     turn = sys.modules[type(module).__module__].apply_rotary_pos_emb
     width = cos.shape[-1]
     turned = turn(x[..., :width], x[:, :0, :, :width], cos, sin)[0]
