@@ -24,7 +24,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,  # noqa: F401  methods that rotate by themselves look here for a model's own (positions/rotary.py)
     eager_attention_forward,
     rotate_half,
 )
