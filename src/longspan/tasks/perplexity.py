@@ -138,7 +138,9 @@ class Perplexity(Task):
     name: ClassVar[str] = "ppl"
     title: ClassVar[str] = "Perplexity of long text"
     measures: ClassVar[str] = "how well each token is predicted, by its position in the window"
-    source: ClassVar[str] = "Python's own help texts or library sources, or a text file of yours"
+    source: ClassVar[str] = (
+        "Python's own help texts or library sources, a novel that comes along, or a text file of yours"
+    )
     default_count: ClassVar[int] = 6
     metric: ClassVar[str] = "NLL (nats a token)"
     higher_is_better: ClassVar[bool] = False

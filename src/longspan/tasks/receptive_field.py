@@ -40,7 +40,9 @@ class ReceptiveField(Task):
     name: ClassVar[str] = "field"
     title: ClassVar[str] = "Receptive field"
     measures: ClassVar[str] = "how far back lie the tokens that move the last one's state"
-    source: ClassVar[str] = "Python's own help texts or library sources, or a text file of yours"
+    source: ClassVar[str] = (
+        "Python's own help texts or library sources, a novel that comes along, or a text file of yours"
+    )
     default_count: ClassVar[int] = 4
     metric: ClassVar[str] = "tokens back"
     rates: ClassVar[bool] = False

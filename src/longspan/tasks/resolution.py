@@ -47,7 +47,9 @@ class Resolution(Task):
     name: ClassVar[str] = "resolution"
     title: ClassVar[str] = "Attention resolution"
     measures: ClassVar[str] = "how surely scores fall with distance"
-    source: ClassVar[str] = "Python's own help texts or library sources, or a text file of yours"
+    source: ClassVar[str] = (
+        "Python's own help texts or library sources, a novel that comes along, or a text file of yours"
+    )
     default_count: ClassVar[int] = 4
     metric: ClassVar[str] = "resolution"
     rates: ClassVar[bool] = False
