@@ -38,6 +38,9 @@ class DecoderReader:
         self._gist: Tensor | None = None
         """(B, all tokens so far) of the forward at hand; None where nothing is hidden."""
         self._at: Tensor | None = None
+        """(B, all tokens so far): the positions of a `GistCache`'s tokens."""
+        self._real: Tensor | None = None
+        """(B, all tokens so far): the mask of padding that came with them."""
 
     def attach(self) -> None:
         if getattr(self.site.model.base_model, "leading", 0):
@@ -58,7 +61,7 @@ class DecoderReader:
             gist = torch.cat((_marks(cache, len(ids)), gist), dim=1)
             setattr(cache, _GIST, gist)
         if isinstance(cache, GistCache):
-            self._at = cache.place(arguments, ids.shape[1])
+            self._at, self._real = cache.place(arguments, ids.shape[1]), arguments.get("attention_mask")
         hides = self.method.mode != "positive" and bool(gist.any())
         self._gist = gist if hides else None
 
@@ -71,17 +74,29 @@ class DecoderReader:
         return given
 
     def _attend(self, call: Attend) -> Tensor:
+        mask = call.mask
         if self._at is not None:
             call = replace(call, keys_at=self._at[:, -call.key.shape[2] :])
-        return self.site.own_attention(call, call.mask if self._gist is None else self._mask(call, self._gist))
+            mask = self._window(call) if call.sliding_window else mask
+        return self.site.own_attention(call, mask if self._gist is None else self._hiding(call, mask, self._gist))
 
-    def _mask(self, call: Attend, gist: Tensor) -> Tensor:
-        """Boolean (B, 1, Tq, Tk): the model's own, without what gist tokens stand for. A layer with a sliding window holds the
-        last keys only."""
+    def _hiding(self, call: Attend, mask: Tensor | None, gist: Tensor) -> Tensor:
+        """Boolean (B, 1, Tq, Tk): a mask without what gist tokens stand for. A layer with a sliding window holds the last keys
+        only."""
         new, held = call.query.shape[2], call.key.shape[2]
         sees = self.site.once("gist", lambda: visible(gist, new, self.method.mode))
-        own = causal_mask(new, held, call.query.device)[None, None] if call.mask is None else call.mask
+        own = causal_mask(new, held, call.query.device)[None, None] if mask is None else mask
         return own & sees[:, None, :, -held:].to(own.device)
+
+    def _window(self, call: Attend) -> Tensor:
+        """Boolean (B, 1, Tq, Tk): a sliding window counted in positions. The model's own counts columns, and padding may stand
+        between gist tokens and a text."""
+        assert call.sliding_window is not None
+        keys, queries = call.key_positions[:, None, :], call.position_ids[:, :, None]
+        near = causal_mask(call.query.shape[2], call.key.shape[2], keys.device) & (keys > queries - call.sliding_window)
+        if self._real is not None:
+            near = near & self._real[:, None, :].bool()
+        return near[:, None]
 
 
 class GistCache(DynamicCache):
