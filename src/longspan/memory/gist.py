@@ -123,7 +123,8 @@ def add_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of `<GIST>`, which is added to the tokenizer where it has none."""
     if TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([TOKEN], special_tokens=True)
-    return int(tokenizer.convert_tokens_to_ids(TOKEN))
+    id: Any = tokenizer.convert_tokens_to_ids(TOKEN)
+    return int(id)
 
 
 def with_token(method: Combination, tokenizer: PreTrainedTokenizerBase) -> Combination:
@@ -143,8 +144,8 @@ def extend(model: PreTrainedModel, id: int) -> None:
     table: Any = model.get_input_embeddings()
     if id >= len(table.weight):
         model.resize_token_embeddings(id + 1, mean_resizing=False)
-    head: Any = model.get_output_embeddings()
-    for matrix in {m.weight: None for m in (model.get_input_embeddings(), head) if m is not None}:
+    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for matrix in {m.weight: None for m in modules if m is not None}:
         matrix[id] = matrix[:id].float().mean(0).to(matrix)
 
 

@@ -192,7 +192,7 @@ class GistCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._pick(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -90,7 +90,8 @@ class EncoderReader:
         if mask is not None:
             sees = sees & mask[:, None, :].bool()
         sees = sees | torch.eye(count, dtype=torch.bool, device=gist.device)
-        dtype = self.site.model.get_input_embeddings().weight.dtype
+        table: Any = self.site.model.get_input_embeddings()
+        dtype = table.weight.dtype
         return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
     def _after(self, output: Any) -> Any:
