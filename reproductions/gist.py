@@ -36,6 +36,7 @@ from longspan.memory import gist
 from longspan.memory.gist_decoder import compressed
 from longspan.memory.gist_encoder import padded
 from longspan.tasks.base import Sample, parse_task
+from longspan.training.data import load_tokenizer
 from longspan.training.recipe import read_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gist.yaml"
@@ -47,10 +48,16 @@ BATCH = 64
 """Samples that are judged at once."""
 
 
-def held_out(tokenizer: Any, split: str, count: int, trained: set[tuple[int, ...]]) -> list[Sample]:
-    """Samples of another seed, but for those that were trained on."""
-    drawn = parse_task(f"instructions:split={split}").samples(tokenizer, 512, count, 10**6)
-    return [s for s in drawn if tuple(s.tokens) not in trained]
+def held_out(options: argparse.Namespace) -> dict[str, list[Sample]]:
+    """Samples of another seed by split, but for those that are trained on."""
+    recipe = read_recipe(RECIPE, settings(options).items())
+    tokenizer, data = load_tokenizer(str(recipe.model)), recipe.data
+    source = parse_task(data.train).samples(tokenizer, data.length, data.samples or 1000, recipe.seed)
+    trained, found = {tuple(s.tokens) for s in source}, {}
+    for split in SPLITS:
+        drawn = parse_task(f"instructions:split={split}").samples(tokenizer, 512, options.count, 10**6)
+        found[split] = [s for s in drawn if tuple(s.tokens) not in trained]
+    return found
 
 
 @torch.inference_mode()
@@ -87,7 +94,7 @@ def judge(model: Any, samples: list[Sample], method: gist.Gist) -> list[dict[str
     return records
 
 
-def train(mode: str, options: argparse.Namespace) -> dict[str, Any]:
+def train(mode: str, asked: dict[str, list[Sample]], options: argparse.Namespace) -> dict[str, Any]:
     """One training, and what its model makes of the held-out instructions, by split."""
     begun = time.perf_counter()
     given = {
@@ -97,13 +104,8 @@ def train(mode: str, options: argparse.Namespace) -> dict[str, Any]:
     }
     done = ls.train(RECIPE, **given)
     trained_s = time.perf_counter() - begun
-    model, tokenizer = ls.load(done.model, dtype="float32")
-    recipe, method = read_recipe(RECIPE, given.items()), gist.method_on(model)
-    source = parse_task(recipe.data.train).samples(
-        tokenizer, recipe.data.length, recipe.data.samples or 1000, recipe.seed
-    )
-    trained = {tuple(s.tokens) for s in source}
-    asked = {split: held_out(tokenizer, split, options.count, trained) for split in SPLITS}
+    model, _ = ls.load(done.model, dtype="float32")
+    method = gist.method_on(model)
     found = {split: judge(model, samples, method) for split, samples in asked.items()}
     told: dict[str, Any] = {"steps": done.steps, "train_loss": done.loss, "train_s": trained_s, "samples": found}
     if mode == "gist":
@@ -183,12 +185,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", type=Path, default=Path("runs/gist"), help="where the models go")
     parser.add_argument("--tokens", type=int, default=1, help="gist tokens")
-    parser.add_argument("--count", type=int, default=1000, help="held-out instructions of each split")
+    parser.add_argument("--count", type=int, help="held-out instructions of each split; 1000 if left out")
     parser.add_argument("--steps", type=int, help="of each training; the recipe's if left out")
     parser.add_argument("--small", action="store_true", help="two small steps, to see that it runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     options = parser.parse_args(arguments)
-    found = {mode: train(mode, options) for mode in MODES}
+    options.count = options.count or (24 if options.small else 1000)
+    asked = held_out(options)
+    found = {mode: train(mode, asked, options) for mode in MODES}
     told = summary(found, options.tokens)
     said = claims(told)
     show(found, told, said)
