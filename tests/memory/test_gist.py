@@ -63,7 +63,7 @@ FAMILIES: dict[str, Any] = {
 }
 PROMPTS = ["Instruction: add up", "Instruction: say"]
 TEXTS = ["\nInput: 12\nOutput:", "\nIn: a\nOutput, now:"]
-CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def spread(model: PreTrainedModel) -> PreTrainedModel:
@@ -429,6 +429,8 @@ def test_refusals() -> None:
         held.inputs(model, tokenizer, ["a", ""])
     with pytest.raises(SpecError, match="empty"):
         gist.compress(model, tokenizer, [])
+    with pytest.raises(SpecError, match="has <GIST> in it"):
+        gist.compress(model, tokenizer, "Say<GIST>")
     with pytest.raises(NotSupported, match="input_ids"):
         model(inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(NotSupported, match="DynamicCache"):

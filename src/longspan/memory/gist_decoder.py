@@ -58,7 +58,7 @@ class DecoderReader:
         cache, gist = self._cache(arguments), ids == self.method.id
         self._at = None
         if cache is not None:
-            gist = torch.cat((_marks(cache, len(ids)), gist), dim=1)
+            gist = torch.cat((_marks(cache, gist), gist), dim=1)
             setattr(cache, _GIST, gist)
         if isinstance(cache, GistCache):
             self._at, self._real = cache.place(arguments, ids.shape[1]), arguments.get("attention_mask")
@@ -210,8 +210,8 @@ class GistCache(DynamicCache):
                 setattr(self, name, held[rows.to(held.device)])
 
 
-def _marks(cache: Cache, rows: int) -> Tensor:
-    """Which tokens of the cache are gist tokens, (rows, T). Raises `NotSupported` for one that was filled without the method."""
+def _marks(cache: Cache, new: Tensor) -> Tensor:
+    """Which tokens of the cache are gist tokens, (B, T), for `new` (B, …) to go on with. Raises `NotSupported` for one that was filled without the method."""
     length = cache.get_seq_length()
     marks: Tensor | None = getattr(cache, _GIST, None)
     if marks is None or marks.shape[1] < length:
@@ -220,10 +220,12 @@ def _marks(cache: Cache, rows: int) -> Tensor:
                 "this cache was filled while gist was not on the model, so it is not known which of its tokens are gist "
                 "tokens; begin with an empty one"
             )
-        return torch.zeros(rows, 0, dtype=torch.bool)
-    if rows % len(marks):
-        raise NotSupported(f"a cache of {len(marks)} rows does not go with {rows} rows of input")
-    return marks[:, :length].repeat_interleave(rows // len(marks), dim=0)  # shorter after a cut, more rows for beams
+        return new[:, :0]
+    if len(new) % len(marks):
+        raise NotSupported(f"a cache of {len(marks)} rows does not go with {len(new)} rows of input")
+    return marks[:, :length].repeat_interleave(
+        len(new) // len(marks), dim=0
+    )  # shorter after a cut, more rows for beams
 
 
 @torch.no_grad()
