@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from longspan.apply import applied, apply
 from longspan.errors import NotSupported
 from longspan.lm import LongspanForConditionalGeneration, LongspanForMaskedLM, LongspanForSequenceClassification
+from longspan.lm import attention as lm_attention
 from longspan.method import NoMethod, catalogue
 from longspan.positions.scheme import Scheme
 
@@ -163,6 +165,44 @@ def test_encoder_decoder_generates_what_it_computes(line: Line) -> None:
     loss = model(ids, attention_mask=mask, labels=ids).loss
     loss.backward()
     assert loss.isfinite()
+
+
+def answers(model: PreTrainedModel, ids: Tensor, bf16: bool = False) -> dict[str, Tensor]:
+    """The logits and the gradient of every parameter, in float64 on the CPU."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+        out = model(ids, labels=ids, use_cache=False)
+    out.loss.backward()
+    found = {"logits": out.logits, **{name: p.grad for name, p in model.named_parameters()}}
+    return {name: x.detach().double().cpu() for name, x in found.items()}
+
+
+@pytest.mark.cuda
+@every
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_gpu_computes_what_the_cpu_computes(line: Line, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and gradients, with heads of a width that the kernels serve; schemes with a bias by distance go through them."""
+    calls = []
+    kernel = lm_attention.biased_attention
+    monkeypatch.setattr(lm_attention, "biased_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    length = WINDOW if not line.endless else 300
+    model, ids = build(line.spec, head_dim=32), tokens(2, length)
+    wanted = answers(copy.deepcopy(model).double(), ids)
+    got = answers(model.cuda(), ids.cuda(), bf16)
+    for name, x in wanted.items():
+        off = float((got[name] - x).norm() / x.norm())
+        assert off < (0.15 if bf16 else 1e-3), f"{name}: {off:.1e}"
+    assert bool(calls) == model.model.place.has("bias")
+
+
+@pytest.mark.cuda
+@where("endless")
+def test_gpu_reads_in_chunks(line: Line) -> None:
+    model, ids = build(line.spec, head_dim=32).cuda(), tokens(2, 300).cuda()
+    cache, parts = DynamicCache(), []
+    with torch.no_grad():
+        for begin, end in ((0, 100), (100, 170), (170, 171), (171, 300)):
+            parts.append(model(ids[:, begin:end], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, ids), rtol=1e-3, atol=1e-3)
 
 
 def test_classification_reads_real_tokens_only() -> None:

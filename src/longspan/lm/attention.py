@@ -1,7 +1,7 @@
 """Attention under a position scheme, for every layer of a model of ours.
 
-What the scheme says is added to the scores in float32, a block of queries at a time, so that memory grows with the length
-and not with its square. This form runs everywhere and trains everywhere.
+A bias by distance runs in the engine's kernels on a GPU, forward and backward. Elsewhere, and for whatever else a scheme says, it
+is added to the scores in float32, a block of queries at a time, so that memory grows with the length and not with its square.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longspan.attention.base import Grid
+from longspan.engine.biased import biased_attention, serves
 from longspan.engine.core import attention, causal_mask, expand_heads, with_zero_key
 from longspan.engine.joint import Chunk, Lane, Part, joint_attention
 from longspan.engine.patterns import Call, attend, shifted, text_lengths
@@ -41,12 +42,14 @@ def scheme_attention(
     padding: Tensor | None = None,
     shown: Tensor | None = None,
     rolling: WindowLayer | None = None,
+    in_order: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), mask None or boolean
     (B, 1, Tq, Tk), key_positions (B or 1, Tk) where they do not just end at the queries',
     pair_bias None or (B or 1, H, Tq, Tk); for patterns padding None or boolean (B, tokens so far), shown the keys that all see,
-    None or boolean (B, Tk), and rolling the layer of a cache that kept a part of the keys; returns (B, Tq, H, D)."""
+    None or boolean (B, Tk), and rolling the layer of a cache that kept a part of the keys; in_order says that positions run
+    without a gap, alike in all rows, and that no mask hides a key; returns (B, Tq, H, D)."""
     place = cast(Place, module.place)
     assert position_ids is not None, "the model gives positions to every layer"
     queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
@@ -72,6 +75,11 @@ def scheme_attention(
         attend_plainly = _with_zero_key if zero_key else attention
         out = attend_plainly(query, key, value, attention_mask, scaling, dropout=dropout, causal=causal)
         return out.transpose(1, 2).contiguous(), None
+    if in_order and pair_bias is None and asking is None and not zero_key and not dropout and query.shape[2] > 1:
+        law = place.law(key.shape[2] - 1, 0 if causal else key.shape[2] - 1, query.device)
+        if serves(query, key, law):
+            out = biased_attention(query, key, value, law, scale=scaling, causal=causal)
+            return out.transpose(1, 2).contiguous(), None
     heads, total = query.shape[1], key.shape[2]
     wide = query.float(), expand_heads(key, heads).float(), expand_heads(value, heads).float()
     blocks = []
@@ -112,7 +120,7 @@ def _with_zero_key(
 def relative_bias(place: Place, queries: Tensor, keys: Tensor) -> Tensor:
     """(B or 1, H, Tq, Tk) from a scheme that knows distances; queries (B or 1, Tq), keys (B or 1, Tk) positions. Where both
     run without a gap, as they mostly do, each distance is asked for once and the rows are views of one another."""
-    if _consecutive(queries) and _consecutive(keys):
+    if consecutive(queries) and consecutive(keys):
         first = int(queries[0, 0] - keys[0, -1])
         line = torch.arange(first, first + queries.shape[1] + keys.shape[1] - 1, device=keys.device)
         return place.bias(line).unfold(-1, keys.shape[1], 1).flip(-1)[None]
@@ -142,12 +150,13 @@ def relative_scores(asking: Asking, rows: slice, queries: Tensor, keys: Tensor) 
     far = distances(queries, keys)
     low, high = int(far.min()), int(far.max())
     line = asking(rows, torch.arange(low, high + 1, device=keys.device))
-    if _consecutive(queries) and _consecutive(keys):
+    if consecutive(queries) and consecutive(keys):
         return shifted(line, keys.shape[1])
     return line.gather(-1, (far - low)[:, None].expand(line.shape[0], line.shape[1], -1, -1))
 
 
-def _consecutive(positions: Tensor) -> bool:
+def consecutive(positions: Tensor) -> bool:
+    """Whether positions (B or 1, T) are the same in every row and each is one more than the one before."""
     if positions.shape[0] > 1 and not bool((positions == positions[:1]).all()):
         return False
     return positions.shape[1] < 2 or bool((positions[0].diff() == 1).all())

@@ -33,7 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 from longspan.attention.base import Full, Pattern
 from longspan.engine.chunked import in_chunks
 from longspan.errors import NotSupported
-from longspan.lm.attention import SCHEME
+from longspan.lm.attention import SCHEME, consecutive
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.reversible import Branch, reversible
 from longspan.lm.sink import SinkToken
@@ -334,7 +334,10 @@ class LongspanModel(LongspanPreTrainedModel):
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         positions = self._positions(position_ids, attention_mask, seen, embeds)
         self._check_reach(positions, seen + embeds.shape[1])
-        mask, padding = self._masks(attention_mask, embeds, past_key_values, position_ids, seen)
+        in_order = self._in_order(attention_mask, positions, past_key_values, embeds.shape[1])
+        mask, padding = None, None
+        if not in_order:
+            mask, padding = self._masks(attention_mask, embeds, past_key_values, position_ids, seen)
         encoder_mask = None
         if encoder_attention_mask is not None:
             encoder_mask = encoder_attention_mask[:, None, None].bool()
@@ -352,6 +355,7 @@ class LongspanModel(LongspanPreTrainedModel):
             "position_ids": positions,
             "pair_bias": pair_bias,
             "padding": padding,
+            "in_order": in_order,
             **kwargs,
         }
         if self.config.reversible:
@@ -398,6 +402,18 @@ class LongspanModel(LongspanPreTrainedModel):
         parameters = [*self.layers.parameters(), *self.place.parameters()]
         a, b = reversible(branches, hidden, parameters, inputs)
         return (a + b) / 2
+
+    def _in_order(self, given: Tensor | None, positions: Tensor, cache: Cache | None, new: int) -> bool:
+        """Whether a bias by distance can go without a mask: no padding, no packed texts, every token so far in the cache."""
+        if not self.place.has("bias") or not all(type(a) is Full for a in self.attentions):
+            return False
+        if self.config._attn_implementation != SCHEME or (
+            given is not None and (given.ndim != 2 or not bool(given.all()))
+        ):
+            return False
+        if cache is not None and cache.get_mask_sizes(new, 0) != (cache.get_seq_length() + new, 0):
+            return False
+        return consecutive(positions)
 
     def _masks(
         self, given: Tensor | None, embeds: Tensor, cache: Cache | None, position_ids: Tensor | None, seen: int

@@ -12,25 +12,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from longspan.engine.biased import Bias
 from longspan.positions.scheme import Place, Scheme, Shape
 
 
-def slopes(heads: int) -> list[float]:
-    """The slope of each head (Press 2022, §3, and the authors' code for numbers that are no power of two)."""
+def slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
+    """The slope of each head, (H,) float32 (Press 2022, §3, and the authors' code for numbers that are no power of two)."""
     below = 1 << (heads.bit_length() - 1)
-    first = [2 ** (-8 * (h + 1) / below) for h in range(below)]
-    between = [2 ** (-8 * (h + 1) / (2 * below)) for h in range(0, 2 * below, 2)]
-    return first + between[: heads - below]
+    first = torch.arange(1, below + 1, device=device) / below
+    between = torch.arange(1, 2 * below, 2, device=device) / (2 * below)
+    return 2.0 ** (-8 * torch.cat((first, between))[:heads])
 
 
 class ALiBiPlace(Place):
     def __init__(self, heads: int):
         super().__init__()
-        self.slopes = slopes(heads)
+        self.heads = heads
+
+    def law(self, past: int, ahead: int, device: torch.device) -> Bias:
+        return Bias("linear", slopes(self.heads, device))
 
     def bias(self, distance: Tensor) -> Tensor:
-        rates = torch.tensor(self.slopes, device=distance.device, dtype=torch.float32)
-        return -rates.view(-1, *(1,) * distance.ndim) * distance.abs().float()
+        return self.law(0, 0, distance.device).values(distance, torch.float32)
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from longspan.engine.biased import Bias
 from longspan.positions.scheme import Place, Scheme, Shape
 
 LEAST = 0.01
 
 
 class KerplePlace(Place):
-    def __init__(self, heads: int, kind: str, factor: float):
+    def __init__(self, heads: int, kind: Literal["log", "power"], factor: float):
         super().__init__()
         self.kind, self.factor = kind, factor
         self.r1 = nn.Parameter(torch.empty(heads))
@@ -41,13 +42,11 @@ class KerplePlace(Place):
         most = math.inf if self.kind == "log" else 2.0
         return _bounded(self.r1, LEAST, math.inf) * self.factor, _bounded(self.r2, LEAST, most)
 
+    def law(self, past: int, ahead: int, device: torch.device) -> Bias:
+        return Bias(self.kind, *self.parameters_within_bounds())
+
     def bias(self, distance: Tensor) -> Tensor:
-        r1, r2 = (r.view(-1, *(1,) * distance.ndim) for r in self.parameters_within_bounds())
-        far = distance.abs().float()
-        if self.kind == "log":
-            return -r1 * torch.log1p(r2 * far)
-        # 0^r2 is 0 and stays 0 for every r2: its derivative, 0 · log 0, is taken as 0.
-        return -r1 * torch.where(far == 0, 0.0, torch.pow(far.clamp(min=1.0), r2))
+        return self.law(0, 0, distance.device).values(distance, torch.float32)
 
 
 def _bounded(x: Tensor, least: float, most: float) -> Tensor:

@@ -13,9 +13,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from longspan.apply import Attend, Site
+from longspan.engine.biased import Bias
 from longspan.facts import ModelFacts
 from longspan.method import Method
 from longspan.positions.scheme import Place
@@ -79,6 +81,9 @@ class LogNPlace(Place):
 
     def bias(self, distance: Tensor) -> Tensor:
         return self.inner.bias(distance)
+
+    def law(self, past: int, ahead: int, device: torch.device) -> Bias:
+        return self.inner.law(past, ahead, device)
 
     def pair_bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         return self.inner.pair_bias(q_positions, k_positions)

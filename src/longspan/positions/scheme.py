@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
+from longspan.engine.biased import Bias
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
 from longspan.method import Method
@@ -67,6 +68,10 @@ class Place(nn.Module):
     def bias(self, distance: Tensor) -> Tensor:
         """What a score gets at `distance` = query's position - key's, whole numbers of any shape: (H, *shape), float32."""
         raise NotImplementedError
+
+    def law(self, past: int, ahead: int, device: torch.device) -> Bias:
+        """`bias` as the engine's kernels take it, for distances from -ahead to past: a table of it, where no formula is said."""
+        return Bias("table", self.bias(torch.arange(-ahead, past + 1, device=device)), offset=ahead)
 
     def pair_bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         """What the score of each pair gets, (B or 1, H, Tq, Tk), float32; computed once for all layers."""

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from longspan.engine.biased import Bias
 from longspan.positions.scheme import Place, Scheme, Shape
 
 
@@ -41,6 +42,9 @@ class T5Place(Place):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.table, std=0.02)
+
+    def law(self, past: int, ahead: int, device: torch.device) -> Bias:
+        return super().law(min(past, self.far), min(ahead, self.far), device)  # past `far` the last bucket goes on
 
     def bias(self, distance: Tensor) -> Tensor:
         found = buckets(distance, self.count, self.far, causal=self.causal)
