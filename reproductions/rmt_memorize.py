@@ -4,10 +4,10 @@
     python reproductions/rmt_memorize.py --small --model FOLDER --out /tmp/rmt
 
 Takes a small model of our own (`longspan-7m`, trained on texts of 512 tokens), gives it memory, and trains it on the task
-`memorize`: a fact stands before everything else, a question at the end, texts that say nothing of it between them. The curriculum
-is the paper's, from one segment to more, each stage from the weights before; a stage is gone through again until 99 % of held-out
-texts are answered, at most `--tries` times, and no new stage is begun once `--budget` seconds are gone. The model then reads texts
-of up to a million tokens, a segment at a time, in rows of different facts and different noise.
+`memorize`: a fact stands before everything else, a question at the end, and texts that say nothing of it between them. The
+curriculum is the paper's, from one segment to more, each stage from the weights before; a stage is gone through again until 99 %
+of held-out texts are answered, at most `--tries` times, and no new stage is begun once `--budget` seconds are gone. The model
+then reads texts of up to a million tokens, a segment at a time, in rows of different facts and different noise.
 
 An answer is right if greedy decoding says just the place. Beside it the same model is given each text's last segment alone, which
 holds the question and not the fact: a guess is right one time in six. What is judged: two segments are solved; texts 64 times

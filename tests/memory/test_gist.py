@@ -369,6 +369,20 @@ def test_a_new_row_is_the_mean_of_the_others(family: str) -> None:
         assert torch.allclose(now.weight[261], old.mean(0), atol=1e-7)
 
 
+def test_a_learned_row_is_not_begun_anew() -> None:
+    model, tokenizer = prepared(decoder())
+    wanted = gist.method_on(model).id
+    with torch.no_grad():
+        model.get_input_embeddings().weight[wanted] += 1.0  # as a training would
+    row = model.get_input_embeddings().weight[wanted].clone()
+    for method in ("gist:tokens=1", "gist:tokens=2,mode=negative"):
+        remove(model)
+        gist.prepare(model, tokenizer, method)
+        assert torch.equal(model.get_input_embeddings().weight[wanted], row)
+    with pytest.raises(NotSupported, match="use gist:tokens=3,id=261"):
+        apply(model, "gist:tokens=3")
+
+
 def test_saved_with_the_model_and_on_it_again(tmp_path: Path) -> None:
     model, tokenizer = prepared(decoder(), "gist:tokens=2")
     with torch.no_grad():
@@ -449,7 +463,7 @@ def test_refusals() -> None:
     with pytest.raises(NotSupported, match="no gist tokens"):
         gist.compress(model, tokenizer, PROMPTS)
     with pytest.raises(NotSupported, match="longspan train with method=gist:tokens=3"):
-        apply(model, "gist:tokens=3")
+        apply(decoder(), "gist:tokens=3")
     with pytest.raises(NotSupported, match="which has 270"):
         apply(model, "gist:id=400")
     with pytest.raises(SpecError, match="id=3 is not <GIST>"):

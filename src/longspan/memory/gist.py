@@ -47,6 +47,8 @@ from longspan.method import Combination, Method, combination
 from longspan.tasks.base import Sample, encode, with_bos
 
 TOKEN = "<GIST>"
+_KNOWN = "gist_token_id"
+"""In a model's configuration, and so saved with it: the token that it has a row for."""
 Model = TypeVar("Model", bound=PreTrainedModel)
 Held = GistCache | GistStates
 
@@ -87,6 +89,8 @@ class Gist(Method):
 
     def attach(self, site: Site) -> None:
         if self.id is None:
+            if (known := getattr(site.model.config, _KNOWN, None)) is not None:
+                raise NotSupported(f"gist: this model's gist token is {known}: use {replace(self, id=known).spec}")
             raise NotSupported(
                 f"{site.facts.architecture} has no gist token: longspan train with method={self.spec} teaches it one, and "
                 "longspan.memory.gist.prepare(model, tokenizer, method) gives it one in Python"
@@ -162,19 +166,15 @@ def prepare(
 
 
 def put_on(model: Model, method: Combination) -> Model:
-    """Puts methods with a gist that has its token on a model, which gets a row for it unless it has learned one."""
-    wanted, known = gist_of(method), gist_of(current(model)) or gist_of(_saved(model))
+    """Puts methods with a gist that has its token on a model, which gets a row for it unless its configuration says that it has
+    one, learned or not."""
+    wanted = gist_of(method)
     assert wanted is not None and wanted.id is not None, "with_token() has filled it in"
-    if known is None or known.id != wanted.id:
+    if getattr(model.config, _KNOWN, None) != wanted.id:
         remove(model)
         extend(model, wanted.id)
+        setattr(model.config, _KNOWN, wanted.id)
     return apply(model, method)
-
-
-def _saved(model: PreTrainedModel) -> str | None:
-    """The method that a checkpoint was saved with."""
-    said = getattr(model.config, "longspan", None)
-    return said.get("method") if isinstance(said, dict) else None
 
 
 # Prompts

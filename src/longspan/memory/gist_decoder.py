@@ -211,7 +211,8 @@ class GistCache(DynamicCache):
 
 
 def _marks(cache: Cache, new: Tensor) -> Tensor:
-    """Which tokens of the cache are gist tokens, (B, T), for `new` (B, …) to go on with. Raises `NotSupported` for one that was filled without the method."""
+    """Which tokens of the cache are gist tokens, (B, T), for `new` (B, …) to go on with. Raises `NotSupported` for one that was
+    filled without the method."""
     length = cache.get_seq_length()
     marks: Tensor | None = getattr(cache, _GIST, None)
     if marks is None or marks.shape[1] < length:
