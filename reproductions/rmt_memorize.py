@@ -63,6 +63,7 @@ def train(stage: int, number: int, model: str, options: argparse.Namespace) -> A
             "weight_decay": 0.001,
             "betas": [0.9, 0.999],
             "clip": 5.0,
+            "loss_chunk": "32k",
             "log_every": max(1, steps // 4),
             "save_every": None,
         },

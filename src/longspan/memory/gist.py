@@ -28,7 +28,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,7 +37,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.apply import Site, apply, current, remove
-from longspan.engine.gist_masks import Mode
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import ModelFacts
 from longspan.memory import gist_decoder, gist_encoder
@@ -58,7 +57,7 @@ class Gist(Method):
     """`tokens` gist tokens stand for a prompt. `id` is the gist token's, which a training fills in."""
 
     tokens: int = 1
-    mode: Mode = "gist"
+    mode: Literal["gist", "positive", "negative"] = "gist"
     id: int | None = None
 
     name: ClassVar[str] = "gist"
