@@ -277,6 +277,19 @@ def test_generate_from_it_says_what_generate_from_the_prompt_says(family: str) -
     assert out[1, -6:].tolist() == model.generate(ids, **asked)[0, -6:].tolist()
 
 
+def test_a_second_turn_goes_on_with_the_same_cache() -> None:
+    model, tokenizer = prepared(decoder())
+    asked = {"max_new_tokens": 5, "do_sample": False}
+    given = gist.compress(model, tokenizer, PROMPTS[0]).inputs(model, tokenizer, TEXTS[0])
+    first = model.generate(**given, **asked, return_dict_in_generate=True)
+    more = torch.tensor([tokenizer("\nInput: b\n", add_special_tokens=False)["input_ids"]])
+    ids = torch.cat((first.sequences, more), dim=1)
+    turn = {"attention_mask": torch.ones_like(ids), "past_key_values": copy.deepcopy(first.past_key_values)}
+    out = model.generate(ids, **turn, **asked)
+    whole = torch.cat((torch.tensor([gist.joined(model, tokenizer, PROMPTS[0], "")]), ids[:, 3:]), dim=1)
+    assert torch.equal(out[0, -5:], model.generate(whole, **asked)[0, -5:])
+
+
 def test_rows_go_with_their_prompts() -> None:
     model, tokenizer = prepared(decoder())
     held = gist.compress(model, tokenizer, PROMPTS)
