@@ -60,13 +60,21 @@ def found(length: int, right: float, alone: float = 0.17, peak: int = 100) -> di
 
 
 def test_claims(script: ModuleType) -> None:
-    good = [found(200, 1.0), found(400, 1.0), found(64 * 400, 0.95), found(2**20, 0.91, peak=105)]
+    good = [
+        found(200, 1.0),
+        found(400, 1.0),
+        found(128 * 100, 0.97),
+        found(64 * 400, 0.95),
+        found(2**20, 0.91, peak=105),
+    ]
     assert all(script.claims(good, 4, 100).values())
-    for wrong, which in (
-        ([found(200, 0.9), *good[1:]], "two segments"),
-        ([*good[:-1], found(2**20, 0.5)], "at 64 times"),
-        ([*good[:-1], found(2**20, 1.0, alone=0.9)], "alone"),
-        ([*good[:-1], found(2**20, 1.0, peak=200)], "level"),
+    for place, wrong, which in (
+        (0, found(200, 0.9), "two segments are solved"),
+        (2, found(128 * 100, 0.8), "64 times two segments"),
+        (3, found(64 * 400, 0.8), "64 times the longest of training"),
+        (4, found(2**20, 0.5), "at the longest length"),
+        (4, found(2**20, 1.0, alone=0.9), "alone"),
+        (4, found(2**20, 1.0, peak=200), "level"),
     ):
-        said = script.claims(wrong, 4, 100)
+        said = script.claims([*good[:place], wrong, *good[place + 1 :]], 4, 100)
         assert [claim for claim, holds in said.items() if not holds] == [c for c in said if which in c]
