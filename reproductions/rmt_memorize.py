@@ -10,9 +10,10 @@ of held-out texts are answered, at most `--tries` times, and no new stage is beg
 then reads texts of up to a million tokens, a segment at a time, in rows of different facts and different noise.
 
 An answer is right if greedy decoding says just the place. Beside it the same model is given each text's last segment alone, which
-holds the question and not the fact: a guess is right one time in six. What is judged: two segments are solved; texts 64 times
-as long as two segments, and as the longest of training, are answered, and the longest texts; the last segment alone is not
-enough; on a GPU, memory is level. The paper trained on up to 7 segments and read up to 4,096 of them, two million tokens. `--small` only shows that it runs.
+holds the question and not the fact: a guess is right one time in six. What is judged: two segments are solved; texts 64 times as
+long as two segments, as the longest of training, and the longest texts are answered; the last segment alone is not enough; on a
+GPU, memory is level. The paper trained on up to 7 segments and read up to 4,096 of them, two million tokens. `--small` only
+shows that it runs.
 """
 
 from __future__ import annotations
