@@ -86,6 +86,12 @@ def test_instructions_of_a_folder(have: Have, tmp_path: Path) -> None:
     assert done.valid_loss is not None and losses(tmp_path / "out")[12] < losses(tmp_path / "out")[1]
 
 
+def test_instructions_among_a_text(have: Have, tmp_path: Path) -> None:
+    data = {"train": str(have["train"]), "task": "instructions", "packing": "plain", "samples": 8}
+    ls.train(recipe(have, tmp_path / "out", data=data))
+    assert losses(tmp_path / "out")[12] < losses(tmp_path / "out")[1]
+
+
 def test_refusals(have: Have, tmp_path: Path) -> None:
     asked = recipe(have, tmp_path / "out")
     for changes, said in (

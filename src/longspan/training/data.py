@@ -60,6 +60,11 @@ class Tokens:
         return slice(self.ends[index - 1] if index else 0, self.ends[index])
 
 
+def source(data: DataRecipe, key: str) -> str | None:
+    """What `data.train`, `data.valid` or `data.task` names."""
+    return {"data.train": data.train, "data.valid": data.valid, "data.task": data.task}[key]
+
+
 def is_hub(name: str) -> bool:
     """True for what can only be a data set on the hub."""
     return name not in BUILT_IN and not Path(name).expanduser().exists() and bool(_HUB.fullmatch(name))
@@ -74,16 +79,27 @@ def is_task(name: str) -> bool:
 def check_source(recipe: Recipe, key: str) -> None:
     """Raises `LongspanError` where no text and no task goes by the name at `key`, before anything is read."""
     data = recipe.data
-    name = data.train if key == "data.train" else data.valid
+    name = source(data, key)
     if name is None:
         return
-    if is_task(name):
+    if key == "data.task":
+        if not is_task(name):
+            raise SpecError(f"data.task={name}: there is no such task; longspan tasks lists them")
+        if is_task(data.train):
+            raise SpecError(
+                "data.task is mixed into a text, and data.train is a task already; name a text at data.train"
+            )
         _check_task(recipe, parse_task(name), key)
-    elif gist.gist_of(recipe.method) is not None:
+    elif is_task(name):
+        if data.packing != "none":
+            raise SpecError(f"{key}={name}: a task's samples are a window each: use data.packing=none")
+        _check_task(recipe, parse_task(name), key)
+    elif gist.gist_of(recipe.method) is not None and data.task is None:
         raise SpecError(
-            f"{key}={name}: gist tokens stand behind instructions, and a text has none; use {key}=instructions"
+            f"{key}={name}: gist tokens stand behind instructions, and a text has none; use {key}=instructions, or mix them in "
+            "with data.task=instructions"
         )
-    elif data.samples is not None and key == "data.train":
+    elif data.samples is not None and key == "data.train" and data.task is None:
         raise SpecError(
             f"data.samples={data.samples} would change nothing: it counts a task's samples, and {name} is a text"
         )
@@ -96,19 +112,14 @@ def check_source(recipe: Recipe, key: str) -> None:
 def _check_task(recipe: Recipe, task: Task, key: str) -> None:
     if type(task).answer is Task.answer:
         raise NotSupported(f"{key}={task.spec}: this task has no answers to learn; passkey has")
-    for wrong, said in (
-        (recipe.data.packing != "none", "a task's samples are a window each: use data.packing=none"),
-        (recipe.positions.kind == "pose", "its samples fill the window as they are: use positions.kind=ordinary"),
-        (isinstance(recipe.tokenizer, TokenizerRecipe), "a tokenizer is trained on a text: name one at tokenizer"),
-    ):
-        if wrong:
-            raise SpecError(f"{key}={task.spec}: {said}")
+    if isinstance(recipe.tokenizer, TokenizerRecipe) and key != "data.task":
+        raise SpecError(f"{key}={task.spec}: a tokenizer is trained on a text: name one at tokenizer")
 
 
 def task_tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """A task's samples with their answers; those for validation are drawn with the next seed."""
-    train = key == "data.train"
-    task = parse_task((recipe.data.train if train else recipe.data.valid) or "")
+    train = key != "data.valid"
+    task = parse_task(source(recipe.data, key) or "")
     count = (recipe.data.samples or 1000) if train else recipe.data.valid_samples
     seed = recipe.seed + (not train)
     if (wanted := gist.gist_of(recipe.method)) is None:
@@ -131,7 +142,7 @@ def task_tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase) ->
 
 def documents(data: DataRecipe, key: str) -> Sequence[str]:
     """The documents of `data.train` or `data.valid`, as `key` says, in a fixed order."""
-    name = data.train if key == "data.train" else data.valid
+    name = source(data, key)
     assert name is not None
     if not is_hub(name):
         return read_text(name, key).documents

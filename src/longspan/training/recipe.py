@@ -50,7 +50,7 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What is read: `train` and `valid` name texts, `length` is tokens a sample."""
+    """What is read: `train` and `valid` name texts, `length` is tokens a sample. `task_share` of the samples are of `task`."""
 
     train: str
     valid: str | None = None
@@ -59,8 +59,19 @@ class DataRecipe:
     field: str = "text"
     valid_samples: int = 64
     samples: int | None = None
+    task: str | None = None
+    task_share: float = 0.25
 
     def __post_init__(self) -> None:
+        _require(0 < self.task_share < 1, f"data.task_share must be above 0 and below 1, not {self.task_share:g}")
+        _require(
+            self.task is not None or self.task_share == 0.25,
+            f"data.task_share={self.task_share:g} would change nothing; name the task at data.task, or leave it out",
+        )
+        _require(
+            self.task is None or self.packing != "boundaries",
+            "data.packing=boundaries starts positions anew within a sample and data.task does not; use data.packing=plain",
+        )
         _require(self.length >= 8, f"data.length must be at least 8 tokens, not {self.length}")
         _require(self.valid_samples >= 1, f"data.valid_samples must be at least 1, not {self.valid_samples}")
         _require(self.samples is None or self.samples >= 1, f"data.samples must be at least 1, not {self.samples}")

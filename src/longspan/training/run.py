@@ -45,6 +45,7 @@ from longspan.training.data import (
     documents,
     is_task,
     load_tokenizer,
+    source,
     task_tokens,
     tokenise,
     train_tokenizer,
@@ -53,7 +54,7 @@ from longspan.training.loss import NextToken, causal_model
 from longspan.training.metrics import Journal, Live, peak_flops, plot, read_metrics, work
 from longspan.training.proofs import prove_boundaries, prove_jump
 from longspan.training.recipe import Recipe, TokenizerRecipe, differences, read_recipe
-from longspan.training.samples import Course, TextWindows, Validation, check_enough
+from longspan.training.samples import Course, Mixture, TextWindows, Validation, Windows, check_enough
 from longspan.training.trainer import (
     CHECKPOINTS,
     RECIPE,
@@ -103,6 +104,7 @@ class _Job:
     method: Combination | None
     tokens: Tokens
     valid: Tokens | None
+    task: Tokens | None
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> TrainResult:
@@ -129,7 +131,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> 
 
 def check(recipe: Recipe) -> None:
     """Raises `LongspanError` for what can be refused without reading data or weights."""
-    for key in ("data.train", "data.valid"):
+    for key in ("data.train", "data.valid", "data.task"):
         check_source(recipe, key)
     build.check_method(recipe, facts_of(build.model_config(recipe, build.vocabulary(recipe), {})))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -243,13 +245,14 @@ def _prepare(recipe: Recipe, out: Path, arguments: TrainingArguments, dtype: str
     show = arguments.process_index == 0
     tokens = _tokens(recipe, "data.train", tokenizer, out, show)
     valid = None if recipe.data.valid is None else _tokens(recipe, "data.valid", tokenizer, out, show)
-    job = _Job(recipe, out, arguments, dtype, tokenizer, config, method, tokens, valid)
+    task = None if recipe.data.task is None else task_tokens(recipe, "data.task", tokenizer)
+    job = _Job(recipe, out, arguments, dtype, tokenizer, config, method, tokens, valid, task)
     _same_inputs(job)
     return job
 
 
 def _tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase, out: Path, show: bool) -> Tokens:
-    name = recipe.data.train if key == "data.train" else recipe.data.valid
+    name = source(recipe.data, key)
     if name is not None and is_task(name):
         return task_tokens(recipe, key, tokenizer)
     return tokenise(documents(recipe.data, key), tokenizer, out / "tokens", title=f"tokens of {key}", show=show)
@@ -275,6 +278,7 @@ def _same_inputs(job: _Job) -> None:
     now: dict[str, Any] = {
         "data.train": job.tokens.sha256,
         "data.valid": job.valid.sha256 if job.valid else None,
+        "data.task": job.task.sha256 if job.task else None,
         "weights": models.fingerprint(job.recipe.model) if isinstance(job.recipe.model, str) else None,
         "method": job.method.spec if job.method else None,
     }
@@ -342,7 +346,11 @@ def _announce(job: _Job, live: Live, causal: nn.Module, checkpoint: Path | None)
 def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
     recipe, data, steps = job.recipe, job.recipe.data, job.recipe.training
     pad = job.tokenizer.pad_token_id if job.tokenizer.pad_token_id is not None else job.tokenizer.eos_token_id
-    windows = TextWindows(job.tokens, data.length, data.packing, pad, recipe.positions.pose(data.length), recipe.seed)
+    pose = recipe.positions.pose(data.length)
+    windows: Windows = TextWindows(job.tokens, data.length, data.packing, pad, pose, recipe.seed)
+    if job.task is not None:
+        task = TextWindows(job.task, data.length, "none", pad, pose, recipe.seed)
+        windows = Mixture(windows, task, data.task_share)
     check_enough(windows, "data.train", data.length, len(job.tokens.ids))
     validation = None
     if job.valid is not None:

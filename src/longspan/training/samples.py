@@ -53,7 +53,7 @@ class TextWindows:
     def __post_init__(self) -> None:
         if self.packing == "none":
             sizes = np.diff(self.tokens.ends, prepend=0)
-            whole = np.flatnonzero(sizes > (self.length if self.pose else 1))
+            whole = np.flatnonzero(sizes > (self.length if self.pose and self.tokens.learned is None else 1))
             object.__setattr__(self, "_documents", whole)
 
     def __len__(self) -> int:
@@ -62,10 +62,10 @@ class TextWindows:
         return max(0, (len(self.tokens.ids) - 1) // self.length)
 
     def sample(self, index: int, epoch: int) -> Sample:
-        if self.pose is not None:
+        if self.pose is not None and self.tokens.learned is None:
             return self._posed(index, epoch, self.pose)
         if self.packing == "none":
-            return self._document(index)
+            return self._document(index, epoch)
         start = index * self.length
         ids = self.tokens.ids[start : start + self.length + 1].astype(np.int64)
         if self.packing == "plain":
@@ -84,7 +84,9 @@ class TextWindows:
             "position_ids": places - begins,
         }
 
-    def _document(self, index: int) -> Sample:
+    def _document(self, index: int, epoch: int) -> Sample:
+        """A task's sample may have PoSE's positions too: its tokens stay as they are. What pads it is at its end, where no
+        token looks, so the mask can be the ones that PoSE needs."""
         number = self._documents[index]  # type: ignore[attr-defined]
         document, learned = self.tokens.document(number), self.tokens.learned_in(number)
         ids = document[: self.length + 1].astype(np.int64)
@@ -94,6 +96,10 @@ class TextWindows:
         labels[: len(ids) - 1] = ids[1:]
         if learned is not None:
             labels[: len(ids) - 1][~learned[1 : len(ids)]] = IGNORE
+        if self.pose is not None:
+            draw = self.pose.draw(sampler(self.seed, epoch, index), self.length + 1)
+            ones = np.ones(self.length, dtype=np.int64)
+            return {"input_ids": inputs, "labels": labels, "position_ids": draw.positions, "attention_mask": ones}
         return {
             "input_ids": inputs,
             "labels": labels,
@@ -115,6 +121,28 @@ class TextWindows:
             "position_ids": draw.positions,
             "attention_mask": np.ones(self.length, dtype=np.int64),
         }
+
+
+class Mixture:
+    """Windows of a text, and samples of a task that make up `share` of all; in every epoch of the text other ones, as far as they
+    reach."""
+
+    def __init__(self, text: Windows, task: Windows, share: float):
+        self.text, self.task = text, task
+        self.extra = max(1, round(len(text) * share / (1 - share)))
+
+    def __len__(self) -> int:
+        return len(self.text) + self.extra if len(self.text) else 0
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """A task's sample comes in the text's form: a window without padding has no mask, and none is needed for padding at
+        the end, where no token looks and no loss is taken."""
+        texts = len(self.text)
+        if index < texts:
+            return self.text.sample(index, epoch)
+        number = epoch * self.extra + index - texts
+        found = self.task.sample(number % len(self.task), number // len(self.task))
+        return {name: found[name] for name in self.text.sample(0, epoch)}
 
 
 class Course(Dataset[Sample]):

@@ -1,0 +1,214 @@
+"""PoSE (Zhu 2023, arXiv 2309.10400): a model of 8k tokens made to read 32k and 64k by training on 8k, and what that owes to PoSE.
+
+    python reproductions/pose.py --train FOLDER --text NOVEL.txt.gz --out reproductions/pose
+
+Every variant is the same model, texts, number of tokens and learning rate (LoRA's is five times as high): under YaRN, NTK or PI,
+for 32k or 64k. Controls, which the paper lacks: YaRN alone; trained at 8k without skips (the same samples at ordinary positions);
+trained at the full length. A quarter of the samples are passkeys, with keys that the test does not ask for. Each variant is then
+asked for 20 passkeys (Landmark's protocol) at every length, and reads NOVEL, which it was not trained on, at its target.
+
+Variants run `--jobs` at once, each in a process of its own, and what is finished is kept: the same command goes on where it was
+stopped. Seconds are of the training alone; they grow with --jobs, memory does not. What is judged: PoSE under YaRN finds 90 % at
+its target, the control without skips does not, and PoSE takes at most a quarter of the memory of training at full length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import longspan as ls
+from longspan.compare.cost import Meter
+from longspan.tasks.base import parse_task
+
+WINDOW = 8192
+SEED = 1
+"""Of the test; training draws its passkeys with 0."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`kind` is pose, no-skips, full, untrained, or memory: full length for a few steps, to see what it takes."""
+
+    name: str
+    method: str
+    times: int
+    kind: str = "pose"
+    lora: bool = False
+
+    @property
+    def target(self) -> int:
+        return self.times * WINDOW
+
+
+VARIANTS = (
+    Variant("yarn-32k", "yarn", 4),
+    Variant("yarn-32k-no-skips", "yarn", 4, "no-skips"),
+    Variant("yarn-32k-untrained", "yarn", 4, "untrained"),
+    Variant("yarn-32k-full", "yarn", 4, "full"),
+    Variant("yarn-64k", "yarn", 8),
+    Variant("yarn-32k-lora", "yarn", 4, lora=True),
+    Variant("yarn-64k-full", "yarn", 8, "memory"),
+    Variant("ntk-32k", "ntk", 4),
+    Variant("pi-32k", "pi", 4),
+    Variant("yarn-64k-no-skips", "yarn", 8, "no-skips"),
+    Variant("yarn-64k-untrained", "yarn", 8, "untrained"),
+    Variant("ntk-64k", "ntk", 8),
+    Variant("pi-64k", "pi", 8),
+)
+
+
+def recipe(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
+    """The same number of tokens for every variant; at full length they come in fewer samples."""
+    ordinary = variant.kind in ("full", "memory")
+    made: dict[str, Any] = {
+        "out": str(options.models / variant.name),
+        "model": options.model,
+        "method": f"{variant.method}:factor={variant.times}",
+        "data": {
+            "train": options.train,
+            "length": variant.target if ordinary else WINDOW,
+            "task": "passkey",
+            "samples": 400,
+        },
+        "training": {
+            "steps": 3 if variant.kind == "memory" else options.steps,
+            "batch": max(1, options.batch // variant.times) if ordinary else options.batch,
+            "micro_batch": 1,
+            "learning_rate": options.learning_rate * (5 if variant.lora else 1),
+            "schedule": "linear",
+            "warmup": min(10, options.steps // 2),
+            "weight_decay": 0.0,
+            "betas": [0.9, 0.999],
+            "loss_chunk": 512,
+            "log_every": 10,
+            "save_every": "none",
+        },
+    }
+    if not ordinary:
+        made["positions"] = {"kind": "pose", "target": variant.target, "skips": variant.kind == "pose"}
+    if variant.lora:
+        made["lora"] = {"rank": 16}
+    return made
+
+
+def measure(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {"variant": variant.name, "kind": variant.kind, "target": variant.target}
+    if variant.kind == "untrained":
+        model, tokenizer = ls.load(options.model)
+        ls.apply(model, f"{variant.method}:factor={variant.times}")
+    else:
+        done = ls.train(recipe(variant, options))
+        found |= {"train_loss": done.loss, "train_s": done.seconds, "train_peak_bytes": done.peak_bytes}
+        found |= {
+            "train_tokens": done.tokens,
+            "train_tokens_per_s": done.tokens_per_s,
+            "recipe": recipe(variant, options),
+        }
+        model, tokenizer = ls.load(done.model)
+    if variant.kind != "memory":
+        lengths = [n for n in options.lengths if n <= variant.target]
+        passkeys = {n: run("passkey", model, tokenizer, n, options.passkeys) for n in lengths}
+        found["passkey"] = {str(n): statistics.fmean(o.score for o in outcomes) for n, outcomes in passkeys.items()}
+        texts = run(f"ppl:text={options.text}", model, tokenizer, variant.target, options.texts)
+        found["nll"] = statistics.fmean(o.score for o in texts)
+        columns = zip(*(o.detail["nll_by_position"] for o in texts), strict=True)
+        found["nll_by_position"] = [None if None in c else statistics.fmean(c) for c in columns]
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
+    return found | {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def run(spec: str, model: Any, tokenizer: Any, length: int, count: int) -> list[Any]:
+    task = parse_task(spec)
+    with torch.inference_mode():
+        return [
+            task.run(model, tokenizer, s, Meter(model.device)) for s in task.samples(tokenizer, length, count, SEED)
+        ]
+
+
+def judge(found: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    """The claims that what was measured can decide."""
+    said = {}
+    for size in ("32k", "64k"):
+        ours, control, full = (found.get(f"yarn-{size}{more}") for more in ("", "-no-skips", "-full"))
+        if ours:
+            share = ours["passkey"].get(str(ours["target"]))
+            if share is not None:
+                said[f"yarn-{size}: PoSE finds 90 % of passkeys at {size}"] = share >= 0.9
+        if control and (share := control["passkey"].get(str(control["target"]))) is not None:
+            said[f"yarn-{size}: without skips it does not"] = share < 0.9
+        if ours and full and ours["train_peak_bytes"] and full["train_peak_bytes"]:
+            ratio = ours["train_peak_bytes"] / full["train_peak_bytes"]
+            said[f"yarn-{size}: PoSE takes at most 1/4 of the memory of {size} in full"] = ratio <= 0.25
+    return said
+
+
+def show(found: dict[str, dict[str, Any]], lengths: list[int]) -> None:
+    head = "".join(f"{n // 1024:>6}k" for n in lengths)
+    print(f"{'':20s} passkey{head}     NLL   first   last  train s  peak GB")
+    for name, one in found.items():
+        keys = "".join(
+            f"{one['passkey'][str(n)]:7.2f}" if str(n) in one.get("passkey", {}) else "      –" for n in lengths
+        )
+        places = [x for x in one.get("nll_by_position", []) if x is not None]
+        losses = f"{one['nll']:8.3f}{places[0]:8.3f}{places[-1]:7.3f}" if places else f"{'–':>8}{'–':>8}{'–':>7}"
+        cost = f"{one['train_s']:9.1f}" if "train_s" in one else f"{'–':>9}"
+        peak = f"{one['train_peak_bytes'] / 1e9:9.2f}" if one.get("train_peak_bytes") else f"{'–':>9}"
+        print(f"{name:20s}        {keys}{losses}{cost}{peak}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train", required=True, help="what data.train takes")
+    parser.add_argument("--text", required=True, help="a text that is read at the target")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", type=Path, default=Path("runs/pose"), help="where the models go")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--variants", default=",".join(v.name for v in VARIANTS))
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=4, help="samples of 8k a step")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--lengths", default="8192,16384,32768,65536")
+    parser.add_argument("--passkeys", type=int, default=20, help="at each length")
+    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--jobs", type=int, default=1, help="variants at once on the device")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    known = {v.name: v for v in VARIANTS}
+    names = options.variants.split(",")
+    if unknown := set(names) - known.keys():
+        raise SystemExit(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    lengths = [int(n) for n in options.lengths.split(",")]
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        options.lengths = lengths
+        place = options.out / f"{options.one}.json"
+        place.write_text(json.dumps(measure(known[options.one], options), indent=1) + "\n", encoding="utf-8")
+        return
+    given = sys.argv[1:] if arguments is None else arguments
+    missing = [n for n in names if not (options.out / f"{n}.json").is_file()]
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for name, done in zip(missing, pool.map(lambda n: carry_out(n, given), missing), strict=True):
+            print(f"{name}: {'done' if done == 0 else f'failed, exit code {done}'}", flush=True)
+    results = {n: json.loads(p.read_text()) for n in names if (p := options.out / f"{n}.json").is_file()}
+    show(results, lengths)
+    for claim, holds in judge(results).items():
+        print(f"{'holds' if holds else 'does not hold'}: {claim}")
+
+
+def carry_out(name: str, given: list[str]) -> int:
+    return subprocess.run([sys.executable, __file__, *given, "--one", name], check=False).returncode
+
+
+if __name__ == "__main__":
+    main()
