@@ -145,6 +145,17 @@ def summary(found: dict[str, dict[str, Any]], tokens: int) -> dict[str, Any]:
     return told
 
 
+def by_kind(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean scores of each kind of instruction, and how many there are."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        kinds.setdefault(record["kind"], []).append(record)
+    return {
+        kind: {what: statistics.fmean(r[what] for r in some) for what in SCALES} | {"count": len(some)}
+        for kind, some in sorted(kinds.items())
+    }
+
+
 def compression(records: list[dict[str, Any]], tokens: int) -> float:
     """Tokens of an instruction for each gist token."""
     return statistics.fmean(r["instruction_tokens"] for r in records) / tokens
@@ -205,7 +216,11 @@ def main(arguments: list[str] | None = None) -> None:
         "set": settings(options),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**made, "summary": told, "claims": said, "models": found}, indent=1)
+    models = {
+        mode: one | {"samples": {split: by_kind(records) for split, records in one["samples"].items()}}
+        for mode, one in found.items()
+    }
+    text = json.dumps({**made, "summary": told, "claims": said, "models": models}, indent=1)
     (options.out / "gist.json").write_text(text + "\n", encoding="utf-8")
 
 
