@@ -169,6 +169,7 @@ def lengths(longest: int, options: argparse.Namespace) -> list[int]:
     """2 segments and the longest of training, `FARTHER` times both, and from the longest on four times as long each up to the
     longest asked for."""
     made, last = {2, longest, FARTHER * 2, FARTHER * longest}, read_size(options.longest)
+    last -= last % options.segment  # questions stand at the end of a segment, as in training
     while longest * options.segment < last:
         made.add(longest)
         longest *= 4
