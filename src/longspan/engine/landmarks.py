@@ -82,9 +82,8 @@ def choose(queries: Tensor, landmarks: Tensor, before: Tensor, layout: Layout, s
     recent = recent.masked_fill((last < 0)[:, None, None, None], -torch.inf)
     scores = torch.cat((old, recent), dim=-1).flatten(1, 2) * scale
     if layout.shared:
-        scores = scores.softmax(-1).nan_to_num(0.0).amax(2, keepdim=True)
-        scores = scores.masked_fill(_absent(number, last, before, k)[:, None, None], -torch.inf)
-    found, at = scores.topk(k, dim=-1)
+        scores = scores.log_softmax(-1).nan_to_num(-torch.inf, neginf=-torch.inf).amax(2, keepdim=True)
+    found, at = _ranked(scores).topk(k, dim=-1)
     is_recent, real = at >= count, found > -torch.inf
     page = torch.where(is_recent, at - count + (before - k)[:, None, None, None], at).masked_fill(~real, -1)
     page, order = page.sort(-1)
@@ -93,9 +92,10 @@ def choose(queries: Tensor, landmarks: Tensor, before: Tensor, layout: Layout, s
     return Chosen(page.clamp(min=0), slot, real)
 
 
-def _absent(number: Tensor, last: Tensor, before: Tensor, k: int) -> Tensor:
-    """(B, P + k): which candidates are none."""
-    return torch.cat((number >= before[:, None] - k, last < 0), dim=1)
+def _ranked(scores: Tensor) -> Tensor:
+    """Scores (…, candidates) as numbers without ties, in float64: of those equal to the 1,024th part the later one is more. In a
+    model's first layer the landmarks' keys are all the same, and rounding would choose."""
+    return (scores.double() * 1024).round() * 2**22 + torch.arange(scores.shape[-1], device=scores.device)
 
 
 def attend(
