@@ -5,8 +5,8 @@
 
 Trains recipes/landmark.yaml (once: the same command goes on with the model that is there), then asks for passkeys by the paper's
 protocol, with keys that training did not ask for, at 2k to 32k tokens: of the model as it was, of the trained one, and of the
-trained one with blocks in the CPU's memory, retrieved head by head as in the paper (`per=head,offload=true`). At last 128k tokens are
-read with blocks in the CPU's memory, with all on the device, and by the model as it was with its dense cache: bytes of the cache
+trained one with blocks in the CPU's memory, retrieved head by head as in the paper (`per=head,offload=true`). At last 128k tokens
+are read with blocks in the CPU's memory, with all on the device, and by the model as it was with its dense cache: bytes of the cache
 on the device, the highest that was in use over the weights, and the time of a token after them.
 
 What is judged: the trained model finds 90 % at 8 to 32 times its training length (the paper's 7B: about all to 20k, 98 % at 32k,
@@ -136,7 +136,10 @@ def memory(model: Any, tokenizer: Any, length: int, tokens: int) -> dict[str, An
     else:
         read = chunked_prefill(model, sample.tokens, meter=Meter(model.device), cache=DynamicCache(config=model.config))
         cache, step = read.cache, ids[:, -1:]
-        told = {"cache_device_gb": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) / 1e9, "cache_cpu_gb": 0.0}
+        told = {
+            "cache_device_gb": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) / 1e9,
+            "cache_cpu_gb": 0.0,
+        }
     told["read_s"] = seconds(begun, cuda)
     if cuda:
         told["peak_over_weights_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
@@ -162,7 +165,11 @@ def measure(results: Results, options: argparse.Namespace) -> dict[str, Any]:
     found = {"train": results.get("train", lambda: train(options))}
     trained = str(options.models / "landmark" / "model")
     given = read_recipe(RECIPE, settings(options).items())
-    variants = {"as it was": (str(given.model), None), "landmark": (trained, None), "per head, offload": (trained, HEADS)}
+    variants = {
+        "as it was": (str(given.model), None),
+        "landmark": (trained, None),
+        "per head, offload": (trained, HEADS),
+    }
     for name, (source, extra) in variants.items():
         model, tokenizer = ls.load(source)
         if extra is not None:
@@ -172,7 +179,10 @@ def measure(results: Results, options: argparse.Namespace) -> dict[str, Any]:
             key = f"passkey {length}, {name}"
             together = name != "as it was"
             found[key] = results.get(
-                key, lambda n=length, m=model, t=tokenizer, side=together: passkeys(m, t, n, options.passkeys, together=side)
+                key,
+                lambda n=length, m=model, t=tokenizer, side=together: passkeys(
+                    m, t, n, options.passkeys, together=side
+                ),
             )
         key = f"memory {options.memory}, {name}"
         found[key] = results.get(key, lambda m=model, t=tokenizer: memory(m, t, options.memory, options.tokens))
@@ -181,7 +191,9 @@ def measure(results: Results, options: argparse.Namespace) -> dict[str, Any]:
 
 def table(found: dict[str, Any], options: argparse.Namespace) -> str:
     names = ("as it was", "landmark", "per head, offload")
-    lines = ["passkeys found at".ljust(20) + "".join(f"{n:>9,}" for n in options.lengths) + "   cache on device   ms a token"]
+    lines = [
+        "passkeys found at".ljust(20) + "".join(f"{n:>9,}" for n in options.lengths) + "   cache on device   ms a token"
+    ]
     for name in names:
         shares = "".join(f"{found[f'passkey {n}, {name}']['found']:9.2f}" for n in options.lengths)
         held = found[f"memory {options.memory}, {name}"]
@@ -195,8 +207,12 @@ def judge(found: dict[str, Any], options: argparse.Namespace, trained_at: int) -
         if length >= 8 * trained_at:
             share = found[f"passkey {length}, landmark"]["found"]
             said[f"{share:.0%} of passkeys at {length:,} tokens: 90 %"] = share >= 0.9
-    dense, ours = (found[f"memory {options.memory}, {n}"]["cache_device_gb"] for n in ("as it was", "per head, offload"))
-    said[f"{ours / dense:.1%} of the dense cache on the device at {options.memory:,} tokens: a tenth"] = ours < dense / 10
+    dense, ours = (
+        found[f"memory {options.memory}, {n}"]["cache_device_gb"] for n in ("as it was", "per head, offload")
+    )
+    said[f"{ours / dense:.1%} of the dense cache on the device at {options.memory:,} tokens: a tenth"] = (
+        ours < dense / 10
+    )
     return said
 
 

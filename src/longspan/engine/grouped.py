@@ -35,7 +35,9 @@ def grouped_softmax(scores: Tensor, own: Tensor, offset: Tensor, shown: Tensor |
     moved = scores[..., -1:] - inside.logsumexp(-1, keepdim=True)
     place = torch.arange(size - 1, device=scores.device)
     mine = (number == own[..., None])[..., None] & (place <= offset[..., None, None])
-    logits = (inside + torch.where(earlier[..., None], moved, 0.0)).masked_fill(~(earlier[..., None] | mine), -torch.inf)
+    logits = (inside + torch.where(earlier[..., None], moved, 0.0)).masked_fill(
+        ~(earlier[..., None] | mine), -torch.inf
+    )
     return F.pad(logits.flatten(-2).softmax(-1).unflatten(-1, (pages, size - 1)), (0, 1))
 
 

@@ -9,8 +9,8 @@ long the text (sections 3.2 and 3.3; `engine/landmarks.py`).
     model.train()   all blocks in sight, at their true distances
     model.eval()    `retrieve` blocks and the chunk; the same thing where no more blocks than that are before the chunk
 
-Whoever calls the model gives ordinary tokens: landmarks are put in, and taken out, in every forward. The paper's models have as many
-key-value heads as query heads; where several query heads share one, each still retrieves for itself.
+Whoever calls the model gives ordinary tokens: landmarks are put in, and taken out, in every forward. The paper's models have as
+many key-value heads as query heads; where several query heads share one, each still retrieves for itself.
 
 In Python, on a model that was trained with it, a document is read once and asked many times:
 
@@ -100,8 +100,8 @@ class Landmark(Method):
     def check(self, facts: ModelFacts) -> None:
         if facts.rope is None:
             raise NotSupported(
-                f"landmark gives retrieved blocks positions of their own, and {facts.architecture} has no rotary positions; use a "
-                "model with RoPE (Llama, Mistral, Qwen, Phi-3, …)"
+                f"landmark gives retrieved blocks positions of their own, and {facts.architecture} has no rotary positions; use "
+                "a model with RoPE (Llama, Mistral, Qwen, Phi-3, …)"
             )
         if facts.sliding_window or facts.layer_types - {"full_attention"}:
             raise NotSupported(
@@ -257,7 +257,7 @@ class Memory:
         return sum(layer.far_bytes for layer in self.layers)
 
     def copy(self, rows: int | None = None, each: int = 1) -> DynamicCache:
-        """A cache to go on with: as many rows as there are documents, or the only one `rows` times, and every row `each` times."""
+        """A cache to go on with: a row for each document, or the only one `rows` times, and every row `each` times."""
         rows = len(self) if rows is None else rows
         if len(self) not in (1, rows):
             raise LongspanError(f"{len(self)} documents cannot go before {rows} texts; give one text for each document")
@@ -375,8 +375,10 @@ def _loaded(file: Any, reader: LandmarkReader, model: PreTrainedModel) -> Memory
     tokens = layers[0].rows.tokens(0)
     filled = tokens + tokens // reader.layout.block
     for number, layer in enumerate(layers):
-        states = (file.get_tensor(f"{number}.{what}").to(model.device, model.dtype) for what in ("keys", "values"))
-        layer.write(*states, torch.zeros_like(tokens))
+        keys, values = (
+            file.get_tensor(f"{number}.{what}").to(model.device, model.dtype) for what in ("keys", "values")
+        )
+        layer.write(keys, values, torch.zeros_like(tokens))
         layer.settle(filled)
     return Memory(cache)
 

@@ -4,7 +4,7 @@
              padding takes no place in any page
     PageLayer  one layer's pages. Keys are stored turned by their place within the page
 
-Of a layer with `offload` the device holds the landmarks' keys and the pages of the chunk at hand. The others lie in the CPU's
+Of a layer that `offloads` the device holds the landmarks' keys and the pages of the chunk at hand. The others lie in the CPU's
 memory; those that queries ask for are fetched, each once, while the chunk's own scores are made, and what the last query
 asked for stays on the device for the next one, which asks for much the same.
 """
@@ -72,9 +72,9 @@ class PageLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, rows: Rows, layout: Layout, *, offload: bool = False, leads: bool = False):
+    def __init__(self, rows: Rows, layout: Layout, *, offloads: bool = False, leads: bool = False):
         super().__init__()
-        self.rows, self.layout, self.offload, self.leads = rows, layout, offload, leads
+        self.rows, self.layout, self.offloads, self.leads = rows, layout, offloads, leads
         self.base = torch.zeros(0, dtype=torch.long)
         self.far: Pages | None = None
         """Pages from 0 to each row's base, (B, H_kv, pages, size, D), in the CPU's memory."""
@@ -205,10 +205,10 @@ class PageLayer(CacheLayerMixin):
     # The CPU's memory
 
     def settle(self, filled: Tensor) -> None:
-        """With `offload`: moves pages of chunks that are over into the CPU's memory. filled (B,), on the CPU: slots in use."""
+        """Where it `offloads`: moves pages of chunks that are over into the CPU's memory. filled (B,), on the CPU: slots in use."""
         size = self.layout.size
         base = filled // size // self.layout.local * self.layout.local
-        if not self.offload or bool((base <= self.base).all()):
+        if not self.offloads or bool((base <= self.base).all()):
             return
         self._kept = None
         self._reserve_far(int(base.max()))
@@ -220,17 +220,17 @@ class PageLayer(CacheLayerMixin):
             for row, (old, new) in enumerate(zip(self.base.tolist(), base.tolist(), strict=True)):
                 far[row, :, old:new] = pages[row, :, : new - old].to(far.device)
         at = ((base - self.base)[:, None] + torch.arange(room)).clamp(max=held - 1).to(self.keys.device)
-        row = torch.arange(len(at), device=at.device)[:, None]
+        line = torch.arange(len(at), device=at.device)[:, None]
         with torch.inference_mode(False):
             self.keys, self.values = (
-                x.detach().unflatten(2, (-1, size))[row, :, at].transpose(1, 2).flatten(2, 3).contiguous()
+                x.detach().unflatten(2, (-1, size))[line, :, at].transpose(1, 2).flatten(2, 3).contiguous()
                 for x in (self.keys, self.values)
             )
         self.base = base
 
     def _reserve_far(self, pages: int) -> None:
         """Room for so many pages, of this cache's own."""
-        batch, heads, _, width = self.keys.shape
+        batch, heads = self.keys.shape[:2]
         held = 0 if self.far is None else self.far[0].shape[2]
         if pages <= held and not self._far_is_shared:
             return
@@ -301,7 +301,7 @@ class PageLayer(CacheLayerMixin):
 
     def copied(self, rows: Rows, index: Tensor) -> PageLayer:
         """A layer of its own with rows `index` of this one. Pages in the CPU's memory are shared where the rows are the same."""
-        made = PageLayer(rows, self.layout, offload=self.offload, leads=self.leads)
+        made = PageLayer(rows, self.layout, offloads=self.offloads, leads=self.leads)
         made.dtype, made.device, made.is_initialized = self.dtype, self.device, True
         at = index.to(self.keys.device)
         with torch.inference_mode(False):
@@ -318,7 +318,9 @@ class PageLayer(CacheLayerMixin):
         made = []
         for i, near in enumerate((self.keys, self.values)):
             room = torch.zeros(*near.shape[:2], int(filled.max()), near.shape[-1], dtype=near.dtype)
-            for row, (base, end) in enumerate(zip((self.base * self.layout.size).tolist(), filled.tolist(), strict=True)):
+            for row, (base, end) in enumerate(
+                zip((self.base * self.layout.size).tolist(), filled.tolist(), strict=True)
+            ):
                 if self.far is not None and base:
                     room[row, :, :base] = self.far[i][row].flatten(1, 2)[:, :base]
                 room[row, :, base:end] = near[row, :, : end - base].cpu()

@@ -18,7 +18,6 @@ from transformers import Cache, DynamicCache
 from longspan.apply import Attend, Site, layer_number
 from longspan.engine import landmarks
 from longspan.engine.grouped import grouped_attention, wide
-from longspan.engine.landmarks import Layout
 from longspan.errors import NotSupported
 from longspan.facts import text_config
 from longspan.memory.landmark_cache import PageLayer, Rows
@@ -78,7 +77,9 @@ class LandmarkReader:
     def _begin(self, arguments: dict[str, Any]) -> None:
         ids = arguments.get("input_ids")
         if ids is None:
-            raise NotSupported("landmark puts its tokens among the input's: give the model input_ids, not inputs_embeds")
+            raise NotSupported(
+                "landmark puts its tokens among the input's: give the model input_ids, not inputs_embeds"
+            )
         if ids.shape[1] > 1 and bool((ids == self.method.id).any()):
             raise NotSupported("landmark: the input has landmarks in it already; leave them out, they are put in here")
         layers = self._held = self._layers(arguments)
@@ -103,7 +104,11 @@ class LandmarkReader:
         """(B, T), boolean: which of the new columns are tokens."""
         if mask is None:
             return torch.ones_like(ids, dtype=torch.bool)
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] not in (ids.shape[1], rows.seen + ids.shape[1]):
+        if (
+            not isinstance(mask, Tensor)
+            or mask.ndim != 2
+            or mask.shape[1] not in (ids.shape[1], rows.seen + ids.shape[1])
+        ):
             raise NotSupported(
                 "landmark knows by itself what a query sees: give a 2-D attention mask (padding only) over all tokens so far"
             )
@@ -127,7 +132,9 @@ class LandmarkReader:
         wanted = arguments.get("use_cache")
         if self.site.model.training:
             if cache is not None:
-                raise NotSupported("landmark trains on whole texts, without a cache; call model.eval() to read with one")
+                raise NotSupported(
+                    "landmark trains on whole texts, without a cache; call model.eval() to read with one"
+                )
             arguments["use_cache"] = False
             return None
         if cache is None:
@@ -136,7 +143,7 @@ class LandmarkReader:
             cache = arguments["past_key_values"] = DynamicCache(config=config)
         layers = cache.layers
         if layers and isinstance(layers[0], PageLayer):
-            if layers[0].layout != self.layout or layers[0].offload != self.method.offload:
+            if layers[0].layout != self.layout or layers[0].offloads != self.method.offload:
                 raise NotSupported(
                     f"this cache was made with other settings than {self.method.spec}; start a new one after changing the method"
                 )
@@ -153,7 +160,7 @@ class LandmarkReader:
         """Puts this method's layers, with nothing in them, into a cache."""
         rows = Rows(self.layout.block)
         made = [
-            PageLayer(rows, self.layout, offload=self.method.offload, leads=number == 0)
+            PageLayer(rows, self.layout, offloads=self.method.offload, leads=number == 0)
             for number in range(self.site.facts.layers)
         ]
         cache.layer_class_to_replicate = None
@@ -162,7 +169,7 @@ class LandmarkReader:
 
     def _plan(self, tokens: Tensor, real: Tensor, *, cached: bool) -> Pass:
         """tokens (B,), on the CPU: how many each row has before this forward."""
-        device, block, size = real.device, self.layout.block, self.layout.size
+        device, block = real.device, self.layout.block
         after = tokens + real.sum(1).cpu()
         start, filled = tokens + tokens // block, after + after // block
         width = max(1, int((filled - start).max()))
@@ -274,6 +281,4 @@ class LandmarkReader:
         turned = rotate(call.module, query.repeat(slots, 1, 1, 1), cos, sin).unflatten(0, (slots, -1))
         chosen = landmarks.choose(turned, layer.landmarks, piece.before, self.layout, call.scale)
         here = layer.here(piece.first)
-        return landmarks.attend(
-            turned, chosen, layer.fetch, here, piece.offset, self.layout, call.scale, call.softcap
-        )
+        return landmarks.attend(turned, chosen, layer.fetch, here, piece.offset, self.layout, call.scale, call.softcap)
