@@ -11,7 +11,7 @@ import torch
 from longspan.errors import SpecError
 from longspan.positions.pose import PoSE
 from longspan.training.data import Tokens
-from longspan.training.samples import IGNORE, Course, TextWindows, Validation, check_enough, collate
+from longspan.training.samples import IGNORE, Course, Mixture, TextWindows, Validation, check_enough, collate
 
 ENDS = np.array([5, 12, 13, 40])
 TOKENS = Tokens(np.arange(40, dtype=np.uint16), ENDS, "")
@@ -101,3 +101,31 @@ def test_of_a_task_only_the_answer_is_learned() -> None:
     first, second = made.sample(0, 0), made.sample(1, 0)
     assert first["labels"].tolist() == [IGNORE, IGNORE, 3, 4, *[IGNORE] * 26]
     assert second["labels"][:7].tolist() == [*[IGNORE] * 4, 10, 11, IGNORE]
+
+
+LEARNED = Tokens(np.arange(100, 140, dtype=np.uint16), ENDS, "", np.arange(40) % 2 == 0)
+
+
+def test_a_task_with_pose_keeps_its_tokens_and_answers() -> None:
+    task = TextWindows(LEARNED, 8, "none", 99, pose=PoSE(8, 100))
+    assert len(task) == 3  # short ones too
+    first, again = task.sample(0, 0), task.sample(0, 1)
+    assert first["input_ids"].tolist() == [100, 101, 102, 103, 104, 99, 99, 99]
+    assert first["labels"].tolist() == [IGNORE, 102, IGNORE, 104, *[IGNORE] * 4]
+    assert first["attention_mask"].tolist() == [1] * 8
+    assert (np.diff(first["position_ids"]) >= 1).all() and first["position_ids"].max() < 100
+    assert first["position_ids"].tolist() != again["position_ids"].tolist()
+    plain = TextWindows(LEARNED, 8, "none", 99, pose=PoSE(8, 100, skips=False)).sample(0, 0)
+    assert plain["position_ids"].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("pose", [None, PoSE(8, 100)])
+def test_a_task_mixed_into_a_text(pose: PoSE | None) -> None:
+    text, task = windows("plain", pose=pose), TextWindows(LEARNED, 8, "none", 99, pose=pose)
+    mixed = Mixture(text, task, 1 / 3)
+    assert len(text) == 4 and len(mixed) == 6
+    batch = collate([mixed.sample(i, 0) for i in range(6)])
+    assert set(batch) == set(text.sample(0, 0))
+    assert [int(row[0]) >= 100 for row in batch["input_ids"]] == [False] * 4 + [True] * 2
+    begins = [int(mixed.sample(i, epoch)["input_ids"][0]) for epoch in range(3) for i in (4, 5)]
+    assert begins == [100, 105, 113, 100, 105, 113]  # all of the task, then again

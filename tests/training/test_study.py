@@ -66,6 +66,15 @@ def test_study(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monke
     assert [r["score"] for r in read_results(folder)].count(1.0) == 1
 
 
+def test_xpos_is_read_as_its_paper_reads_it_too(recipe: dict[str, Any], tmp_path: Path) -> None:
+    settings = Settings(("xpos",), times=(1, 4), samples=1, text=recipe["data"]["train"], sliding=False)
+    folder = study(recipe, settings, tmp_path / "study", lambda text: None)
+    plain, blockwise = curves(read_results(folder), "non-overlapping")
+    assert (plain.scheme, blockwise.scheme) == ("xpos", "xpos, bca")
+    assert plain.mean[1] != blockwise.mean[1] and plain.mean[0] == pytest.approx(blockwise.mean[0], abs=1e-3)
+    assert [row[0] for row in table(folder)[1]] == ["xpos", "xpos, bca"]
+
+
 def test_a_curve_holds_by_its_worst_length() -> None:
     assert Curve("a", "p", [1, 2, 4], [3.0, 2.9, 3.04]).holds
     assert not Curve("a", "p", [1, 2, 4], [3.0, 3.2, 2.9]).holds

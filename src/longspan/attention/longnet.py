@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from longspan.apply import Site
 from longspan.attention.base import Grid
 from longspan.attention.trained import OnTrained
+from longspan.engine.dilated import dilated_attention, refusal
 from longspan.engine.joint import Chunk, Lane, Part, by_row, joint_attention
 from longspan.engine.patterns import Call, masked_attention
 from longspan.errors import NotSupported
@@ -91,10 +92,20 @@ class LongNet(OnTrained):
         return [(min(start // w * w for w in sizes), min(grid.length, max(-(-end // w) * w for w in sizes)))]
 
     def run(self, call: Call, grid: Grid) -> Tensor:
-        """One dense call for each pattern and offset. With more than products in the scores, or dropout, blocks of queries under
-        a mask."""
+        """Kernels of our own where they can, else one dense call for each pattern and offset. With more than products in the
+        scores, or dropout, blocks of queries under a mask."""
         if not call.plain:
             return masked_attention(self, call, grid)
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
+        if not (self.weights == "detached" and learns) and refusal(call.query, call.key, call.value) is None:
+            ends = None if grid.causal or call.padding is None else call.padding.sum(-1)
+            return dilated_attention(
+                *(call.query, call.key, call.value, self.patterns),
+                causal=grid.causal,
+                scale=call.scale,
+                ends=ends,
+                zero_key=call.zero_key,
+            )
 
         def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             chunks = self.chunks(query.shape[2], grid.heads, grid.causal)

@@ -8,10 +8,10 @@ multiples of its training length on the same text, under two protocols that diff
     non-overlapping  disjoint windows of the length (ALiBi's default): early tokens of a window have little before them
     sliding          a window of the length moved by a stride: every counted token has nearly the whole length before it
 
-Beside the loss stand the receptive field, how far back the tokens lie that move the last state, and the resolution of
-attention at the first two lengths. Every measurement is one
-line of `results.jsonl`, so that a study that was stopped goes on; `study.json` has the means, the spread over seeds and a
-verdict, and `curves.png` draws them.
+A scheme whose paper reads long texts in a way of its own (`READ_WITH`) is tested so too, as a curve of its own. Beside the
+loss stand the receptive field, how far back the tokens lie that move the last state, and the resolution of attention at the
+first two lengths. Every measurement is one line of `results.jsonl`, so that a study that was stopped goes on; `study.json` has
+the means, the spread over seeds and a verdict, and `curves.png` draws them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.apply import applied
 from longspan.compare.cost import Meter
 from longspan.compare.store import write_atomically
 from longspan.errors import NotSupported, SpecError
@@ -48,6 +49,8 @@ SCHEMES = (
     "tupe",
 )
 TIMES = (1, 2, 4, 8, 16, 32)
+READ_WITH = {"xpos": "bca"}
+"""Sun 2022 trains xPos with full attention and reads with blockwise causal attention."""
 HOLDS = 0.05
 """A scheme holds where its loss past the training length is at most so many nats above its loss at it."""
 FIELD_TIMES = 8
@@ -136,23 +139,27 @@ def _measure(model_folder: Path, scheme: str, seed: int, settings: Settings, fol
     model: PreTrainedModel | None = None
     tokenizer: Any = None
     window = json.loads((model_folder / "config.json").read_text())["max_position_embeddings"]
-    for protocol, length, size, task in _tasks(window, settings):
-        if (scheme, seed, protocol, length, settings.text) in done:
+    for label, method, (protocol, length, size, task) in _readings(scheme, window, settings):
+        if (label, seed, protocol, length, settings.text) in done:
             continue
         if model is None:
             model, tokenizer = load(model_folder)
-        figures = _figures(model, tokenizer, task, size, settings.samples)
-        record = {
-            "scheme": scheme,
-            "seed": seed,
-            "protocol": protocol,
-            "length": length,
-            "text": settings.text,
-            **figures,
-        }
-        append_line(folder / "results.jsonl", record)
+        with applied(model, method):
+            figures = _figures(model, tokenizer, task, size, settings.samples)
+        record = {"scheme": label, "seed": seed, "protocol": protocol, "length": length, "text": settings.text}
+        append_line(folder / "results.jsonl", record | figures)
         shown = f"{figures['score']:.3f}" if figures["score"] is not None else figures["reason"]
-        say(f"{scheme}, seed {seed}: {protocol} at {length:,} tokens: {shown}")
+        say(f"{label}, seed {seed}: {protocol} at {length:,} tokens: {shown}")
+
+
+def _readings(scheme: str, window: int, settings: Settings) -> Iterator[tuple[str, str, tuple[str, int, int, Task]]]:
+    """(a curve's name, the method that is put on for it, measurement)."""
+    for asked in _tasks(window, settings):
+        yield scheme, "none", asked
+    if scheme in READ_WITH:
+        for asked in _tasks(window, settings):
+            if asked[0] in ("non-overlapping", "sliding"):
+                yield f"{scheme}, {READ_WITH[scheme]}", READ_WITH[scheme], asked
 
 
 def _tasks(window: int, settings: Settings) -> Iterator[tuple[str, int, int, Task]]:

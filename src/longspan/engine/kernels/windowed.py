@@ -43,7 +43,7 @@ def seen(apart, key, sinks, keys, window, FAR: tl.constexpr):
 
 
 @triton.jit
-def _softmax_tiles(
+def softmax_tiles(
     acc,
     total,
     top,
@@ -142,19 +142,19 @@ def forward(
     scale *= LOG2E
     first, full, ragged, end = near_keys(low, keys, window, BM, BN)
     if SINK:
-        acc, total, top = _softmax_tiles(
+        acc, total, top = softmax_tiles(
             acc, total, top, q, k_base, v_base, k_row, v_row, scale, 0, far_end(low, window, sinks, BM), low, sinks,
             keys, window, True, True, WIDTH, BM, SINK, PRECISION,
         )  # fmt: skip
-    acc, total, top = _softmax_tiles(
+    acc, total, top = softmax_tiles(
         acc, total, top, q, k_base, v_base, k_row, v_row, scale, first, tl.minimum(full, end), low, sinks,
         keys, window, True, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
-    acc, total, top = _softmax_tiles(
+    acc, total, top = softmax_tiles(
         acc, total, top, q, k_base, v_base, k_row, v_row, scale, full, ragged, low, sinks,
         keys, window, False, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
-    acc, total, top = _softmax_tiles(
+    acc, total, top = softmax_tiles(
         acc, total, top, q, k_base, v_base, k_row, v_row, scale, ragged, end, low, sinks,
         keys, window, True, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from longspan.engine.kernels.windowed import UNSPECIALISED, far_end, near_keys, 
 
 
 @triton.jit
-def _query_tiles(
+def query_tiles(
     dq,
     q,
     do,
@@ -117,19 +117,19 @@ def backward_queries(
     by = scale * LOG2E
     first, full, ragged, end = near_keys(low, keys, window, BM, BN)
     if SINK:
-        dq = _query_tiles(
+        dq = query_tiles(
             dq, q, do, row, sums, k_base, v_base, k_row, v_row, by, 0, far_end(low, window, sinks, BM), low, sinks,
             keys, window, True, True, WIDTH, BM, SINK, PRECISION,
         )  # fmt: skip
-    dq = _query_tiles(
+    dq = query_tiles(
         dq, q, do, row, sums, k_base, v_base, k_row, v_row, by, first, tl.minimum(full, end), low, sinks, keys, window,
         True, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
-    dq = _query_tiles(
+    dq = query_tiles(
         dq, q, do, row, sums, k_base, v_base, k_row, v_row, by, full, ragged, low, sinks, keys, window,
         False, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
-    dq = _query_tiles(
+    dq = query_tiles(
         dq, q, do, row, sums, k_base, v_base, k_row, v_row, by, ragged, end, low, sinks, keys, window,
         True, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
@@ -244,7 +244,7 @@ def backward_sinks(
 
 
 @triton.jit
-def _near_queries(n, shift, queries, window, BM: tl.constexpr, BN: tl.constexpr):
+def near_queries(n, shift, queries, window, BM: tl.constexpr, BN: tl.constexpr):
     """The queries near the keys n .. n + BN - 1, cut at multiples of BM: from `first` masked, from `full` on every score
     counts, from `ragged` to `end` masked again."""
     first = tl.maximum(n - shift, 0) // BM * BM
@@ -317,7 +317,7 @@ def backward_keys(
         line = pair.to(tl.int64) * sinks * WIDTH
         dk = read_rows(far + line, n, WIDTH, sinks, True, BN, WIDTH)
         dv = read_rows(far + line + tl.num_programs(1).to(tl.int64) * sinks * WIDTH, n, WIDTH, sinks, True, BN, WIDTH)
-    first, full, ragged, end = _near_queries(n, shift, queries, window, BM, BN)
+    first, full, ragged, end = near_queries(n, shift, queries, window, BM, BN)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         q_base = query + batch * q_batch + head * q_head

@@ -1,0 +1,191 @@
+"""Dilated attention (LongNet) in kernels of our own for CUDA, forward and backward: one launch a pattern, nothing gathered.
+
+Pattern (size, step) cuts the text into segments of `size` tokens, of each of which head h takes every `step`-th from number
+h mod `step` on, as queries, keys and values alike. All patterns make one softmax, in which a key of m patterns counts m times.
+A launch goes through the keys of one pattern and adds them to what the launches before have left, in float32; the pattern that
+takes all tokens comes last and writes the result. The gradient needs the common log-sum-exp only, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longspan.engine.biased import _on, _rows_whole, _strides
+from longspan.engine.window_sinks import refusal as refusal
+from longspan.errors import SpecError
+
+try:
+    from longspan.engine.kernels import dilated as kernels
+    from longspan.engine.kernels.biased import INTERPRETED
+except ImportError:  # no Triton
+    kernels = None  # type: ignore[assignment]
+    INTERPRETED = False
+
+TILES = {  # BM, BN, warps, stages, for heads of up to 64 and for larger ones; those that windows were fastest with
+    "forward": ((128, 64, 4, 3), (128, 64, 8, 3)),
+    "queries": ((64, 64, 4, 3), (128, 64, 8, 2)),
+    "keys": ((64, 128, 8, 3), (32, 128, 8, 3)),
+}
+"""Fixed: a launch that adds to what lies there cannot be tried twice."""
+
+
+def dilated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    patterns: Sequence[tuple[int, int]],
+    *,
+    causal: bool,
+    scale: float,
+    ends: Tensor | None = None,
+    zero_key: bool = False,
+) -> Tensor:
+    """query (B, H, T, D), key and value (B, H_kv, T, D) → (B, H, T, D), for what `refusal` does not refuse.
+
+    patterns: (size, step), the first with step 1. ends (B,): how many tokens each row has, the rest get zeros. zero_key: a key
+    and a value of zeros are in every query's softmax. Raises `SpecError` for what does not go together."""
+    text = query.shape[2]
+    if key.shape != value.shape or key.shape[2] != text or query.shape[1] % key.shape[1] or not scale > 0 or not text:
+        raise SpecError(f"query {tuple(query.shape)} and key {tuple(key.shape)} at scale {scale} cannot meet")
+    if not patterns or patterns[0][1] != 1 or any(not 1 <= step <= size for size, step in patterns):
+        raise SpecError(f"patterns are (size, step) with 1 ≤ step ≤ size, the first of step 1, not {list(patterns)}")
+    numbers = [n for size, step in (*patterns[1:], patterns[0]) for n in (min(size, max(text, step)), step)]
+    ends = None if ends is None else ends.to(torch.int32).contiguous()
+    return _Dilated.apply(query, key, value, ends, numbers, causal, zero_key, scale)[0]
+
+
+def _pairs(numbers: list[int]) -> list[tuple[int, int]]:
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _choices(kind: str, query: Tensor, key: Tensor, ends: Tensor | None, causal: bool) -> dict[str, Any]:
+    narrow, wide = TILES[kind]
+    rows, columns, warps, stages = wide if query.shape[-1] > 64 else narrow
+    if query.element_size() == 4:
+        rows, columns, warps, stages = 32, 32, 4, 1
+    if INTERPRETED:
+        rows, columns = 32, 16
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "WIDTH": query.shape[-1],
+        "CAUSAL": causal,
+        "ENDS": ends is not None,
+        "PRECISION": "ieee",  # float32 inputs are multiplied as such
+        "BM": rows,
+        "BN": columns,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def _grid(query: Tensor, size: int, step: int, tile: int) -> tuple[int, tuple[int, int]]:
+    """Tiles of a segment, and the programs of a launch."""
+    batch, heads, text, _ = query.shape
+    taken = -(-min(size, text) // step)
+    blocks = -(-taken // tile)
+    return blocks, (blocks * -(-text // size), batch * heads)
+
+
+@torch.library.custom_op("longspan::dilated_forward", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor | None,
+    patterns: list[int],
+    causal: bool,
+    zero_key: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output, and each row's log-sum-exp to base 2 (B, H, T)."""
+    query, key, value = _rows_whole(query, key, value)
+    out = torch.empty_like(query)
+    lse = query.new_full(query.shape[:3], 0.0 if zero_key else float("-inf"), dtype=torch.float32)
+    sums = lse
+    if zero_key or len(patterns) > 2:
+        make = query.new_zeros if zero_key else query.new_empty
+        sums = make(query.shape, dtype=torch.float32)
+    choices = _choices("forward", query, key, ends, causal)
+    pairs = _pairs(patterns)
+    with _on(query.device):
+        for number, (size, step) in enumerate(pairs):
+            blocks, grid = _grid(query, size, step, choices["BM"])
+            kernels.forward[grid](
+                *(query, key, value, sums, out, lse, lse if ends is None else ends),
+                *(query.shape[1], query.shape[2], size, step, blocks, scale),
+                *_strides(query, key, value, out),
+                LAST=number == len(pairs) - 1,
+                **choices,
+            )
+    return out, lse
+
+
+@torch.library.custom_op("longspan::dilated_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ends: Tensor | None,
+    patterns: list[int],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives by query, key and value."""
+    query, key, value, d_out = _rows_whole(query, key, value, d_out)
+    delta = (out.float() * d_out.float()).sum(-1)
+    dq, dk, dv = (query.new_zeros(query.shape, dtype=torch.float32) for _ in range(3))
+    lines = lse if ends is None else ends
+    strides = _strides(query, key, value, d_out)
+    for_queries, for_keys = (_choices(kind, query, key, ends, causal) for kind in ("queries", "keys"))
+    with _on(query.device):
+        for size, step in _pairs(patterns):
+            numbers = query.shape[1], query.shape[2], size, step
+            blocks, grid = _grid(query, size, step, for_queries["BM"])
+            kernels.backward_queries[grid](
+                *(query, key, value, d_out, dq, lse, delta, lines, *numbers, blocks, scale), *strides, **for_queries
+            )
+            blocks, grid = _grid(query, size, step, for_keys["BN"])
+            kernels.backward_keys[grid](
+                *(query, key, value, d_out, dk, dv, lse, delta, lines, *numbers, blocks, scale), *strides, **for_keys
+            )
+    dk, dv = (x.unflatten(1, (key.shape[1], -1)).sum(2) for x in (dk, dv))
+    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+
+
+@_forward.register_fake
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(_rows_whole(query)[0]), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))  # type: ignore[return-value]
+
+
+class _Dilated(torch.autograd.Function):
+    """The two operators as one function with a derivative, which torch.func knows too."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.longspan.dilated_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        query, key, value, ends, ctx.patterns, ctx.causal, _, ctx.scale = inputs
+        ctx.save_for_backward(query, key, value, *output, ends)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple:
+        settings = ctx.patterns, ctx.causal, ctx.scale
+        grads = torch.ops.longspan.dilated_backward(d_out, *ctx.saved_tensors, *settings)
+        return (*grads, None, None, None, None, None)
