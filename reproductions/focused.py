@@ -3,11 +3,11 @@
     python reproductions/focused.py --out reproductions/focused
     python reproductions/focused.py --small --out /tmp/focused
 
-One small model of our own is trained on documents of two local contexts, definitions in the first and questions in the second, with
-its own earlier context as all of its memory (d=1). From there it goes on twice, for as many steps on as many documents of the
-same kinds: with d=1 again, and with the earlier contexts of other documents beside its own (--d). Both then read dictionaries of up
-to 256 local contexts, with every earlier context in memory, and are asked for 25 values: greedy decoding must say just the value.
-As in the paper's small models there are no positions in memory layers.
+One small model of our own is trained on documents of two local contexts, definitions in the first and questions in the second,
+with a document's own earlier context as all of its memory (d=1). From there it goes on twice, for as many steps on the same
+documents: with d=1 again, and with the earlier contexts of other documents beside its own (--d). Both then read dictionaries of
+up to 256 local contexts, with every earlier context in memory, and are asked for 28 values: greedy decoding must say just the
+value. As in the paper's small models there are no positions in memory layers.
 
 Then the built-in model reads --tokens tokens three times: with a cache of all layers, with memory layers, and with these in
 CPU memory; what it takes of the GPU is printed beside what the cache holds.
@@ -267,10 +267,10 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--memory", help="memory layers, such as 2/3; the middle one if left out")
-    parser.add_argument("--samples", type=int, default=40_000, help="documents to train on")
+    parser.add_argument("--samples", type=int, default=12_000, help="documents to train on")
     parser.add_argument("--width", type=int, default=3, help="symbols of a key")
     parser.add_argument("--symbols", type=int, default=64)
-    parser.add_argument("--questions", type=int, default=25)
+    parser.add_argument("--questions", type=int, default=28)
     parser.add_argument("--count", type=int, default=16, help="dictionaries of each length")
     parser.add_argument("--times", type=int, nargs="+", default=[2, 4, 16, 64, 256], help="lengths, in local contexts")
     parser.add_argument("--model", default="smollm2-135m", help="what reads the long text")

@@ -439,10 +439,10 @@ def _attach(site: Site) -> None:
     inputs unchanged."""
     try:
         for method in sorted(site.methods.methods, key=lambda m: ("queries" in m.slots, "attention" in m.slots)):
-            if method.slots & {"attention", "queries"}:
+            if site.facts.encoder_decoder and method.slots:
+                _attach_to_encoder_decoder(site, method)
+            elif method.slots & {"attention", "queries"}:
                 _attach_attention(site, method)
-            elif "cross-attention" in method.slots:
-                _attach_cross_attention(site, method)
             else:
                 method.attach(site)
     except BaseException:
@@ -507,7 +507,7 @@ def _own_plain_attention(call: Attend) -> Tensor:
     return _plain_attention(replace(call, key=key, value=value, mask=shown))
 
 
-def _attach_cross_attention(site: Site, method: Method) -> None:
+def _attach_to_encoder_decoder(site: Site, method: Method) -> None:
     """Attaches, then proves on one short input that nothing changed where the method changes nothing."""
     length = min(_SHORT, method.neutral_length())
     try:

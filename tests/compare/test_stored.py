@@ -57,3 +57,17 @@ def test_the_readme_quotes_the_stored_speeds():
     }.items():
         shown = readme.split(f"| {said} | ")[1].split(" |")[0].strip("*")
         assert shown == f"{ms[name]:.{len(shown.partition('.')[2])}f}"
+
+
+def test_the_readme_quotes_the_stored_study():
+    made = json.loads((ROOT / "reproductions" / "extrapolation" / "study.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    said = readme.split("loss in nats a token: ")[1].split("\n\n")[0].replace("\n", " ")
+    curves = made["curves"]["non-overlapping"]
+    assert made["settings"]["seeds"] == 3 and curves[0]["lengths"][0] == 512 and curves[0]["lengths"][-1] == 16384
+    for curve in curves:
+        first, last = (f"{curve['mean'][i]:.2f}" for i in (0, -1))
+        assert (
+            f"`{curve['scheme']}` goes from {first} to {last}" in said
+            or f"`{curve['scheme']}` {first} to {last}" in said
+        )

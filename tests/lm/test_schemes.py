@@ -190,7 +190,10 @@ def test_gpu_computes_what_the_cpu_computes(line: Line, bf16: bool, monkeypatch:
     got = answers(model.cuda(), ids.cuda(), bf16)
     for name, x in wanted.items():
         off = float((got[name] - x).norm() / x.norm())
-        assert off < (0.15 if bf16 else 1e-3), f"{name}: {off:.1e}"
+        most = (
+            1e-3 if not bf16 else 0.3 if "place" in name else 0.1
+        )  # a scheme's few numbers sum up what mostly cancels
+        assert off < most, f"{name}: {off:.1e}"
     assert bool(calls) == model.model.place.has("bias")
 
 

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from longspan.attention.base import Grid, Pattern
+from longspan.engine.block_lists import BlockLists, block_lists, listed_attention, refusal
 from longspan.engine.blocks import block_sparse_attention
 from longspan.engine.everywhere import Chosen, attend_everywhere
+from longspan.engine.joint import by_row
 from longspan.engine.patterns import Call
 from longspan.errors import NotSupported
 
@@ -83,6 +85,20 @@ class BigBird(Pattern):
         return mask | (q == 0) | (k == 0) | (q == last) | (k == last)
 
     def run(self, call: Call, grid: Grid) -> Tensor:
+        """Kernels of our own where they can, a row at a time where rows differ in length; else keys are gathered."""
+        refused = refusal(call.query, call.key, call.value, self.block)
+        if self.globals or not call.plain or call.zero_key or refused is not None:
+            return self._gathered(call, grid)
+
+        def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            count = -(-query.shape[2] // self.block)
+            return listed_attention(
+                query, key, value, _lists(self, count, grid.heads, grid.layer, query.device), call.scale
+            )
+
+        return by_row(rows, call.query, call.key, call.value, call.padding)
+
+    def _gathered(self, call: Call, grid: Grid) -> Tensor:
         length = call.query.shape[2]
         table, counts = self._tables(grid, call.query.device)
         if length <= self.globals:
@@ -139,6 +155,19 @@ def _table(pattern: BigBird, count: int, heads: int, layer: int) -> Tensor:
     for draw in range(pattern.random):
         table = _once(np.concatenate((table, _drawn(table, raw[..., draw], bound)[..., None]), axis=2), count)
     return torch.from_numpy(np.where(table == count, -1, table))
+
+
+@functools.lru_cache(maxsize=64)
+def _lists(pattern: BigBird, count: int, heads: int, layer: int, device: torch.device) -> BlockLists:
+    """Who sees whom, of a text of `count` blocks without tokens before them."""
+    table = _table(pattern, count, heads, layer).to(device).clone()
+    table[:, [0, count - 1]] = -1
+    head, row, slot = (table >= 0).nonzero(as_tuple=True)
+    column = table[head, row, slot]
+    every = range(heads), sorted({0, count - 1}), range(count)
+    whole = torch.cartesian_prod(*(torch.tensor(x, device=device) for x in every))
+    head, row, column = torch.cat((torch.stack((head, row, column), dim=1), whole)).unbind(1)
+    return block_lists(head, row, column, heads, count, pattern.block)
 
 
 def _drawn(table: np.ndarray, raw: np.ndarray, bound: int) -> np.ndarray:

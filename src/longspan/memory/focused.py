@@ -179,7 +179,9 @@ class Reader:
         self._layers: list[FocusedLayer] | None = None
         self._pads: tuple[int, ...] | None = None
         self._real: Tensor | None = None
-        """In training: (B, T) boolean, False where a row is filled up at its end; None where no row is."""
+        """In training: (B, T) boolean, False where a row is filled up at its end; None without a mask."""
+        self._shortest = 0
+        """Tokens of its shortest row."""
 
     def attach(self) -> None:
         self.site.unrotate()
@@ -195,7 +197,8 @@ class Reader:
         start = self._layers[0].seen if self._layers else 0
         mask = arguments.get("attention_mask")
         self._pads = self._padding(mask, start, new)
-        self._real = mask.bool() if mask is not None and start == 0 and not bool(mask.all()) else None
+        self._real = mask.bool() if mask is not None and start == 0 and self.site.model.training else None
+        self._shortest = new if self._real is None else int(self._real.sum(1).min())
         for layer in self._layers or ():
             layer.pads = self._pads
         arguments["attention_mask"] = None
@@ -400,15 +403,16 @@ class Reader:
             part = slice(start, end)
             q, k = (self._turn(call, x[:, :, part], 0, True) for x in (call.query, call.key))
             earlier = slice(start - self.local, start) if start else slice(0, 0)
+            real = self._real if self._shortest < start else None  # what fills a row up at its end, no query sees
             others = crossbatch.Others(
                 self._first(call, call.key[:, :, earlier]),
                 call.value[:, :, earlier],
                 self.method.contexts(self.step) if start else 1,
-                None if self._real is None else self._real[:, earlier],
+                None if real is None else real[:, earlier],
             )
-            real = None if self._real is None else self._real[:, part]
+            here = None if real is None else real[:, part]
             how: dict[str, Any] = {"dropout": call.dropout, "softcap": call.softcap}
-            parts.append(crossbatch.attend(q, k, call.value[:, :, part], others, real, call.scale, **how))
+            parts.append(crossbatch.attend(q, k, call.value[:, :, part], others, here, call.scale, **how))
         return torch.cat(parts, dim=2)
 
 

@@ -15,6 +15,7 @@ from longspan.apply import apply
 from longspan.errors import NotSupported, SpecError, nearest
 from longspan.facts import ModelFacts, text_config
 from longspan.fetching import reading
+from longspan.memory import gist
 from longspan.memory.rmt import RMT, around
 from longspan.method import Combination, NoMethod, parse
 from longspan.training.data import load_tokenizer
@@ -73,6 +74,8 @@ def check_method(recipe: Recipe, facts: ModelFacts) -> Combination | None:
     pose = recipe.positions.pose(recipe.data.length)
     target = pose.target if pose else recipe.data.length
     wanted = parse(recipe.method).resolve(facts, target) if recipe.method else None
+    if recipe.lora is not None and gist.gist_of(wanted) is not None:
+        raise SpecError("lora: adapters do not train the gist token's own row; leave lora out")
     reach = _reach(wanted or Combination((NoMethod(),)), facts)
     if reach is not None and reach < target:
         key = "positions.target" if pose else "data.length"
@@ -111,6 +114,8 @@ def build(recipe: Recipe, config: PreTrainedConfig, method: Combination | None, 
 def _with_method(model: PreTrainedModel, method: Combination) -> PreTrainedModel:
     if isinstance(method.methods[0], RMT):
         return around(model, method.methods[0])
+    if gist.gist_of(method) is not None:
+        return gist.put_on(model, method)
     return apply(model, method)
 
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from longspan.compare.store import write_atomically
 from longspan.errors import NotSupported, SpecError
 from longspan.fetching import reading
+from longspan.memory import gist
 from longspan.models import ready_folder
 from longspan.tasks.base import Task, parse_task, task_catalogue
 from longspan.tasks.text import BUILT_IN, check_text, read_text
@@ -93,6 +94,11 @@ def check_source(recipe: Recipe, key: str) -> None:
         if data.packing != "none":
             raise SpecError(f"{key}={name}: a task's samples are a window each: use data.packing=none")
         _check_task(recipe, parse_task(name), key)
+    elif gist.gist_of(recipe.method) is not None and data.task is None:
+        raise SpecError(
+            f"{key}={name}: gist tokens stand behind instructions, and a text has none; use {key}=instructions, or mix them in "
+            "with data.task=instructions"
+        )
     elif data.samples is not None and key == "data.train" and data.task is None:
         raise SpecError(
             f"data.samples={data.samples} would change nothing: it counts a task's samples, and {name} is a text"
@@ -115,7 +121,12 @@ def task_tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase) ->
     train = key != "data.valid"
     task = parse_task(source(recipe.data, key) or "")
     count = (recipe.data.samples or 1000) if train else recipe.data.valid_samples
-    samples = task.samples(tokenizer, recipe.data.length, count, recipe.seed + (not train))
+    seed = recipe.seed + (not train)
+    if (wanted := gist.gist_of(recipe.method)) is None:
+        samples = task.samples(tokenizer, recipe.data.length, count, seed)
+    else:
+        wanted = replace(wanted, id=gist.add_token(tokenizer))
+        samples = gist.inserted(task.samples(tokenizer, recipe.data.length - wanted.tokens, count, seed), wanted)
     whole = [[*s.tokens, *task.answer(tokenizer, s), tokenizer.eos_token_id] for s in samples]
     ids = np.array([i for one in whole for i in one], dtype=np.int64)
     ends = np.cumsum([len(one) for one in whole])

@@ -1,0 +1,231 @@
+"""The kernels of `longspan.engine.block_lists`: a program has one block of queries, or of keys, and goes through its list.
+
+The blocks with the longest lists start first, so that one which sees everything does not run alone at the end. Keys' tiles are
+computed transposed from the start, keys by queries: Triton up to 3.7.0 miscompiles transposed accumulators for Hopper GPUs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from longspan.engine.kernels.biased import LOG2E, read_rows
+
+UNSPECIALISED = ["heads", "tokens", "count"]
+"""Numbers that say nothing about alignment: a kernel compiled for one length serves all."""
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def forward(
+    query,
+    key,
+    value,
+    out,
+    lse,
+    order,
+    starts,
+    index,
+    heads,
+    tokens,
+    count,
+    scale,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    o_batch,
+    o_head,
+    o_row,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A block of queries over the blocks of keys in its list. The log-sum-exp is to base 2."""
+    pair = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
+    block = tl.load(order + head * count + tl.program_id(0))
+    begin = tl.load(starts + head * count + block)
+    end = tl.load(starts + head * count + block + 1)
+    m = block * BLOCK
+    q = read_rows(query + batch * q_batch + head * q_head, m, q_row, tokens, True, BLOCK, WIDTH)
+    k_base = key + batch * k_batch + head // GROUP * k_head
+    v_base = value + batch * v_batch + head // GROUP * v_head
+    acc = tl.zeros([BLOCK, WIDTH], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    by = scale * LOG2E
+    for at in range(begin, end):
+        n = tl.load(index + at) * BLOCK
+        k = read_rows(k_base, n, k_row, tokens, True, BLOCK, WIDTH)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * by
+        s = tl.where((n + tl.arange(0, BLOCK) < tokens)[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        v = read_rows(v_base, n, v_row, tokens, True, BLOCK, WIDTH)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    rows = m + tl.arange(0, BLOCK)
+    place = out + batch * o_batch + head * o_head + rows.to(tl.int64)[:, None] * o_row + tl.arange(0, WIDTH)[None, :]
+    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=(rows < tokens)[:, None])
+    tl.store(lse + pair.to(tl.int64) * tokens + rows, top + tl.log2(total), mask=rows < tokens)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def backward_queries(
+    query,
+    key,
+    value,
+    d_out,
+    d_query,
+    lse,
+    delta,
+    order,
+    starts,
+    index,
+    heads,
+    tokens,
+    count,
+    scale,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    g_batch,
+    g_head,
+    g_row,
+    dq_batch,
+    dq_head,
+    dq_row,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The derivative by a block of queries."""
+    pair = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
+    block = tl.load(order + head * count + tl.program_id(0))
+    begin = tl.load(starts + head * count + block)
+    end = tl.load(starts + head * count + block + 1)
+    m = block * BLOCK
+    rows = m + tl.arange(0, BLOCK)
+    q = read_rows(query + batch * q_batch + head * q_head, m, q_row, tokens, True, BLOCK, WIDTH)
+    do = read_rows(d_out + batch * g_batch + head * g_head, m, g_row, tokens, True, BLOCK, WIDTH)
+    line = pair.to(tl.int64) * tokens + rows
+    top = tl.load(lse + line, mask=rows < tokens, other=float("inf"))
+    weight = tl.load(delta + line, mask=rows < tokens, other=0.0)
+    k_base = key + batch * k_batch + head // GROUP * k_head
+    v_base = value + batch * v_batch + head // GROUP * v_head
+    dq = tl.zeros([BLOCK, WIDTH], tl.float32)
+    by = scale * LOG2E
+    for at in range(begin, end):
+        n = tl.load(index + at) * BLOCK
+        k = read_rows(k_base, n, k_row, tokens, True, BLOCK, WIDTH)
+        v = read_rows(v_base, n, v_row, tokens, True, BLOCK, WIDTH)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * by - top[:, None])
+        p = tl.where((n + tl.arange(0, BLOCK) < tokens)[None, :], p, 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - weight[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    place = d_query + batch * dq_batch + head * dq_head
+    place += rows.to(tl.int64)[:, None] * dq_row + tl.arange(0, WIDTH)[None, :]
+    tl.store(place, (dq * scale).to(d_query.dtype.element_ty), mask=(rows < tokens)[:, None])
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def backward_keys(
+    query,
+    key,
+    value,
+    d_out,
+    d_key,
+    d_value,
+    lse,
+    delta,
+    order,
+    starts,
+    index,
+    heads,
+    tokens,
+    count,
+    scale,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    g_batch,
+    g_head,
+    g_row,
+    dk_batch,
+    dk_head,
+    dk_row,
+    dv_batch,
+    dv_head,
+    dv_row,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The derivative by a block of keys and values of one key head, over the query heads that share it. The lists are of blocks
+    of queries."""
+    pair = tl.program_id(1)
+    kv_heads = heads // GROUP
+    batch = (pair // kv_heads).to(tl.int64)
+    kv_head = (pair % kv_heads).to(tl.int64)
+    block = tl.load(order + kv_head * GROUP * count + tl.program_id(0))
+    n = block * BLOCK
+    rows = n + tl.arange(0, BLOCK)
+    k = read_rows(key + batch * k_batch + kv_head * k_head, n, k_row, tokens, True, BLOCK, WIDTH)
+    v = read_rows(value + batch * v_batch + kv_head * v_head, n, v_row, tokens, True, BLOCK, WIDTH)
+    dk = tl.zeros([BLOCK, WIDTH], tl.float32)
+    dv = tl.zeros([BLOCK, WIDTH], tl.float32)
+    by = scale * LOG2E
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        begin = tl.load(starts + head * count + block)
+        end = tl.load(starts + head * count + block + 1)
+        q_base = query + batch * q_batch + head * q_head
+        g_base = d_out + batch * g_batch + head * g_head
+        line = (batch * heads + head) * tokens
+        for at in range(begin, end):
+            m = tl.load(index + at) * BLOCK
+            i = m + tl.arange(0, BLOCK)
+            q = read_rows(q_base, m, q_row, tokens, True, BLOCK, WIDTH)
+            do = read_rows(g_base, m, g_row, tokens, True, BLOCK, WIDTH)
+            top = tl.load(lse + line + i, mask=i < tokens, other=float("inf"))
+            weight = tl.load(delta + line + i, mask=i < tokens, other=0.0)
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * by - top[None, :])
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - weight[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    inside = (rows < tokens)[:, None]
+    columns = tl.arange(0, WIDTH)[None, :]
+    at = rows.to(tl.int64)[:, None]
+    tl.store(
+        d_key + batch * dk_batch + kv_head * dk_head + at * dk_row + columns,
+        (dk * scale).to(d_key.dtype.element_ty), mask=inside,
+    )  # fmt: skip
+    tl.store(
+        d_value + batch * dv_batch + kv_head * dv_head + at * dv_row + columns,
+        dv.to(d_value.dtype.element_ty), mask=inside,
+    )  # fmt: skip

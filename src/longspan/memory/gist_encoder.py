@@ -1,0 +1,247 @@
+"""Gist tokens in an encoder with a decoder: masks, and the gist tokens' states in every layer, which stand for the prompt.
+
+The encoder is given a mask of pairs. What no decoder may see, the encoder hands out as zeros, so that the decoder's mask of
+padding is known from the states alone: through beams, and when the encoder ran long before. Its last normalisation has
+let no real state be zero.
+
+Kept of a prompt is what goes into each layer at the gist tokens, and what comes out of the last. A text that goes on after it
+runs with the gist tokens before it, whose states are put back in at every layer, as they were behind the prompt. Relative
+positions (T5) come out right by themselves; a table of positions (BART) is read at the places behind the prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
+
+from longspan import crossing
+from longspan.apply import Site
+from longspan.engine.gist_masks import Mode, kept, visible
+from longspan.errors import LongspanError, NotSupported
+from longspan.tasks.base import bos_id
+
+if TYPE_CHECKING:
+    from longspan.memory.gist import Gist
+
+
+class EncoderReader:
+    """Gist tokens on one encoder-decoder."""
+
+    def __init__(self, method: Gist, site: Site):
+        self.method, self.site = method, site
+        self._mode: Mode = method.mode
+        self._kept: Tensor | None = None
+
+    def attach(self) -> None:
+        encoder = self.site.model.get_encoder()
+        if encoder.config._attn_implementation not in ("eager", "sdpa"):
+            raise NotSupported(
+                f"gist hands the encoder a mask of pairs, which {encoder.config._attn_implementation!r} attention does not "
+                'take; load the model with attn_implementation="sdpa"'
+            )
+        layers_of(encoder)
+        crossing.around_encoder(self.site, self._before, self._after)
+        self.site.before_forward(self._before_decoder)
+        self._prove(encoder)
+
+    @torch.no_grad()
+    def _prove(self, encoder: nn.Module) -> None:
+        """That this architecture follows the mask: with everything hidden, other tokens before the gist tokens change nothing."""
+        ids = torch.arange(1, 9, device=self.site.model.device)[None].repeat(2, 1)
+        ids[1, :4] += 4
+        ids[:, 4] = int(self.method.id or 0)
+        training, self._mode = encoder.training, "negative"
+        try:
+            states = encoder.eval()(input_ids=ids).last_hidden_state
+        finally:
+            self._mode = self.method.mode
+            encoder.train(training)
+        if not torch.allclose(states[0, 5:], states[1, 5:], rtol=1e-2, atol=1e-3):
+            raise NotSupported(
+                f"gist does not work on {self.site.facts.architecture}: its encoder does not follow a mask of pairs; use a "
+                "model of T5's or BART's family"
+            )
+
+    def _before(self, encoder: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        if ids is None:
+            raise NotSupported("gist finds its tokens by their ids: give the model input_ids, not inputs_embeds")
+        if mask is not None and mask.ndim != 2:
+            raise NotSupported("gist takes a mask of padding, (texts, tokens), for the encoder, and no other mask")
+        gist = ids == self.method.id
+        self._kept = None
+        if self._mode == "positive" or not bool(gist.any()):
+            return arguments
+        self._kept = kept(gist, self._mode)
+        return {**arguments, "attention_mask": self._numbers(gist, mask)}
+
+    def _numbers(self, gist: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, 1, T, T), to be added to the scores. Every token sees itself, so padding stays numbers."""
+        count = gist.shape[1]
+        sees = visible(gist, count, self._mode)
+        if mask is not None:
+            sees = sees & mask[:, None, :].bool()
+        sees = sees | torch.eye(count, dtype=torch.bool, device=gist.device)
+        table: Any = self.site.model.get_input_embeddings()
+        dtype = table.weight.dtype
+        return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+
+    def _after(self, output: Any) -> Any:
+        if self._kept is None:
+            return output
+        states = output[0] * self._kept[..., None].to(output[0])
+        if isinstance(output, tuple):
+            return (states, *output[1:])
+        output.last_hidden_state = states
+        return output
+
+    def _before_decoder(self, arguments: dict[str, Any]) -> None:
+        states, mask = arguments.get("encoder_hidden_states"), arguments.get("encoder_attention_mask")
+        if states is None or self.method.mode == "positive":
+            return
+        real = states.ne(0).any(-1)
+        if not bool(real.all()):
+            arguments["encoder_attention_mask"] = real.long() if mask is None else mask * real.to(mask)
+
+
+@dataclass
+class GistStates:
+    """Gist tokens of B prompts, k of each, in an encoder of L layers. states (L + 1, B, k, d): what goes into each layer, and
+    the encoder's output. shift (B,): the tokens of each prompt that are gone."""
+
+    states: Tensor
+    shift: Tensor
+
+    def __len__(self) -> int:
+        """How many prompts."""
+        return len(self.shift)
+
+    @property
+    def tokens(self) -> int:
+        return self.states.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states."""
+        return self.states.nbytes
+
+    def inputs(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str], *, beams: int = 1
+    ) -> dict[str, Any]:
+        """What `generate` takes to go on after the prompts: encoder_outputs and attention_mask, which it repeats for its beams
+        by itself. The encoder reads the texts here."""
+        rows = [text_ids(tokenizer, text) for text in ([texts] if isinstance(texts, str) else texts)]
+        ids, mask = padded(rows, tokenizer.pad_token_id or 0, model.device)
+        return self.encode(model, ids, mask)
+
+    @torch.no_grad()
+    def encode(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """The same for tokens (B, T), padded on the right."""
+        if len(self) not in (1, len(ids)):
+            raise LongspanError(f"{len(self)} prompts cannot go before {len(ids)} texts; give one text for each prompt")
+        from longspan.memory.gist import method_on
+
+        lead = ids.new_full((len(ids), self.tokens), method_on(model).id or 0)
+        ids, mask = torch.cat((lead, ids), dim=1), torch.cat((torch.ones_like(lead), mask.to(lead)), dim=1)
+        states = self.states.expand(-1, len(ids), -1, -1)
+        encoder: Any = model.get_encoder()
+        with _standing(encoder, self.shift, ids.shape[1]), _put_back(encoder, states):
+            output = encoder(input_ids=ids, attention_mask=mask)[0]
+        last = torch.cat((states[-1], output[:, self.tokens :]), dim=1)
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=last), "attention_mask": mask}
+
+
+@torch.no_grad()
+def compressed(model: PreTrainedModel, ids: Tensor, mask: Tensor, first: Tensor, count: int) -> GistStates:
+    """Reads prompts (B, T) with gist tokens behind them, padded on the right, and keeps those. first (B,): the column of each
+    row's first gist token."""
+    places = (first[:, None] + torch.arange(count, device=first.device))[..., None]
+    taken: list[Tensor] = []
+
+    def take(states: Tensor) -> Tensor:
+        taken.append(states.take_along_dim(places.to(states.device), dim=1))
+        return states
+
+    encoder: Any = model.get_encoder()
+    with _at_layers(encoder, take):
+        take(encoder(input_ids=ids, attention_mask=mask)[0])
+    return GistStates(torch.stack([states.to(taken[-1].device) for states in taken]), first)
+
+
+def layers_of(encoder: nn.Module) -> nn.ModuleList:
+    """An encoder's layers, in order."""
+    found = getattr(encoder, "block", None) or getattr(encoder, "layers", None)
+    if not isinstance(found, nn.ModuleList):
+        raise NotSupported(
+            f"gist does not know the layers of {type(encoder).__name__}; use a model of T5's or BART's family"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _at_layers(encoder: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Hands `change` what goes into each layer, (B, T, d), to get what shall."""
+
+    def before(module: nn.Module, args: tuple) -> tuple:
+        return (change(args[0]), *args[1:])
+
+    handles = [layer.register_forward_pre_hook(before) for layer in layers_of(encoder)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _put_back(encoder: nn.Module, states: Tensor) -> Iterator[None]:
+    """Puts states (L + 1, B, k, d) in the place of the first k tokens, layer by layer."""
+    left = iter(states)
+
+    def change(hidden: Tensor) -> Tensor:
+        own = next(left)
+        return torch.cat((own.to(hidden), hidden[:, own.shape[1] :]), dim=1)
+
+    with _at_layers(encoder, change):
+        yield
+
+
+@contextlib.contextmanager
+def _standing(encoder: nn.Module, shift: Tensor, count: int) -> Iterator[None]:
+    """Lets `count` tokens stand `shift` (B,) places further, where the encoder adds a table of positions to them."""
+    table = getattr(encoder, "embed_positions", None)
+    if table is None:
+        yield
+        return
+    at = torch.arange(count, device=shift.device) + shift[:, None] + getattr(table, "offset", 0)
+    if int(at.max()) >= len(table.weight):
+        raise NotSupported(
+            f"the prompt and the text are longer together than the {len(table.weight):,} places of this encoder"
+        )
+    handle = table.register_forward_hook(lambda *call: F.embedding(at, table.weight))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text that goes on after another, ended as the tokenizer ends a text."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[1:] if ids[:1] == [bos_id(tokenizer)] else ids
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids and mask, (B, T), padded on the right."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask

@@ -1,0 +1,120 @@
+"""The kernels for listed blocks against the formula in float64: on CUDA, or on a CPU with Triton's interpreter
+(TRITON_INTERPRET=1), where shapes are small and so are the blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.attention.base import Grid
+from longspan.attention.bigbird import BigBird, _lists
+from longspan.engine import block_lists
+from longspan.engine.block_lists import listed_attention, refusal
+from longspan.engine.core import reference_attention
+from longspan.engine.patterns import Call
+from longspan.errors import SpecError
+
+INTERPRETED = block_lists.INTERPRETED
+needs_kernels = pytest.mark.skipif(False, reason="interpreted") if INTERPRETED else pytest.mark.cuda
+DEVICE = "cpu" if INTERPRETED else "cuda"
+TIMES = 1 if INTERPRETED else 4
+CASES = {  # batch, heads, key heads, tokens, pattern
+    "itc": (2, 4, 2, 160, {"block": 16, "random": 2}),
+    "a short last block": (1, 2, 2, 150, {"block": 16, "random": 1}),
+    "no random blocks": (1, 4, 1, 128, {"block": 16, "random": 0}),
+    "two blocks": (1, 2, 1, 30, {"block": 16}),
+    "one block": (2, 2, 1, 9, {"block": 16}),
+    "larger blocks": (1, 2, 1, 160, {"block": 32, "random": 1}),
+}
+WIDTHS = [(torch.float16, 64)] if INTERPRETED else [(torch.float16, 64), (torch.bfloat16, 128), (torch.bfloat16, 64)]
+
+
+def case(name: str) -> tuple[int, int, int, int, BigBird]:
+    batch, heads, kv_heads, tokens, settings = CASES[name]
+    given: dict[str, Any] = {**settings, "block": settings["block"] * TIMES}
+    return batch, heads, kv_heads, tokens * TIMES, BigBird(**given)
+
+
+def compare(name: str, width: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Forward and every gradient, each error as a share of the largest entry."""
+    batch, heads, kv_heads, tokens, pattern = case(name)
+    ours = [
+        torch.randn(batch, h, tokens, width).to(DEVICE, dtype).requires_grad_() for h in (heads, kv_heads, kv_heads)
+    ]
+    exact = [x.detach().double().requires_grad_() for x in ours]
+    assert refusal(*ours, pattern.block) is None
+    grid = Grid(heads, tokens, 0, False)
+    places = torch.arange(tokens, device=DEVICE)[None]
+    got = pattern.run(Call(*ours, 0.2), grid)
+    want = reference_attention(*exact, pattern.visible(places, places, grid), 0.2)
+    push = torch.randn(want.shape).to(DEVICE, dtype)
+    results = [got, *torch.autograd.grad(got, ours, push)]
+    wanted = [want, *torch.autograd.grad(want, exact, push.double())]
+    for what, x, y in zip(("out", "query", "key", "value"), results, wanted, strict=True):
+        error = (x.double() - y).abs().max() / y.abs().max()
+        assert error < tolerance, f"{what}: {float(error.detach()):.1e}"
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", CASES)
+def test_in_float32(name: str) -> None:
+    compare(name, 32, torch.float32, 5e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "width"), WIDTHS)
+@pytest.mark.parametrize("name", ["itc", "a short last block"])
+def test_in_16_bit(name: str, dtype: torch.dtype, width: int) -> None:
+    compare(name, width, dtype, 2e-2)
+
+
+@needs_kernels
+def test_rows_of_several_lengths() -> None:
+    pattern, lengths = BigBird(block=16, random=1), torch.tensor([96, 50, 9])
+    x = [torch.randn(3, 2, 96, 32, device=DEVICE) for _ in range(3)]
+    padding = (torch.arange(96) < lengths[:, None]).to(DEVICE)
+    got = pattern.run(Call(*x, 0.2, padding), Grid(2, 96, 0, False, lengths))
+    for row, length in enumerate(lengths.tolist()):
+        alone = [y[row : row + 1, :, :length] for y in x]
+        want = pattern.run(Call(*alone, 0.2), Grid(2, length, 0, False))
+        torch.testing.assert_close(got[row : row + 1, :, :length], want)
+
+
+@needs_kernels
+def test_operators_say_what_they_are() -> None:
+    tensors = [torch.randn(1, h, 70, 32, device=DEVICE) for h in (2, 1, 1)]
+    lists = _lists(BigBird(block=16, random=1), 5, 2, 0, torch.device(DEVICE))
+    seeing, seen = ([x.order, x.starts, x.index] for x in (lists.seeing, lists.seen))
+    torch.library.opcheck(torch.ops.longspan.listed_forward, (*tensors, *seeing, 16, 0.2))
+    out, lse = torch.ops.longspan.listed_forward(*tensors, *seeing, 16, 0.2)
+    given = (out, *tensors, out, lse, *seeing, *seen, 16, 0.2)
+    torch.library.opcheck(torch.ops.longspan.listed_backward, given, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "pattern"), [(9, BigBird(block=16)), (2, BigBird(block=16)), (40, BigBird(random=0))]
+)
+def test_lists_are_the_pattern(count: int, pattern: BigBird) -> None:
+    """Each block's list, both ways, by what the pattern itself says of its first token."""
+    heads, lists = 3, _lists(pattern, count, 3, 2, torch.device("cpu"))
+    places = torch.arange(count)[None] * pattern.block
+    meets = pattern.visible(places, places, Grid(heads, count * pattern.block, 2, False))[0].expand(heads, -1, -1)
+    for found, wanted in ((lists.seeing, meets), (lists.seen, meets.mT)):
+        again = torch.zeros_like(wanted)
+        for place, (begin, end) in enumerate(zip(found.starts[:-1].tolist(), found.starts[1:].tolist(), strict=True)):
+            again[place // count, place % count, found.index[begin:end].long()] = True
+            assert len(found.index[begin:end].unique()) == end - begin
+        assert torch.equal(again, wanted)
+        sizes = wanted.sum(-1).gather(1, found.order.long())
+        assert (sizes.diff(dim=1) <= 0).all() and torch.equal(
+            found.order.sort(dim=1).values[0], torch.arange(count).int()
+        )
+
+
+def test_lists_of_another_length() -> None:
+    x = torch.randn(1, 2, 70, 32)
+    with pytest.raises(SpecError, match="do not fit"):
+        listed_attention(x, x, x, _lists(BigBird(block=16), 6, 2, 0, torch.device("cpu")), 0.2)
+    assert "blocks" in str(refusal(x, x, x, 24))
