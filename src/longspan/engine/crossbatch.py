@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from longspan.engine.core import attention, causal_mask, expand_heads
+from longspan.engine.core import attention, expand_heads
+from longspan.engine.memories import within
 from longspan.errors import NotSupported
 
 
@@ -49,16 +50,20 @@ def attend(
     *,
     dropout: float = 0.0,
     softcap: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """(B, H, T, D); query (B, H, T, D) and the local key and value (B, H_kv, T, D). real (B, T): as in `Others`."""
+    """(B, H, T, D); query (B, H, T, D) and the local key and value (B, H_kv, T, D). real (B, T): as in `Others`. window: how many
+    local keys a query sees at most."""
     rows = others.rows()
     far = [x[rows].transpose(1, 2).flatten(2, 3) for x in (others.key, others.value)]
     keys, values = (torch.cat(pair, dim=2) for pair in zip(far, (key, value), strict=True))
-    if others.real is None and softcap is None:
+    near = query.shape[2]
+    if others.real is None and softcap is None and (window is None or window >= near):
         keys, values = (expand_heads(x, query.shape[1]) for x in (keys, values))
-        mask = causal_lower_right(query.shape[2], keys.shape[2])
+        mask = causal_lower_right(near, keys.shape[2])
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale)
-    seen = causal_mask(query.shape[2], keys.shape[2], query.device)[None]
+    far_seen = torch.ones(near, keys.shape[2] - near, dtype=torch.bool, device=query.device)
+    seen = torch.cat((far_seen, within(near, near, window, query.device)), dim=1)[None]
     if others.real is not None and real is not None:
         seen = seen & torch.cat((others.real[rows].flatten(1), real), dim=1)[:, None]
     return attention(query, keys, values, seen[:, None], scale, dropout=dropout, softcap=softcap)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longspan.engine.core import expand_heads
+from longspan.engine.core import causal_mask, expand_heads
 from longspan.engine.joint import _kernel, _wide
 from longspan.engine.retrieval import GATHERED_AT_ONCE, FaissIndex, nearest_among
 
@@ -205,10 +205,12 @@ def attend(
     *,
     softcap: float | None = None,
     far: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """(B, H, T, D): every query sees the whole memory, and of the local keys (B, H_kv, L, D) those up to its own, the last
-    query's being the last one. far: the queries as the memory meets them, where that is otherwise."""
-    out, lse = _local(query, key, value, scale, softcap)
+    query's being the last one, or the last `window` of these. far: the queries as the memory meets them, where that is
+    otherwise."""
+    out, lse = _local(query, key, value, scale, softcap, window)
     for keys, values in memory.pieces(query.device):
         out, lse = _together(out, lse, *_folded(query if far is None else far, keys, values, scale, softcap))
     return out.to(query.dtype)
@@ -225,11 +227,12 @@ def attend_nearest(
     search: Literal["torch", "faiss"] = "torch",
     softcap: float | None = None,
     far: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The same where each query sees, of the memory, the `k` keys of its head with the highest inner products alone."""
     if memory.length <= k:
-        return attend(query, key, value, memory, scale, softcap=softcap, far=far)
-    out, lse = _local(query, key, value, scale, softcap)
+        return attend(query, key, value, memory, scale, softcap=softcap, far=far, window=window)
+    out, lse = _local(query, key, value, scale, softcap, window)
     asked = _fold(query if far is None else far, key.shape[1])
     rows = [
         [_picked(asked[row, head], memory, row, head, k, scale, search, softcap) for head in range(key.shape[1])]
@@ -289,9 +292,23 @@ def _indexed(memory: Earlier, row: int, head: int, device: torch.device) -> Fais
 # One piece: its result and its log-sum-exps.
 
 
-def _local(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Pieces:
-    """Causal attention where the T queries are the last of the L keys: all of them see the first L - T keys."""
+def within(new: int, held: int, window: int | None, device: torch.device) -> Tensor:
+    """(new, held) boolean: causal, the queries being the last of the keys, and no more than `window` keys each."""
+    seen = causal_mask(new, held, device)
+    return seen if window is None else seen.triu(held - new - window + 1)
+
+
+def _local(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
+) -> Pieces:
+    """Causal attention where the T queries are the last of the L keys: without a window, all see the first L - T keys."""
     new, held = query.shape[2], key.shape[2]
+    if window is not None and window < held:
+        keys, values = (expand_heads(x, query.shape[1]) for x in (key, value))
+        scores = _scores(query, keys, scale, softcap)
+        scores = scores.masked_fill(~within(new, held, window, query.device), float("-inf"))
+        lse = scores.logsumexp(-1)
+        return (scores - lse[..., None]).exp() @ values.to(scores.dtype), lse
     before = held - new
     heads = query.shape[1]
     new_key, new_value = (expand_heads(x[:, :, before:], heads) for x in (key, value))

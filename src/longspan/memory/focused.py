@@ -37,6 +37,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, TrainerCallback
 from longspan.apply import Attend, Site, layer_number
 from longspan.engine import crossbatch, memories
 from longspan.engine.core import attention
+from longspan.engine.patterns import roll
 from longspan.engine.retrieval import need_faiss
 from longspan.errors import NotSupported, SpecError
 from longspan.facts import ModelFacts, text_config
@@ -111,23 +112,19 @@ class Focused(Method):
         self.require(
             not wrong, f"there is no layer {wrong[:1] and wrong[0]}: the model has layers 0 to {facts.layers - 1}"
         )
-        most = self._most(facts)
         self.require(
-            self.local is None or self.local <= most,
-            f"local={self.local} is more than the {most:,} tokens that every layer of the model sees; use local={most}",
+            self.local is None or self.local <= facts.window,
+            f"local={self.local} is more than the {facts.window:,} tokens that the model reads; use local={facts.window}",
         )
         if self.search == "faiss":
             need_faiss()
-
-    def _most(self, facts: ModelFacts) -> int:
-        return min(facts.window, facts.sliding_window or facts.window)
 
     def resolve(self, facts: ModelFacts, length: int | None) -> Self:
         step = max(1, facts.layers // 4)
         quarters = [n for n in (step, 2 * step, 3 * step) if n < facts.layers] or [0]
         return replace(
             self,
-            local=self.local or self._most(facts),
+            local=self.local or facts.window,
             layers=self.layers or "/".join(map(str, quarters)),
         )
 
@@ -182,6 +179,9 @@ class Reader:
         """In training: (B, T) boolean, False where a row is filled up at its end; None without a mask."""
         self._shortest = 0
         """Tokens of its shortest row."""
+        self._training = False
+        self._shift = torch.zeros(0)
+        """The pads as a tensor, in training."""
 
     def attach(self) -> None:
         self.site.unrotate()
@@ -197,7 +197,11 @@ class Reader:
         start = self._layers[0].seen if self._layers else 0
         mask = arguments.get("attention_mask")
         self._pads = self._padding(mask, start, new)
-        self._real = mask.bool() if mask is not None and start == 0 and self.site.model.training else None
+        self._training = self.site.model.training and start == 0
+        self._real = mask.bool() if mask is not None and self._training else None
+        if self._real is not None and self._pads is not None:
+            self._shift = torch.tensor(self._pads, device=given.device)
+            self._real = roll(self._real, self._shift, 1)
         self._shortest = new if self._real is None else int(self._real.sum(1).min())
         for layer in self._layers or ():
             layer.pads = self._pads
@@ -299,7 +303,7 @@ class Reader:
     def _attend(self, call: Attend) -> Tensor:
         number = layer_number(call.module)
         layer = self._layers[number] if self._layers else None
-        if layer is None and self.site.model.training:
+        if self._training:
             return self._trained(call, number in self.memory_layers)
         if self._pads is None:
             return self._rows(call, slice(0, len(call.query)), 0, layer)
@@ -333,7 +337,7 @@ class Reader:
                 earlier = memories.Earlier(layer.store if layer else None, rows, pad, late, start, indexes)
                 outs.append(self._remember(call, q, k, v, earlier))
             else:
-                outs.append(attention(q, k, v, None, call.scale, softcap=call.softcap, causal=q.shape[2] > 1))
+                outs.append(self._near(call, q, k, v))
         return torch.cat(outs, dim=2)
 
     def _contexts(self, begin: int, end: int) -> list[tuple[int, int]]:
@@ -342,7 +346,7 @@ class Reader:
         return list(itertools.pairwise(cuts))
 
     def _remember(self, call: Attend, q: Tensor, k: Tensor, v: Tensor, earlier: memories.Earlier) -> Tensor:
-        how: dict[str, Any] = {"softcap": call.softcap, "far": self._first(call, q)}
+        how: dict[str, Any] = {"softcap": call.softcap, "far": self._first(call, q), "window": call.sliding_window}
         if self.method.k is None:
             return memories.attend(q, k, v, earlier, call.scale, **how)
         return memories.attend_nearest(q, k, v, earlier, self.method.k, call.scale, search=self.method.search, **how)
@@ -354,16 +358,22 @@ class Reader:
         if whole < query.shape[2]:
             q, k = (self._turn(call, x[:, :, whole:], 0, False) for x in (query, key))
             v = value[:, :, whole:]
-            parts.append(
-                attention(q, k, v, None, call.scale, dropout=call.dropout, softcap=call.softcap, causal=q.shape[2] > 1)
-            )
+            parts.append(self._near(call, q, k, v))
         return torch.cat(parts, dim=2)
 
     def _side_by_side(self, call: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.unflatten(2, (-1, self.local)).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         q, k = (self._turn(call, x, 0, False) for x in (q, k))
-        out = attention(q, k, v, None, call.scale, dropout=call.dropout, softcap=call.softcap, causal=True)
+        out = self._near(call, q, k, v)
         return out.unflatten(0, (len(query), -1)).transpose(1, 2).flatten(2, 3)
+
+    def _near(self, call: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention within a context, in a layer with a sliding window within that too."""
+        new, held, window = q.shape[2], k.shape[2], call.sliding_window
+        narrow = window is not None and window < held
+        mask = memories.within(new, held, window, q.device) if narrow else None
+        causal = mask is None and new > 1
+        return attention(q, k, v, mask, call.scale, dropout=call.dropout, softcap=call.softcap, causal=causal)
 
     def _turn(self, call: Attend, x: Tensor, at: int, memory: bool) -> Tensor:
         """x (B, H, T, D) rotated to the places at … at + T - 1 of a context."""
@@ -393,9 +403,15 @@ class Reader:
     # Training.
 
     def _trained(self, call: Attend, memory: bool) -> Tensor:
-        """Every row is read from its first column on, without a cache: crossbatch in the memory layers."""
+        """Every row is read from its first token on: crossbatch in the memory layers."""
         if self._pads is not None:
-            raise NotSupported("focused: in training rows begin at their first token; pad them on the right")
+            query, key, value = (roll(x, self._shift, 2) for x in (call.query, call.key, call.value))
+            out = self._crossed(replace(call, query=query, key=key, value=value), memory)
+            return roll(out, -self._shift, 2)
+        return self._crossed(call, memory)
+
+    def _crossed(self, call: Attend, memory: bool) -> Tensor:
+        """The same for rows that begin at the first column."""
         if not memory:
             return self._many(call, call.query, call.key, call.value)
         parts, count = [], call.query.shape[2]
@@ -411,7 +427,7 @@ class Reader:
                 None if real is None else real[:, earlier],
             )
             here = None if real is None else real[:, part]
-            how: dict[str, Any] = {"dropout": call.dropout, "softcap": call.softcap}
+            how: dict[str, Any] = {"dropout": call.dropout, "softcap": call.softcap, "window": call.sliding_window}
             parts.append(crossbatch.attend(q, k, call.value[:, :, part], others, here, call.scale, **how))
         return torch.cat(parts, dim=2)
 
