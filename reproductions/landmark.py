@@ -5,9 +5,9 @@
 
 Trains recipes/landmark.yaml (once: the same command goes on with the model that is there), then asks for passkeys by the paper's
 protocol, with keys that training did not ask for, at 2k to 32k tokens: of the model as it was, of the trained one, and of the
-trained one with blocks in the CPU's memory, retrieved head by head as in the paper (`per=head,offload=true`). At last 128k tokens
-are read with blocks in the CPU's memory, with all on the device, and by the model as it was with its dense cache: bytes of the cache
-on the device, the highest that was in use over the weights, and the time of a token after them.
+trained one with blocks in the CPU's memory, retrieved head by head as in the paper (`per=head,offload=true`). All three also
+read 128k tokens, the model as it was with its dense cache: bytes of the cache on the device, the highest that was in use over the
+weights, and the time of a token after them.
 
 What is judged: the trained model finds 90 % at 8 to 32 times its training length (the paper's 7B: about all to 20k, 98 % at 32k,
 tuned for 15,000 steps), and with `offload` less than a tenth of the dense cache is on the device. Every result is printed as it

@@ -162,14 +162,15 @@ class PageLayer(CacheLayerMixin):
         """What waits for keys and values (B, H, T, k, size, D) of pages (B, H, T, k), heads being those of queries."""
         batch, heads = self.keys.shape[:2]
         size = self.layout.size
-        held, base = self.keys.shape[2] // size, self.base.to(page.device)[:, None, None, None]
+        held = self.keys.shape[2] // size
         head = torch.arange(page.shape[1], device=page.device) // (page.shape[1] // heads)
         line = (torch.arange(batch, device=page.device)[:, None] * heads + head)[:, :, None, None]
-        inside = line * held + (page - base).clamp(min=0)
         tables = tuple(x.view(-1, size, x.shape[-1]) for x in (self.keys, self.values))
         if self.far is None:
+            inside = line * held + page
             return lambda: (tables[0][inside], tables[1][inside])
-        away = page < base
+        base = self.base.to(page.device)[:, None, None, None]
+        inside, away = line * held + (page - base).clamp(min=0), page < base
         wanted = line * self.far[0].shape[2] + page
         asked = torch.unique(wanted[away])
         place = torch.searchsorted(asked, wanted).clamp(max=max(len(asked) - 1, 0))
@@ -205,7 +206,8 @@ class PageLayer(CacheLayerMixin):
     # The CPU's memory
 
     def settle(self, filled: Tensor) -> None:
-        """Where it `offloads`: moves pages of chunks that are over into the CPU's memory. filled (B,), on the CPU: slots in use."""
+        """Where it `offloads`: moves pages of chunks that are over into the CPU's memory. filled (B,), on the CPU: slots in
+        use."""
         size = self.layout.size
         base = filled // size // self.layout.local * self.layout.local
         if not self.offloads or bool((base <= self.base).all()):
