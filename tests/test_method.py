@@ -62,6 +62,9 @@ def of(name: str) -> st.SearchStrategy[Method]:
     if name == "unlimiformer":  # what faiss takes is tested with it
         special |= {"window": st.none() | st.integers(4, 2**16), "overlap": st.floats(0, 0.99)}
         special |= {"search": st.just("torch"), "probes": st.none()}
+    if name == "focused":
+        special |= {"layers": st.none() | st.sampled_from(["1", "6/12/18"]), "search": st.just("torch")}
+        special |= {"late": st.none(), "after": st.none()}  # both or neither
     cls = catalogue()[name]
     hints = typing.get_type_hints(cls)
     choices = {name for name, hint in hints.items() if typing.get_origin(hint) is Literal} - {"search"}

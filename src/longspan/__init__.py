@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from longspan.errors import SpecError as SpecError
     from longspan.generation import Chat as Chat
     from longspan.generation import generate_text as generate_text
+    from longspan.memory.focused_memory import Memory as Memory
     from longspan.memory.unlimiformer import Encoded as Encoded
     from longspan.method import Method as Method
     from longspan.method import catalogue as methods  # noqa: F401
@@ -48,6 +49,7 @@ _WHERE = {
     "StreamDecoder": "longspan.engine.decode:StreamDecoder",
     "stream_generate": "longspan.engine.decode:stream_generate",
     "Encoded": "longspan.memory.unlimiformer:Encoded",
+    "Memory": "longspan.memory.focused_memory:Memory",
     "LongspanError": "longspan.errors:LongspanError",
     "NotSupported": "longspan.errors:NotSupported",
     "SpecError": "longspan.errors:SpecError",

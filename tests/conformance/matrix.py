@@ -70,6 +70,8 @@ LINES = (
     Line("longnet:segments=8/16/24,dilations=1/2/3", "longnet:segments=64,dilations=1"),
     Line("logn:window=8", "logn:window=64"),
     Line("streaming:sinks=3,window=9", "streaming:sinks=3,window=64"),
+    Line("focused:local=8,layers=0/1", "focused:local=32,layers=0/1"),
+    Line("focused:local=8,k=4", "focused:local=32,k=4"),
     Line("ntk:factor=4 + self-extend:group=4,window=6", "ntk:factor=1 + self-extend:group=1,window=6"),
     Line("logn:window=8 + rerope:window=6", "logn:window=64 + rerope:window=31"),
     Line("yarn:factor=2 + streaming:sinks=3,window=9", "yarn:factor=1 + streaming:sinks=3,window=64"),

@@ -8,7 +8,7 @@ gradients are wanted each block is computed again in the backward pass, so neith
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -51,6 +51,19 @@ def nearest(queries: Tensor, states: Tensor, k: int) -> Tensor:
         return torch.cat([_nearest(some, states, k) for some in blocks])
 
 
+def nearest_among(queries: Tensor, parts: Iterable[Tensor], k: int) -> Tensor:
+    """As `nearest`, for states that come in parts (n, d), one after another: the best k so far are kept beside each part."""
+    best, where = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.long)
+    start = 0
+    with torch.no_grad():
+        for part in parts:
+            scores, index = (queries @ part.mT).topk(min(k, len(part)), dim=1)
+            best, order = torch.cat((best, scores), dim=1).topk(min(k, best.shape[1] + scores.shape[1]), dim=1)
+            where = torch.cat((where, index + start), dim=1).gather(1, order)
+            start += len(part)
+    return where
+
+
 class FaissIndex:
     """Inner-product search by faiss, on the CPU. `faiss` is exact; `ivf` looks into `probes` of N / 128 lists, and then only the
     search is approximate: `attend` takes exact scores of what was found. Raises `NotSupported` without faiss."""
@@ -66,6 +79,10 @@ class FaissIndex:
         self.index.add(vectors)
         if kind == "ivf":
             self.index.nprobe = min(probes, lists)
+
+    def add(self, states: Tensor) -> None:
+        """More states (n, d), numbered after those that are there. Of `faiss`, whose search stays exact."""
+        self.index.add(states.detach().float().cpu().numpy())
 
     def __call__(self, queries: Tensor, k: int) -> Tensor:
         """As `nearest`; -1 where the lists that were looked into hold fewer than k."""
@@ -105,11 +122,4 @@ def _over(queries: Tensor, states: Tensor, picks: Tensor | None, dropout: float)
 
 
 def _nearest(queries: Tensor, states: Tensor, k: int) -> Tensor:
-    """Keeps the best k so far beside each block of states."""
-    size = SCORES_AT_ONCE // len(queries)
-    best, where = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.long)
-    for start, block in zip(range(0, len(states), size), states.split(size), strict=True):
-        scores, index = (queries @ block.mT).topk(min(k, len(block)), dim=1)
-        best, order = torch.cat((best, scores), dim=1).topk(min(k, best.shape[1] + scores.shape[1]), dim=1)
-        where = torch.cat((where, index + start), dim=1).gather(1, order)
-    return where
+    return nearest_among(queries, states.split(max(1, SCORES_AT_ONCE // len(queries))), k)

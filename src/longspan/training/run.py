@@ -36,7 +36,7 @@ from longspan.compare.results import duration
 from longspan.compare.store import write_atomically
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import facts_of
-from longspan.memory import gist, landmark
+from longspan.memory import focused, gist, landmark
 from longspan.method import Combination
 from longspan.training import build
 from longspan.training.data import (
@@ -133,7 +133,11 @@ def check(recipe: Recipe) -> None:
     """Raises `LongspanError` for what can be refused without reading data or weights."""
     for key in ("data.train", "data.valid", "data.task"):
         check_source(recipe, key)
-    build.check_method(recipe, facts_of(build.model_config(recipe, build.vocabulary(recipe), {})))
+    method = build.check_method(recipe, facts_of(build.model_config(recipe, build.vocabulary(recipe), {})))
+    if method is not None:
+        at_once = recipe.training.at_once(int(os.environ.get("WORLD_SIZE", "1")))
+        ordinary = recipe.positions.kind == "ordinary" and recipe.data.packing != "boundaries"
+        focused.check_training(method, recipe.data.length, at_once, ordinary)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise NotSupported(
             "longspan train splits the data among devices and keeps the whole model on each; run it under torchrun, or under "
@@ -374,7 +378,7 @@ def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
         args=job.arguments,
         train_dataset=Course(windows, steps.steps * steps.batch, recipe.seed),
         eval_dataset=validation,
-        callbacks=[recorder],
+        callbacks=[recorder, *focused.callbacks(causal_model(model))],
     )
 
 
