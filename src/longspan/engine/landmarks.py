@@ -58,6 +58,11 @@ class Chosen:
     slot: Tensor
     real: Tensor
 
+    def last(self, count: int) -> Chosen:
+        """The last `count` of them: where there are no more pages than that, the others are none."""
+        begin = self.page.shape[-1] - count
+        return Chosen(self.page[..., begin:], self.slot[..., begin:], self.real[..., begin:])
+
 
 def query_positions(offset: Tensor, layout: Layout) -> Tensor:
     """(slots, B, T): where queries stand, seen from the first token of each slot 0 … k + local. offset (B, T): their place in
@@ -110,15 +115,15 @@ def attend(
 ) -> Tensor:
     """Output (B, H, T, D) in the queries' dtype for queries (S, B, H, T, D) in float32 or wider, turned for each slot.
 
-    fetch: asked for pages (B, H, T or 1, k), gives what waits for their keys and values, (B, H, T or 1, k, size, D); the chunk is
-    scored meanwhile. here: keys and values of the chunk's pages, (B, H_kv, local, size, D). offset (B, T): each query's place
+    chosen: as `choose` gives them, or the last of them. fetch: asked for pages (B, H, T or 1, k), gives what waits for their
+    keys and values, (B, H, T or 1, k, size, D); the chunk is scored meanwhile. here: keys and values of the chunk's pages, (B, H_kv, local, size, D). offset (B, T): each query's place
     in the chunk.
     """
-    size, k = layout.size, layout.retrieve
+    size, k = layout.size, chosen.page.shape[-1]
     arriving = fetch(chosen.page)
     keys, values = here
     group = queries.shape[2] // keys.shape[1]
-    near = queries[k + 1 :].unflatten(2, (-1, group))
+    near = queries[layout.retrieve + 1 :].unflatten(2, (-1, group))
     own = torch.einsum("sbhgtd,bhscd->bhgtsc", near, wide(keys)).flatten(1, 2)
     index = chosen.slot.expand(-1, -1, queries.shape[3], -1).permute(3, 0, 1, 2)[..., None]
     turned = queries.gather(0, index.expand(*index.shape[:-1], queries.shape[-1]))  # (k, B, H, T, D)

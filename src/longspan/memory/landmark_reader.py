@@ -280,5 +280,6 @@ class LandmarkReader:
         slots = len(positions)
         turned = rotate(call.module, query.repeat(slots, 1, 1, 1), cos, sin).unflatten(0, (slots, -1))
         chosen = landmarks.choose(turned, layer.landmarks, piece.before, self.layout, call.scale)
+        chosen = chosen.last(min(self.layout.retrieve, int(piece.first.max())))
         here = layer.here(piece.first)
         return landmarks.attend(turned, chosen, layer.fetch, here, piece.offset, self.layout, call.scale, call.softcap)
