@@ -57,6 +57,8 @@ def of(name: str) -> st.SearchStrategy[Method]:
     special |= {"expansion": st.floats(0.5, 4), **({"size": even} if name in ("gau", "flash") else {})}
     special |= {"globals": st.integers(0, 2), "among": st.none() | st.integers(256, 4096)}
     special |= {"segments": st.sampled_from(["2k/4k", "64/100"]), "dilations": st.sampled_from(["1/2", "1/64"])}
+    if name == "landmark":  # the chunk is whole blocks
+        special |= {"block": st.sampled_from([1, 2, 4])}
     if name == "unlimiformer":  # what faiss takes is tested with it
         special |= {"window": st.none() | st.integers(4, 2**16), "overlap": st.floats(0, 0.99)}
         special |= {"search": st.just("torch"), "probes": st.none()}

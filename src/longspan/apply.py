@@ -285,6 +285,11 @@ class Site:
         handle = self.model.get_decoder().register_forward_pre_hook(pre, with_kwargs=True)
         self._undo.append(handle.remove)
 
+    def after_forward(self, hook: Callable[[Any], Any]) -> None:
+        """Calls `hook` with the output of each forward of the decoder, to get the one that it returns."""
+        handle = self.model.get_decoder().register_forward_hook(lambda module, args, output: hook(output))
+        self._undo.append(handle.remove)
+
     def once(self, name: str, make: Callable[[], T]) -> T:
         """`make()`, computed by the first layer of a forward and shared by the others."""
         if name not in self._memo:

@@ -168,7 +168,12 @@ def compare(
     model: Model,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="Once for each method. Left out: every method that the model can take."),
+        typer.Option(
+            "--method",
+            "-m",
+            help="Once for each method; or the folder of a model that was trained from this one. Left out: every method that the "
+            "model can take.",
+        ),
     ] = None,
     task: Annotated[
         list[str] | None, typer.Option("--task", "-t", help="Once for each task. Left out: ppl and passkey.")

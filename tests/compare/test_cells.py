@@ -124,23 +124,23 @@ def test_the_native_length_is_always_among_the_lengths():
 
 
 def test_the_bare_model_is_always_first_and_none_comes_twice():
-    found, left_out = read_methods(["ntk", "ntk:factor=4", "none"], FACTS, 512)
+    found, left_out = read_methods(["ntk", "ntk:factor=4", "none"], FACTS, 512, "base")
     assert found[0].spec == "none"
     assert len({c.spec for c in found}) == len(found)
     assert left_out == {}
 
 
 def test_methods_are_resolved_for_the_longest_length():
-    (_, ntk), _ = read_methods(["ntk"], FACTS, 1024)
+    (_, ntk), _ = read_methods(["ntk"], FACTS, 1024, "base")
     assert ntk.asked == "ntk"
     assert ntk.spec == combination("ntk").resolve(FACTS, 1024).spec != "ntk"
 
 
 def test_what_was_asked_for_and_cannot_be_had_is_an_error():
     with pytest.raises(NotSupported, match="any other works"):
-        read_methods([Picky()], FACTS, 512)
+        read_methods([Picky()], FACTS, 512, "base")
     with pytest.raises(SpecError, match="there is no method"):
-        read_methods(["nkt"], FACTS, 512)
+        read_methods(["nkt"], FACTS, 512, "base")
 
 
 def test_what_was_chosen_automatically_is_left_out_with_the_reason(monkeypatch):
@@ -153,7 +153,7 @@ def test_what_was_chosen_automatically_is_left_out_with_the_reason(monkeypatch):
 
     listed = {"ntk": method.catalogue()["ntk"], "picky": Picky, "needy": Needy, "scratch": Scratch}
     monkeypatch.setattr(cells, "catalogue", lambda: listed)
-    found, left_out = read_methods(None, FACTS, 512)
+    found, left_out = read_methods(None, FACTS, 512, "base")
     assert [c.asked for c in found] == ["none", "ntk"]
     assert left_out["picky"] == "picky: not this model; any other works"
     assert "needs settings" in left_out["needy"]
@@ -220,7 +220,7 @@ def test_the_key_changes_with_the_data_that_samples_are_made_from(monkeypatch):
 
 def test_methods_left_out_for_one_reason_share_a_line() -> None:
     assert by_reason({"a": "too big", "b": "for others", "c": "too big"}) == {"a, c": "too big", "b": "for others"}
-    _, left_out = read_methods(None, FACTS, 1024)
+    _, left_out = read_methods(None, FACTS, 1024, "base")
     lines = by_reason(left_out)
     assert "alibi" in left_out and any({"alibi", "gau"} <= set(names.split(", ")) for names in lines)
     assert sum(len(names.split(", ")) for names in lines) == len(left_out)

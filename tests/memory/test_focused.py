@@ -146,6 +146,47 @@ def test_any_pieces(sizes: list[int], more: str, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(in_pieces(made, tokens, sizes), wanted, rtol=1e-10, atol=1e-10)
 
 
+def scaled() -> Any:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    return model(rope_parameters=rope)
+
+
+def first_by_rotation(made: Any, tokens: Tensor, layers: tuple[int, ...]) -> Tensor:
+    """Logits where every earlier key is rotated to place 0 by the model's own angles, whatever these are."""
+    site = Site(made, combination("none"), facts_of(made))
+    site.unrotate()
+    length = tokens.shape[1]
+    context = torch.arange(length) // LOCAL
+    same, before = (context[:, None] == context), (context[:, None] > context)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+
+    def attend(call: Attend) -> Tensor:
+        places = (torch.arange(length) % LOCAL)[None]
+        own, first = (site.rotary.tables(p, call.query) for p in (places, places * 0))
+        key, value = (x.repeat_interleave(2, dim=1) for x in (call.key, call.value))
+        query = rotate(call.module, call.query, *own)
+        near, far = (query @ rotate(call.module, key, *tables).mT * call.scale for tables in (own, first))
+        seen = (same & causal) | before if layer_number(call.module) in layers else same & causal
+        return torch.where(same, near, far).masked_fill(~seen, float("-inf")).softmax(-1) @ value
+
+    site.attention(attend, own_mask=True)
+    try:
+        with torch.no_grad():
+            return made(tokens, use_cache=False).logits
+    finally:
+        site.undo()
+
+
+@pytest.mark.parametrize("more", ["", ",k=100"])
+def test_the_factor_of_a_scaled_model_is_in_its_memory_too(more: str) -> None:
+    made, tokens = scaled(), ids(3, 2 * LOCAL)
+    assert made.model.rotary_emb.attention_scaling > 1.1
+    wanted = first_by_rotation(made, tokens, (1, 2))
+    ls.apply(made, SPEC + more)
+    torch.testing.assert_close(in_pieces(made, tokens, [11, 5]), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(crossed(made, tokens, 1), wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_positions_none() -> None:
     made, tokens = model(), ids(1, 30)
     wanted = plain(made, tokens, (1, 2), none=True)
@@ -295,6 +336,19 @@ def test_one_context_is_the_memory_of_two() -> None:
     made, tokens = model(), ids(3, 2 * LOCAL)
     wanted = plain(made, tokens, (1, 2))
     torch.testing.assert_close(crossed(made, tokens, 1), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_training_is_crossbatch_with_the_models_own_defaults_too() -> None:
+    """A Trainer that is not ours leaves use_cache to the configuration, where it is on."""
+    made, tokens = model(), ids(3, 2 * LOCAL)
+    wanted = crossed(made, tokens, 3)
+    output = made(tokens)
+    assert output.past_key_values is None
+    torch.testing.assert_close(output.logits, wanted)
+    with pytest.raises(NotSupported, match="past_key_values"):
+        made(tokens, past_key_values=DynamicCache())
+    with torch.no_grad():  # as generate does between two steps of a training
+        made(tokens, past_key_values=DynamicCache())
 
 
 def test_gradients_reach_the_negatives_and_no_other_row() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from longspan import models
-from longspan.compare import cost
+from longspan.compare import cost, trained
 from longspan.compare.stats import Scale
 from longspan.compare.store import digest
 from longspan.errors import LongspanError, NotSupported, SpecError
@@ -39,25 +39,30 @@ DEFAULT_TASKS = ("ppl", "passkey")
 SOURCES = ("positions", "attention", "memory", "prompts", "engine", "tasks")
 _FILES = ("method.py", "apply.py", "facts.py", "models.py", "compare/worker.py", "compare/cost.py", "compare/stats.py")
 
-MethodLike = str | Method | Combination | Iterable[str | Method]
+MethodLike = str | Path | Method | Combination | Iterable[str | Method]
+"""A method, or as text also the folder of a model that was trained from the one that is compared."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A method as the user asked for it, and with every setting filled in."""
+    """A method as the user asked for it, and with every setting filled in; or a model that was trained from the one that is
+    compared, in the folder `trained`, of which `asked` is the name."""
 
     asked: str
     method: Combination
+    trained: str | None = None
+    facts: ModelFacts | None = None
 
     @property
     def spec(self) -> str:
-        return self.method.spec
+        return self.method.spec if self.trained is None else self.asked
 
 
 @dataclass(frozen=True)
 class Cell:
     """The unit of work, of storage and of resume. `dtype` and `device` are torch's names, `processor` is the device's
-    own, without which times mean nothing; `samples` is how many are drawn."""
+    own, without which times mean nothing; `samples` is how many are drawn. `trained` is the folder of a model that is measured
+    in place of `model`, as it was saved."""
 
     model: str
     fingerprint: str
@@ -70,6 +75,12 @@ class Cell:
     dtype: str
     device: str
     processor: str
+    trained: str | None = None
+
+    @property
+    def spec(self) -> str:
+        """What its row is called."""
+        return self.method.spec if self.trained is None else self.asked
 
     @property
     def parts(self) -> list[Method | Task]:
@@ -85,7 +96,7 @@ class Cell:
         return digest(
             {
                 "fingerprint": self.fingerprint,
-                "method": self.method.spec,
+                "method": "as it was saved" if self.trained else self.method.spec,
                 "task": self.task.spec,
                 "task_version": self.task.version,
                 "data": self.task.data_digest(),
@@ -105,7 +116,7 @@ class Cell:
             "key": self.key,
             "model": self.model,
             "fingerprint": self.fingerprint,
-            "method": self.method.spec,
+            "method": self.spec,
             "asked": self.asked,
             "task": self.task.name,
             "task_spec": self.task.spec,
@@ -145,7 +156,7 @@ def read_tasks(tasks: Iterable[str | Task] | None) -> list[Task]:
 
 
 def read_methods(
-    methods: Iterable[MethodLike] | None, facts: ModelFacts, longest: int
+    methods: Iterable[MethodLike] | None, facts: ModelFacts, longest: int, model: str
 ) -> tuple[list[Chosen], dict[str, str]]:
     """The methods with the settings for `longest` tokens, the bare model first and none twice; and, by name, why a
     method of the catalogue was left out where the user named none. A method that was asked for and cannot be had
@@ -153,7 +164,7 @@ def read_methods(
     if methods is None:
         chosen, left_out = _whole_catalogue(facts, longest)
     else:
-        chosen = [Chosen(m.spec, m.resolve(facts, longest)) for m in map(combination, methods)]
+        chosen = [_chosen(m, facts, longest, model) for m in methods]
         left_out = {}
     bare = Chosen(NoMethod.name, combination(NoMethod.name))
     unique: dict[str, Chosen] = {}
@@ -162,6 +173,26 @@ def read_methods(
         for method in one.method.methods:
             check_importable(type(method))
     return list(unique.values()), left_out
+
+
+def _chosen(asked: MethodLike, facts: ModelFacts, longest: int, model: str) -> Chosen:
+    if trained.is_folder(asked):
+        folder, own = trained.trained_model(str(asked), model)
+        return Chosen(str(asked), combination(NoMethod.name), folder, own)
+    method = _combination(asked)
+    return Chosen(method.spec, method.resolve(facts, longest))
+
+
+def _combination(asked: MethodLike) -> Combination:
+    if isinstance(asked, Path):
+        raise SpecError(
+            f"{asked} is no folder of a model or of a training; a method is named by its spec, such as 'ntk'"
+        )
+    return combination(asked)
+
+
+def _asked(method: MethodLike) -> str:
+    return str(method) if trained.is_folder(method) else _combination(method).spec
 
 
 def _whole_catalogue(facts: ModelFacts, longest: int) -> tuple[list[Chosen], dict[str, str]]:
@@ -322,7 +353,7 @@ class Plan:
         cells = [
             Cell(
                 model=self.request.model,
-                fingerprint=self.fingerprint,
+                fingerprint=self.fingerprint if chosen.trained is None else models.fingerprint(chosen.trained),
                 asked=chosen.asked,
                 method=chosen.method,
                 task=task,
@@ -332,12 +363,13 @@ class Plan:
                 dtype=self.dtype_name,
                 device=self.device.type,
                 processor=self.machine["device_name"],
+                trained=chosen.trained,
             )
             for chosen in self.methods
             for task in self.tasks
             for length in self.lengths
         ]
-        return sorted(cells, key=lambda c: (c.method.spec != NoMethod.name, c.length))
+        return sorted(cells, key=lambda c: (c.spec != NoMethod.name, c.length))
 
     def seconds(self, cell: Cell) -> float:
         """A rough forecast of a cell's time."""
@@ -352,7 +384,7 @@ class Plan:
             "facts": dataclasses.asdict(self.facts),
             "card": cost.card(self.facts, self.dtype),
             "asked": {
-                "methods": None if request.methods is None else [combination(m).spec for m in request.methods],
+                "methods": None if request.methods is None else [_asked(m) for m in request.methods],
                 "tasks": None if request.tasks is None else [t.spec for t in self.tasks],
                 "lengths": None if request.lengths is None else [str(x) for x in request.lengths],
                 "samples": request.samples,
@@ -378,9 +410,14 @@ class Plan:
         return {
             "spec": chosen.spec,
             "asked": chosen.asked,
-            "title": " + ".join(m.title for m in chosen.method.methods),
-            "reach": chosen.method.reach(self.facts),
-            "exportable": chosen.method.exportable,
+            **(_trained_facts(chosen) if chosen.trained else self._put_on_facts(chosen.method)),
+        }
+
+    def _put_on_facts(self, method: Combination) -> dict[str, Any]:
+        return {
+            "title": " + ".join(m.title for m in method.methods),
+            "reach": method.reach(self.facts),
+            "exportable": method.exportable,
         }
 
     def _task_facts(self, task: Task) -> dict[str, Any]:
@@ -400,6 +437,16 @@ class Plan:
         }
 
 
+def _trained_facts(chosen: Chosen) -> dict[str, Any]:
+    assert chosen.facts is not None
+    return {
+        "title": f"a model that was trained from this one, {chosen.facts.architecture}",
+        "reach": chosen.facts.window,
+        "exportable": True,
+        "training": trained.training_cost(chosen.asked),
+    }
+
+
 def make_plan(request: Request) -> Plan:
     """Reads and checks the whole request; no weights are loaded. Raises `LongspanError`."""
     request.check()
@@ -417,7 +464,7 @@ def make_plan(request: Request) -> Plan:
         counts = {spec: min(n, choice.most_samples or n) for spec, n in counts.items()}
     else:
         lengths, why = read_lengths(request.lengths, facts), "as asked for, with the native length"
-    methods, left_out = read_methods(request.methods, facts, lengths[-1])
+    methods, left_out = read_methods(request.methods, facts, lengths[-1], request.model)
     return Plan(
         request=request,
         fingerprint=models.fingerprint(request.model),

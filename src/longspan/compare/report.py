@@ -55,6 +55,8 @@ class Cost:
     factor: float
 
 
+TRAINING = Cost("seconds", "training", "min", 1 / 60)
+"""Where a row is a model that was trained for it."""
 COST_COLUMNS = (
     Cost("prefill_s", "read", "s", 1),
     Cost("decode_s_per_token", "write", "ms/token", 1e3),
@@ -130,7 +132,7 @@ def render(manifest: dict[str, Any], cells: Sequence[Record]) -> str:
             {"method": m, "scores": scores, "costs": costs}
             for m, scores, costs in zip(results.methods, _scores(results), _costs(results), strict=True)
         ],
-        cost_columns=COST_COLUMNS,
+        cost_columns=_columns(results),
         pictures=figures.pictures(results),
         swatches={m: swatch(how[m]) for m in results.methods},
         environment=environment(results),
@@ -178,6 +180,7 @@ def _row(results: Results, method: str, task: TaskFacts, length: int) -> dict[st
         "difference": change.value,
         "difference_interval": list(change.interval) if change.interval else None,
         "cost": record.get("cost") or {},
+        "training": results.trainings.get(method),
     }
 
 
@@ -209,16 +212,24 @@ def _interval(task: TaskFacts, interval: Sequence[float] | None) -> str:
 
 
 def _costs(results: Results) -> list[list[tuple[str, bool]]]:
-    """For each method its costs as they are shown, each with whether it is the lowest."""
+    """For each method its costs as they are shown, each with whether it is the lowest; training last, where there was any."""
     known = [results.cost(m) for m in results.methods]
     lowest = {name: min((v for c in known if (v := c[name]) is not None), default=None) for name in COSTS}
-    return [
+    shown = [
         [
             (_figure(cost[c.name], c.factor), cost[c.name] is not None and cost[c.name] == lowest[c.name])
             for c in COST_COLUMNS
         ]
         for cost in known
     ]
+    if results.trainings:
+        for row, method in zip(shown, results.methods, strict=True):
+            row.append((_figure(results.trainings.get(method, {}).get(TRAINING.name), TRAINING.factor), False))
+    return shown
+
+
+def _columns(results: Results) -> tuple[Cost, ...]:
+    return (*COST_COLUMNS, TRAINING) if results.trainings else COST_COLUMNS
 
 
 def _figure(value: float | None, factor: float) -> str:
@@ -304,7 +315,7 @@ def _cost_columns(results: Results) -> list[Column]:
     costs = _costs(results)
     return [
         (f"{c.title}\n{c.unit}", [_marked(*shown[i], "*" if shown[i][1] else "") for shown in costs])
-        for i, c in enumerate(COST_COLUMNS)
+        for i, c in enumerate(_columns(results))
     ]
 
 

@@ -158,6 +158,11 @@ class Results:
         record = self.ok(method, self.cost_task, self.target)
         return {name: (record["cost"].get(name) if record else None) for name in COSTS}
 
+    @functools.cached_property
+    def trainings(self) -> dict[str, dict[str, Any]]:
+        """What training took, for rows that are models of their own: `seconds`, `tokens`, `steps`, `peak_bytes`."""
+        return {str(m["spec"]): m["training"] for m in self.manifest["methods"] if m.get("training")}
+
     def peak(self, method: str) -> float | None:
         """Bytes held at most at the target length, in either phase."""
         cost = self.cost(method)

@@ -62,6 +62,9 @@ def compare(
     lengths from the native window upwards as far as memory and half an hour allow. The native window and the bare
     model are always among the cells. Cells that `out` already holds are not run again.
 
+    A method may also be the folder of a training, or of the model that it made from this one: that model is measured on the same
+    samples, and its row says what the training took.
+
     lengths: tokens, as numbers or like "16k". samples: how many of each cell (None: each task's own number).
     timeout: seconds after which a cell counts as failed.
     Raises `LongspanError` before anything runs where a part of the request cannot be carried out, and
@@ -75,7 +78,7 @@ def compare(
         raise SpecError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     request = Request(
         model=str(model),
-        methods=as_list(methods, (str, Method, Combination)),
+        methods=as_list(methods, (str, Path, Method, Combination)),
         tasks=as_list(tasks, (str, Task)),
         lengths=as_list(lengths, (str, int)),
         seed=seed,

@@ -71,7 +71,7 @@ class Screen:
             self._samples = self._bars.add_task("", total=None, note="")
             self._bars.start()
         if self._bars:
-            name = f"{cell.method.spec}  {cell.task.spec}  {cell.length:,}"
+            name = f"{cell.spec}  {cell.task.spec}  {cell.length:,}"
             self._bars.update(self._cells, completed=self._done, note=self._forecast())
             self._bars.reset(self._samples, total=None, description=name, note="loading the model")
 

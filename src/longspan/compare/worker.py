@@ -73,8 +73,11 @@ def measure(cell: Cell, device: str, pipe: Connection) -> dict[str, Any]:
     """Runs a cell and returns the part of its record that it decides, as JSON data."""
     start = time.perf_counter()
     torch.manual_seed(cell.seed)
-    model, tokenizer = load(cell.model, dtype=cell.dtype, device=device, method=cell.method)
-    _check_method(model, cell)
+    if cell.trained is None:
+        model, tokenizer = load(cell.model, dtype=cell.dtype, device=device, method=cell.method)
+        _check_method(model, cell)
+    else:  # with the method that was saved on it, where there is one
+        model, tokenizer = load(cell.trained, dtype=cell.dtype, device=device)
     load_s = time.perf_counter() - start
     samples = cell.task.samples(tokenizer, cell.length, cell.samples, cell.seed)
     check_samples(samples, cell)

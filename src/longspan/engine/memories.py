@@ -205,13 +205,15 @@ def attend(
     scale: float,
     *,
     softcap: float | None = None,
+    far: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
     """(B, H, T, D): every query sees the whole memory, and of the local keys (B, H_kv, L, D) those up to its own, the last
-    query's being the last one, or the last `window` of these."""
+    query's being the last one, or the last `window` of these. far: the queries as the memory meets them, where that is
+    otherwise."""
     out, lse = _local(query, key, value, scale, softcap, window)
     for keys, values in memory.pieces(query.device):
-        out, lse = _together(out, lse, *_folded(query, keys, values, scale, softcap))
+        out, lse = _together(out, lse, *_folded(query if far is None else far, keys, values, scale, softcap))
     return out.to(query.dtype)
 
 
@@ -225,13 +227,14 @@ def attend_nearest(
     *,
     search: Literal["torch", "faiss"] = "torch",
     softcap: float | None = None,
+    far: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
     """The same where each query sees, of the memory, the `k` keys of its head with the highest inner products alone."""
     if memory.length <= k:
-        return attend(query, key, value, memory, scale, softcap=softcap, window=window)
+        return attend(query, key, value, memory, scale, softcap=softcap, far=far, window=window)
     out, lse = _local(query, key, value, scale, softcap, window)
-    asked = _fold(query, key.shape[1])
+    asked = _fold(query if far is None else far, key.shape[1])
     rows = [
         [_picked(asked[row, head], memory, row, head, k, scale, search, softcap) for head in range(key.shape[1])]
         for row in range(len(query))

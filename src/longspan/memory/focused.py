@@ -233,6 +233,14 @@ class Reader:
         if model.training and checkpoints:
             return None  # transformers keeps the cache from such layers
         cache = arguments.get("past_key_values")
+        if model.training and cache is None:
+            arguments["use_cache"] = False  # or the memory of a row would stand in for crossbatch
+            return None
+        if model.training and torch.is_grad_enabled():
+            raise NotSupported(
+                "focused trains on whole rows, by crossbatch, and a cache holds parts; leave past_key_values out, or call "
+                "model.eval()"
+            )
         if cache is None:
             if not (text_config(model.config).use_cache if use is None else use):
                 return None
@@ -338,7 +346,7 @@ class Reader:
         return list(itertools.pairwise(cuts))
 
     def _remember(self, call: Attend, q: Tensor, k: Tensor, v: Tensor, earlier: memories.Earlier) -> Tensor:
-        how: dict[str, Any] = {"softcap": call.softcap, "window": call.sliding_window}
+        how: dict[str, Any] = {"softcap": call.softcap, "far": self._first(call, q), "window": call.sliding_window}
         if self.method.k is None:
             return memories.attend(q, k, v, earlier, call.scale, **how)
         return memories.attend_nearest(q, k, v, earlier, self.method.k, call.scale, search=self.method.search, **how)
@@ -371,13 +379,25 @@ class Reader:
         """x (B, H, T, D) rotated to the places at … at + T - 1 of a context."""
         if memory and self.method.positions == "none":
             return x
+        tables = self._tables(self.site.layer_type(call.module), x)
+        cos, sin = (t[:, at : at + x.shape[2]] for t in tables)
+        return rotate(call.module, x, cos, sin)
+
+    def _tables(self, layer_type: str | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Angles of all places of a context, made once a forward."""
+
+        def made() -> tuple[Tensor, Tensor]:
+            return self.site.rotary.tables(torch.arange(self.local, device=like.device)[None], like, layer_type)
+
+        return self.site.once(f"{layer_type}:{like.device}", made)
+
+    def _first(self, call: Attend, x: Tensor) -> Tensor:
+        """x (B, H, T, D) as if all of it stood at place 0: what is left of that rotation is the factor of scaled models (YaRN),
+        which a score takes from the query and from the key. Stored keys lack it, so it is put on the query a second time."""
+        if self.method.positions == "none":
+            return x
         layer_type = self.site.layer_type(call.module)
-
-        def tables() -> tuple[Tensor, Tensor]:
-            places = torch.arange(self.local, device=x.device)[None]
-            return self.site.rotary.tables(places, x, layer_type)
-
-        cos, sin = (t[:, at : at + x.shape[2]] for t in self.site.once(f"{layer_type}:{x.device}", tables))
+        cos, sin = (t[:, :1] for t in self._tables(layer_type, x))
         return rotate(call.module, x, cos, sin)
 
     # Training.
@@ -401,7 +421,7 @@ class Reader:
             earlier = slice(start - self.local, start) if start else slice(0, 0)
             real = self._real if self._shortest < start else None  # what fills a row up at its end, no query sees
             others = crossbatch.Others(
-                call.key[:, :, earlier],
+                self._first(call, call.key[:, :, earlier]),
                 call.value[:, :, earlier],
                 self.method.contexts(self.step) if start else 1,
                 None if real is None else real[:, earlier],

@@ -15,7 +15,7 @@ from longspan.apply import apply
 from longspan.errors import NotSupported, SpecError, nearest
 from longspan.facts import ModelFacts, text_config
 from longspan.fetching import reading
-from longspan.memory import gist
+from longspan.memory import gist, landmark
 from longspan.memory.rmt import RMT, around
 from longspan.method import Combination, NoMethod, parse
 from longspan.training.data import load_tokenizer
@@ -76,6 +76,8 @@ def check_method(recipe: Recipe, facts: ModelFacts) -> Combination | None:
     wanted = parse(recipe.method).resolve(facts, target) if recipe.method else None
     if recipe.lora is not None and gist.gist_of(wanted) is not None:
         raise SpecError("lora: adapters do not train the gist token's own row; leave lora out")
+    if (marks := landmark.landmark_of(wanted)) is not None:
+        _check_landmarks(recipe, marks, facts)
     reach = _reach(wanted or Combination((NoMethod(),)), facts)
     if reach is not None and reach < target:
         key = "positions.target" if pose else "data.length"
@@ -88,6 +90,23 @@ def check_method(recipe: Recipe, facts: ModelFacts) -> Combination | None:
             )
         )
     return wanted
+
+
+def _check_landmarks(recipe: Recipe, method: landmark.Landmark, facts: ModelFacts) -> None:
+    """Raises `SpecError` for what landmark attention is not trained with."""
+    if recipe.lora is not None:
+        raise SpecError("lora: adapters do not train the landmark's own row; leave lora out")
+    if recipe.positions.kind != "ordinary":
+        raise SpecError("positions.kind: landmark counts positions by itself; use positions.kind=ordinary")
+    if recipe.data.packing == "boundaries":
+        raise SpecError("data.packing=boundaries: landmark's blocks go through a whole sample; use plain or none")
+    most = facts.window * method.block // (method.block + 1)
+    if recipe.data.length > most:
+        new = "set model.max_position_embeddings higher, or " if not isinstance(recipe.model, str) else ""
+        raise SpecError(
+            f"data.length={recipe.data.length}: with a landmark after every {method.block} tokens this model's window of "
+            f"{facts.window:,} holds {most:,}; {new}train on shorter texts, it reads longer ones afterwards"
+        )
 
 
 def _reach(method: Combination, facts: ModelFacts) -> int | None:
@@ -116,6 +135,8 @@ def _with_method(model: PreTrainedModel, method: Combination) -> PreTrainedModel
         return around(model, method.methods[0])
     if gist.gist_of(method) is not None:
         return gist.put_on(model, method)
+    if landmark.landmark_of(method) is not None:
+        return landmark.put_on(model, method)
     return apply(model, method)
 
 

@@ -36,7 +36,7 @@ from longspan.compare.results import duration
 from longspan.compare.store import write_atomically
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import facts_of
-from longspan.memory import focused, gist
+from longspan.memory import focused, gist, landmark
 from longspan.method import Combination
 from longspan.training import build
 from longspan.training.data import (
@@ -242,10 +242,12 @@ def _prepare(recipe: Recipe, out: Path, arguments: TrainingArguments, dtype: str
     tokenizer = _tokenizer(recipe, out)
     if gist.gist_of(recipe.method) is not None:
         gist.add_token(tokenizer)
+    if landmark.landmark_of(recipe.method) is not None:
+        landmark.add_token(tokenizer)
     special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     config = build.model_config(recipe, len(tokenizer), special)
     method = build.check_method(recipe, facts_of(config))
-    method = method and gist.with_token(method, tokenizer)
+    method = method and landmark.with_token(gist.with_token(method, tokenizer), tokenizer)
     show = arguments.process_index == 0
     tokens = _tokens(recipe, "data.train", tokenizer, out, show)
     valid = None if recipe.data.valid is None else _tokens(recipe, "data.valid", tokenizer, out, show)
