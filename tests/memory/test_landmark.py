@@ -391,3 +391,37 @@ def test_refusals() -> None:
 def test_refused_models(config: Any, said: str) -> None:
     with pytest.raises(NotSupported, match=said):
         landmark.prepare(AutoModelForCausalLM.from_config(config), tiny.tokenizer(), METHOD)
+
+
+@pytest.mark.slow
+def test_trained_on_48_tokens_it_finds_a_key_in_1536() -> None:
+    """A model of two layers learns to say what stood behind a mark, and retrieves it from 32 times its training length."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    model, draws = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), torch.Generator().manual_seed(0)
+    landmark.prepare(model, tiny.tokenizer(), "landmark:block=4,retrieve=2,local=16")
+
+    def texts(length: int) -> Tensor:
+        ids = torch.randint(40, 60, (32, length), generator=draws)
+        at, key = (torch.randint(*span, (32,), generator=draws) for span in ((0, length - 6), (100, 110)))
+        rows = torch.arange(32)
+        ids[rows, at], ids[rows, at + 1], ids[:, -2], ids[:, -1] = 30, key, 30, key
+        return ids
+
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    recent = 2.0
+    for _ in range(1000):  # it learns all of a sudden, after 200 to 500 steps
+        ids = texts(int(torch.randint(12, 49, (1,), generator=draws)))
+        loss = torch.nn.functional.cross_entropy(model(ids).logits[:, -2], ids[:, -1])
+        loss.backward()
+        recent = 0.9 * recent + 0.1 * loss.item()
+        if recent < 0.03:
+            break
+        optimiser.step()
+        optimiser.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        for length in (48, 384, 1536):
+            ids = texts(length)
+            assert (model(ids[:, :-1]).logits[:, -1].argmax(-1) == ids[:, -1]).float().mean() > 0.9
