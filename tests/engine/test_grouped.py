@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longspan.engine.grouped import grouped_attention, grouped_weights
+from longspan.engine.grouped import QUERIES_AT_ONCE, grouped_attention, grouped_weights
 
 
 def _loops(q, k, v, block, scale):
@@ -39,3 +39,42 @@ def test_rows_sum_to_one_and_landmarks_and_later_tokens_weigh_nothing():
     weights = grouped_weights(30 * torch.randn(2, 4, 30, 30), 3)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 30))
     assert not weights[..., 3::4].any() and not weights.triu(1).any()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_queries_a_few_at_a_time_give_what_all_at_once_give(softcap):
+    """Forward and backward over several batches of queries, whose scores are not kept for the backward pass."""
+    torch.manual_seed(0)
+    n = 2 * QUERIES_AT_ONCE + 77
+    q, k, v = (torch.randn(2, h, n, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    kept = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        made = grouped_attention(q, k, v, 7, 0.5, softcap=softcap)
+    assert max(kept, default=0) <= q.numel()
+    scores = q @ k.repeat_interleave(2, 1).mT * 0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    whole = grouped_weights(scores, 7) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(made, whole)
+    g = torch.randn_like(q)
+    for a, b in zip(torch.autograd.grad(made, (q, k, v), g), torch.autograd.grad(whole, (q, k, v), g), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_is_the_same_in_the_backward_pass():
+    q, k, v = (torch.randn(1, 2, 40, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def run(value):
+        torch.manual_seed(0)
+        return grouped_attention(q, k, value, 3, 0.5, dropout=0.5)
+
+    assert not torch.equal(run(v), grouped_attention(q, k, v, 3, 0.5))
+    step = torch.randn_like(v)
+    slope = torch.autograd.grad(run(v).sum(), v)[0]
+    torch.testing.assert_close(
+        (run(v + step) - run(v)).sum(), (slope * step).sum()
+    )  # the output is linear in the values
