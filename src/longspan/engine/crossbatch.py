@@ -34,7 +34,7 @@ class Others:
         if self.contexts > batch:
             raise NotSupported(
                 f"focused:d={self.contexts} meets as many documents, and {batch} are trained on at once; use a batch of "
-                f"{self.contexts} (training.micro_batch), or d={batch}"
+                f"{self.contexts} (training.micro_batch), d={batch}, or, to read a text by itself, model.eval()"
             )
         device = self.key.device
         return (torch.arange(batch, device=device)[:, None] + torch.arange(self.contexts, device=device)) % batch

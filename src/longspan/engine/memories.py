@@ -99,8 +99,9 @@ class Store:
         return made
 
     def _like(self, block: Tensor) -> Tensor:
-        made = block.clone()
-        return made.pin_memory() if block.is_pinned() else made
+        with torch.inference_mode(False):  # as in _empty
+            made = block.clone()
+            return made.pin_memory() if block.is_pinned() else made
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Changes the rows of every block."""
