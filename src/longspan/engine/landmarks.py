@@ -116,8 +116,8 @@ def attend(
     """Output (B, H, T, D) in the queries' dtype for queries (S, B, H, T, D) in float32 or wider, turned for each slot.
 
     chosen: as `choose` gives them, or the last of them. fetch: asked for pages (B, H, T or 1, k), gives what waits for their
-    keys and values, (B, H, T or 1, k, size, D); the chunk is scored meanwhile. here: keys and values of the chunk's pages, (B, H_kv, local, size, D). offset (B, T): each query's place
-    in the chunk.
+    keys and values, (B, H, T or 1, k, size, D); the chunk is scored meanwhile. here: keys and values of the
+    chunk's pages, (B, H_kv, local, size, D). offset (B, T): each query's place in the chunk.
     """
     size, k = layout.size, chosen.page.shape[-1]
     arriving = fetch(chosen.page)
