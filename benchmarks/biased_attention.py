@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from longspan.engine.biased import Bias, biased_attention, reference
+from longspan.engine.bias import Bias
+from longspan.engine.biased import biased_attention, reference
 
 HEADS = 16
 KINDS = ["none", "linear", "linear learned", "log learned", "power learned", "t5 learned", "sandwich"]

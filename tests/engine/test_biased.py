@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from longspan.engine import biased
-from longspan.engine.biased import Bias, biased_attention, reference, serves
+from longspan.engine.bias import Bias
+from longspan.engine.biased import biased_attention, reference, serves
 from longspan.errors import SpecError
 
 INTERPRETED = biased.kernels is not None and biased.kernels.INTERPRETED

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longspan.apply import Attend, Site
-from longspan.engine.biased import Bias
+from longspan.engine.bias import Bias
 from longspan.facts import ModelFacts
 from longspan.method import Method
 from longspan.positions.scheme import Place

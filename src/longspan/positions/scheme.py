@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from longspan.engine.biased import Bias
+from longspan.engine.bias import Bias
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
 from longspan.method import Method
