@@ -188,10 +188,10 @@ def test_speeds_are_measured(device: str) -> None:
 
 @pytest.mark.model
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [2048, 4096])
-def test_built_in_model_within_a_factor_of_two(length: int) -> None:
+def test_built_in_model_within_a_factor_of_two() -> None:
     """Time and memory of a real prefill, against the plan of the same moment. Where other work shares the cores a single
     comparison says little, so one of three must agree."""
+    length = 2048
     model, _ = models.load("smollm2-135m", device="cpu")
     ratios = []
     for _ in range(3):

@@ -321,10 +321,9 @@ class Mine(Method):
 @pytest.mark.parametrize(
     ("definition", "method", "guard", "works"),
     [
-        ("", "'ntk:factor=2'", "", True),  # a plain script needs no guard
         (OWN, "Mine()", "if __name__ == '__main__': ", True),
         (OWN, "Mine()", "", False),
-        ("from longspan.include import include; include([{folder!r} + '/own.py'])", "'mine'", "", True),
+        ("from longspan.include import include; include([{folder!r} + '/own.py'])", "'mine'", "", True),  # needs no guard
     ],
 )
 def test_scripts(tiny, tmp_path, definition, method, guard, works):
