@@ -323,7 +323,12 @@ class Mine(Method):
     [
         (OWN, "Mine()", "if __name__ == '__main__': ", True),
         (OWN, "Mine()", "", False),
-        ("from longspan.include import include; include([{folder!r} + '/own.py'])", "'mine'", "", True),  # needs no guard
+        (
+            "from longspan.include import include; include([{folder!r} + '/own.py'])",
+            "'mine'",
+            "",
+            True,
+        ),  # needs no guard
     ],
 )
 def test_scripts(tiny, tmp_path, definition, method, guard, works):
