@@ -9,7 +9,11 @@ FIRST ?= longspan compare longspan-7m -m none -m ntk -m streaming -m window -t p
 DEMO ?= longspan compare smollm2-135m -m none -m ntk -m streaming -t ppl -l 12k --samples 1 --out runs/demo
 WORKERS ?= 2
 
+# A browser is installed beside the packages.
+MAKEFLAGS += --jobs=2
+
 BIN := $(abspath $(VENV))/bin
+BARE := $(VENV)/.bare
 READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
 
@@ -20,12 +24,12 @@ demo: $(READY)
 	PATH="$(BIN):$$PATH" $(DEMO)
 
 test: $(READY) $(BROWSER) lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	MYPY_NUM_WORKERS=2 $(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -34,16 +38,19 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 
-# torch comes first: a range such as longspan's own would take the newest build there is.
-$(READY): pyproject.toml
+$(BARE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longspan needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { test "$$(id -u)" = 0 && apt-get update && apt-get install -y python3-venv; } || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# torch comes first: a range such as longspan's own would take the newest build there is. Nothing is compiled that may never run.
+$(READY): pyproject.toml | $(BARE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	@touch $@
 
 # A browser for the tests of the report's page. Without one they are skipped, and say so.
-$(BROWSER): | $(READY)
+$(BROWSER): | $(BARE)
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver; } || echo "no chromium: tests that need a browser are skipped"
 	@touch $@

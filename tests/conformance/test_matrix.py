@@ -53,7 +53,7 @@ class Cell:
     """One model, and a method for it."""
 
     def __init__(self, family: str, line: Line, folder: Path):
-        self.line, self.model = line, families.build(family)
+        self.line, self.family, self.model = line, family, families.build(family)
         self.spec, self.neutral = (filled(spec, self.model, folder) for spec in (line.spec, line.neutral))
         self.ids = families.tokens(2, LENGTH)
 
@@ -194,11 +194,13 @@ def generate(model: PreTrainedModel, ids: Tensor, count: int = 5, **arguments: A
 
 @cells()
 def test_greedy(cell: Cell) -> None:
-    """With a cache, without one, in chunks, and in a left-padded batch."""
+    """With a cache and without one; on few families in chunks and in a left-padded batch too."""
     prompt = cell.ids[:, :29]
     cell.model.double()
     expected = generate(cell.model, prompt, use_cache=False)
     assert torch.equal(generate(cell.model, prompt), expected)
+    if cell.family not in FEW:
+        return
     assert torch.equal(generate(cell.model, prompt, prefill_chunk_size=6), expected)
     ids, mask = padded([cell.ids[0, :29], cell.ids[1, :18]])
     assert torch.equal(generate(cell.model, ids, attention_mask=mask)[0], expected[0])
