@@ -202,11 +202,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     options = parser.parse_args(arguments)
     options.count = options.count or (24 if options.small else 1000)
-    asked = held_out(options)
-    found = {mode: train(mode, asked, options) for mode in MODES}
-    told = summary(found, options.tokens)
-    said = claims(told)
-    show(found, told, said)
     device = cost.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     made = {
         "command": cost.command_line(),
@@ -215,13 +210,26 @@ def main(arguments: list[str] | None = None) -> None:
         "tokens": options.tokens,
         "set": settings(options),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
+    asked = held_out(options)
+    found: dict[str, dict[str, Any]] = {}
+    for mode in MODES:
+        found[mode] = train(mode, asked, options)
+        print(f"{mode}: trained in {found[mode]['train_s']:.0f} s, loss {found[mode]['train_loss']:.3f}", flush=True)
+        write(made, found, options.out)
+    told = summary(found, options.tokens)
+    said = claims(told)
+    show(found, told, said)
+    write({**made, "summary": told, "claims": said}, found, options.out)
+
+
+def write(made: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) -> None:
+    """What there is so far: a run that is broken off leaves it."""
     models = {
         mode: one | {"samples": {split: by_kind(records) for split, records in one["samples"].items()}}
         for mode, one in found.items()
     }
-    text = json.dumps({**made, "summary": told, "claims": said, "models": models}, indent=1)
-    (options.out / "gist.json").write_text(text + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gist.json").write_text(json.dumps({**made, "models": models}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -221,7 +221,12 @@ def main(given: list[str] | None = None) -> None:
     options = parser.parse_args(given)
     model_name, longest, stages = curriculum(options)
     model, tokenizer = ls.load(model_name, dtype="float32")
-    found = []
+    settings = {
+        key: value if isinstance(value, int | float | str) else str(value) for key, value in vars(options).items()
+    }
+    device = cost.machine(model.device)
+    made = {"command": cost.command_line(), **cost.versions(), **device, "settings": settings, "stages": stages}
+    found: list[dict[str, Any]] = []
     print(f"{'tokens':>10} {'segments':>9}  right                  last segment alone     peak GB        s")
     for length in lengths(longest, options):
         count = options.count if length <= FARTHER * longest * options.segment else min(options.rows, options.count)
@@ -230,18 +235,18 @@ def main(given: list[str] | None = None) -> None:
         cells = [(one[key]["value"], *one[key]["interval"]) for key in ("right", "last_segment_alone")]
         shares = "   ".join("{:.3f} [{:.3f}, {:.3f}]".format(*cell) for cell in cells)
         peak = f"{one['peak_bytes'] / 1e9:7.3f}" if one["peak_bytes"] else "      –"
-        print(f"{length:>10,} {one['segments']:>9,.0f}  {shares}  {peak}  {one['seconds']:7.1f}")
+        print(f"{length:>10,} {one['segments']:>9,.0f}  {shares}  {peak}  {one['seconds']:7.1f}", flush=True)
+        write({**made, "lengths": found}, options.out)
     told = claims(found, longest, options.segment)
     for claim, holds in told.items():
         print(f"{'holds' if holds else 'does not hold'}: {claim}")
-    device = cost.machine(model.device)
-    settings = {
-        key: value if isinstance(value, int | float | str) else str(value) for key, value in vars(options).items()
-    }
-    made = {"command": cost.command_line(), **cost.versions(), **device, "settings": settings, "stages": stages}
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**made, "lengths": found, "claims": told}, indent=1)
-    (options.out / "rmt_memorize.json").write_text(text + "\n", encoding="utf-8")
+    write({**made, "lengths": found, "claims": told}, options.out)
+
+
+def write(told: dict[str, Any], folder: Path) -> None:
+    """What there is so far: a run that is broken off leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rmt_memorize.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
