@@ -14,7 +14,7 @@ from longspan import bench_attention
 from longspan.attention.base import Attention, Full, Grid, Pattern
 from longspan.attention.window import Window
 from longspan.bench_attention import AttentionBench, Row, attention, shape_of
-from longspan.bench_contenders import Contender, Work, contenders, visible_pairs
+from longspan.bench_contenders import Contender, Work, contenders
 from longspan.cli import run
 from longspan.errors import SpecError
 from longspan.method import catalogue
@@ -34,7 +34,7 @@ def test_pairs_are_those_that_are_seen(pattern: Pattern, causal: bool) -> None:
         grid, number = Grid(3, length, 0, causal), torch.arange(length)[None]
         seen = pattern.visible(number, number, grid)[0, 0]
         seen = seen.tril() if causal else seen
-        assert visible_pairs(pattern, grid) == pytest.approx(3 * int(seen.sum()), rel=close)
+        assert pattern.pairs(grid) == pytest.approx(3 * int(seen.sum()), rel=close)
 
 
 def test_everything_in_the_catalogue_takes_part() -> None:

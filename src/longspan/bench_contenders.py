@@ -31,8 +31,6 @@ from longspan.method import catalogue, parse
 SIZED = {"window": ("window:size=1024", "window:size=1024,sinks=4")}
 """Specs of what has no size of its own; everything else comes with its defaults."""
 DENSE = "dense SDPA"
-SAMPLED = 256
-"""Queries whose keys are counted in a text that has more."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def _pattern(pattern: Pattern, shape: Shape, causal: bool, way: str | None, leng
         with through(way) if way else contextlib.nullcontext():
             return attend(pattern, call, grid)
 
-    pairs = visible_pairs(pattern, grid)
+    pairs = pattern.pairs(grid)
     if way is None and type(pattern).run is not Pattern.run:
         return Work(run, leaves, pairs, way="own")
     tables_s = _tables_s(pattern, grid, shape.device)  # first, since they are kept
@@ -162,21 +160,6 @@ def _pattern(pattern: Pattern, shape: Shape, causal: bool, way: str | None, leng
     blocks = pattern.blocks(grid, SIZE, shape.device)
     visited = None if blocks is None else float(shape.heads * blocks.visited())
     return Work(run, leaves, pairs, visited, route.way, route.why, mask_s)
-
-
-def visible_pairs(pattern: Pattern, grid: Grid) -> float:
-    """Pairs of a query and a key that it sees, of all heads; in a long text from one query out of each of SAMPLED parts."""
-    count = min(grid.length, SAMPLED)
-    draw = torch.Generator().manual_seed(0)
-    edges = torch.linspace(0, grid.length, count + 1).long()
-    chosen = edges[:-1] + (torch.rand(count, generator=draw) * edges.diff()).long()
-    seen = 0.0
-    for query in chosen.tolist():
-        keys = torch.cat([torch.arange(low, high) for low, high in pattern.ranges(query, query + 1, grid)])
-        keys = keys[keys <= query] if grid.causal else keys
-        mask = pattern.visible(torch.tensor([[query]]), keys[None], grid)
-        seen += float(mask.expand(1, grid.heads, 1, len(keys)).sum())
-    return seen * grid.length / count
 
 
 def _is_linear(pattern: Pattern, grid: Grid) -> bool:

@@ -47,6 +47,16 @@ def test_a_dry_run_counts_and_writes_nothing(recipe: Path, capfd: pytest.Capture
     assert not (recipe.parent / "out").exists()
 
 
+def test_a_dry_run_knows_reversible_layers(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    made = {}
+    for reversible in ("false", "true"):
+        given = ["model.type=longspan", f"model.reversible={reversible}", "model.num_hidden_layers=8"]
+        assert run(["train", str(recipe), *given, "--dry-run", "--json"]) == 0
+        made[reversible] = json.loads(capfd.readouterr().out)
+    assert made["true"]["parameters"] == made["false"]["parameters"]
+    assert made["true"]["activations"] < made["false"]["activations"] / 2
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

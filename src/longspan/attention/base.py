@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from longspan.lm.configuration import LongspanConfig
     from longspan.lm.modeling import LongspanAttention, LongspanModel
 
+SAMPLED = 256
+"""Queries whose keys are counted in a text that has more."""
+
 
 class Attention(Method):
     """Base of patterns and mixers. What `build` returns is called as
@@ -121,6 +124,21 @@ class Pattern(Attention):
         """The same as `visible` in blocks of `size` tokens, causality with it, for FlexAttention; None where there are no such
         blocks. The same object for the same question, made without a mask of pairs."""
         return None
+
+    def pairs(self, grid: Grid) -> float:
+        """How many pairs of a query and a key that it sees there are, of all heads together; in a long text estimated from one
+        query out of each of SAMPLED parts."""
+        count = min(grid.length, SAMPLED)
+        draw = torch.Generator().manual_seed(0)
+        edges = torch.linspace(0, grid.length, count + 1).long()
+        chosen = edges[:-1] + (torch.rand(count, generator=draw) * edges.diff()).long()
+        seen = 0.0
+        for query in chosen.tolist():
+            keys = torch.cat([torch.arange(low, high) for low, high in self.ranges(query, query + 1, grid)])
+            keys = keys[keys <= query] if grid.causal else keys
+            mask = self.visible(torch.tensor([[query]]), keys[None], grid)
+            seen += float(mask.expand(1, grid.heads, 1, len(keys)).sum())
+        return seen * grid.length / count
 
     def kept(self) -> tuple[int, int] | None:
         """(sinks, window) where a token of a decoder sees the first `sinks` tokens and the last `window`, itself among them,

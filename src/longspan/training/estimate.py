@@ -118,11 +118,19 @@ def _adapters(model: torch.nn.Module, recipe: Recipe) -> int:
     return found
 
 
+def _reversible(recipe: Recipe) -> bool:
+    """Whether layers' inputs are computed back instead of kept."""
+    return isinstance(recipe.model, dict) and bool(recipe.model.get("reversible"))
+
+
 def _activations(recipe: Recipe, facts: ModelFacts, micro: int, dtype: str) -> int:
     tokens = micro * recipe.data.length
     layer = tokens * facts.hidden * _STATE_PASSES * (2 if dtype == "fp32" else 1)
     kept = tokens * facts.hidden * (4 if dtype == "fp32" else 2)
-    layers = facts.layers * kept + layer if recipe.training.gradient_checkpointing else facts.layers * layer
+    if _reversible(recipe):
+        layers = 2 * kept + layer
+    else:
+        layers = facts.layers * kept + layer if recipe.training.gradient_checkpointing else facts.layers * layer
     rows = min(tokens, recipe.training.loss_chunk or tokens)
     return layers + rows * facts.vocab * 4 * _LOGITS
 
@@ -136,11 +144,11 @@ def _seconds(
     work: tuple[float, float],
     micro: int,
 ) -> float:
-    """Of all steps on one device; what checkpointing makes again counts here."""
+    """Of all steps on one device; what is made again in the backward pass counts here."""
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     speeds = measure(device, kind, text_config(config))
     products, attention = work
-    again = 4 / 3 if recipe.training.gradient_checkpointing else 1
+    again = 4 / 3 if recipe.training.gradient_checkpointing or _reversible(recipe) else 1
     tokens = recipe.training.batch * recipe.data.length
     calls = -(-recipe.training.batch // micro) * facts.layers * _OPS * speeds.operation
     passes = tokens * facts.layers * facts.hidden * _STATE_PASSES * 3 / speeds.copying

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from longspan.attention.base import Grid, Pattern
 from longspan.compare.results import duration, size
-from longspan.facts import facts_of
+from longspan.facts import ModelFacts, facts_of, text_config
+from longspan.lm import LongspanConfig
 
 Record = dict[str, Any]
 
@@ -55,15 +57,26 @@ class Work:
 
 
 def work(causal: PreTrainedModel, length: int) -> Work:
-    """Two operations a weight forward, two backward for the states and two for the weight if it trains; attention over half
-    the pairs of `length` tokens, forward once and backward twice. Embeddings are looked up, unless they are the output
+    """Two operations a weight forward, two backward for the states and two for the weight if it trains; attention over the
+    pairs of `length` tokens that are seen, forward once and backward twice. Embeddings are looked up, unless they are the output
     matrix too. What gradient checkpointing makes again does not count."""
     facts = facts_of(causal)
     head, read = causal.get_output_embeddings(), causal.get_input_embeddings()
     tied = head is not None and head.weight is read.weight
     sizes = [(p.numel(), p.requires_grad) for p in causal.parameters() if tied or p is not read.weight]
     products = sum(n * (6.0 if trains else 4.0) for n, trains in sizes)
-    return Work(products, 6.0 * facts.layers * facts.heads * facts.head_dim * length)
+    return Work(products, 12.0 * facts.heads * facts.head_dim * _keys_seen(text_config(causal.config), facts, length))
+
+
+def _keys_seen(config: PreTrainedConfig, facts: ModelFacts, length: int) -> float:
+    """By a query in the mean, added up over the layers: half of all keys, or what a pattern of ours shows. A mixer scores no
+    pairs; its sums are few operations beside its weights."""
+    if not isinstance(config, LongspanConfig):
+        return facts.layers * length / 2
+    kinds = config.attentions_of(causal=True)
+    grids = [Grid(facts.heads, length, layer, causal=True) for layer in range(facts.layers)]
+    seen = ((kinds[grid.layer % len(kinds)], grid) for grid in grids)
+    return sum(kind.pairs(grid) for kind, grid in seen if isinstance(kind, Pattern)) / (facts.heads * length)
 
 
 class Journal:
