@@ -84,13 +84,14 @@ def listed_attention(query: Tensor, key: Tensor, value: Tensor, lists: BlockList
     return _Listed.apply(query, key, value, *tables, lists.block, scale)[0]
 
 
-def _choices(query: Tensor, key: Tensor, block: int) -> dict[str, Any]:
+def _choices(query: Tensor, key: Tensor, block: int, *, accumulators: int = 1) -> dict[str, Any]:
+    """accumulators: how many results (BLOCK, WIDTH) a program carries; two wide ones take the registers of 8 warps."""
     return {
         "GROUP": query.shape[1] // key.shape[1],
         "WIDTH": query.shape[-1],
         "BLOCK": block,
         "PRECISION": "ieee",  # float32 inputs are multiplied as such
-        "num_warps": 8 if block == 128 else 4,
+        "num_warps": 8 if block == 128 or block * query.shape[-1] * accumulators > 2**13 else 4,
         "num_stages": 1 if query.element_size() == 4 else 2 if query.shape[-1] * block > 2**13 else 3,
     }
 
@@ -135,18 +136,18 @@ def _backward(
     batch, heads, tokens, _ = query.shape
     dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
     delta = (out.float() * d_out.float()).sum(-1)
-    count, choices = order.shape[1], _choices(query, key, block)
+    count = order.shape[1]
     sizes = heads, tokens, count, scale
     with _on(query.device):
         kernels.backward_queries[(count, batch * heads)](
             *(query, key, value, d_out, dq, lse, delta, order, starts, index, *sizes),
             *_strides(query, key, value, d_out, dq),
-            **choices,
+            **_choices(query, key, block),
         )
         kernels.backward_keys[(count, batch * key.shape[1])](
             *(query, key, value, d_out, dk, dv, lse, delta, key_order, key_starts, key_index, *sizes),
             *_strides(query, key, value, d_out, dk, dv),
-            **choices,
+            **_choices(query, key, block, accumulators=2),
         )
     return dq, dk, dv
 
