@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.attention.base import Attention, Full, Grid, Pattern
+from longspan.engine import fa4
 from longspan.engine.block_tables import SIZE, block_size
 from longspan.engine.masks import pieces
 from longspan.engine.patterns import Call, attend
@@ -106,9 +107,9 @@ def contenders(specs: list[str], shape: Shape, skipped: dict[str, str], *, peers
         if isinstance(method, Pattern) and type(layer) is LongspanAttention:
             linear = _is_linear(method, Grid(shape.heads, 2**24, 0, causal))
             yield Contender(method.spec, "attention", causal, partial(_pattern, method, shape, causal, None), linear)
-            if shape.device.type == "cuda" and causal and method.kept() is not None:  # beside the kernels of our own
-                by_flex = partial(_pattern, method, shape, causal, "flex")
-                yield Contender(f"{method.spec}, FlexAttention", "attention", causal, by_flex, linear)
+            for way, title in _slower(method, shape, causal):
+                by_way = partial(_pattern, method, shape, causal, way)
+                yield Contender(f"{method.spec}, {title}", "attention", causal, by_way, linear)
         elif not isinstance(method, Full):
             yield Contender(method.spec, "layer", causal, partial(_layer, method, shape, causal))
     for name, (causal, make) in PEERS.items() if peers else ():
@@ -116,6 +117,14 @@ def contenders(specs: list[str], shape: Shape, skipped: dict[str, str], *, peers
             yield Contender(name, "layer", causal, make(shape))
         except ImportError as error:
             skipped[name] = f"{error.name or error} is not installed"
+
+
+def _slower(pattern: Pattern, shape: Shape, causal: bool) -> Iterator[tuple[str, str]]:
+    """Ways beside the one that a window goes by itself, and what they are called."""
+    if shape.device.type == "cuda" and causal and (kept := pattern.kept()) is not None:
+        if not kept[0] and fa4.installed():
+            yield "kernel", "own kernels"
+        yield "flex", "FlexAttention"
 
 
 def _known() -> list[str]:

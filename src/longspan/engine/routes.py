@@ -1,5 +1,6 @@
 """Which way attention under a pattern goes, of those that give the same, and why.
 
+    fa4      FlashAttention 4, for a window                     CUDA, Hopper and newer, where it is installed
     kernel   our own kernels for a window with sinks            CUDA
     flex     FlexAttention over the pattern's blocks            CUDA
     masks    SDPA, a block of queries at a time under its mask  anywhere
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from longspan.engine import window_sinks
+from longspan.engine import fa4, window_sinks
 from longspan.engine.block_tables import block_size
 from longspan.engine.masks import masked_attention, rolled_attention
 from longspan.errors import NotSupported, SpecError
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from longspan.attention.base import Grid, Pattern
     from longspan.engine.patterns import Call
 
-WAYS = ("kernel", "flex", "masks")
+WAYS = ("fa4", "kernel", "flex", "masks")
 MOST_SHAPES = 7
 """Shapes that FlexAttention compiles in one process: past torch's limit of eight it would hold every score, without a word."""
 
@@ -60,7 +61,7 @@ def choose(pattern: Pattern, call: Call, grid: Grid) -> Route:
 
 @contextlib.contextmanager
 def through(way: str) -> Iterator[None]:
-    """Sends all attention under a pattern one way: `kernel`, `flex` or `masks`."""
+    """Sends all attention under a pattern one way: `fa4`, `kernel`, `flex` or `masks`."""
     if way not in WAYS:
         raise SpecError(f"attention goes through {', '.join(WAYS)}, not {way!r}")
     token = _asked.set(way)
@@ -77,6 +78,9 @@ def run(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
         return _flex(pattern, call, grid)
     if way == "masks":
         return masked_attention(pattern, call, grid)
+    if way == "fa4":
+        _, window = pattern.kept() or (0, grid.length)
+        return fa4.attention(call.query, call.key, call.value, window=window, scale=call.scale)
     return _windowed(pattern, call, grid)
 
 
@@ -94,6 +98,13 @@ def run_rolled(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
 def _windowed(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     sinks, window = pattern.kept() or (0, grid.length)
     return window_sinks.attention(call.query, call.key, call.value, window=window, sinks=sinks, scale=call.scale)
+
+
+def _fa4_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
+    kept = pattern.kept()
+    if not grid.causal or kept is None or kept[0]:
+        return "it is asked for windows that look back, without sinks"
+    return _unlike_plain(call) or fa4.refusal(call.query, call.key, call.value)
 
 
 def _kernel_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
@@ -142,6 +153,7 @@ def _unlike_plain(call: Call) -> str | None:
 
 
 _REFUSALS: dict[str, Callable[[Pattern, Call, Grid], str | None]] = {
+    "fa4": _fa4_refusal,
     "kernel": _kernel_refusal,
     "flex": _flex_refusal,
     "masks": lambda pattern, call, grid: None,

@@ -1,0 +1,86 @@
+"""What FlashAttention 4 is asked for, and when; on a GPU where it is installed, what it answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.attention.base import Grid
+from longspan.attention.window import Window
+from longspan.engine import fa4, routes
+from longspan.engine.core import reference_attention
+from longspan.engine.patterns import Call
+from longspan.engine.routes import choose, through
+from longspan.errors import NotSupported
+
+CASES = {  # batch, heads, key heads, queries, keys, window
+    "square": (1, 2, 2, 200, 200, 30),
+    "grouped": (2, 4, 2, 333, 333, 100),
+    "last queries": (1, 4, 1, 70, 300, 50),
+    "window of one": (1, 2, 2, 40, 40, 1),
+    "all is seen": (1, 2, 1, 90, 90, 200),
+}
+
+
+def inputs(case: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    batch, heads, kv_heads, queries, keys, _ = CASES[case]
+    sizes = (heads, queries), (kv_heads, keys), (kv_heads, keys)
+    return [torch.randn(batch, *size, 64).to(device, dtype).requires_grad_() for size in sizes]
+
+
+def wanted(tensors: list[Tensor], window: int) -> Tensor:
+    queries, keys = tensors[0].shape[2], tensors[1].shape[2]
+    back = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    return reference_attention(*tensors, ((back >= 0) & (back < window)).to(tensors[0].device), 0.2)
+
+
+def documented(q: Tensor, k: Tensor, v: Tensor, **asked: Any) -> tuple[Tensor, None]:
+    """FlashAttention as its documentation has it: (B, T, H, D), a query sees the keys at `window_size` (left, right) of its own
+    place, the last query stands at the last key."""
+    left, right = asked["window_size"]
+    assert asked["causal"] and right == 0 and not asked["deterministic"]
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    place = torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2]
+    keys = torch.arange(key.shape[2])
+    seen = (keys <= place + right) & (keys >= place - left)
+    return reference_attention(query, key, value, seen, asked["softmax_scale"]).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_asked_for_the_window(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fa4, "_function", lambda: documented)
+    tensors = inputs(case, "cpu", torch.float64)
+    got = fa4.attention(*tensors, window=CASES[case][-1], scale=0.2)
+    torch.testing.assert_close(got, wanted(tensors, CASES[case][-1]))
+
+
+def test_windows_without_sinks_go_there_where_it_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs("square", "cpu", torch.float32)
+    here, grid = Call(*tensors, 0.2), Grid(2, 200, 0, True)
+    assert "fa4: the device is no CUDA device" in choose(Window(30), here, grid).why
+    monkeypatch.setattr(fa4, "refusal", lambda *tensors: None)
+    monkeypatch.setattr(fa4, "_function", lambda: documented)
+    assert choose(Window(30), here, grid) == routes.Route("fa4")
+    torch.testing.assert_close(routes.run(Window(30), here, grid), wanted(tensors, 30))
+    assert choose(Window(30, 2), here, grid).way != "fa4"
+    with pytest.raises(NotSupported, match="without sinks"), through("fa4"):
+        choose(Window(30, 2), here, grid)
+    assert choose(Window(30), here, Grid(2, 200, 0, False)).way != "fa4"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_gradients_equal_the_formula(case: str, dtype: torch.dtype) -> None:
+    ours = inputs(case, "cuda", dtype)
+    if reason := fa4.refusal(*ours):
+        pytest.skip(reason)
+    exact = [x.detach().double().requires_grad_() for x in ours]
+    got, want = fa4.attention(*ours, window=CASES[case][-1], scale=0.2), wanted(exact, CASES[case][-1])
+    push = torch.randn_like(got)
+    grads = torch.autograd.grad(got, ours, push), torch.autograd.grad(want, exact, push.double())
+    for x, y in zip((got, *grads[0]), (want, *grads[1]), strict=True):
+        assert (x.double() - y).abs().max() < 2e-2 * y.abs().max()
