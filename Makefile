@@ -12,6 +12,9 @@ WORKERS ?= 2
 # A browser is installed beside the packages.
 MAKEFLAGS += --jobs=2
 
+# Packages are compiled when they are first imported, and kept so, in whatever shell: without that every import takes twice as long.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(abspath $(VENV))/bin
 BARE := $(VENV)/.bare
 READY := $(VENV)/.ready
@@ -44,7 +47,7 @@ $(BARE):
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# torch comes first: a range such as longspan's own would take the newest build there is. Nothing is compiled that may never run.
+# torch comes first: a range such as longspan's own would take the newest build there is.
 $(READY): pyproject.toml | $(BARE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
