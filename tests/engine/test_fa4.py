@@ -71,6 +71,16 @@ def test_windows_without_sinks_go_there_where_it_can_answer(monkeypatch: pytest.
     assert choose(Window(30), here, Grid(2, 200, 0, False)).way != "fa4"
 
 
+@pytest.mark.parametrize("missing", ["flash_attn.cute", "cutlass"])
+def test_without_what_compiles_it_it_is_not_there(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
+    fa4.installed.cache_clear()
+    try:
+        assert not fa4.installed()
+    finally:
+        fa4.installed.cache_clear()
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES)

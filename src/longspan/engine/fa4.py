@@ -21,9 +21,9 @@ INSTALL = "pip install --pre 'flash-attn-4[cu13]'"
 
 @cache
 def installed() -> bool:
-    """Whether there is such a package. FlashAttention 2 has the same name and no `cute` in it."""
+    """Whether there is such a package with what compiles it. FlashAttention 2 has the same name and no `cute` in it."""
     try:
-        return importlib.util.find_spec("flash_attn.cute") is not None
+        return all(importlib.util.find_spec(name) is not None for name in ("flash_attn.cute", "cutlass"))
     except ModuleNotFoundError:
         return False
 

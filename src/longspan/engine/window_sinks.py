@@ -23,6 +23,12 @@ try:
 except ImportError:  # no Triton
     kernels = backward_kernels = None  # type: ignore[assignment]
     INTERPRETED = False
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from longspan.engine.kernels import windowed_tma as tma_kernels
+except ImportError:  # none, or one that has no descriptors
+    tma_kernels = None  # type: ignore[assignment]
 
 MOST_PARTS = 128
 """Parts of a text whose gradients to the sinks are added up apart."""
@@ -63,6 +69,35 @@ def _choices(query: Tensor, key: Tensor, sinks: int) -> dict[str, Any]:
     }
 
 
+def described(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether keys and values can be read through tensor descriptors, and are the faster for it."""
+    if tma_kernels is None or query.shape[-1] != 128 or query.element_size() != 2:
+        return False
+    if not INTERPRETED and torch.cuda.get_device_capability(query.device) < (9, 0):
+        return False
+    strides = [x.element_size() * n for x in (key, value) for n in x.stride()[:3]]
+    return all(n > 0 and n % 16 == 0 for n in (*strides, key.data_ptr(), value.data_ptr()))
+
+
+def _forward_described(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, window: int, sinks: int, scale: float
+) -> None:
+    """Writes `out` and `lse`. Tiles are those that were the fastest on an H200 at 32,768 tokens and a window of 1,024: 12 %
+    less time than `kernels.forward`. Sinks want a mask on every tile."""
+    (batch, heads, queries, width), keys = query.shape, key.shape[2]
+    rows, columns = (32, 16) if INTERPRETED else (128, 64)
+    tiles = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, columns, width]) for x in (key, value)]
+    tma_kernels.forward[(-(-queries // rows), batch * heads)](
+        *(query, key, value, *tiles, out, lse, heads, queries, keys, window, sinks, scale),
+        *_strides(query, key, value, out),
+        **_choices(query, key, sinks),
+        ALWAYS=sinks > 0,
+        BM=rows,
+        BN=columns,
+        **({} if INTERPRETED else {"num_warps": 8, "num_stages": 2, "maxnreg": 128}),
+    )
+
+
 def _bucket(queries: int, window: int) -> int:
     """For block sizes: short and long inputs, narrow and wide windows want other ones."""
     return 16 * int(queries >= LONG) + min(window.bit_length(), 15)
@@ -75,6 +110,9 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int,
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     with _on(query.device):
+        if described(query, key, value):
+            _forward_described(query, key, value, out, lse, window, sinks, scale)
+            return out, lse
         kernels.forward[lambda config: (-(-queries // config["BM"]), batch * heads)](
             *(query, key, value, out, lse, heads, queries, keys, window, sinks, scale),
             *_strides(query, key, value, out),
