@@ -22,7 +22,6 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
-    LlamaRMSNorm,
     LlamaRotaryEmbedding,
     eager_attention_forward,
     rotate_half,
@@ -106,7 +105,8 @@ class LongspanAttention(nn.Module):
         return rotated(x, (cos, sin))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        batch, length, _ = x.shape
+        return x.view(batch, length, -1, self.head_dim).transpose(1, 2)
 
     def _keys(self, own: Tensor, encoder_states: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
         if not self.cross:
@@ -157,10 +157,11 @@ class LongspanAttention(nn.Module):
 
 def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Heads (B, H, T, D) turned by the tables (B or 1, T, W), of which the first W channels take part."""
-    cos, sin = (table[:, None] for table in rotation)
-    part, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    turned = (part * cos + rotate_half(part) * sin).to(x.dtype)  # tables are float32 under autocast
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    cos, sin = rotation[0].unsqueeze(1), rotation[1].unsqueeze(1)
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotated(x[..., :width], rotation), x[..., width:]), dim=-1)
+    return (x * cos + rotate_half(x) * sin).to(x.dtype)  # tables are float32 under autocast
 
 
 class LongspanLayer(GradientCheckpointingLayer):
@@ -169,15 +170,19 @@ class LongspanLayer(GradientCheckpointingLayer):
         attentions = config.attentions_of(causal=causal)
         attention = attentions[layer_idx % len(attentions)]
         self.self_attn = attention.build(config, layer_idx, place, causal=causal)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not attention.replaces_mlp:
             self.mlp = LlamaMLP(config)
-            self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if cross:
             self.cross_attn = LongspanAttention(config, layer_idx, place, causal=False, cross=True)
-            self.cross_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.cross_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.mlp_chunk = config.mlp_chunk
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x after dropout; without any, as mostly, nothing is called for it."""
+        return self.dropout(x) if self.dropout.p and self.training else x
 
     def branches(self) -> list[Branch]:
         """What is added to the residual stream, in order; each is given the stream and `forward`'s inputs by name."""
@@ -202,7 +207,7 @@ class LongspanLayer(GradientCheckpointingLayer):
             past_key_values = past_key_values.self_attention_cache
         states = self.input_layernorm(hidden_states)
         out, _ = self.self_attn(states, attention_mask, rotation, past_key_values, **kwargs)
-        return self.dropout(out)
+        return self.dropped(out)
 
     def look(
         self,
@@ -214,11 +219,11 @@ class LongspanLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         states = self.cross_layernorm(hidden_states)
         out, _ = self.cross_attn(states, encoder_mask, None, past_key_values, encoder_states)
-        return self.dropout(out)
+        return self.dropped(out)
 
     def feed(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         def network(states: Tensor) -> Tensor:
-            return self.dropout(self.mlp(self.post_attention_layernorm(states)))
+            return self.dropped(self.mlp(self.post_attention_layernorm(states)))
 
         return network(hidden_states) if self.mlp_chunk is None else in_chunks(network, hidden_states, self.mlp_chunk)
 
@@ -298,7 +303,7 @@ class LongspanModel(LongspanPreTrainedModel):
             attention.join(self)
         if config.sink == "zero":
             self._check_zero_sink()
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.sink == "learned":
             self.sink = SinkToken(config.hidden_size, config.initializer_range)
             self.sink.attach(self)
