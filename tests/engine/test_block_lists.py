@@ -71,6 +71,18 @@ def test_in_16_bit(name: str, dtype: torch.dtype, width: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ["itc", "a short last block"])
+@pytest.mark.parametrize("longest", [1, 3])
+def test_lists_in_parts(name: str, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_lists, "LONGEST", longest)
+    _lists.cache_clear()
+    try:
+        compare(name, 32, torch.float32, 5e-5)
+    finally:
+        _lists.cache_clear()
+
+
+@needs_kernels
 def test_rows_of_several_lengths() -> None:
     pattern, lengths = BigBird(block=16, random=1), torch.tensor([96, 50, 9])
     x = [torch.randn(3, 2, 96, 32, device=DEVICE) for _ in range(3)]
@@ -86,7 +98,7 @@ def test_rows_of_several_lengths() -> None:
 def test_operators_say_what_they_are() -> None:
     tensors = [torch.randn(1, h, 70, 32, device=DEVICE) for h in (2, 1, 1)]
     lists = _lists(BigBird(block=16, random=1), 5, 2, 0, torch.device(DEVICE))
-    seeing, seen = ([x.order, x.starts, x.index] for x in (lists.seeing, lists.seen))
+    seeing, seen = lists.seeing.tables, lists.seen.tables
     torch.library.opcheck(torch.ops.longspan.listed_forward, (*tensors, *seeing, 16, 0.2))
     out, lse = torch.ops.longspan.listed_forward(*tensors, *seeing, 16, 0.2)
     given = (out, *tensors, out, lse, *seeing, *seen, 16, 0.2)
@@ -107,10 +119,22 @@ def test_lists_are_the_pattern(count: int, pattern: BigBird) -> None:
             again[place // count, place % count, found.index[begin:end].long()] = True
             assert len(found.index[begin:end].unique()) == end - begin
         assert torch.equal(again, wanted)
-        sizes = wanted.sum(-1).gather(1, found.order.long())
-        assert (sizes.diff(dim=1) <= 0).all() and torch.equal(
-            found.order.sort(dim=1).values[0], torch.arange(count).int()
-        )
+
+
+@pytest.mark.parametrize(("longest", "sizes"), [(4, [3, 9, 1, 8, 4]), (32, [3, 9]), (1, [2, 1, 3])])
+def test_long_lists_are_worked_off_in_parts(longest: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_lists, "LONGEST", longest)
+    work, owners = block_lists._work(torch.tensor(sizes))
+    parts = [-(-size // longest) for size in sizes]
+    assert sorted(work[:, :2].tolist()) == [[b, p] for b, many in enumerate(parts) for p in range(many)]
+    assert owners[:, [0, 2]].tolist() == [[b, many] for b, many in enumerate(parts) if many > 1]
+    slots = {(b, p): slot for b, p, _, slot in work.tolist()}
+    for block, first, many in owners.tolist():
+        assert [slots[block, p] for p in range(many)] == list(range(first, first + many))
+    assert all(slots[b, 0] == -1 for b, many in enumerate(parts) if many == 1)
+    assert sorted(slot for slot in slots.values() if slot >= 0) == list(range(sum(n for n in parts if n > 1)))
+    shares = [-(-sizes[b] // many) for b, _, many, _ in work.tolist()]
+    assert shares == sorted(shares, reverse=True) and max(shares) <= longest
 
 
 def test_lists_of_another_length() -> None:

@@ -1,8 +1,8 @@
 """Attention of blocks of tokens to blocks of tokens that lists name (BigBird), in kernels of our own for CUDA.
 
 Every block of queries has a list of the blocks of keys that it sees, whole and each once; the same turned round serves the
-gradient of the keys. Lists may be of any length, so blocks that see everything are lists like others. Nothing is gathered, and
-there is no limit to the number of shapes.
+gradient of the keys. Lists may be of any length: those of blocks that see everything are worked off in parts. Nothing is
+gathered, and there is no limit to the number of shapes.
 """
 
 from __future__ import annotations
@@ -27,16 +27,25 @@ except ImportError:  # no Triton
 
 SIZES = (16, 32, 64, 128)
 """Tokens of a block that the kernels know."""
+LONGEST = 32
+"""Entries of a list that one program goes through."""
 
 
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """order (H, blocks): the blocks, those with the longest lists first. starts (H · blocks + 1): where in `index` the list of
-    each block of each head begins, and where the last one ends. index: all lists. All int32."""
+    """starts (H · blocks + 1): where in `index` the list of each block of each head begins, and where the last one ends. index:
+    all lists. work (N, 4): a block, which part of its list, of how many, and the slot for what it comes to, -1 where the list is
+    whole; the longest first, alike for all heads. owners (M, 3): each block whose list has parts, its first slot, how many. All
+    int32."""
 
-    order: Tensor
+    work: Tensor
     starts: Tensor
     index: Tensor
+    owners: Tensor
+
+    @property
+    def tables(self) -> list[Tensor]:
+        return [self.work, self.starts, self.index, self.owners]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +56,10 @@ class BlockLists:
     count: int
     seeing: Lists
     seen: Lists
+
+    @property
+    def heads(self) -> int:
+        return (len(self.seeing.starts) - 1) // self.count
 
 
 def block_lists(head: Tensor, row: Tensor, column: Tensor, heads: int, count: int, block: int) -> BlockLists:
@@ -60,8 +73,21 @@ def _lists(head: Tensor, row: Tensor, column: Tensor, heads: int, count: int) ->
     order = key.argsort()
     sizes = torch.bincount(head * count + row, minlength=heads * count)
     starts = torch.cat((sizes.new_zeros(1), sizes.cumsum(0))).int()
-    longest = sizes.view(heads, count).argsort(dim=1, descending=True, stable=True)
-    return Lists(longest.int(), starts, column[order].int())
+    work, owners = _work(sizes.view(heads, count).amax(0))
+    return Lists(work, starts, column[order].int(), owners)
+
+
+def _work(sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """`work` and `owners` for lists of at most sizes (blocks,) entries."""
+    parts = (sizes + LONGEST - 1) // LONGEST
+    block = torch.repeat_interleave(parts)
+    of = parts[block]
+    part = torch.arange(len(block), device=sizes.device) - (parts.cumsum(0) - parts)[block]
+    slot = torch.where(of > 1, (of > 1).cumsum(0) - 1, -1)
+    longest = (-(-sizes[block] // of)).argsort(descending=True, stable=True)
+    work = torch.stack((block, part, of, slot), dim=1)[longest].int()
+    first = (of > 1) & (part == 0)
+    return work, torch.stack((block, slot, of), dim=1)[first].int()
 
 
 def refusal(query: Tensor, key: Tensor, value: Tensor, block: int) -> str | None:
@@ -75,13 +101,12 @@ def listed_attention(query: Tensor, key: Tensor, value: Tensor, lists: BlockList
     """query (B, H, T, D), key and value (B, H_kv, T, D) → (B, H, T, D), for what `refusal` does not refuse. The last block of
     a text may be short. Raises `SpecError` for lists of another length."""
     heads, tokens = query.shape[1:3]
-    if key.shape[2] != tokens or -(-tokens // lists.block) != lists.count or lists.seeing.order.shape[0] != heads:
+    if key.shape[2] != tokens or -(-tokens // lists.block) != lists.count or lists.heads != heads:
         raise SpecError(
-            f"lists of {lists.count} blocks of {lists.block} for {lists.seeing.order.shape[0]} heads do not fit {heads} heads of "
+            f"lists of {lists.count} blocks of {lists.block} for {lists.heads} heads do not fit {heads} heads of "
             f"{tokens} queries and {key.shape[2]} keys"
         )
-    tables = [getattr(x, name) for x in (lists.seeing, lists.seen) for name in ("order", "starts", "index")]
-    return _Listed.apply(query, key, value, *tables, lists.block, scale)[0]
+    return _Listed.apply(query, key, value, *lists.seeing.tables, *lists.seen.tables, lists.block, scale)[0]
 
 
 def _choices(query: Tensor, key: Tensor, block: int, *, accumulators: int = 1) -> dict[str, Any]:
@@ -96,21 +121,43 @@ def _choices(query: Tensor, key: Tensor, block: int, *, accumulators: int = 1) -
     }
 
 
+def _room(like: Tensor, work: Tensor, starts: Tensor, owners: Tensor, heads: int, block: int, width: int) -> Tensor:
+    """For what the parts of long lists come to, (B, H of `like`, slots, block, width) float32. There is a slot for every piece of
+    work but those on whole lists."""
+    count = (len(starts) - 1) // heads
+    slots = len(work) - (count - len(owners))
+    return like.new_empty((*like.shape[:2], slots, block, width), dtype=torch.float32)
+
+
 @torch.library.custom_op("longspan::listed_forward", mutates_args=())
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, order: Tensor, starts: Tensor, index: Tensor, block: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    work: Tensor,
+    starts: Tensor,
+    index: Tensor,
+    owners: Tensor,
+    block: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and each row's log-sum-exp to base 2 (B, H, T)."""
     query, key, value = _rows_whole(query, key, value)
-    batch, heads, tokens, _ = query.shape
+    batch, heads, tokens, width = query.shape
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    count = order.shape[1]
+    part_out, part_lse = (_room(query, work, starts, owners, heads, block, n) for n in (width, 1))
+    count, slots = (len(starts) - 1) // heads, part_out.shape[2]
+    choices = _choices(query, key, block)
     with _on(query.device):
-        kernels.forward[(count, batch * heads)](
-            *(query, key, value, out, lse, order, starts, index, heads, tokens, count, scale),
+        kernels.forward[(len(work), batch * heads)](
+            *(query, key, value, out, lse, part_out, part_lse, work, starts, index, heads, tokens, count, slots, scale),
             *_strides(query, key, value, out),
-            **_choices(query, key, block),
+            **choices,
         )
+        if len(owners):
+            kernels.join_forward[(len(owners), batch * heads)](
+                *(part_out, part_lse, out, lse, owners, heads, tokens, slots), *_strides(out), WIDTH=width, BLOCK=block
+            )
     return out, lse
 
 
@@ -122,33 +169,46 @@ def _backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    order: Tensor,
+    work: Tensor,
     starts: Tensor,
     index: Tensor,
-    key_order: Tensor,
+    owners: Tensor,
+    key_work: Tensor,
     key_starts: Tensor,
     key_index: Tensor,
+    key_owners: Tensor,
     block: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives by query, key and value."""
     query, key, value, d_out = _rows_whole(query, key, value, d_out)
-    batch, heads, tokens, _ = query.shape
+    (batch, heads, tokens, width), kv_heads = query.shape, key.shape[1]
     dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
     delta = (out.float() * d_out.float()).sum(-1)
-    count = order.shape[1]
-    sizes = heads, tokens, count, scale
+    part_query = _room(query, work, starts, owners, heads, block, width)
+    part_key, part_value = (_room(key, key_work, key_starts, key_owners, heads, block, width) for _ in range(2))
+    count = (len(starts) - 1) // heads
     with _on(query.device):
-        kernels.backward_queries[(count, batch * heads)](
-            *(query, key, value, d_out, dq, lse, delta, order, starts, index, *sizes),
+        kernels.backward_queries[(len(work), batch * heads)](
+            *(query, key, value, d_out, dq, part_query, lse, delta, work, starts, index),
+            *(heads, tokens, count, part_query.shape[2], scale),
             *_strides(query, key, value, d_out, dq),
             **_choices(query, key, block),
         )
-        kernels.backward_keys[(count, batch * key.shape[1])](
-            *(query, key, value, d_out, dk, dv, lse, delta, key_order, key_starts, key_index, *sizes),
+        kernels.backward_keys[(len(key_work), batch * kv_heads)](
+            *(query, key, value, d_out, dk, dv, part_key, part_value, lse, delta, key_work, key_starts, key_index),
+            *(heads, tokens, count, part_key.shape[2], scale),
             *_strides(query, key, value, d_out, dk, dv),
             **_choices(query, key, block, accumulators=2),
         )
+        for sums, gradient, of in ((part_query, dq, owners), (part_key, dk, key_owners), (part_value, dv, key_owners)):
+            if len(of):
+                kernels.join_gradients[(len(of), batch * gradient.shape[1])](
+                    *(sums, gradient, of, gradient.shape[1], tokens, sums.shape[2]),
+                    *_strides(gradient),
+                    WIDTH=width,
+                    BLOCK=block,
+                )
     return dq, dk, dv
 
 
@@ -168,8 +228,7 @@ class _Listed(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        query, key, value, order, starts, index, _, _, _, block, scale = inputs
-        return torch.ops.longspan.listed_forward(query, key, value, order, starts, index, block, scale)
+        return torch.ops.longspan.listed_forward(*inputs[:7], *inputs[-2:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -181,4 +240,4 @@ class _Listed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple:
         grads = torch.ops.longspan.listed_backward(d_out, *ctx.saved_tensors, ctx.block, ctx.scale)
-        return (*grads, *[None] * 8)
+        return (*grads, *[None] * 10)

@@ -1,7 +1,8 @@
 """The kernels of `longspan.engine.block_lists`: a program has one block of queries, or of keys, and goes through its list.
 
-The blocks with the longest lists start first, so that one which sees everything does not run alone at the end. Keys' tiles are
-computed transposed from the start, keys by queries: Triton up to 3.7.0 miscompiles transposed accumulators for Hopper GPUs.
+A block that sees everything would run alone at the end, so its list is cut into parts, each a program's, which leave what they
+have in float32 to be put together; the longest lists and parts start first. Keys' tiles are computed transposed from the start,
+keys by queries: Triton up to 3.7.0 miscompiles transposed accumulators for Hopper GPUs.
 """
 
 from __future__ import annotations
@@ -11,8 +12,16 @@ import triton.language as tl
 
 from longspan.engine.kernels.biased import LOG2E, read_rows
 
-UNSPECIALISED = ["heads", "tokens", "count"]
+UNSPECIALISED = ["heads", "tokens", "count", "slots"]
 """Numbers that say nothing about alignment: a kernel compiled for one length serves all."""
+
+
+@triton.jit
+def _share(starts, line, part, parts):
+    """Where in the index a part of a list begins and ends."""
+    begin = tl.load(starts + line)
+    size = tl.load(starts + line + 1) - begin
+    return begin + size * part // parts, begin + size * (part + 1) // parts
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -22,12 +31,15 @@ def forward(
     value,
     out,
     lse,
-    order,
+    part_out,
+    part_lse,
+    work,
     starts,
     index,
     heads,
     tokens,
     count,
+    slots,
     scale,
     q_batch,
     q_head,
@@ -46,13 +58,15 @@ def forward(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block of queries over the blocks of keys in its list. The log-sum-exp is to base 2."""
+    """A block of queries over a part of the blocks of keys in its list. work (N, 4): block, part, of how many parts, and the slot
+    of part_out (B, H, slots, BLOCK, WIDTH) and part_lse (B, H, slots, BLOCK) that takes it, -1 for a list that is whole. The
+    log-sum-exp is to base 2."""
     pair = tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
     head = (pair % heads).to(tl.int64)
-    block = tl.load(order + head * count + tl.program_id(0))
-    begin = tl.load(starts + head * count + block)
-    end = tl.load(starts + head * count + block + 1)
+    task = work + 4 * tl.program_id(0)
+    block, slot = tl.load(task), tl.load(task + 3)
+    begin, end = _share(starts, head * count + block, tl.load(task + 1), tl.load(task + 2))
     m = block * BLOCK
     q = read_rows(query + batch * q_batch + head * q_head, m, q_row, tokens, True, BLOCK, WIDTH)
     k_base = key + batch * k_batch + head // GROUP * k_head
@@ -73,10 +87,91 @@ def forward(
         v = read_rows(v_base, n, v_row, tokens, True, BLOCK, WIDTH)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
-    rows = m + tl.arange(0, BLOCK)
-    place = out + batch * o_batch + head * o_head + rows.to(tl.int64)[:, None] * o_row + tl.arange(0, WIDTH)[None, :]
-    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=(rows < tokens)[:, None])
-    tl.store(lse + pair.to(tl.int64) * tokens + rows, top + tl.log2(total), mask=rows < tokens)
+    i = tl.arange(0, BLOCK)
+    columns = tl.arange(0, WIDTH)[None, :]
+    total = tl.where(
+        total > 0.0, total, 1.0
+    )  # another head may have the longer list, and this one nothing for this part
+    result, log_sum = acc / total[:, None], top + tl.log2(total)
+    if slot < 0:
+        place = out + batch * o_batch + head * o_head + (m + i).to(tl.int64)[:, None] * o_row + columns
+        tl.store(place, result.to(out.dtype.element_ty), mask=(m + i < tokens)[:, None])
+        tl.store(lse + pair.to(tl.int64) * tokens + m + i, log_sum, mask=m + i < tokens)
+    else:
+        line = (pair.to(tl.int64) * slots + slot) * BLOCK + i
+        tl.store(part_out + line[:, None] * WIDTH + columns, result)
+        tl.store(part_lse + line, log_sum)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "slots"])
+def join_forward(
+    part_out,
+    part_lse,
+    out,
+    lse,
+    owners,
+    heads,
+    tokens,
+    slots,
+    o_batch,
+    o_head,
+    o_row,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One softmax of the parts of a block's list. owners (N, 3): block, its first slot, its parts."""
+    pair = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
+    owner = owners + 3 * tl.program_id(0)
+    m, first, parts = tl.load(owner) * BLOCK, tl.load(owner + 1), tl.load(owner + 2)
+    i = tl.arange(0, BLOCK)
+    columns = tl.arange(0, WIDTH)[None, :]
+    acc = tl.zeros([BLOCK, WIDTH], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    for slot in range(first, first + parts):
+        line = (pair.to(tl.int64) * slots + slot) * BLOCK + i
+        one = tl.load(part_lse + line)
+        new_top = tl.maximum(top, one)
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink, weight = tl.exp2(top - finite), tl.exp2(one - finite)
+        acc = acc * shrink[:, None] + tl.load(part_out + line[:, None] * WIDTH + columns) * weight[:, None]
+        total = total * shrink + weight
+        top = new_top
+    place = out + batch * o_batch + head * o_head + (m + i).to(tl.int64)[:, None] * o_row + columns
+    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=(m + i < tokens)[:, None])
+    tl.store(lse + pair.to(tl.int64) * tokens + m + i, top + tl.log2(total), mask=m + i < tokens)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "slots"])
+def join_gradients(
+    sums,
+    gradient,
+    owners,
+    heads,
+    tokens,
+    slots,
+    batch_step,
+    head_step,
+    row_step,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds up sums (B, H, slots, BLOCK, WIDTH) of the parts of a block's list into `gradient`, whose heads `heads` counts."""
+    pair = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
+    owner = owners + 3 * tl.program_id(0)
+    m, first, parts = tl.load(owner) * BLOCK, tl.load(owner + 1), tl.load(owner + 2)
+    i = tl.arange(0, BLOCK)
+    columns = tl.arange(0, WIDTH)[None, :]
+    acc = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for slot in range(first, first + parts):
+        line = (pair.to(tl.int64) * slots + slot) * BLOCK + i
+        acc += tl.load(sums + line[:, None] * WIDTH + columns)
+    place = gradient + batch * batch_step + head * head_step + (m + i).to(tl.int64)[:, None] * row_step + columns
+    tl.store(place, acc.to(gradient.dtype.element_ty), mask=(m + i < tokens)[:, None])
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -86,14 +181,16 @@ def backward_queries(
     value,
     d_out,
     d_query,
+    part_query,
     lse,
     delta,
-    order,
+    work,
     starts,
     index,
     heads,
     tokens,
     count,
+    slots,
     scale,
     q_batch,
     q_head,
@@ -115,13 +212,13 @@ def backward_queries(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The derivative by a block of queries."""
+    """The derivative by a block of queries, of a part of its list; `work` as in `forward`."""
     pair = tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
     head = (pair % heads).to(tl.int64)
-    block = tl.load(order + head * count + tl.program_id(0))
-    begin = tl.load(starts + head * count + block)
-    end = tl.load(starts + head * count + block + 1)
+    task = work + 4 * tl.program_id(0)
+    block, slot = tl.load(task), tl.load(task + 3)
+    begin, end = _share(starts, head * count + block, tl.load(task + 1), tl.load(task + 2))
     m = block * BLOCK
     rows = m + tl.arange(0, BLOCK)
     q = read_rows(query + batch * q_batch + head * q_head, m, q_row, tokens, True, BLOCK, WIDTH)
@@ -141,9 +238,13 @@ def backward_queries(
         p = tl.where((n + tl.arange(0, BLOCK) < tokens)[None, :], p, 0.0)
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - weight[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    place = d_query + batch * dq_batch + head * dq_head
-    place += rows.to(tl.int64)[:, None] * dq_row + tl.arange(0, WIDTH)[None, :]
-    tl.store(place, (dq * scale).to(d_query.dtype.element_ty), mask=(rows < tokens)[:, None])
+    columns = tl.arange(0, WIDTH)[None, :]
+    if slot < 0:
+        place = d_query + batch * dq_batch + head * dq_head + rows.to(tl.int64)[:, None] * dq_row + columns
+        tl.store(place, (dq * scale).to(d_query.dtype.element_ty), mask=(rows < tokens)[:, None])
+    else:
+        line = (pair.to(tl.int64) * slots + slot) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(part_query + line[:, None] * WIDTH + columns, dq * scale)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -154,14 +255,17 @@ def backward_keys(
     d_out,
     d_key,
     d_value,
+    part_key,
+    part_value,
     lse,
     delta,
-    order,
+    work,
     starts,
     index,
     heads,
     tokens,
     count,
+    slots,
     scale,
     q_batch,
     q_head,
@@ -186,13 +290,14 @@ def backward_keys(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The derivative by a block of keys and values of one key head, over the query heads that share it. The lists are of blocks
-    of queries."""
+    """The derivative by a block of keys and values of one key head, over the query heads that share it, of a part of their
+    lists, which are of blocks of queries; `work` as in `forward`, the parts' sums of as many heads as keys have."""
     pair = tl.program_id(1)
     kv_heads = heads // GROUP
     batch = (pair // kv_heads).to(tl.int64)
     kv_head = (pair % kv_heads).to(tl.int64)
-    block = tl.load(order + kv_head * GROUP * count + tl.program_id(0))
+    task = work + 4 * tl.program_id(0)
+    block, part, parts, slot = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
     n = block * BLOCK
     rows = n + tl.arange(0, BLOCK)
     k = read_rows(key + batch * k_batch + kv_head * k_head, n, k_row, tokens, True, BLOCK, WIDTH)
@@ -202,8 +307,7 @@ def backward_keys(
     by = scale * LOG2E
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        begin = tl.load(starts + head * count + block)
-        end = tl.load(starts + head * count + block + 1)
+        begin, end = _share(starts, head * count + block, part, parts)
         q_base = query + batch * q_batch + head * q_head
         g_base = d_out + batch * g_batch + head * g_head
         line = (batch * heads + head) * tokens
@@ -221,11 +325,16 @@ def backward_keys(
     inside = (rows < tokens)[:, None]
     columns = tl.arange(0, WIDTH)[None, :]
     at = rows.to(tl.int64)[:, None]
-    tl.store(
-        d_key + batch * dk_batch + kv_head * dk_head + at * dk_row + columns,
-        (dk * scale).to(d_key.dtype.element_ty), mask=inside,
-    )  # fmt: skip
-    tl.store(
-        d_value + batch * dv_batch + kv_head * dv_head + at * dv_row + columns,
-        dv.to(d_value.dtype.element_ty), mask=inside,
-    )  # fmt: skip
+    if slot < 0:
+        tl.store(
+            d_key + batch * dk_batch + kv_head * dk_head + at * dk_row + columns,
+            (dk * scale).to(d_key.dtype.element_ty), mask=inside,
+        )  # fmt: skip
+        tl.store(
+            d_value + batch * dv_batch + kv_head * dv_head + at * dv_row + columns,
+            dv.to(d_value.dtype.element_ty), mask=inside,
+        )  # fmt: skip
+    else:
+        line = (pair.to(tl.int64) * slots + slot) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(part_key + line[:, None] * WIDTH + columns, dk * scale)
+        tl.store(part_value + line[:, None] * WIDTH + columns, dv)
