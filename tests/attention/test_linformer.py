@@ -137,7 +137,7 @@ def test_refusals_say_what_works() -> None:
         build()(tokens(1, 33))
     with pytest.raises(SpecError, match="k=8"):
         build("linformer:k=64")
-    with pytest.raises(NotSupported, match="sinusoidal, learned"):
+    with pytest.raises(NotSupported, match="use position=sinusoidal or learned"):
         build(position="rope")
     with pytest.raises(SpecError, match="layerwise"):
         build("linformer:share=layers")

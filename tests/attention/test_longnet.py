@@ -162,3 +162,19 @@ def test_dropout_trains() -> None:
     torch.manual_seed(0)
     mean = sum(attend(pattern, Call(q, k, v, 0.4, dropout=0.3), grid).detach() for _ in range(300)) / 300
     torch.testing.assert_close(mean, attend(pattern, Call(q, k, v, 0.4), grid).detach(), atol=0.25, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [100, 256, 600])
+def test_tiles_gone_through_hold_the_pairs(length: int, causal: bool) -> None:
+    """Each pattern by itself, from the segments' places: tiles of 64 queries and keys among those that a head takes."""
+    pattern, heads = LongNet("128/512", "1/3"), 2
+    tiles = 0
+    for size, step in pattern.patterns:
+        for head in range(heads):
+            for start in range(0, length, size):
+                taken = torch.arange(min(size, length - start))
+                blocks = (taken[taken % step == head % step] // step // 64).unique()
+                tiles += int((blocks[:, None] >= blocks).sum()) if causal else len(blocks) ** 2
+    grid = Grid(heads, length, 0, causal)
+    assert pattern.visited(grid, torch.device("cpu")) == 64**2 * tiles > pattern.pairs(grid)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ import longspan
 import tiny
 from longspan.apply import applied, apply, remove
 from longspan.attention.performer import Performer, PerformerAttention
-from longspan.attention.random_features import Draw, RandomFeatures, draw_errors, errors
+from longspan.attention.random_features import Draw, Errors, RandomFeatures, draw_errors, errors
 from longspan.engine.linear import bidirectional, causal
 from longspan.errors import NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.method import parse
 
+SCRIPT = Path(__file__).parents[2] / "reproductions" / "performer_error.py"
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
@@ -107,6 +110,13 @@ class TestError:
         assert far.mean[0] > far.equal_weights  # of no use at the size that trained queries and keys have
         draw_errors([near, independent, far], tmp_path / "errors.png")
         assert (tmp_path / "errors.png").read_bytes()[:4] == b"\x89PNG"
+
+    def test_stored_curves_are_what_the_script_judges(self, tmp_path: Path) -> None:
+        script = runpy.run_path(str(SCRIPT))
+        said = script["main"](["--out", str(tmp_path), "--length", "256", "--draws", "2"])
+        assert len(said) == 5 and not said["std 1: 256 features beat equal weights"]
+        stored = json.loads((SCRIPT.with_suffix("") / "errors.json").read_text())
+        assert script["judge"]([Errors(**curve) for curve in stored["curves"]]) == stored["judged"]
 
     def test_is_that_of_its_formula(self) -> None:
         draw = torch.Generator().manual_seed(0)

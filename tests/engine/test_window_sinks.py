@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from longspan.attention.base import Grid
 from longspan.attention.window import Window
-from longspan.engine import window_sinks
-from longspan.engine.core import reference_attention
+from longspan.engine import routes, window_sinks
+from longspan.engine.core import reference_attention, with_zero_key
+from longspan.engine.patterns import Call, attend, masked_attention
+from longspan.engine.routes import choose
 from longspan.engine.window_sinks import attention, described, refusal
 from longspan.errors import SpecError
 
@@ -45,14 +48,15 @@ def inputs(shape: tuple[int, ...], width: int, dtype: torch.dtype) -> list[Tenso
     return [torch.randn(batch, *size, width).to(DEVICE, dtype).requires_grad_() for size in sizes]
 
 
-def compare(case: tuple[int, ...], width: int, dtype: torch.dtype, tolerance: float) -> None:
+def compare(case: tuple[int, ...], width: int, dtype: torch.dtype, tolerance: float, *, zero_key: bool = False) -> None:
     """Forward and every gradient, each error as a share of the largest entry."""
     *shape, window, sinks = case
     ours = inputs(tuple(shape), width, dtype)
     exact = [x.detach().double().requires_grad_() for x in ours]
     assert refusal(*ours) is None
-    got = attention(*ours, window=window, sinks=sinks, scale=0.2)
-    want = reference_attention(*exact, visible(*shape[3:], window, sinks).to(DEVICE), 0.2)
+    got = attention(*ours, window=window, sinks=sinks, scale=0.2, zero_key=zero_key)
+    query, *pair, mask = *exact, visible(*shape[3:], window, sinks).to(DEVICE)
+    want = reference_attention(query, *(with_zero_key(*pair, mask) if zero_key else (*pair, mask)), 0.2)
     push = torch.randn(want.shape).to(DEVICE, dtype)
     results = [got, *torch.autograd.grad(got, ours, push)]
     for name, x, y in zip(
@@ -93,6 +97,23 @@ def test_in_16_bit(case: str, dtype: torch.dtype, width: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize(("dtype", "width", "tolerance"), [(torch.float32, 32, 5e-5), (torch.float16, 128, 2e-2)])
+@pytest.mark.parametrize("case", ["ragged, grouped", "no sinks", "last queries"])
+def test_a_key_of_zeros(case: str, dtype: torch.dtype, width: int, tolerance: float) -> None:
+    compare(grown(case), width, dtype, tolerance, zero_key=True)
+
+
+@needs_kernels
+def test_windows_of_a_model_with_a_zero_sink_go_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (x.detach() for x in inputs((1, 2, 1, 40, 40), 32, torch.float32))
+    call, grid = Call(query, key, value, 0.2, zero_key=True), Grid(2, 40, 0, True)
+    assert choose(Window(9, 2), call, grid).way == "kernel"
+    want = masked_attention(Window(9, 2), call, grid)
+    monkeypatch.setattr(routes, "masked_attention", None)
+    torch.testing.assert_close(attend(Window(9, 2), call, grid), want, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
 def test_sinks_hear_from_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients to the sinks, added up in several parts."""
     monkeypatch.setattr(window_sinks, "LEAST_PART", 64)
@@ -114,8 +135,8 @@ def test_strides_are_followed() -> None:
 @needs_kernels
 def test_operators_compile_and_say_what_they_are() -> None:
     tensors = [x.detach() for x in inputs((1, 2, 1, 20, 20), 32, torch.float32)]
-    torch.library.opcheck(torch.ops.longspan.windowed_forward, (*tensors, 7, 2, 0.2))
-    out, lse = torch.ops.longspan.windowed_forward(*tensors, 7, 2, 0.2)
+    torch.library.opcheck(torch.ops.longspan.windowed_forward, (*tensors, 7, 2, True, 0.2))
+    out, lse = torch.ops.longspan.windowed_forward(*tensors, 7, 2, True, 0.2)
     torch.library.opcheck(
         torch.ops.longspan.windowed_backward, (out, *tensors, out, lse, 7, 2, 0.2), rtol=1e-4, atol=1e-4
     )

@@ -33,7 +33,7 @@ class Line:
     grows: bool = False
     seam: str = "attention"
     settings: dict[str, Any] = field(default_factory=dict)
-    leak: float = 1e-6
+    leak: float = 0.0
     own: float = 1.0
 
 

@@ -217,5 +217,3 @@ def test_what_is_no_attention_is_refused() -> None:
         build(Line("window"))
     with pytest.raises(NotSupported, match="pairs"):
         build(Line("window:size=9"))(tokens(1, 8), attention_mask=torch.ones(1, 1, 8, 8))
-    with pytest.raises(NotSupported, match="packed"):
-        build(Line("window:size=9"))(tokens(1, 8), position_ids=torch.arange(4).repeat(2)[None])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.engine import routes
-from longspan.engine.block_tables import Blocks, band
+from longspan.engine.block_tables import SIZE, Blocks, band
 from longspan.engine.patterns import Call
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
@@ -140,6 +140,12 @@ class Pattern(Attention):
             seen += float(mask.expand(1, grid.heads, 1, len(keys)).sum())
         return seen * grid.length / count
 
+    def visited(self, grid: Grid, device: torch.device) -> float | None:
+        """Pairs of the blocks that are gone through, of all heads together: those of `blocks`, or a pattern's own. A pair that
+        two of its blocks hold counts twice. None where it has no blocks."""
+        blocks = self.blocks(grid, SIZE, device)
+        return None if blocks is None else float(grid.heads * blocks.visited())
+
     def kept(self) -> tuple[int, int] | None:
         """(sinks, window) where a token of a decoder sees the first `sinks` tokens and the last `window`, itself among them,
         and no others: then a cache keeps only those. None where any token may be seen again."""
@@ -209,7 +215,9 @@ class Mixer(Attention):
         if config.rope_parameters is not None:
             parts.add("rotation")
         if lost := parts - self.positions:
-            fitting = "rope" if "rotation" in self.positions else "sinusoidal, learned or nope"
+            fitting = "rope" if "rotation" in self.positions else "sinusoidal or learned"
+            if "rotation" not in self.positions and (self.knows_order or "causal" in self.directions):
+                fitting = "sinusoidal, learned or nope"
             raise NotSupported(
                 f"position={config.position} acts on {', '.join(sorted(lost))}, which attention={self.spec} has not; "
                 f"use position={fitting}"

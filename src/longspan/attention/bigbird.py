@@ -84,6 +84,13 @@ class BigBird(Pattern):
         last = counts.view(-1, 1, 1, 1) - 1
         return mask | (q == 0) | (k == 0) | (q == last) | (k == last)
 
+    def visited(self, grid: Grid, device: torch.device) -> float | None:
+        """Of the lists that the kernels go by; global tokens have none."""
+        if self.globals:
+            return None
+        lists = _lists(self, -(-grid.length // self.block), grid.heads, grid.layer, device)
+        return float(lists.visited())
+
     def run(self, call: Call, grid: Grid) -> Tensor:
         """Kernels of our own where they can, a row at a time where rows differ in length; else keys are gathered."""
         refused = refusal(call.query, call.key, call.value, self.block)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from longspan.apply import Site
 from longspan.attention.base import Grid
 from longspan.attention.trained import OnTrained
+from longspan.engine import dilated
 from longspan.engine.dilated import dilated_attention, refusal
 from longspan.engine.joint import Chunk, Lane, Part, by_row, joint_attention
 from longspan.engine.patterns import Call, masked_attention
@@ -90,6 +91,10 @@ class LongNet(OnTrained):
     def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
         sizes = self._list("segments")
         return [(min(start // w * w for w in sizes), min(grid.length, max(-(-end // w) * w for w in sizes)))]
+
+    def visited(self, grid: Grid, device: torch.device) -> float:
+        """Of each pattern apart: a key that two patterns share is gone through twice."""
+        return float(sum(dilated.visited(grid.length, grid.heads, *at, causal=grid.causal) for at in self.patterns))
 
     def run(self, call: Call, grid: Grid) -> Tensor:
         """Kernels of our own where they can, else one dense call for each pattern and offset. With more than products in the

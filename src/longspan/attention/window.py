@@ -38,6 +38,7 @@ class Window(Span, Pattern):
     paper: ClassVar[str] = "Su 2023, kexue.fm/archives/9431"
     seam: ClassVar[Any] = "attention"
     works_on: ClassVar[str] = "pretrained, from scratch"
+    runs_zero_key: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.require(self.size is None or self.size >= 1, f"size must be at least 1 token, not {self.size}")

@@ -61,6 +61,10 @@ class BlockLists:
     def heads(self) -> int:
         return (len(self.seeing.starts) - 1) // self.count
 
+    def visited(self) -> int:
+        """Pairs in the blocks of all heads."""
+        return len(self.seeing.index) * self.block**2
+
 
 def block_lists(head: Tensor, row: Tensor, column: Tensor, heads: int, count: int, block: int) -> BlockLists:
     """From pairs, each once: on `head`, block `row` of queries sees block `column` of keys; int64, all of one length. Every block

@@ -26,12 +26,15 @@ except ImportError:  # no Triton
     kernels = None  # type: ignore[assignment]
     INTERPRETED = False
 
-TILES = {  # BM, BN, warps, stages, for heads of up to 64 and for larger ones; those that windows were fastest with
-    "forward": ((128, 64, 4, 3), (128, 64, 8, 3)),
-    "queries": ((64, 64, 4, 3), (128, 64, 8, 2)),
-    "keys": ((64, 128, 8, 3), (32, 128, 8, 3)),
+TILES = {  # BM, BN, warps, stages, for heads of up to 64 and for larger ones
+    "forward": ((128, 64, 4, 3), (64, 64, 4, 3)),
+    "queries": ((64, 64, 4, 3), (64, 32, 4, 3)),
+    "keys": ((64, 128, 8, 3), (32, 64, 4, 3)),
 }
-"""Fixed: a launch that adds to what lies there cannot be tried twice."""
+"""Fixed, since a launch that adds to what lies there cannot be tried twice: for larger heads those that were the fastest on an
+H200 at 32,768 and 131,072 tokens, for smaller ones those that windows were fastest with."""
+TILE = 64
+"""Queries and keys of a tile of the forward for larger heads."""
 
 
 def dilated_attention(
@@ -57,6 +60,16 @@ def dilated_attention(
     numbers = [n for size, step in (*patterns[1:], patterns[0]) for n in (min(size, max(text, step)), step)]
     ends = None if ends is None else ends.to(torch.int32).contiguous()
     return _Dilated.apply(query, key, value, ends, numbers, causal, zero_key, scale)[0]
+
+
+def visited(text: int, heads: int, size: int, step: int, *, causal: bool) -> int:
+    """Pairs in the tiles of TILE that the pattern (size, step) goes through in a text, of all heads."""
+    pairs = 0
+    for head in range(heads):
+        for room, segments in ((min(size, text), text // size or 1), (text % size if text > size else 0, 1)):
+            tiles = -(-max(room - head % step, 0) // (step * TILE))
+            pairs += segments * TILE**2 * (tiles * (tiles + 1) // 2 if causal else tiles**2)
+    return pairs
 
 
 def _pairs(numbers: list[int]) -> list[tuple[int, int]]:

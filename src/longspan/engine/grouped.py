@@ -83,8 +83,10 @@ def _some_queries(
 ) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         grouped = wide(query).unflatten(1, (key.shape[1], -1))  # (B, H_kv, group, q, D)
-        scores = capped(grouped @ wide(key)[:, :, None].transpose(-1, -2) * scale, softcap)
-        weights = F.dropout(grouped_weights(scores, block, first), dropout)
+        scores = capped((grouped * scale) @ wide(key)[:, :, None].transpose(-1, -2), softcap)
+        weights = grouped_weights(scores, block, first)
+        if dropout:  # with none it would be a copy of all weights
+            weights = F.dropout(weights, dropout)
         return (weights @ wide(value)[:, :, None]).flatten(1, 2).to(query.dtype)
 
 

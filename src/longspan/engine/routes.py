@@ -1,6 +1,6 @@
 """Which way attention under a pattern goes, of those that give the same, and why.
 
-    fa4      FlashAttention 4, for a window                     CUDA, Hopper and newer, where it is installed
+    fa4      FlashAttention 4, for a window with sinks          CUDA, Hopper and newer, where it is installed
     kernel   our own kernels for a window with sinks            CUDA
     flex     FlexAttention over the pattern's blocks            CUDA
     masks    SDPA, a block of queries at a time under its mask  anywhere
@@ -14,7 +14,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,9 +79,8 @@ def run(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     if way == "masks":
         return masked_attention(pattern, call, grid)
     if way == "fa4":
-        _, window = pattern.kept() or (0, grid.length)
-        return fa4.attention(call.query, call.key, call.value, window=window, scale=call.scale)
-    return _windowed(pattern, call, grid)
+        return _windowed(pattern, call, grid, fa4.attention)
+    return _windowed(pattern, call, grid, window_sinks.attention, zero_key=call.zero_key)
 
 
 def run_rolled(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
@@ -91,26 +90,26 @@ def run_rolled(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
         return rolled_attention(pattern, call, grid)
     # Without padding the sinks are the first keys and the others the last in order, as the kernel takes them.
     if _asked.get() in (None, "kernel") and _kernel_refusal(pattern, call, grid) is None:
-        return _windowed(pattern, call, grid)
+        return _windowed(pattern, call, grid, window_sinks.attention, zero_key=call.zero_key)
     return rolled_attention(pattern, call, grid)
 
 
-def _windowed(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
+def _windowed(pattern: Pattern, call: Call, grid: Grid, attention: Callable[..., Tensor], **more: bool) -> Tensor:
     sinks, window = pattern.kept() or (0, grid.length)
-    return window_sinks.attention(call.query, call.key, call.value, window=window, sinks=sinks, scale=call.scale)
+    return attention(call.query, call.key, call.value, window=window, sinks=sinks, scale=call.scale, **more)
 
 
 def _fa4_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
     kept = pattern.kept()
-    if not grid.causal or kept is None or kept[0]:
-        return "it is asked for windows that look back, without sinks"
-    return _unlike_plain(call) or fa4.refusal(call.query, call.key, call.value)
+    if not grid.causal or kept is None:
+        return "it is asked for windows that look back"
+    return _unlike_plain(call) or fa4.refusal(call.query, call.key, call.value, sinks=kept[0])
 
 
 def _kernel_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
     if not grid.causal or pattern.kept() is None:
         return "it knows windows that look back, with or without sinks"
-    return _unlike_plain(call) or window_sinks.refusal(call.query, call.key, call.value)
+    return _unlike_plain(replace(call, zero_key=False)) or window_sinks.refusal(call.query, call.key, call.value)
 
 
 def _flex_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:

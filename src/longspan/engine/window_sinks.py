@@ -50,17 +50,21 @@ def refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *, window: int, sinks: int, scale: float) -> Tensor:
-    """query (B, H, Tq, D), key and value (B, H_kv, Tk, D) → (B, H, Tq, D), for what `refusal` does not refuse."""
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, window: int, sinks: int, scale: float, zero_key: bool = False
+) -> Tensor:
+    """query (B, H, Tq, D), key and value (B, H_kv, Tk, D) → (B, H, Tq, D), for what `refusal` does not refuse. zero_key: a key
+    and a value of zeros are in every query's softmax."""
     if window < 1 or sinks < 0 or not scale > 0 or not 0 < query.shape[2] <= key.shape[2]:
         raise SpecError(
             f"window {window}, sinks {sinks}, scale {scale} on {query.shape[2]} queries and {key.shape[2]} keys cannot be"
         )
     keys = key.shape[2]
-    return _Windowed.apply(query, key, value, min(window, keys), min(sinks, keys), scale)[0]
+    return _Windowed.apply(query, key, value, min(window, keys), min(sinks, keys), zero_key, scale)[0]
 
 
-def _choices(query: Tensor, key: Tensor, sinks: int) -> dict[str, Any]:
+def choices_for(query: Tensor, key: Tensor, sinks: int) -> dict[str, Any]:
+    """What all kernels for windows are compiled for."""
     return {
         "GROUP": query.shape[1] // key.shape[1],
         "WIDTH": query.shape[-1],
@@ -80,17 +84,26 @@ def described(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _forward_described(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, window: int, sinks: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    sinks: int,
+    zero_key: bool,
+    scale: float,
 ) -> None:
     """Writes `out` and `lse`. Tiles are those that were the fastest on an H200 at 32,768 tokens and a window of 1,024: 12 %
     less time than `kernels.forward`. Sinks want a mask on every tile."""
     (batch, heads, queries, width), keys = query.shape, key.shape[2]
     rows, columns = (32, 16) if INTERPRETED else (128, 64)
     tiles = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, columns, width]) for x in (key, value)]
-    tma_kernels.forward[(-(-queries // rows), batch * heads)](
-        *(query, key, value, *tiles, out, lse, heads, queries, keys, window, sinks, scale),
+    tma_kernels.forward[(-(-queries // rows) * batch * heads,)](
+        *(query, key, value, *tiles, out, lse, batch * heads, heads, queries, keys, window, sinks, scale),
         *_strides(query, key, value, out),
-        **_choices(query, key, sinks),
+        **choices_for(query, key, sinks),
+        ZERO=zero_key,
         ALWAYS=sinks > 0,
         BM=rows,
         BN=columns,
@@ -104,20 +117,23 @@ def _bucket(queries: int, window: int) -> int:
 
 
 @torch.library.custom_op("longspan::windowed_forward", mutates_args=())
-def _forward(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, zero_key: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     """The output, and each row's log-sum-exp to base 2 (B, H, Tq)."""
     query, key, value = _rows_whole(query, key, value)
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     with _on(query.device):
         if described(query, key, value):
-            _forward_described(query, key, value, out, lse, window, sinks, scale)
+            _forward_described(query, key, value, out, lse, window, sinks, zero_key, scale)
             return out, lse
         kernels.forward[lambda config: (-(-queries // config["BM"]), batch * heads)](
             *(query, key, value, out, lse, heads, queries, keys, window, sinks, scale),
             *_strides(query, key, value, out),
             _bucket(queries, window),
-            **_choices(query, key, sinks),
+            **choices_for(query, key, sinks),
+            ZERO=zero_key,
         )
     return out, lse
 
@@ -138,7 +154,7 @@ def _backward(
     query, key, value, out, d_out = _rows_whole(query, key, value, out, d_out)
     (batch, heads, queries, _), (_, kv_heads, keys, _) = query.shape, key.shape
     dq, dk, dv, delta = (torch.empty_like(x) for x in (query, key, value, lse))
-    sizes, choices = (heads, queries, keys, window, sinks), _choices(query, key, sinks)
+    sizes, choices = (heads, queries, keys, window, sinks), choices_for(query, key, sinks)
     bucket = _bucket(queries, window)
     with _on(query.device):
         backward_kernels.backward_queries[lambda config: (-(-queries // config["BM"]), batch * heads)](
@@ -147,7 +163,7 @@ def _backward(
             bucket,
             **choices,
         )
-        far = _far(query, key, value, d_out, lse, delta, sizes, scale, choices) if sinks else lse
+        far = far_gradients(query, key, value, d_out, lse, delta, sizes, scale, choices) if sinks else lse
         backward_kernels.backward_keys[lambda config: (-(-keys // config["BN"]), batch * kv_heads)](
             *(query, key, value, d_out, dk, dv, far, lse, delta, *sizes, scale),
             *_strides(query, key, value, d_out, dk, dv),
@@ -157,7 +173,7 @@ def _backward(
     return dq, dk, dv
 
 
-def _far(
+def far_gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -202,11 +218,12 @@ class _Windowed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        query, key, value, *ctx.settings = inputs
+        query, key, value, *windows, _, scale = inputs
+        ctx.settings = *windows, scale  # a key of zeros only shows in the log-sum-exp
         ctx.save_for_backward(query, key, value, *output)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple:
-        return (*torch.ops.longspan.windowed_backward(d_out, *ctx.saved_tensors, *ctx.settings), None, None, None)
+        return (*torch.ops.longspan.windowed_backward(d_out, *ctx.saved_tensors, *ctx.settings), None, None, None, None)

@@ -34,6 +34,7 @@ from longspan.engine.chunked import in_chunks
 from longspan.errors import NotSupported
 from longspan.lm.attention import SCHEME, consecutive
 from longspan.lm.configuration import LongspanConfig
+from longspan.lm.packed import packed, put_back, texts_in
 from longspan.lm.reversible import Branch, reversible
 from longspan.lm.sink import SinkToken
 from longspan.lm.state import rolling_of
@@ -337,6 +338,9 @@ class LongspanModel(LongspanPreTrainedModel):
         if use_cache and past_key_values is None and self.causal and not self._going_back:
             past_key_values = DynamicCache(config=self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if packed(position_ids, attention_mask) and not (self.causal and all(a.takes_mask for a in self.attentions)):
+            self._check_packed(seen, encoder_states, kwargs)
+            return self._apart(embeds, cast(Tensor, position_ids), kwargs)
         positions = self._positions(position_ids, attention_mask, seen, embeds)
         self._check_reach(positions, seen + embeds.shape[1])
         in_order = self._in_order(attention_mask, positions, past_key_values, embeds.shape[1])
@@ -369,6 +373,37 @@ class LongspanModel(LongspanPreTrainedModel):
             for layer in self.layers:
                 hidden = layer(hidden, **inputs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    def _apart(self, embeds: Tensor, positions: Tensor, given: dict[str, Any]) -> BaseModelOutputWithPast:
+        """Rows of several texts, each text by itself. No cache comes of it: nothing can go on from several texts."""
+        positions = positions.expand(embeds.shape[:2])
+        whole = {k: v for k, v in given.items() if not isinstance(v, Tensor) or v.shape[:2] != embeds.shape[:2]}
+        parts = []
+        for texts in texts_in(positions):
+            own = {k: texts.take(v) for k, v in given.items() if k not in whole}
+            out = self.forward(
+                inputs_embeds=texts.take(embeds),
+                attention_mask=texts.real.long(),
+                position_ids=texts.take(positions),
+                use_cache=False,
+                return_dict=True,
+                **{**whole, **own},
+            )
+            parts.append((texts, out.last_hidden_state))
+        return BaseModelOutputWithPast(last_hidden_state=put_back(parts, len(embeds)))
+
+    def _check_packed(self, seen: int, encoder_states: Tensor | None, given: dict[str, Any]) -> None:
+        what = ""
+        if seen:
+            what = "a cache goes on with one text"
+        elif encoder_states is not None:
+            what = "what the encoder read belongs to one text"
+        elif any(given.get(k, getattr(self.config, k, False)) for k in ("output_hidden_states", "output_attentions")):
+            what = "states of every layer are given for whole rows only"
+        if what:
+            raise NotSupported(
+                f"several texts are packed into one row, and {what}; give one text a row, with an attention_mask"
+            )
 
     @property
     def leading(self) -> int:
@@ -432,23 +467,18 @@ class LongspanModel(LongspanPreTrainedModel):
             else:
                 mask = create_bidirectional_mask(self.config, embeds, given)
         if not all(a.takes_mask for a in self.attentions):
-            self._check_one_text(given, position_ids)
+            self._check_no_pairs(given)
             if given is not None and not bool(given.all()):
                 padding = given.bool()
                 if (short := seen + embeds.shape[1] - padding.shape[1]) > 0:  # a mask of the new tokens alone
                     padding = nn.functional.pad(padding, (short, 0), value=True)
         return mask, padding
 
-    def _check_one_text(self, given: Tensor | None, positions: Tensor | None) -> None:
+    def _check_no_pairs(self, given: Tensor | None) -> None:
         if given is not None and given.ndim != 2:
             raise NotSupported(
                 f"attention={self.config.attention} takes a mask of the padding, (batch, tokens), not one of {given.ndim} "
                 "dimensions; masks of pairs need attention=full"
-            )
-        if positions is not None and given is None and bool((positions.diff() < 0).any()):
-            raise NotSupported(
-                f"several texts are packed into one row, and attention={self.config.attention} would see across them; use "
-                "data.packing=plain or none, or attention=full"
             )
 
     def _positions(self, given: Tensor | None, mask: Tensor | None, seen: int, embeds: Tensor) -> Tensor:

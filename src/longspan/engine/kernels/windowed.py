@@ -122,12 +122,13 @@ def forward(
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     SINK: tl.constexpr,
+    ZERO: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """BM queries of one head over all keys that they see; SINK is how many sinks make a tile, 0 where there are none.
-    The log-sum-exp is to base 2."""
+    """BM queries of one head over all keys that they see; SINK is how many sinks make a tile, 0 where there are none. ZERO: each
+    also sees a key and a value of zeros. The log-sum-exp is to base 2."""
     pair = tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
     head = (pair % heads).to(tl.int64)
@@ -137,8 +138,8 @@ def forward(
     k_base = key + batch * k_batch + head // GROUP * k_head
     v_base = value + batch * v_batch + head // GROUP * v_head
     acc = tl.zeros([BM, WIDTH], tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.full([BM], 1.0 if ZERO else 0.0, tl.float32)
+    top = tl.full([BM], 0.0 if ZERO else float("-inf"), tl.float32)
     scale *= LOG2E
     first, full, ragged, end = near_keys(low, keys, window, BM, BN)
     if SINK:

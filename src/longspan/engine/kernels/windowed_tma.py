@@ -13,8 +13,10 @@ import triton.language as tl
 from longspan.engine.kernels.biased import LOG2E, read_rows
 from longspan.engine.kernels.windowed import UNSPECIALISED, far_end, near_keys, softmax_tiles
 
-HIDDEN = tl.constexpr(-1e30)
-"""A masked score: finite, so that no row needs a care of its own; a row's first real score makes what it left nothing."""
+HIDDEN = tl.constexpr(-(2.0**100))
+"""A masked score: finite, so that no row needs a care of its own; a row's first real score makes what it left nothing. A power of
+two, so that multiplying it by the scale is exact: a row that sees nothing yet takes the product, fused with a subtraction, from
+the product, and what rounding left of another number would be its exponential's undoing."""
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -26,6 +28,7 @@ def forward(
     values_described,
     out,
     lse,
+    pairs,
     heads,
     queries,
     keys,
@@ -47,21 +50,23 @@ def forward(
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     SINK: tl.constexpr,
+    ZERO: tl.constexpr,
     PRECISION: tl.constexpr,
     ALWAYS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """BM queries of one head over all keys that they see; descriptors are of blocks (1, 1, BN, WIDTH)."""
-    pair = tl.program_id(1)
+    """BM queries of one head over all keys that they see; descriptors are of blocks (1, 1, BN, WIDTH). The last queries come
+    first: those that see the fewest keys fill the gaps at the end."""
+    pair = (tl.program_id(0) % pairs).to(tl.int32)
     batch = pair // heads
     head = pair % heads
-    m = tl.program_id(0) * BM
+    m = (tl.cdiv(queries, BM) - 1 - tl.program_id(0) // pairs) * BM
     low = keys - queries + m
     q = read_rows(query + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head, m, q_row, queries, True, BM, WIDTH)
     acc = tl.zeros([BM, WIDTH], tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.full([BM], 1.0 if ZERO else 0.0, tl.float32)
+    top = tl.full([BM], 0.0 if ZERO else float("-inf"), tl.float32)
     scale *= LOG2E
     if SINK:
         k_base = key + batch.to(tl.int64) * k_batch + (head // GROUP).to(tl.int64) * k_head
