@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
-from longspan import bench_attention
+from longspan import bench_attention, bench_contenders
 from longspan.attention.base import Attention, Full, Grid, Pattern
 from longspan.attention.window import Window
 from longspan.bench_attention import AttentionBench, Row, attention, shape_of
 from longspan.bench_contenders import Contender, Work, contenders
 from longspan.cli import run
+from longspan.engine.core import reference_attention
 from longspan.errors import SpecError
 from longspan.method import catalogue
 
@@ -180,6 +184,55 @@ def test_visited_blocks_hold_the_pairs() -> None:
     assert window.visited_tflops == pytest.approx(4 * 16 * blocks / window.forward_s / 1e12)
 
 
+def test_patterns_with_kernels_of_their_own_say_what_they_visit() -> None:
+    rows = attention(lengths=[1024], specs=["longnet", "bigbird", "bigbird:globals=64"], shape=SHAPE, peers=False).rows
+    longnet, bigbird, etc = (next(r for r in rows if r.name == n) for n in ("longnet", "bigbird", "bigbird:globals=64"))
+    assert longnet.visited_tflops and longnet.forward_tflops and longnet.visited_tflops > longnet.forward_tflops
+    assert bigbird.visited_tflops == pytest.approx(bigbird.forward_tflops, rel=0.01) and etc.visited_tflops is None
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "made" / "bench.json"
+
+    def keep(row: Row, made: AttentionBench) -> None:
+        made.write(out)
+
+    first = attention(lengths=[32, 128], specs=["window:size=8"], shape=SHAPE, peers=False, on_row=keep)
+    begun = AttentionBench.read(out)
+    assert begun.to_dict() == first.to_dict()
+    measured: list[tuple[str, int]] = []
+    measure = bench_attention._measure
+
+    def measuring(row: Row, *rest: Any) -> bool:
+        measured.append((row.name, row.length))
+        return measure(row, *rest)
+
+    monkeypatch.setattr(bench_attention, "_measure", measuring)
+    begun.rows[-1].forward_s, begun.rows[-1].note = None, "failed: of a cosmic ray"
+    again = attention(
+        lengths=[64, 128], specs=["window:size=8", "linear"], shape=SHAPE, peers=False, begun=begun, on_row=keep
+    )
+    names = list(dict.fromkeys(row.name for row in first.rows))
+    wanted = [(name, 64) for name in names] + [("linear", 64), ("linear", 128), (first.rows[-1].name, 128)]
+    assert sorted(measured) == sorted(wanted)
+    assert [(r.name, r.length) for r in again.rows] == [(n, t) for n in names for t in (32, 64, 128)] + [
+        ("linear", 64),
+        ("linear", 128),
+    ]
+    assert again.settings["lengths"] == [32, 64, 128]
+    assert AttentionBench.read(out).to_dict() == again.to_dict()
+
+
+def test_results_of_another_bench_are_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    attention(lengths=[32], specs=["window:size=8"], shape=SHAPE, peers=False).write(out)
+    with pytest.raises(SpecError, match=r"heads 2.*another --out"):
+        attention(lengths=[32], shape=shape_of(4, 1, 16, None, "cpu"), begun=AttentionBench.read(out))
+    out.write_text("{}")
+    with pytest.raises(SpecError, match="no bench of attentions"):
+        AttentionBench.read(out)
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a" / "b.json"
     sizes = ["-l", "32", "-l", "64", "-l", "128", "--heads", "2", "--head-dim", "16", "--device", "cpu", "--no-peers"]
@@ -193,6 +246,36 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (["-p", "yarn:factor=2"], ["--heads", "3", "--kv-heads", "2"], ["--dtype", "int8"], ["-l", "1"]):
         assert run(["bench", "attention", "-p", "window:size=8", *sizes, *wrong]) == 2
         assert capsys.readouterr().err.count("error:") == 1
+
+
+def test_masks_of_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed under them is what they are called; on a CPU they are left out with the reason."""
+    masks = ModuleType("attn_gym.masks")
+    masks.generate_sliding_window = lambda back: lambda b, h, q, k: (q >= k) & (q - k <= back)  # type: ignore[attr-defined]
+    masks.generate_global_sliding_window = (  # type: ignore[attr-defined]
+        lambda side, wide: lambda b, h, q, k: ((q - k).abs() <= side) | wide[q] | wide[k]
+    )
+    monkeypatch.setitem(sys.modules, "attn_gym", ModuleType("attn_gym"))
+    monkeypatch.setitem(sys.modules, "attn_gym.masks", masks)
+    skipped: dict[str, str] = {}
+    names = [c.name for c in contenders(["window:size=8"], SHAPE, skipped, peers=True)]
+    gym = {"attention-gym, window of 1024", "attention-gym, Longformer's mask"}
+    assert not gym & set(names) and all("CPU" in skipped[name] for name in gym)
+    monkeypatch.setattr(bench_contenders, "_need_cuda", lambda shape: None)
+    monkeypatch.setattr(bench_contenders, "create_block_mask", lambda *x, _compile, **y: create_block_mask(*x, **y))
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: f)
+    made = {c.name: c for c in contenders(["window:size=8"], SHAPE, {}, peers=True) if c.name in gym}
+    number = torch.arange(1300)[None]
+    wanted = {True: Window(1024).visible(number, number, Grid(2, 1300, 0, True)).tril()}
+    wanted[False] = ((number.T - number).abs() <= 256) | (number == 0) | (number.T == 0)
+    for contender in made.values():
+        work = contender.prepare(1300)
+        query, key, value = (x.requires_grad_(False) for x in work.leaves)  # on a CPU it has no backward
+        with torch.no_grad():
+            out = work.run()
+            mask = wanted[contender.causal].view(1, 1, 1300, 1300)
+            torch.testing.assert_close(out, reference_attention(query, key, value, mask, 0.25), rtol=1e-4, atol=1e-4)
+        assert work.visited and work.visited >= 2 * int(mask.sum()) and work.mask_s
 
 
 def test_a_length_that_one_cannot_have_is_said() -> None:

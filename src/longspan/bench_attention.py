@@ -10,6 +10,7 @@ cannot run it twice.
 from __future__ import annotations
 
 import gc
+import json
 import math
 import statistics
 import time
@@ -73,6 +74,12 @@ class AttentionBench:
     def names(self) -> list[str]:
         return list(dict.fromkeys(row.name for row in self.rows))
 
+    def add(self, row: Row) -> None:
+        """Behind those of its name, in the order of lengths."""
+        own = [number for number, other in enumerate(self.rows) if other.name == row.name]
+        longer = [number for number in own if self.rows[number].length > row.length]
+        self.rows.insert(longer[0] if longer else own[-1] + 1 if own else len(self.rows), row)
+
     def growth(self, name: str, what: str) -> float | None:
         """The exponent e of what ~ length^e, fitted to the longer half of the lengths; None for fewer than three."""
         points = [(row.length, value) for row in self.rows if row.name == name and (value := getattr(row, what))]
@@ -88,6 +95,22 @@ class AttentionBench:
         rows = [asdict(row) for row in self.rows]
         made = {"what": "attention", "settings": self.settings, "rows": rows, "growth": growth, "skipped": self.skipped}
         return {**made, "targets": self.targets()}
+
+    @classmethod
+    def read(cls, path: Path) -> AttentionBench:
+        """What `write` wrote. Raises `SpecError` for any other file."""
+        try:
+            made = json.loads(path.read_text(encoding="utf-8"))
+            return cls(made["settings"], [Row(**row) for row in made["rows"]], made["skipped"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise SpecError(f"{path} holds no bench of attentions; give another --out, or delete it") from error
+
+    def write(self, path: Path) -> None:
+        """As JSON; a file that is there is replaced in one step."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.new")
+        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
 
     def targets(self) -> dict[str, Any]:
         """What is read off most: speed at 32k beside dense SDPA, the share of masks at 128k and 4M, and the time a token from 64k
@@ -137,17 +160,32 @@ def attention(
     shape: Shape,
     most_s: float = 10.0,
     peers: bool = True,
-    on_row: Callable[[Row], None] | None = None,
+    begun: AttentionBench | None = None,
+    on_row: Callable[[Row, AttentionBench], None] | None = None,
 ) -> AttentionBench:
     """specs: which attentions; left out, all of the catalogue. most_s: a contender stops before the length at which one call
-    would take longer. Raises `SpecError` for what is no attention or no length."""
+    would take longer. begun: an earlier run, of which what was measured is not measured again. on_row: is given every row when
+    it is there, and all that there is. Raises `SpecError` for what is no attention or no length, or where `begun` has other
+    settings."""
     chosen = sorted(set(lengths)) or list(LENGTHS[shape.device.type])
     if chosen[0] < 2:
         raise SpecError(f"a text has at least 2 tokens, not {chosen[0]}")
     made = AttentionBench(_settings(shape, chosen))
+    if begun is not None:
+        _join(made, begun)
     for contender in contenders(list(specs), shape, made.skipped, peers=peers):
-        _climb(made, contender, chosen, shape, most_s, on_row or (lambda row: None))
+        _climb(made, contender, chosen, shape, most_s, lambda row: on_row(row, made) if on_row else None)
     return made
+
+
+def _join(made: AttentionBench, begun: AttentionBench) -> None:
+    """Takes over what an earlier run measured."""
+    then, now = ({**x.settings, "lengths": None} for x in (begun, made))
+    if then != now:
+        differ = ", ".join(f"{key} {then.get(key)}" for key in now if then.get(key) != now[key])
+        raise SpecError(f"the results that are there have {differ}; give another --out, or delete them")
+    made.rows = [row for row in begun.rows if row.forward_s]
+    made.settings["lengths"] = sorted({*made.settings["lengths"], *(row.length for row in made.rows)})
 
 
 def _climb(
@@ -158,16 +196,21 @@ def _climb(
     most_s: float,
     on_row: Callable[[Row], None],
 ) -> None:
+    known = {row.length: row for row in made.rows if row.name == contender.name}
     done: list[tuple[int, float]] = []
     for length in lengths:
         row = Row(contender.name, contender.kind, "causal" if contender.causal else "bidirectional", length)
         expected = _expected(done, length, 1.0 if contender.linear else 2.0)
-        if ends := expected > most_s:
-            row.note = f"would take about {expected:.0f} s"
+        ends = False
+        if length in known:
+            row = known[length]
         else:
-            ends = _measure(row, contender, shape)
-        made.rows.append(row)
-        on_row(row)
+            if ends := expected > most_s:
+                row.note = f"would take about {expected:.0f} s"
+            else:
+                ends = _measure(row, contender, shape)
+            made.add(row)
+            on_row(row)
         if ends:
             return
         if row.forward_s:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from longspan.attention.base import Attention, Full, Grid, Pattern
 from longspan.engine import fa4
-from longspan.engine.block_tables import SIZE, block_size
+from longspan.engine.block_tables import block_size
 from longspan.engine.masks import pieces
 from longspan.engine.patterns import Call, attend
 from longspan.engine.routes import choose, dense_first, through
@@ -68,7 +69,7 @@ class Work:
     pairs: float | None = None
     """Pairs of a query and a key that it sees, of all heads together."""
     visited: float | None = None
-    """Pairs of the blocks that hold any of these, of all heads; None where a pattern has no blocks."""
+    """Pairs of the blocks that hold any of these, of all heads (`Pattern.visited`); None where a pattern has no blocks."""
     way: str = ""
     why: str = ""
     mask_s: float | None = None
@@ -112,17 +113,19 @@ def contenders(specs: list[str], shape: Shape, skipped: dict[str, str], *, peers
                 yield Contender(f"{method.spec}, {title}", "attention", causal, by_way, linear)
         elif not isinstance(method, Full):
             yield Contender(method.spec, "layer", causal, partial(_layer, method, shape, causal))
-    for name, (causal, make) in PEERS.items() if peers else ():
+    for name, (kind, causal, make) in PEERS.items() if peers else ():
         try:
-            yield Contender(name, "layer", causal, make(shape))
+            yield Contender(name, kind, causal, make(shape))
         except ImportError as error:
             skipped[name] = f"{error.name or error} is not installed"
+        except NotSupported as error:
+            skipped[name] = str(error)
 
 
 def _slower(pattern: Pattern, shape: Shape, causal: bool) -> Iterator[tuple[str, str]]:
     """Ways beside the one that a window goes by itself, and what they are called."""
-    if shape.device.type == "cuda" and causal and (kept := pattern.kept()) is not None:
-        if not kept[0] and fa4.installed():
+    if shape.device.type == "cuda" and causal and pattern.kept() is not None:
+        if fa4.installed():
             yield "kernel", "own kernels"
         yield "flex", "FlexAttention"
 
@@ -161,14 +164,12 @@ def _pattern(pattern: Pattern, shape: Shape, causal: bool, way: str | None, leng
 
     pairs = pattern.pairs(grid)
     if way is None and type(pattern).run is not Pattern.run:
-        return Work(run, leaves, pairs, way="own")
+        return Work(run, leaves, pairs, pattern.visited(grid, shape.device), "own")
     tables_s = _tables_s(pattern, grid, shape.device)  # first, since they are kept
     with through(way) if way else contextlib.nullcontext():
         route = choose(pattern, call, grid)
     mask_s = tables_s if route.way == "flex" else _masks_s(pattern, call, grid) if route.way == "masks" else 0.0
-    blocks = pattern.blocks(grid, SIZE, shape.device)
-    visited = None if blocks is None else float(shape.heads * blocks.visited())
-    return Work(run, leaves, pairs, visited, route.way, route.why, mask_s)
+    return Work(run, leaves, pairs, pattern.visited(grid, shape.device), route.way, route.why, mask_s)
 
 
 def _is_linear(pattern: Pattern, grid: Grid) -> bool:
@@ -314,7 +315,8 @@ def _linear_attention(shape: Shape) -> Callable[[int], Work]:
     from fla.layers import LinearAttention
 
     def make(length: int) -> tuple[nn.Module, Any]:
-        return LinearAttention(hidden_size=shape.hidden, num_heads=shape.heads), lambda m, x: m(x)[0]
+        module = LinearAttention(hidden_size=shape.hidden, num_heads=shape.heads, feature_map="elu")  # as ours
+        return module, lambda m, x: m(x)[0]
 
     return partial(_module, make, shape)
 
@@ -334,11 +336,62 @@ def _x_transformers(shape: Shape) -> Callable[[int], Work]:
     return partial(_module, make, shape)
 
 
-PEERS: dict[str, tuple[bool, Callable[[Shape], Callable[[int], Work]]]] = {
-    "transformers Longformer": (False, _longformer),
-    "transformers BigBird": (False, _big_bird),
-    "transformers Reformer": (True, _reformer),
-    "flash-linear-attention": (True, _linear_attention),
-    "x-transformers": (True, _x_transformers),
+def _gym_window(shape: Shape) -> Callable[[int], Work]:
+    from attn_gym.masks import generate_sliding_window
+
+    _need_cuda(shape)
+    return partial(
+        _masked, shape, lambda length: generate_sliding_window(1023)
+    )  # so far back, besides the token itself
+
+
+def _gym_longformer(shape: Shape) -> Callable[[int], Work]:
+    from attn_gym.masks import generate_global_sliding_window
+
+    _need_cuda(shape)
+
+    def mask(length: int) -> Any:
+        return generate_global_sliding_window(256, torch.arange(length, device=shape.device) == 0)
+
+    return partial(_masked, shape, mask)
+
+
+def _need_cuda(shape: Shape) -> None:
+    if shape.device.type != "cuda":
+        raise NotSupported("FlexAttention has no backward on a CPU")
+
+
+def _masked(shape: Shape, make: Callable[[int], Any], length: int) -> Work:
+    """FlexAttention under a function of query and key, whose blocks torch finds out."""
+    query, key, value = leaves = shape.leaves(length)
+    for _ in range(2):  # the first compiles
+        wait(shape.device)
+        start = time.perf_counter()
+        mask = create_block_mask(make(length), None, None, length, length, device=shape.device.type, _compile=True)
+        wait(shape.device)
+    mask_s = time.perf_counter() - start
+    grouped, attend = shape.heads != shape.kv_heads, torch.compile(flex_attention, dynamic=False)
+    blocks = mask.kv_num_blocks.sum() + (0 if mask.full_kv_num_blocks is None else mask.full_kv_num_blocks.sum())
+    visited = shape.heads * float(blocks) * mask.BLOCK_SIZE[0] * mask.BLOCK_SIZE[1]
+    return Work(
+        lambda: attend(query, key, value, block_mask=mask, enable_gqa=grouped),
+        leaves,
+        None,
+        visited,
+        "flex",
+        "",
+        mask_s,
+    )
+
+
+PEERS: dict[str, tuple[str, bool, Callable[[Shape], Callable[[int], Work]]]] = {
+    "transformers Longformer": ("layer", False, _longformer),
+    "transformers BigBird": ("layer", False, _big_bird),
+    "transformers Reformer": ("layer", True, _reformer),
+    "flash-linear-attention": ("layer", True, _linear_attention),
+    "x-transformers": ("layer", True, _x_transformers),
+    "attention-gym, window of 1024": ("attention", True, _gym_window),
+    "attention-gym, Longformer's mask": ("attention", False, _gym_longformer),
 }
-"""Modules of other libraries: whether they are causal, and what makes them; ImportError where they are not installed."""
+"""What other libraries have: what it is timed as, whether it is causal, and what makes it; ImportError where it is not
+installed."""

@@ -103,8 +103,7 @@ def print_attention(made: AttentionBench, out: Path | None, as_json: bool) -> No
     if out is not None:
         from longspan.bench_attention import draw
 
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(made.to_dict(), indent=1) + "\n", encoding="utf-8")
+        made.write(out)
         draw(made, out.with_suffix(".png"))
     if as_json:
         print_json(made.to_dict())
@@ -113,7 +112,8 @@ def print_attention(made: AttentionBench, out: Path | None, as_json: bool) -> No
     print_table([*columns, "mask share"], [_attention_row(row) for row in made.rows])
     measured = ("forward_s", "backward_s", "peak_bytes")
     growth = [[name, *(_figure(made.growth(name, what)) for what in measured)] for name in made.names()]
-    print_table(["grows as length to the power of", "forward", "backward", "peak"], growth)
+    if growth := [line for line in growth if any(line[1:])]:
+        print_table(["grows as length to the power of", "forward", "backward", "peak"], growth)
     for what, rows in made.targets().items():
         if what.startswith("at_") and rows:
             columns = [f"{int(what[3:]):,} tokens", "forward ms", "backward / forward", "TFLOP/s on visited blocks"]

@@ -16,6 +16,8 @@ from pathlib import Path
 MEASURED = Path(__file__).parents[2] / "reproductions" / "speed" / "attention.json"
 """Where the stored result lies in a checkout."""
 UNKNOWN = "not measured yet"
+DENSE = "dense SDPA"
+"""What the bench calls full attention."""
 
 CLASSES = {
     "FP": (
@@ -138,10 +140,16 @@ OTHERS = (
 
 
 def measured(path: Path = MEASURED) -> dict[str, float]:
-    """Exponents of time by method from a stored bench of attention, under its key `exponents`; empty where there is no file."""
+    """Exponents of the forward's time by method, from what `longspan bench attention` wrote; empty where there is no file. Of a
+    method that was measured several times (other settings, other ways) the first counts; dense SDPA stands for `full`."""
     if not path.exists():
         return {}
-    return {name: float(value) for name, value in json.loads(path.read_text()).get("exponents", {}).items()}
+    found: dict[str, float] = {}
+    for name, grows in json.loads(path.read_text(encoding="utf-8"))["growth"].items():
+        method = "full" if name == DENSE else name.partition(":")[0]
+        if grows["forward_s"] is not None:
+            found.setdefault(method, float(grows["forward_s"]))
+    return found
 
 
 def _row(entry: Entry, exponents: Mapping[str, float]) -> str:
