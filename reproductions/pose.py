@@ -144,9 +144,10 @@ def judge(found: dict[str, dict[str, Any]]) -> dict[str, bool]:
     """The claims that what was measured can decide."""
     said = {}
     for times in ("x4", "x8"):
-        ours, control, full = (found.get(f"yarn-{times}{more}") for more in ("", "-no-skips", "-full"))
-        if ours:
-            said[f"yarn-{times}: PoSE finds 90 % of passkeys at its target"] = at_target(ours) >= 0.9
+        control, full = (found.get(f"yarn-{times}{more}") for more in ("-no-skips", "-full"))
+        for more in ("", "-halves", "-lora"):
+            if one := found.get(f"yarn-{times}{more}"):
+                said[f"yarn-{times}{more}: PoSE finds 90 % of passkeys at its target"] = at_target(one) >= 0.9
         if control:
             said[f"yarn-{times}: without skips it does not"] = at_target(control) < 0.9
         for more in ("", "-halves", "-lora"):

@@ -6,15 +6,20 @@ A text is 0w0w, w random symbols from 1 to N; a language model of one layer is t
 model is trained with full attention (one bucket, queries and keys shared) and one for each number of hashes, and every one is
 read with full attention and with 1, 2, 4 and 8 hashes. The defaults are the paper's sizes: N = 127, length 1,024, width 256,
 4 heads, 150,000 steps. The paper does not give the chunk, the batch, the learning rate and the kind of positions; here they
-are 32 (the chunk that its Table 3 assumes), 32, 0.001 with warm-up and linear decay, and learned positions.
-One JSON file for each trained model is written; those that are there are not trained again.
+are 32 (the chunk that its Table 3 assumes), 32, 0.001 with warm-up and linear decay, and learned positions. 150,000 steps are
+hours; `--steps 30000 --jobs 4` trains the four models at once in minutes on a GPU.
+One JSON file for each trained model is written, at every tenth of its way; those that are whole are not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +61,8 @@ def build(options: argparse.Namespace, hashes: str, device: str) -> LongspanForC
     return LongspanForCausalLM(config).to(device)
 
 
-def train(options: argparse.Namespace, hashes: str, device: str) -> LongspanForCausalLM:
+def train(options: argparse.Namespace, hashes: str, device: str) -> Iterator[tuple[int, LongspanForCausalLM]]:
+    """The steps done and the model, at every tenth of the way."""
     model = build(options, hashes, device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
     warm = max(1, options.steps // 50)
@@ -72,9 +78,9 @@ def train(options: argparse.Namespace, hashes: str, device: str) -> LongspanForC
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % max(1, options.steps // 10) == 0:
-            print(f"  trained with {hashes}: step {step:,}, loss {loss.item():.3f}", flush=True)
-    return model
+        if (step + 1) % max(1, options.steps // 10) == 0 or step + 1 == options.steps:
+            print(f"  trained with {hashes}: step {step + 1:,}, loss {loss.item():.3f}", flush=True)
+            yield step + 1, model
 
 
 @torch.no_grad()
@@ -91,29 +97,48 @@ def accuracy(options: argparse.Namespace, trained: LongspanForCausalLM, hashes: 
     return torch.stack(right).mean().item()
 
 
-def measure(options: argparse.Namespace, hashes: str, device: str) -> dict[str, Any]:
+def measure(options: argparse.Namespace, hashes: str, device: str) -> None:
+    """Trains one model; what is known of it so far is in its file."""
     start = time.perf_counter()
-    model = train(options, hashes, device)
-    return {
-        "trained_with": hashes,
-        "seconds": time.perf_counter() - start,
-        "accuracy": {read: accuracy(options, model, read, device) for read in READ_WITH},
-        "texts": options.held_out * options.batch,
-        "settings": settings_of(options),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    for done, model in train(options, hashes, device):
+        found = {
+            "trained_with": hashes,
+            "steps_done": done,
+            "seconds": time.perf_counter() - start,
+            "accuracy": {read: accuracy(options, model, read, device) for read in READ_WITH},
+            "texts": options.held_out * options.batch,
+            "settings": settings_of(options),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        place(options, hashes).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def place(options: argparse.Namespace, hashes: str) -> Path:
+    return Path(options.out, f"trained-{hashes}.json")
+
+
+def whole(options: argparse.Namespace, hashes: str) -> dict[str, Any] | None:
+    """The result of a model that was trained to its end."""
+    if not place(options, hashes).is_file():
+        return None
+    found: dict[str, Any] = json.loads(place(options, hashes).read_text(encoding="utf-8"))
+    if found["settings"] != settings_of(options):
+        raise SystemExit(f"{place(options, hashes)} is of a run with other settings; give another folder to --out")
+    return found if found.get("steps_done", options.steps) == options.steps else None
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name not in ("out", "train")}
+    return {name: value for name, value in vars(options).items() if name not in ("out", "train", "jobs", "one")}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", default="full,4,2,1", help="full, or a number of hashes; several with commas")
+    parser.add_argument("--jobs", type=int, default=1, help="models at once on the device")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--form", default="paper", choices=("paper", "trax", "aligned"))
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     sizes = {"length": 1024, "symbols": 127, "width": 256, "heads": 4, "layers": 1, "chunk": 32, "batch": 32}
@@ -124,18 +149,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        measure(options, options.one, "cuda" if torch.cuda.is_available() else "cpu")
+        return
+    given = sys.argv[1:] if arguments is None else arguments
+    asked = options.train.split(",")
+    work = [hashes for hashes in asked if whole(options, hashes) is None]
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for hashes, code in zip(work, pool.map(lambda one: carry_out(one, given), work), strict=True):
+            if code:
+                print(f"trained with {hashes}: failed, exit code {code}")
     print("accuracy by the attention read with: " + "  ".join(f"{r:>6}" for r in READ_WITH))
-    for hashes in options.train.split(","):
-        file = options.out / f"trained-{hashes}.json"
-        if not file.is_file():
-            file.write_text(json.dumps(measure(options, hashes, device), indent=1) + "\n", encoding="utf-8")
-        result = json.loads(file.read_text(encoding="utf-8"))
-        if result["settings"] != settings_of(options):
-            raise SystemExit(f"{file} is of a run with other settings; give another folder to --out")
-        found = result["accuracy"]
-        print(f"{'trained with ' + hashes:>36} " + "  ".join(f"{100 * found[r]:5.1f}%" for r in READ_WITH), flush=True)
+    for hashes in asked:
+        if (result := whole(options, hashes)) is not None:
+            found = result["accuracy"]
+            print(f"{'trained with ' + hashes:>36} " + "  ".join(f"{100 * found[r]:5.1f}%" for r in READ_WITH))
+
+
+def carry_out(hashes: str, given: list[str]) -> int:
+    return subprocess.run([sys.executable, __file__, *given, "--one", hashes], check=False).returncode
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 Takes a small model of our own (`longspan-7m`, trained on texts of 512 tokens), gives it memory, and trains it on the task
 `memorize`: a fact stands before everything else, a question at the end, and texts that say nothing of it between them. The
 curriculum is the paper's, from one segment to more, each stage from the weights before; here with shorter texts among a stage's
-own. A stage is gone through again until 99 % of held-out texts are answered, at most `--tries` times, and no new stage is begun
-once `--budget` seconds are gone. The model then reads texts of up to a million tokens, a segment at a time, in rows of different
-facts and different noise.
+own. A stage is gone through again until 99 % of held-out texts are answered, at most `--tries` times, and none is begun that, by
+the one before, would end after `--budget` seconds. The model then reads texts of up to a million tokens, a segment at a time, in
+rows of different facts and different noise.
 
 An answer is right if greedy decoding says just the place. Beside it the same model is given each text's last segment alone, which
 holds the question and not the fact: a guess is right one time in six. What is judged: two segments are solved; texts 64 times as
@@ -23,10 +23,12 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -127,7 +129,9 @@ def measure(model: Any, tokenizer: Any, length: int, count: int, options: argpar
         rows = min(options.rows, count - start)
         samples = texts(tokenizer, length, rows, 10**6 + start)
         answers = [task.answer(tokenizer, sample) for sample in samples]
-        ids = torch.tensor([sample.tokens for sample in samples])
+        ids = torch.from_numpy(
+            np.array([np.array(sample.tokens) for sample in samples])
+        )  # not from lists: that is slow
         hits += said(model, ids, answers)
         alone += said(model, ids[:, -(ids.shape[1] % model.config.segment or model.config.segment) :], answers)
     return {
@@ -145,24 +149,31 @@ def share(hits: list[bool]) -> dict[str, Any]:
     return {"value": sum(hits) / len(hits), "interval": wilson(sum(hits), len(hits))}
 
 
-def curriculum(options: argparse.Namespace) -> tuple[str, int, list[dict[str, Any]]]:
-    """The last model, how many segments it was trained on, and what each stage came to."""
-    begun, model, longest, stages = time.perf_counter(), options.model, 0, []
+def curriculum(options: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], None]) -> tuple[str, int]:
+    """The last model and how many segments it was trained on. keep: given what all stages so far came to, after each."""
+    begun, model, longest = time.perf_counter(), options.model, 0
+    stages: list[dict[str, Any]] = []
     for stage in (int(part) for part in options.stages.split(",")):
         for _ in range(options.tries):
-            if stages and time.perf_counter() - begun > options.budget:
-                return model, longest, stages
+            at = time.perf_counter()
+            if stages and at - begun + stages[-1]["seconds"] * stage / stages[-1]["segments"] > options.budget:
+                print(f"no time for {stage} segments")
+                return model, longest
             done = train(stage, len(stages), model, options)
             model, longest = done.model, max(longest, stage)
             loaded, tokenizer = ls.load(model, dtype="float32")
-            found = measure(loaded, tokenizer, stage * options.segment, options.count, options)
-            stages.append({"segments": stage, "steps": done.steps, "loss": done.loss, "right": found["right"]["value"]})
+            right = measure(loaded, tokenizer, stage * options.segment, options.count, options)["right"]["value"]
+            told = {"segments": stage, "steps": done.steps, "loss": done.loss, "right": right}
+            stages.append(told | {"train_s": done.seconds, "seconds": time.perf_counter() - at})
             print(
-                f"{stage} segments: {found['right']['value']:.3f} right after {done.steps} steps, loss {done.loss:.3f}"
+                f"{stage} segments: {right:.3f} right, {{steps}} steps, loss {{loss:.3f}}, {{seconds:.0f}} s".format(
+                    **stages[-1]
+                )
             )
-            if found["right"]["value"] >= SOLVED:
+            keep(stages)
+            if right >= SOLVED:
                 break
-    return model, longest, stages
+    return model, longest
 
 
 def lengths(longest: int, options: argparse.Namespace) -> list[int]:
@@ -200,14 +211,14 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--stages", default="1,2,3,4,6,8", help="segments of each stage")
     parser.add_argument("--tokens", type=int, default=10, help="of memory")
     parser.add_argument("--segment", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=300, help="of a stage")
-    parser.add_argument("--tries", type=int, default=3, help="how often a stage is gone through at most")
-    parser.add_argument("--budget", type=float, default=360.0, help="seconds after which no stage is begun")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=20_000, help="texts of a stage at most")
+    parser.add_argument("--steps", type=int, default=150, help="of a stage")
+    parser.add_argument("--tries", type=int, default=4, help="how often a stage is gone through at most")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds within which all stages are to end")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=6000, help="texts of a stage at most")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=256, help="held-out texts of a length")
+    parser.add_argument("--count", type=int, default=256, help="held-out texts of a length; of very long ones --rows")
     parser.add_argument("--rows", type=int, default=64, help="texts that are read side by side")
     parser.add_argument("--longest", default="1m", help="tokens of the longest text")
     parser.add_argument("--small", action="store_true", help="a few small steps, to see that it runs")
@@ -219,17 +230,22 @@ def main(given: list[str] | None = None) -> None:
     if parser.parse_args(given).small:
         parser.set_defaults(**SMALL)
     options = parser.parse_args(given)
-    model_name, longest, stages = curriculum(options)
-    model, tokenizer = ls.load(model_name, dtype="float32")
     settings = {
         key: value if isinstance(value, int | float | str) else str(value) for key, value in vars(options).items()
     }
-    device = cost.machine(model.device)
-    made = {"command": cost.command_line(), **cost.versions(), **device, "settings": settings, "stages": stages}
+    device = cost.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    made = {"command": cost.command_line(), **cost.versions(), **device, "settings": settings}
+
+    def keep(stages: list[dict[str, Any]]) -> None:
+        made["stages"] = stages
+        write(made, options.out)
+
+    model_name, longest = curriculum(options, keep)
+    model, tokenizer = ls.load(model_name, dtype="float32")
     found: list[dict[str, Any]] = []
     print(f"{'tokens':>10} {'segments':>9}  right                  last segment alone     peak GB        s")
     for length in lengths(longest, options):
-        count = options.count if length <= FARTHER * longest * options.segment else min(options.rows, options.count)
+        count = options.count if length <= FARTHER * 2 * options.segment else min(options.rows, options.count)
         one = measure(model, tokenizer, length, count, options)
         found.append(one)
         cells = [(one[key]["value"], *one[key]["interval"]) for key in ("right", "last_segment_alone")]

@@ -129,17 +129,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     options = parser.parse_args(arguments)
-    found = {sink: measure(sink, options) for sink in options.sinks.split(",")}
+    found: dict[str, dict[str, Any]] = {}
     print("loss by first tokens kept:      " + "  ".join(f"{kept:>6}" for kept in KEPT) + "  recomputed")
-    for sink, result in found.items():
+    for sink in options.sinks.split(","):
+        result = found[sink] = measure(sink, options)
         row = "  ".join(f"{result['nll_by_kept_tokens'][str(kept)]:6.3f}" for kept in KEPT)
-        print(f"{'sink ' + sink:>31} {row}  {result['nll_recomputed']:10.3f}")
-    said = judge(found)
-    for claim, holds in said.items():
+        print(f"{'sink ' + sink:>31} {row}  {result['nll_recomputed']:10.3f}", flush=True)
+        write(found, options.out)
+    for claim, holds in judge(found).items():
         print(f"{'holds' if holds else 'does not hold'}: {claim}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"models": found, "claims": said}, indent=1)
-    (options.out / "sinks.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write(found: dict[str, dict[str, Any]], folder: Path) -> None:
+    """What there is so far: a run that is broken off leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"models": found, "claims": judge(found)}, indent=1)
+    (folder / "sinks.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

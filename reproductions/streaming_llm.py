@@ -1,24 +1,29 @@
 """StreamingLLM over a stream of any length, beside what else could read it: is the loss level, the step, the memory?
 
     python reproductions/streaming_llm.py TEXT --tokens 100000 --out reproductions/streaming_llm
-    python reproductions/streaming_llm.py TEXT --tokens 4m --chunk 16k --probe 256 --out reproductions/streaming_llm
+    python reproductions/streaming_llm.py TEXT --tokens 4m --chunk 16k --probe 64 --out reproductions/streaming_llm
     python reproductions/streaming_llm.py TEXT --method streaming:sinks=0,window=2048 --out reproductions/streaming_llm
 
 Reads TEXT (.txt or .txt.gz; several files follow one another, and come again where they are used up) with the built-in model and
 `streaming` on it, through the fixed-shape step, scoring each token as it comes. With --chunk tokens pass in chunks, which give
 the same result, and only the last `probe` tokens of every tenth one by one. Writes one record for every tenth of the way: mean
-NLL, median milliseconds a step, bytes of the cache. The paper's figure is that the loss stays level to four million tokens.
+NLL, median milliseconds a step, bytes of the cache. The paper's figure is that the loss stays level to four million tokens; since
+passages differ by more than a drift would, the stream ends with the passage that it begins with (100,000 tokens, or a quarter of
+a shorter stream), and what is judged is its loss at both places, within 2 %, and that steps and the cache are level.
 
 Beside it, in the same run and on the same tokens, the last `probe` before 8k, 16k, 32k, … tokens (--no-peers leaves them out):
 
     window recomputed     as many tokens as the cache holds, read anew for every token: the paper's baseline
     dense cache           stock attention over everything so far, until it is out of memory or out of --peer-s seconds
     static cache          stock `generate` with transformers' compiled static cache (CUDA; time only)
+
+What streaming comes to is in the file before the peers begin, and each peer's records as soon as it is done.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import gzip
 import json
 import statistics
@@ -45,6 +50,11 @@ SEGMENTS = 10
 PROMPT = 4096
 READ = 16384
 """Tokens that the dense peer reads at once."""
+PASSAGE = 100_000
+"""Tokens of the passage that a stream begins and ends with."""
+LEVEL = 0.02
+TIME_LEVEL = 0.1
+"""How far loss and time of a step may be from where they began."""
 
 
 def read(path: Path) -> str:
@@ -52,9 +62,32 @@ def read(path: Path) -> str:
 
 
 def tokens_of(texts: list[Path], tokenizer: Any, count: int) -> Tensor:
-    """(1, count): the texts after one another, again and again."""
-    ids = [i for path in texts for i in tokenizer(read(path), verbose=False)["input_ids"]]
-    return torch.tensor([(ids * -(-count // len(ids)))[:count]])
+    """(1, count): the texts after one another, again and again, and at the end the passage that they begin with."""
+    ids = torch.tensor([i for path in texts for i in tokenizer(read(path), verbose=False)["input_ids"]])
+    stream = ids.repeat(-(-count // len(ids)))[:count]
+    last = passage(count)
+    stream[-last:] = stream[:last].clone()
+    return stream[None]
+
+
+def passage(count: int) -> int:
+    """Tokens of the passage that a stream of `count` begins and ends with."""
+    return min(PASSAGE, count // 4)
+
+
+def level(losses: Tensor, records: list[dict[str, Any]], prompt: int) -> dict[str, Any]:
+    """The passage's mean loss at the stream's beginning, past the prompt, and at its end, and what holds. losses (count,), NaN
+    where a token was not read: of the prompt, and of the last ones, fewer than `SEGMENTS`, and what comes after them."""
+    count, last = len(losses), passage(len(losses))
+    first, again = (losses[begin + prompt : begin + last - SEGMENTS].mean().item() for begin in (0, count - last))
+    steps, sizes = [r["ms_per_step"] for r in records], {r["cache_bytes"] for r in records}
+    even = all(abs(step / steps[0] - 1) <= TIME_LEVEL for step in steps)
+    said = {
+        f"at the end a passage's loss is within {LEVEL:.0%} of that at the beginning": abs(again / first - 1) <= LEVEL,
+        f"a step takes the same time in every tenth, within {TIME_LEVEL:.0%} of the first": even,
+        "the cache is level": len(sizes) == 1,
+    }
+    return {"passage_tokens": last - SEGMENTS - prompt, "first_nll": first, "last_nll": again, "claims": said}
 
 
 def length(text: str) -> int:
@@ -211,20 +244,27 @@ def measured(records: Iterator[dict[str, Any]], peer: str) -> list[dict[str, Any
 
 def peers(
     model: Any, ids: Tensor, made: Stream, options: argparse.Namespace, places: list[int]
-) -> list[dict[str, Any]]:
-    """Records of all peers, each beside streaming's figures on the same tokens."""
+) -> Iterator[list[dict[str, Any]]]:
+    """All records of one peer after another, each beside streaming's figures on the same tokens."""
     probe, most = options.probe, options.peer_s
-    records = measured(recomputed(model, ids, places, options.capacity, probe), "window recomputed")
-    records += measured(dense(model, ids, places, probe, most), "dense cache")
+    running = [
+        ("window recomputed", recomputed(model, ids, places, options.capacity, probe)),
+        ("dense cache", dense(model, ids, places, probe, most)),
+    ]
     if model.device.type == "cuda":
-        sizes = [options.capacity, *(p for p in places if p > options.capacity)]
-        records += measured(static(model, ids, sizes, probe, most), "static cache")
-    for record in records:
-        if "nll" in record:
-            part = slice(record["at"] - probe, record["at"])
-            record["streaming_nll"] = made.losses[part].mean().item()
-            record["streaming_ms_per_step"] = 1000 * made.times[part].nanmedian().item()
-    return records
+        sizes = [options.capacity, *places[2::2]]  # each is compiled anew
+        running.append(("static cache", static(model, ids, sizes, probe, most)))
+    for peer, found in running:
+        records = measured(found, peer)
+        for record in records:
+            if "nll" in record:
+                part = slice(record["at"] - probe, record["at"])
+                record["streaming_nll"] = made.losses[part].mean().item()
+                record["streaming_ms_per_step"] = 1000 * made.times[part].nanmedian().item()
+        yield records
+        gc.collect()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def told(record: dict[str, Any]) -> str:
@@ -244,13 +284,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=length, default=0, help="tokens read at once between single steps")
     parser.add_argument("--probe", type=length, default=32, help="single steps that are compared with peers")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--peer-s", type=float, default=120.0, help="seconds after which a peer stops")
+    parser.add_argument("--peer-s", type=float, default=90.0, help="seconds after which a peer stops")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    if passage(options.tokens) < 2 * options.prompt:
+        raise SystemExit(
+            f"--tokens {options.tokens:,} are too few for a prompt of {options.prompt:,}: 8 times that or more"
+        )
     model, tokenizer = ls.load(options.model)
     ids = tokens_of(options.text, tokenizer, options.tokens).to(model.device)
     places = [2 * options.prompt << i for i in range(30) if 2 * options.prompt << i < ids.shape[1]]
@@ -283,8 +327,22 @@ def main(arguments: list[str] | None = None) -> None:
         "transformers": transformers.__version__,
         "peak_bytes": peak,
         "segments": records,
-        "peers": peers(model, ids, made, options, places),
+        "level": level(made.losses, records, options.prompt),
+        "peers": [],
     }
+    said = result["level"]
+    print(f"the same passage: NLL {said['first_nll']:.4f} at the beginning, {said['last_nll']:.4f} at the end")
+    for claim, holds in said["claims"].items():
+        print(f"{'holds' if holds else 'does not hold'}: {claim}", flush=True)
+    write(result, options)
+    if options.peers:
+        for found in peers(model, ids, made, options, places):
+            result["peers"] += found
+            write(result, options)
+
+
+def write(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """What there is so far: a run that is broken off leaves it."""
     options.out.mkdir(parents=True, exist_ok=True)
     name = options.method.replace(":", "-").replace(",", "-").replace("=", "")
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

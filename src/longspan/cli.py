@@ -554,7 +554,10 @@ def bench_attention(
     head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     most_s: Annotated[float, typer.Option(help="Seconds of one call past which longer texts are left out.")] = 10.0,
     peers: Annotated[bool, typer.Option(help="Modules of other libraries too.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Also write this JSON file, and a plot beside it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Also write this JSON file, and a plot beside it. What is in it is not measured again."),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
@@ -563,19 +566,21 @@ def bench_attention(
     """Time and memory of every pattern and mixer, by length, beside dense attention."""
     from longspan import bench_attention
 
+    def keep(row: AttentionRow, made: bench_attention.AttentionBench) -> None:
+        typer.echo(f"{row.name}, {row.length:,}: {row.note or f'{1e3 * (row.forward_s or 0):.4g} ms'}", err=True)
+        if out is not None:
+            made.write(out)
+
     made = bench_attention.attention(
         lengths=[_size(x) for x in lengths or ()],
         specs=patterns or (),
         shape=bench_attention.shape_of(heads, kv_heads or heads, head_dim, dtype, device),
         most_s=most_s,
         peers=peers,
-        on_row=_say_attention,
+        begun=bench_attention.AttentionBench.read(out) if out is not None and out.exists() else None,
+        on_row=keep,
     )
     print_attention(made, out, as_json)
-
-
-def _say_attention(row: AttentionRow) -> None:
-    typer.echo(f"{row.name}, {row.length:,}: {row.note or f'{1e3 * (row.forward_s or 0):.4g} ms'}", err=True)
 
 
 def _say_row(row: Row) -> None:

@@ -250,7 +250,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     if kinds and not any(k.endswith(_CAUSAL) for k in kinds):
         raise NotSupported(
             f"{', '.join(kinds) or config.model_type} in {folder} is no decoder-only language model; longspan needs one, such as "
-            "a LlamaForCausalLM"
+            "a LlamaForCausalLM. Of BERT and RoBERTa, longspan apply makes encoders for long texts (longformer, bigbird)"
         )
     return config
 

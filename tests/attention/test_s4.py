@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 from dataclasses import replace
@@ -240,6 +241,26 @@ def layer(spec: str, *, causal: bool = True, **settings: Any) -> StateSpaceLayer
     return built.double()
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_a_signal_sampled_half_as_often_takes_twice_the_step(number: int) -> None:
+    """The systems are continuous: with twice the step they read every other sample and say every other output (Gu 2022, 3.1)."""
+    modes, _ = legs(16)
+    smooth = torch.linspace(0, 12, 2000, dtype=torch.float64).sin().expand(1, 3, -1)
+    outputs = []
+    for stride in (1, 2):
+        own = replace(modes, step=modes.step * stride)
+        recurrence = [LowRankRecurrence(own), DiagonalRecurrence(own, "zoh"), DiagonalRecurrence(own, "bilinear")][
+            number
+        ]
+        state, said = torch.zeros(1, 3, 16, dtype=torch.float64), []
+        for value in smooth[..., ::stride].unbind(-1):
+            state = recurrence.step(state, value)
+            said.append(recurrence.read(state))
+        outputs.append(torch.stack(said, dim=-1))
+    often, seldom = outputs[0][..., ::2], outputs[1]
+    assert (often - seldom).norm() < 0.05 * often.norm() < 0.05 * (often + seldom).norm()
+
+
 @pytest.mark.parametrize("spec", ["s4:states=8,length=16", "s4:states=8,length=7,systems=2", "s4d:states=8,init=inv"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_layer_is_its_formula(spec: str, causal: bool) -> None:
@@ -345,11 +366,21 @@ def test_what_cannot_be_is_refused() -> None:
         LongspanForMaskedLM(LongspanConfig(**SIZES, kind="encoder"))
 
 
-def test_listops_is_learned(tmp_path: Path) -> None:
-    """Far above the commonest answer after some steps, without attention."""
+def test_listops_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Far above the commonest answer after some steps, without attention; left and taken up again on the way."""
     script = Path(__file__).parents[2] / "reproductions" / "s4_listops.py"
     main = runpy.run_path(str(script))["main"]
-    made = main(["--small", "--steps", "100", "--test-texts", "500", "--out", str(tmp_path)])
+    small = ["--small", "--steps", "100", "--test-texts", "500", "--out", str(tmp_path)]
+    assert main([*small, "--seconds", "2"])["steps_done"] < 100
+    made = main([*small, "--seconds", "600"])
+    assert made["steps_done"] == 100 and len(made["losses"]) == 10
     assert made["accuracy_of_the_commonest_answer"] < 0.15
-    assert made["accuracy"] > made["accuracy_of_the_commonest_answer"] + 0.15
-    assert (tmp_path / "s4.json").is_file()
+    assert made["interval"][0] > made["accuracy_of_the_commonest_answer"] + 0.1
+    assert json.loads((tmp_path / "s4.json").read_text())["accuracy"] == made["accuracy"]
+    shuffled = main([*small, "--steps", "10", "--shuffle"])
+    assert shuffled["accuracy"] < made["accuracy"]
+    (tmp_path / "s4-shuffled.json").write_text(json.dumps({**shuffled, "steps_done": 100}))
+    main([*small, "--seconds", "600"])
+    assert "holds: order is used" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="other settings"):
+        main([*small, "--seconds", "600", "--seed", "3"])

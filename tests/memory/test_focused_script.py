@@ -39,10 +39,30 @@ def test_what_holds(script: ModuleType, gain: float, holds: bool, capsys: pytest
     more = [x + gain + 0.01 * (-1) ** i for i, x in enumerate(one)]
     found = {"one": {2: records(one), 16: records(one)}, "more": {2: records(more), 16: records(more)}}
     rows = script.summary(found)
-    said = script.claims(rows, 8)
+    said = script.claims(rows, 8, [])
     assert list(said.values()) == [holds] and "at 16 contexts" in next(iter(said))
     script.show(rows, said, 8)
     assert ("does not hold" not in capsys.readouterr().out) == holds
+
+
+@pytest.mark.parametrize(
+    ("held", "peak", "holds"), [(20, 24, [True, True]), (20, 40, [True, False]), (30, 40, [False] * 2)]
+)
+def test_what_offload_saves(script: ModuleType, held: int, peak: int, holds: list[bool]) -> None:
+    """Against what the cache of all layers holds, not against its peak."""
+    rooms = [
+        {"cache_gpu_bytes": size, "read_peak_gpu_bytes": most} for size, most in ((100, 500), (40, 60), (held, peak))
+    ]
+    said = script.claims([], 8, rooms)
+    assert list(said.values()) == holds and "in use at most" in list(said)[1]
+    assert not script.claims([], 8, [{"cache_gpu_bytes": None, "read_peak_gpu_bytes": None}] * 3)
+
+
+def test_a_key_belongs_to_one_document(script: ModuleType) -> None:
+    """Or crossbatch would show a question several values for its key, and none of them would be wrong."""
+    options = script.read_options(["--out", "unused"])
+    pairs = 2 * options.local // (3 * options.width)  # more than there is room for
+    assert options.d * pairs / options.symbols**options.width < 0.05
 
 
 def test_the_tokenizer_has_a_token_for_each_word(script: ModuleType, tmp_path: Path) -> None:

@@ -48,6 +48,9 @@ def test_chunks_steps_and_peers_agree(script: ModuleType, given: list[str], tmp_
     assert single["peers"] == [] and len(single["segments"]) == 10
     for a, b in zip(single["segments"], chunked["segments"], strict=True):
         assert a["nll"] == pytest.approx(b["nll"], abs=1e-4) and a["cache_bytes"] == b["cache_bytes"]
+    for name in ("first_nll", "last_nll"):
+        assert single["level"][name] == pytest.approx(chunked["level"][name], abs=1e-4)
+    assert single["level"]["first_nll"] == pytest.approx(single["level"]["last_nll"], rel=0.02)  # the same tokens
     found = {(r["peer"], r["at"]): r for r in chunked["peers"]}
     assert set(found) == {(peer, at) for peer in ("window recomputed", "dense cache") for at in (100, 200, 400)}
     sizes = [found["dense cache", at]["cache_bytes"] for at in (100, 200, 400)]
@@ -56,11 +59,33 @@ def test_chunks_steps_and_peers_agree(script: ModuleType, given: list[str], tmp_
         assert abs(record["nll"] - record["streaming_nll"]) < 1 and record["streaming_ms_per_step"] > 0
 
 
+def test_a_stream_ends_as_it_begins(script: ModuleType, given: list[str]) -> None:
+    _, tokenizer = ls.load(given[3])
+    once = sum(len(tokenizer(Path(p).read_text())["input_ids"]) for p in given[:2])
+    count = 2 * once + 2
+    ids = script.tokens_of([Path(p) for p in given[:2]], tokenizer, count)[0]
+    last = script.passage(count)
+    assert len(ids) == count and torch.equal(ids[:10], ids[once : once + 10])
+    assert count // 4 == last and torch.equal(ids[:last], ids[-last:])
+
+
+def test_what_is_level(script: ModuleType) -> None:
+    def said(end: float = 3.0, step: float = 1.0, size: int = 5) -> list[bool]:
+        losses = torch.full((1000,), 9.0)
+        losses[:50], losses[-5:] = torch.nan, torch.nan  # the prompt, and what was not read
+        losses[50:250], losses[-200:-5] = 3.0, end
+        records = [{"ms_per_step": 1.0, "cache_bytes": 5}] * 9 + [{"ms_per_step": step, "cache_bytes": size}]
+        return list(script.level(losses, records, 50)["claims"].values())
+
+    assert said() == [True] * 3 and said(end=3.05) == [True] * 3
+    assert said(end=3.1) == [False, True, True] and said(end=2.9)[0] is False
+    assert said(step=1.2) == [True, False, True] and said(size=6) == [True, True, False]
+
+
 def test_peers_by_hand(script: ModuleType, given: list[str]) -> None:
     model, tokenizer = ls.load(given[3])
     ids = script.tokens_of([Path(p) for p in given[:2]], tokenizer, 350)
-    once = sum(len(tokenizer(Path(p).read_text())["input_ids"]) for p in given[:2])
-    assert ids.shape == (1, 350) and torch.equal(ids[0, :10], ids[0, once : once + 10])
+    assert ids.shape == (1, 350)
     with torch.no_grad():
         whole = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
         short = model(ids[:, 101 - 32 : 101]).logits[:, -1]

@@ -14,6 +14,7 @@ from oracles import broken, check_samples, digest, run, whole
 from tasks_tiny import FakeMeter, KnownModel, byte_tokenizer, llama
 
 from longspan.errors import SpecError
+from longspan.tasks import facts
 from longspan.tasks.base import encode, parse_task
 from longspan.tasks.facts import OPPOSITE, PLACES, Reasoning, first_word
 
@@ -50,6 +51,18 @@ def test_memorize_begins_with_its_fact_and_detect_has_it_everywhere(noise: Path)
     assert [int(s.meta["depth"] * 8) for s in found] == list(range(8))
     for sample in found:
         assert sample.meta["fact_tokens"][0] / 2000 == pytest.approx(sample.meta["depth"], abs=0.06)
+
+
+def test_a_text_is_tokenised_once_however_many_samples_say_it(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, task, seen = byte_tokenizer(), parse_task(f"memorize:text={noise}"), []
+    real = facts.encode
+    monkeypatch.setattr(facts, "encode", lambda t, text: seen.append(text) or real(t, text))
+    samples = task.samples(tokenizer, 400, 200, 0)
+    assert len(seen) == len(set(seen))
+    task.answer(tokenizer, samples[0]).append(-1)
+    assert -1 not in task.answer(tokenizer, samples[0])  # what is handed out is the caller's
+    tokenizer.add_tokens(["Mary went"])
+    assert task.samples(tokenizer, 400, 8, 0) != samples[:8]
 
 
 def test_facts_stand_between_sentences(noise: Path) -> None:

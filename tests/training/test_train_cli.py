@@ -47,14 +47,16 @@ def test_a_dry_run_counts_and_writes_nothing(recipe: Path, capfd: pytest.Capture
     assert not (recipe.parent / "out").exists()
 
 
-def test_a_dry_run_knows_reversible_layers(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_knows_what_a_model_does_not_keep(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     made = {}
-    for reversible in ("false", "true"):
-        given = ["model.type=longspan", f"model.reversible={reversible}", "model.num_hidden_layers=8"]
+    for setting in ("reversible=false", "reversible=true", "mlp_chunk=8"):
+        given = ["model.type=longspan", f"model.{setting}", "model.num_hidden_layers=8"]
         assert run(["train", str(recipe), *given, "--dry-run", "--json"]) == 0
-        made[reversible] = json.loads(capfd.readouterr().out)
-    assert made["true"]["parameters"] == made["false"]["parameters"]
-    assert made["true"]["activations"] < made["false"]["activations"] / 2
+        made[setting] = json.loads(capfd.readouterr().out)
+    plain, reversible, chunked = made.values()
+    assert plain["parameters"] == reversible["parameters"] == chunked["parameters"]
+    assert reversible["activations"] < plain["activations"] / 2
+    assert plain["activations"] / 2 < chunked["activations"] < plain["activations"] * 3 / 4
 
 
 @pytest.mark.parametrize(

@@ -271,12 +271,19 @@ class Reading:
         return {**self._rest, **stacked, "attention_mask": None if len(set(sizes)) == 1 else real.long()}
 
     def take(self, batch: Sequence[Piece], states: Tensor) -> None:
-        """states (windows, tokens, d): keeps of each window what is its own, and lets go of the rest."""
+        """states (windows, tokens, d): keeps of each window what is its own, and lets go of the rest. Without gradients it goes
+        straight to its place: put together at the end, a long text would lie in memory twice."""
         for (row, w), some in zip(batch, states, strict=True):
-            self._parts[row].append(some[w.first - w.start : w.last - w.start].clone())
+            own = some[w.first - w.start : w.last - w.start]
+            if states.requires_grad:
+                self._parts[row].append(own.clone())
+                continue
+            if not self._parts[row]:
+                self._parts[row] = [own.new_empty(self.lengths[row], own.shape[1])]
+            self._parts[row][0][w.first : w.last] = own
 
     def encoded(self) -> Encoded:
-        return Encoded([torch.cat(parts) for parts in self._parts])
+        return Encoded([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in self._parts])
 
 
 def _spans(mask: Tensor) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import random
 import re
+import weakref
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -36,6 +38,8 @@ PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 SEARCHED = 200
 """Tokens of noise within which a sentence's end is looked for, so that a fact does not break into a word."""
+_known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, str], Any]] = weakref.WeakKeyDictionary()
+"""Of each tokenizer, by how many tokens it has and by text: facts and questions are few, and a training draws thousands."""
 
 
 class Story(NamedTuple):
@@ -101,13 +105,15 @@ class Facts(Task):
         return Outcome(float(found), {**detail, "answer": answer, "found": found})
 
     def answer(self, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
-        return self._options(tokenizer, sample.meta["asked"])[sample.meta["place"]]
+        return list(self._options(tokenizer, sample.meta["asked"])[sample.meta["place"]])
 
     def _sample(
         self, tokenizer: PreTrainedTokenizerBase, ring: Ring, story: Story, start: int, number: int, length: int
     ) -> Sample:
-        head, question = with_bos(tokenizer, []), encode(tokenizer, f"\n{story.question}")
-        facts = [encode(tokenizer, f"\n{fact}\n") for _, fact in story.facts]
+        head = _once(tokenizer, "", lambda: with_bos(tokenizer, []))
+        question, *facts = (
+            _ids(tokenizer, text) for text in (f"\n{story.question}", *(f"\n{fact}\n" for _, fact in story.facts))
+        )
         longest = max(map(len, self._options(tokenizer, story.question).values()))
         least = len(head) + sum(map(len, facts)) + len(question) + longest
         self.require(length >= least, f"a length of at least {least} tokens is needed, not {length:,}")
@@ -126,7 +132,10 @@ class Facts(Task):
         return Sample(f"story-{number}", tokens, meta | {"text": ring.name, "text_sha256": ring.sha256})
 
     def _options(self, tokenizer: PreTrainedTokenizerBase, question: str) -> dict[str, list[int]]:
-        return {place: continuation(tokenizer, question, f" {place}") for place in PLACES}
+        def made() -> dict[str, list[int]]:
+            return {place: continuation(tokenizer, question, f" {place}") for place in PLACES}
+
+        return _once(tokenizer, f"{question} …", made)
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,19 @@ class Reasoning(Facts):
             back = OPPOSITE[side]
             question = f"Question: What is the {far} {back} of?\nAnswer: The {far} is {back} of the"
         return Story(facts, order.index(asked), question, near)
+
+
+def _once(tokenizer: PreTrainedTokenizerBase, text: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives for a text, made once for each tokenizer."""
+    known = _known.setdefault(tokenizer, {})
+    key = len(tokenizer), text
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(_once(tokenizer, text, lambda: encode(tokenizer, text)))
 
 
 def first_word(answer: str) -> str:

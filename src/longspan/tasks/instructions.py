@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.errors import SpecError
 from longspan.facts import text_config
-from longspan.tasks.answers import UNSOUND, continuation, judge
-from longspan.tasks.base import Outcome, Sample, Task, check_fits, encode, with_bos
+from longspan.tasks.answers import UNSOUND, continuations, encode_all, judge
+from longspan.tasks.base import Outcome, Sample, Task, check_fits, with_bos
 from longspan.tasks.triples import SEEN, UNSEEN, Triple, data_files, draw, read_triples
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Instructions(Task):
             rng = random.Random(f"{self.name}/{self.split or 'seen'}/{seed}")
             kinds = list(UNSEEN if self.split == "unseen" else SEEN)
             triples = [draw(kinds[i % len(kinds)], rng) for i in range(count)]
-            samples = [self._sample(tokenizer, i, triple) for i, triple in enumerate(triples)]
+            samples = self._made(tokenizer, list(enumerate(triples)))
             need = max(len(s.tokens) + len(s.meta["answer"]) for s in samples)
             self.require(need <= length, f"a length of at least {need} tokens is needed, not {length:,}")
         else:
@@ -102,7 +102,7 @@ class Instructions(Task):
         random.Random(f"{self.name}/{seed}").shuffle(known)
         fitting: list[Sample] = []
         for number, triple in enumerate(known):
-            sample = self._sample(tokenizer, number, triple)
+            [sample] = self._made(tokenizer, [(number, triple)])
             if len(sample.tokens) + len(sample.meta["answer"]) <= length:
                 fitting.append(sample)
             if len(fitting) == count:
@@ -112,13 +112,15 @@ class Instructions(Task):
             f"{count:,} are asked for; ask for fewer samples, or a longer length"
         )
 
-    def _sample(self, tokenizer: PreTrainedTokenizerBase, number: int, triple: Triple) -> Sample:
-        head = with_bos(tokenizer, encode(tokenizer, f"Instruction: {triple.instruction}"))
-        given = f"\nInput: {triple.input}" if triple.input else ""
-        tokens = [*head, *encode(tokenizer, f"{given}\nOutput:")]
-        meta = {"kind": triple.kind, "output": triple.output, "instruction_tokens": len(head)}
-        return Sample(
-            f"{triple.kind}-{number}",
-            tokens,
-            meta | {"answer": continuation(tokenizer, "Output:", f" {triple.output}")},
-        )
+    def _made(self, tokenizer: PreTrainedTokenizerBase, numbered: list[tuple[int, Triple]]) -> list[Sample]:
+        """Samples of numbered triples. All are tokenised together: a training has thousands."""
+        triples = [triple for _, triple in numbered]
+        heads = encode_all(tokenizer, [f"Instruction: {t.instruction}" for t in triples])
+        inputs = encode_all(tokenizer, [f"\nInput: {t.input}\nOutput:" if t.input else "\nOutput:" for t in triples])
+        answers = continuations(tokenizer, [("Output:", f" {t.output}") for t in triples])
+        samples = []
+        for (number, triple), ids, given, answer in zip(numbered, heads, inputs, answers, strict=True):
+            head = with_bos(tokenizer, ids)
+            meta = {"kind": triple.kind, "output": triple.output, "instruction_tokens": len(head)}
+            samples.append(Sample(f"{triple.kind}-{number}", [*head, *given], meta | {"answer": list(answer)}))
+        return samples

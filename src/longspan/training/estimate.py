@@ -26,6 +26,8 @@ from longspan.training.run import check
 
 _STATE_PASSES = 34
 """Bytes a token, layer and hidden channel that wait for the backward pass in 16-bit numbers (Korthikanti 2022, 2205.05198)."""
+_INNER_PASSES = 16
+"""Of these, what lies inside a feed-forward network."""
 _LOGITS = 3
 """Float32 copies of a chunk's logits: themselves, their softmax, their gradient."""
 _OPS = 3 * 60
@@ -123,14 +125,24 @@ def _reversible(recipe: Recipe) -> bool:
     return isinstance(recipe.model, dict) and bool(recipe.model.get("reversible"))
 
 
+def _chunk(recipe: Recipe, tokens: int) -> int:
+    """How many tokens are inside a feed-forward network at once."""
+    asked = recipe.model.get("mlp_chunk") if isinstance(recipe.model, dict) else None
+    return min(tokens, asked or tokens)
+
+
 def _activations(recipe: Recipe, facts: ModelFacts, micro: int, dtype: str) -> int:
     tokens = micro * recipe.data.length
-    layer = tokens * facts.hidden * _STATE_PASSES * (2 if dtype == "fp32" else 1)
+    width, chunk = facts.hidden * (2 if dtype == "fp32" else 1), _chunk(recipe, tokens)
+    inner = chunk * width * _INNER_PASSES
+    layer = tokens * width * (_STATE_PASSES - _INNER_PASSES)  # without the inside, which in chunks is there once
     kept = tokens * facts.hidden * (4 if dtype == "fp32" else 2)
     if _reversible(recipe):
-        layers = 2 * kept + layer
+        layers = 2 * kept + layer + inner
+    elif recipe.training.gradient_checkpointing:
+        layers = facts.layers * kept + layer + inner
     else:
-        layers = facts.layers * kept + layer if recipe.training.gradient_checkpointing else facts.layers * layer
+        layers = facts.layers * layer + inner * (1 if chunk < tokens else facts.layers)
     rows = min(tokens, recipe.training.loss_chunk or tokens)
     return layers + rows * facts.vocab * 4 * _LOGITS
 
@@ -148,7 +160,10 @@ def _seconds(
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     speeds = measure(device, kind, text_config(config))
     products, attention = work
-    again = 4 / 3 if recipe.training.gradient_checkpointing or _reversible(recipe) else 1
+    tokens = micro * recipe.data.length
+    again = 1 + (2 / 9 if _chunk(recipe, tokens) < tokens else 0)  # two thirds of a layer's products are a network's
+    if recipe.training.gradient_checkpointing or _reversible(recipe):
+        again += 1 / 3
     tokens = recipe.training.batch * recipe.data.length
     calls = -(-recipe.training.batch // micro) * facts.layers * _OPS * speeds.operation
     passes = tokens * facts.layers * facts.hidden * _STATE_PASSES * 3 / speeds.copying
