@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch.multiprocessing as mp
 
 from longspan.attention.base import Grid
 from longspan.attention.longnet import LongNet
+from longspan.compare.runner import _modules_to_preload
 from longspan.engine.dilated_shards import dilated_over_processes
 from longspan.engine.patterns import Call
 from longspan.errors import NotSupported
@@ -45,7 +47,9 @@ def work(rank: int, count: int, folder: str) -> None:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_equals_one_process(count: int, tmp_path: Path) -> None:
-    mp.spawn(work, (count, str(tmp_path)), count)
+    # One server imports for all; where comparisons are tested in this process too, it is theirs.
+    multiprocessing.set_forkserver_preload(["pytest", *_modules_to_preload("llama")])
+    mp.start_processes(work, (count, str(tmp_path)), count, start_method="forkserver")
     shards = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
     number = 0
     for segments, dilations in SPECS:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import tiny
+
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
@@ -38,7 +40,8 @@ def test_variants(script: ModuleType, tmp_path: Path, capsys: Any, monkeypatch: 
         "--models",
         str(tmp_path / "m"),
     ]
-    given += ["--model", "longspan-7m", "--steps", "2", "--passkeys", "1", "--texts", "1"]
+    model = tiny.folder(tmp_path / "base", window=512)
+    given += ["--model", str(model), "--steps", "2", "--passkeys", "1", "--texts", "1"]
     names = ["yarn-x4-no-skips", "yarn-x4-full"]
     calls = []
 
