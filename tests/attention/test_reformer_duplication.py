@@ -49,15 +49,24 @@ def test_texts_are_a_word_twice(script: ModuleType) -> None:
 
 
 def test_a_model_that_was_trained_copies_and_one_that_was_not_does_not(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for steps, good in (("1", False), ("250", True)):
-        out = tmp_path / steps
-        script.main(["--out", str(out), *SMALL, "--steps", steps, "--train", "full,2", "--learning-rate", "0.01"])
+    def settings(steps: int) -> list[str]:
+        sizes = [*SMALL, "--steps", str(steps), "--train", "full,2", "--learning-rate", "0.01"]
+        return ["--out", str(tmp_path / str(steps)), *sizes]
+
+    def here(hashes: str, given: list[str]) -> int:
+        script.main([*given, "--one", hashes])
+        return 0
+
+    script.main(settings(1))  # each in a process of its own
+    monkeypatch.setattr(script, "carry_out", here)
+    script.main(settings(250))
+    for steps, good in ((1, False), (250, True)):
         for hashes in ("full", "2"):
-            found = json.loads((out / f"trained-{hashes}.json").read_text())["accuracy"]
+            found = json.loads((tmp_path / str(steps) / f"trained-{hashes}.json").read_text())["accuracy"]
             assert set(found) == {"full", "8", "4", "2", "1"}
             assert (found[hashes] > 0.9) == good
     with pytest.raises(SystemExit, match="other settings"):
-        script.main(["--out", str(out), *SMALL, "--steps", "2", "--train", "full"])
+        script.main([*settings(250), "--steps", "2", "--train", "full"])
     assert "trained with full" in capsys.readouterr().out
