@@ -72,7 +72,7 @@ def test_kills_lose_nothing_and_change_nothing(tiny, tmp_path):
     chance = random.Random(7)
     assert start(tiny, tmp_path / "unbroken").wait() == 0
     expected = figures(tmp_path / "unbroken")
-    assert len(expected) == 12
+    assert len(expected) == 8
     kills = rounds = cells = torn = 0
     while kills < KILLS or rounds == 0:
         out = tmp_path / f"round-{rounds}"
