@@ -27,7 +27,8 @@ from longspan.engine.patterns import Call, attend
 from longspan.engine.routes import choose, dense_first, through
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.lm import LongspanConfig
-from longspan.lm.modeling import LongspanAttention, LongspanModel
+from longspan.lm.layers import LongspanAttention
+from longspan.lm.modeling import LongspanModel
 from longspan.method import catalogue, parse
 
 SIZED = {"window": ("window:size=1024", "window:size=1024,sinks=4")}

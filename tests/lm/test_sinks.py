@@ -137,7 +137,7 @@ def test_zero_sink_in_a_model(position: str) -> None:
     model(ids)
     q, k, v = (layer._heads(p(seen["states"])) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     if position == "rope":
-        from longspan.lm.modeling import rotated
+        from longspan.lm.layers import rotated
 
         tables = model.model.rotary_emb(q, torch.arange(20)[None])
         q, k = rotated(q, tables), rotated(k, tables)

@@ -24,7 +24,8 @@ from longspan.positions.scheme import Place
 if TYPE_CHECKING:
     from longspan.apply import Site
     from longspan.lm.configuration import LongspanConfig
-    from longspan.lm.modeling import LongspanAttention, LongspanModel
+    from longspan.lm.layers import LongspanAttention
+    from longspan.lm.modeling import LongspanModel
 
 SAMPLED = 256
 """Queries whose keys are counted in a text that has more."""
@@ -166,7 +167,7 @@ class Pattern(Attention):
 
     def module_class(self) -> type[LongspanAttention]:
         """What it is part of: ordinary attention, unless it has weights of its own."""
-        from longspan.lm.modeling import LongspanAttention
+        from longspan.lm.layers import LongspanAttention
 
         return LongspanAttention
 
@@ -194,7 +195,7 @@ class Full(Pattern):
         return band(lengths, window=grid.length, causal=grid.causal, size=size, device=device)
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
-        from longspan.lm.modeling import LongspanAttention
+        from longspan.lm.layers import LongspanAttention
 
         return LongspanAttention(config, layer, place, causal=causal)
 

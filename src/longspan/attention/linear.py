@@ -18,7 +18,7 @@ from transformers import Cache
 from longspan.attention.base import Mixer
 from longspan.engine.linear import Kernel, State, bidirectional, causal
 from longspan.lm.configuration import LongspanConfig
-from longspan.lm.modeling import LongspanAttention, rotated
+from longspan.lm.layers import LongspanAttention, rotated
 from longspan.lm.state import state_of
 from longspan.positions.scheme import Place
 

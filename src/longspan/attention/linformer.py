@@ -23,7 +23,8 @@ from longspan.attention.base import Mixer
 from longspan.engine.core import attention
 from longspan.errors import NotSupported
 from longspan.lm.configuration import LongspanConfig
-from longspan.lm.modeling import LongspanAttention, LongspanModel
+from longspan.lm.layers import LongspanAttention
+from longspan.lm.modeling import LongspanModel
 from longspan.positions.scheme import Place
 
 

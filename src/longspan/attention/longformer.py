@@ -28,7 +28,7 @@ from longspan.positions.scheme import Place
 
 if TYPE_CHECKING:
     from longspan.lm.configuration import LongspanConfig
-    from longspan.lm.modeling import LongspanAttention
+    from longspan.lm.layers import LongspanAttention
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class LshAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         qk, value = self._heads(self.qk_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
         if rotation is not None:  # before the hash: tokens that attend to each other shall fall into one bucket
-            from longspan.lm.modeling import rotated
+            from longspan.lm.layers import rotated
 
             qk = rotated(qk, rotation)
         buckets = decided(lambda: self.buckets_of(qk))

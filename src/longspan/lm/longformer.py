@@ -11,7 +11,7 @@ from transformers import initialization
 from longspan.engine.everywhere import Chosen, attend_everywhere, chosen
 from longspan.engine.patterns import Call
 from longspan.errors import NotSupported
-from longspan.lm.modeling import LongspanAttention, rotated
+from longspan.lm.layers import LongspanAttention, rotated
 
 if TYPE_CHECKING:
     from longspan.attention.longformer import Longformer

@@ -1,7 +1,7 @@
-"""The model: pre-norm layers of attention and a gated feed-forward network, as Llama's, under any position scheme.
+"""The model: a stack of layers under any position scheme, and heads on it, as transformers' Llama has them.
 
-Norm, feed-forward network and rotation are transformers' own. A model is built with one `Place`, which all layers share;
-a scheme without a part in the scores leaves attention to whatever implementation is asked for.
+A model is built with one `Place`, which all layers share; a scheme without a part in the scores leaves attention to whatever
+implementation is asked for.
 """
 
 from __future__ import annotations
@@ -10,235 +10,27 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
     SequenceClassifierOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRotaryEmbedding,
-    eager_attention_forward,
-    rotate_half,
-)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from longspan.attention.base import Full, Pattern
-from longspan.engine.chunked import in_chunks
+from longspan.attention.base import Full
 from longspan.errors import NotSupported
 from longspan.lm.attention import SCHEME, consecutive
 from longspan.lm.configuration import LongspanConfig
+from longspan.lm.layers import LongspanAttention, LongspanLayer
 from longspan.lm.packed import packed, put_back, texts_in
-from longspan.lm.reversible import Branch, reversible
+from longspan.lm.reversible import reversible
 from longspan.lm.sink import SinkToken
-from longspan.lm.state import rolling_of
 from longspan.positions.scheme import Place, ending_at
-
-
-class LongspanAttention(nn.Module):
-    """Self-attention, over the keys that `pattern` shows where there is one, or attention to an encoder's states (`cross`),
-    which has no positions."""
-
-    def __init__(
-        self,
-        config: LongspanConfig,
-        layer_idx: int,
-        place: Place,
-        *,
-        causal: bool,
-        cross: bool = False,
-        pattern: Pattern | None = None,
-    ):
-        super().__init__()
-        self.pattern = pattern
-        assert config.head_dim is not None and config.num_key_value_heads is not None
-        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
-        self.is_causal, self.cross = causal, cross
-        self.zero_key = config.sink == "zero" and not cross
-        self.scaling = self.head_dim**-0.5
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self._place = (place,)  # in a tuple: its parameters belong to the model, once
-        width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
-
-    @property
-    def place(self) -> Place:
-        return self._place[0]
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        encoder_states: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        query = self._heads(self.q_proj(hidden_states))
-        key, value = self._keys(hidden_states, encoder_states, past_key_values)
-        if rotation is not None:
-            query, key = rotated(query, rotation), rotated(key, rotation)
-        if past_key_values is not None and not self.cross:
-            key, value = self._remember(past_key_values, key, value, kwargs)
-        out, weights = self._interface()(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
-
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, H, T, D) rotated as queries and keys are, for methods that are put on the model."""
-        return rotated(x, (cos, sin))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        return x.view(batch, length, -1, self.head_dim).transpose(1, 2)
-
-    def _keys(self, own: Tensor, encoder_states: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        if not self.cross:
-            return self._heads(self.k_proj(own)), self._heads(self.v_proj(own))
-        if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(self.layer_idx):
-            layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
-            return layer.keys, layer.values
-        assert encoder_states is not None
-        key, value = self._heads(self.k_proj(encoder_states)), self._heads(self.v_proj(encoder_states))
-        if isinstance(cache, EncoderDecoderCache):
-            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
-            cache.is_updated[self.layer_idx] = True
-        return key, value
-
-    def _remember(self, cache: Cache, key: Tensor, value: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """All keys and values that there are to see, the new ones among them. Where the pattern sees a window only, the cache
-        keeps no more of them, unless gradients are to reach what it keeps."""
-        kept = self.pattern.kept() if self.pattern is not None else None
-        ours = (
-            kept and self.config._attn_implementation == SCHEME and not (torch.is_grad_enabled() and key.requires_grad)
-        )
-        held = rolling_of(cache, self.layer_idx, *kept) if kept and ours else None
-        if held is not None:
-            held.see_padding(given.get("padding"), key.shape[2])
-        key, value = cache.update(key, value, self.layer_idx)
-        given["rolling"] = held
-        return key, value
-
-    def _interface(self) -> Any:
-        name = self.config._attn_implementation
-        if self.cross:
-            return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention_forward)
-        if self.pattern is not None or not self.place.plain or self.zero_key:
-            self._refuse_others(str(name))
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-
-    def _refuse_others(self, name: str) -> None:
-        if not name.startswith("longspan"):
-            what = f"position={self.config.position} takes part in the scores"
-            if self.pattern is not None:
-                what = f"attention={self.pattern.spec} says which keys are seen"
-            elif self.zero_key:
-                what = "sink=zero takes part in the softmax"
-            raise NotSupported(
-                f"{what}, which attn_implementation={name!r} knows nothing of; leave attn_implementation out, or say {SCHEME!r}"
-            )
-
-
-def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Heads (B, H, T, D) turned by the tables (B or 1, T, W), of which the first W channels take part."""
-    cos, sin = rotation[0].unsqueeze(1), rotation[1].unsqueeze(1)
-    width = cos.shape[-1]
-    if width < x.shape[-1]:
-        return torch.cat((rotated(x[..., :width], rotation), x[..., width:]), dim=-1)
-    return (x * cos + rotate_half(x) * sin).to(x.dtype)  # tables are float32 under autocast
-
-
-class LongspanLayer(GradientCheckpointingLayer):
-    def __init__(self, config: LongspanConfig, layer_idx: int, place: Place, *, causal: bool, cross: bool = False):
-        super().__init__()
-        attentions = config.attentions_of(causal=causal)
-        attention = attentions[layer_idx % len(attentions)]
-        self.self_attn = attention.build(config, layer_idx, place, causal=causal)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        if not attention.replaces_mlp:
-            self.mlp = LlamaMLP(config)
-            self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        if cross:
-            self.cross_attn = LongspanAttention(config, layer_idx, place, causal=False, cross=True)
-            self.cross_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.mlp_chunk = config.mlp_chunk
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """x after dropout; without any, as mostly, nothing is called for it."""
-        return self.dropout(x) if self.dropout.p and self.training else x
-
-    def branches(self) -> list[Branch]:
-        """What is added to the residual stream, in order; each is given the stream and `forward`'s inputs by name."""
-        found: list[Branch] = [self.attend]
-        if hasattr(self, "cross_attn"):
-            found.append(self.look)
-        if hasattr(self, "mlp"):
-            found.append(self.feed)
-        return found
-
-    def attend(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        encoder_states: Tensor | None = None,
-        encoder_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = past_key_values.self_attention_cache
-        states = self.input_layernorm(hidden_states)
-        out, _ = self.self_attn(states, attention_mask, rotation, past_key_values, **kwargs)
-        return self.dropped(out)
-
-    def look(
-        self,
-        hidden_states: Tensor,
-        past_key_values: Cache | None = None,
-        encoder_states: Tensor | None = None,
-        encoder_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        states = self.cross_layernorm(hidden_states)
-        out, _ = self.cross_attn(states, encoder_mask, None, past_key_values, encoder_states)
-        return self.dropped(out)
-
-    def feed(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        def network(states: Tensor) -> Tensor:
-            return self.dropped(self.mlp(self.post_attention_layernorm(states)))
-
-        return network(hidden_states) if self.mlp_chunk is None else in_chunks(network, hidden_states, self.mlp_chunk)
-
-    def forward(
-        self, hidden_states: Tensor, twin: Tensor | None = None, **inputs: Any
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """The residual stream after the layer; with a `twin`, of a reversible stack, the mean of both streams and both."""
-        if twin is None:
-            for branch in self.branches():
-                hidden_states = hidden_states + branch(hidden_states, **inputs)
-            return hidden_states
-        for branch in self.branches():
-            hidden_states, twin = twin, hidden_states + branch(twin, **inputs)
-        return (hidden_states + twin) / 2, hidden_states, twin
 
 
 class LongspanPreTrainedModel(PreTrainedModel):

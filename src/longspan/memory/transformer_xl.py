@@ -29,7 +29,7 @@ from longspan.attention.base import Grid, Pattern
 from longspan.engine.core import expand_heads
 from longspan.engine.patterns import roll, shifted
 from longspan.errors import NotSupported
-from longspan.lm.modeling import LongspanAttention, rotated
+from longspan.lm.layers import LongspanAttention, rotated
 from longspan.positions.scheme import Place
 
 if TYPE_CHECKING:
