@@ -40,9 +40,19 @@ def _describe(cls: Any) -> dict[str, Any]:
         for key, value in vars(base).items()
         if not key.startswith("_") and isinstance(value, str | bool | int | frozenset) and key not in _settings_of(cls)
     }
-    partners = _partners(cls) if "slots" in facts else {}
     about = " ".join((cls.__doc__ or "").split())
-    return {**facts, **partners, "settings": list(_settings_of(cls).values()), "about": about}
+    return {**facts, **_combines(cls), "settings": list(_settings_of(cls).values()), "about": about}
+
+
+def _combines(cls: Any) -> dict[str, list[str]]:
+    """Of a method, what it can be combined with."""
+    from longspan.method import Method
+
+    if not issubclass(cls, Method):
+        return {}
+    from longspan.partners import partners
+
+    return {"combines_with": partners(cls)}
 
 
 def _settings_of(cls: Any) -> dict[str, dict[str, Any]]:
@@ -51,13 +61,6 @@ def _settings_of(cls: Any) -> dict[str, dict[str, Any]]:
         | ({"default": f.default} if f.default is not dataclasses.MISSING else {"required": True})
         for f in dataclasses.fields(cls)
     }
-
-
-def _partners(cls: Any) -> dict[str, list[str]]:
-    from longspan.method import catalogue
-
-    free = {n for n, other in catalogue().items() if other.slots and cls.slots and not other.slots & cls.slots}
-    return {"combines_with": sorted(free)}
 
 
 def print_json(value: Any) -> None:
