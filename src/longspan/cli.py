@@ -40,6 +40,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.Exit:
+            raise  # a RuntimeError like out of memory, which is looked for below with torch
         except LongspanError as error:
             _fail(str(error))
         except KeyboardInterrupt:
