@@ -78,6 +78,10 @@ class TestStart:
         )
         assert (done.returncode, done.stderr.strip()) == (0, "set()")
 
+    def test_a_report_needs_neither_torch_nor_transformers(self) -> None:
+        done = python("import sys, longspan.compare.report; print({'torch', 'transformers'} & set(sys.modules))")
+        assert done.stdout.strip() == "set()"
+
     def test_help_names_what_there_is(self, command: Command) -> None:
         text = command("--help").out
         for name in (
@@ -175,6 +179,8 @@ class TestPublicNames:
             "import types, longspan.apply, longspan as ls\n"
             "from longspan import apply\n"
             "assert isinstance(apply, types.FunctionType) and ls.apply is longspan.apply is apply\n"
+            "import longspan.compare.worker, sys\n"
+            "assert 'longspan.training' not in sys.modules, 'a comparison trains nothing, and its imports take seconds'\n"
         )
         assert done.stderr == ""
 

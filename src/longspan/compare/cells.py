@@ -210,14 +210,6 @@ def _whole_catalogue(facts: ModelFacts, longest: int) -> tuple[list[Chosen], dic
     return chosen, left_out
 
 
-def by_reason(left_out: dict[str, str]) -> dict[str, str]:
-    """The same with the names that share a reason on one line, joined by commas."""
-    names: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        names.setdefault(reason, []).append(name)
-    return {", ".join(those): reason for reason, those in names.items()}
-
-
 def check_importable(cls: type) -> None:
     """Raises `NotSupported` for a class that a worker process cannot import."""
     if cls.__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):

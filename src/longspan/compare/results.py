@@ -248,6 +248,14 @@ def pareto(points: dict[str, tuple[float, float]], task: TaskFacts) -> list[str]
     return front
 
 
+def by_reason(left_out: dict[str, str]) -> dict[str, str]:
+    """The same with the names that share a reason on one line, joined by commas."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    return {", ".join(those): reason for reason, those in names.items()}
+
+
 def duration(seconds: float) -> str:
     """A time for people: `24 ms`, `3.21 s`, `12 min`, `2 h 05 min`."""
     if seconds < 0.9995:
