@@ -20,8 +20,11 @@ import longspan as ls
 import tiny
 from longspan import method
 from longspan.cli import run
+from longspan.compare.cost import Meter
 from longspan.generation import generate_text
 from longspan.include import include, load_user_file
+from longspan.tasks import base
+from longspan.tasks.base import parse_task
 
 GUIDE = Path(__file__).parent.parent / "docs" / "adding-a-method.md"
 
@@ -59,6 +62,8 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]
     """The files of the guide to adding a method, by name; what they register is gone after the test."""
     method.catalogue()  # fills the registry before it is copied
     monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
+    base.task_catalogue()
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     monkeypatch.setenv("LONGSPAN_INCLUDE", "")
     found = re.findall(r"<!-- example: (\S+) -->\n```python\n(.*?)```", GUIDE.read_text(), re.S)
     for name, code in found:
@@ -256,11 +261,16 @@ class TestChat:
 
 
 class TestInclude:
-    def test_the_guides_examples_are_methods(self, command: Command, examples: dict[str, Path]) -> None:
-        assert sorted(examples) == ["cutoff.py", "rootdecay.py", "sharpen.py"]
+    def test_the_guides_examples_are_methods_and_a_task(self, command: Command, examples: dict[str, Path]) -> None:
+        task = examples.pop("first_word.py")
+        assert sorted(examples) == ["cutoff.py", "rootdecay.py", "sharpen.py", "strided.py"]
+        found = {}
         for name, path in examples.items():
-            entry = json.loads(command("methods", Path(name).stem, "--include", path, "--json").out)
-            assert entry["paper"] == "this page"
+            found[name] = json.loads(command("methods", Path(name).stem, "--include", path, "--json").out)
+            assert found[name]["paper"] == "this page"
+        assert found["cutoff.py"]["settings"][1] == {"name": "turns", "type": "float", "default": 8.0}
+        assert found["rootdecay.py"]["about"] == ""  # its class says nothing
+        assert json.loads(command("tasks", "first-word", "--include", task, "--json").out)["metric"] == "share right"
 
     def test_they_do_what_they_say(self, examples: dict[str, Path]) -> None:
         include(examples.values())
@@ -268,11 +278,22 @@ class TestInclude:
         model, ids = tiny.model(), torch.arange(200)[None]
         with torch.no_grad():
             before = model(ids).logits
-            for spec in ("cutoff:factor=4", "sharpen", "cutoff:factor=2 + self-extend:group=2"):
+            for spec in ("cutoff:factor=4", "sharpen", "cutoff:factor=2 + self-extend:group=2", "strided:near=9"):
                 with ls.applied(model, spec):
                     assert not torch.allclose(model(ids).logits, before, atol=1e-5)
                     assert torch.allclose(model(ids[:, :1]).logits, before[:, :1], atol=1e-4)
             assert torch.equal(model(ids).logits, before)
+
+    def test_the_guides_task_knows_the_right_answer(self, examples: dict[str, Path]) -> None:
+        include([examples["first_word.py"]])
+        tokenizer = tiny.tokenizer()
+        task = parse_task("first-word")
+        first, second = task.samples(tokenizer, 100, 2, 0)
+        text = tokenizer.decode([*first.tokens, *first.meta["answer"]])
+        assert len(first.tokens) + len(first.meta["answer"]) == 100
+        assert text.partition("The first word is ")[2].startswith(text.rpartition("was ")[2])
+        assert first.tokens != second.tokens
+        assert task.run(tiny.model(), tokenizer, first, Meter(torch.device("cpu"))).score in (0.0, 1.0)
 
     def test_a_file_is_run_once(self, examples: dict[str, Path]) -> None:
         assert load_user_file(examples["cutoff.py"]) is load_user_file(examples["cutoff.py"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -40,7 +41,8 @@ def _describe(cls: Any) -> dict[str, Any]:
         for key, value in vars(base).items()
         if not key.startswith("_") and isinstance(value, str | bool | int | frozenset) and key not in _settings_of(cls)
     }
-    about = " ".join((cls.__doc__ or "").split())
+    said = cls.__doc__ or ""
+    about = "" if said.startswith(f"{cls.__name__}(") else " ".join(said.split())  # what dataclass writes says nothing
     return {**facts, **_combines(cls), "settings": list(_settings_of(cls).values()), "about": about}
 
 
@@ -57,7 +59,7 @@ def _combines(cls: Any) -> dict[str, list[str]]:
 
 def _settings_of(cls: Any) -> dict[str, dict[str, Any]]:
     return {
-        f.name: {"name": f.name, "type": str(f.type)}
+        f.name: {"name": f.name, "type": f.type if isinstance(f.type, str) else inspect.formatannotation(f.type)}
         | ({"default": f.default} if f.default is not dataclasses.MISSING else {"required": True})
         for f in dataclasses.fields(cls)
     }
