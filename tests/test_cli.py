@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import longspan as ls
 import tiny
 from longspan import method
-from longspan.cli import run
+from longspan.cli import _default_out, run
 from longspan.compare.cost import Meter
 from longspan.generation import generate_text
 from longspan.include import include, load_user_file
@@ -314,6 +314,13 @@ class TestCompare:
         assert {(r["method"], r["length"]) for r in rows} == {
             (m, n) for m in ("none", "yarn:factor=1.75") for n in (128, 200)
         }
+
+    @pytest.mark.parametrize(
+        ("model", "begins"),
+        [("runs/pose/model", "pose-model-"), ("smollm2-135m", "smollm2-135m-"), ("model", "model-")],
+    )
+    def test_the_folder_that_is_chosen_tells_models_apart(self, model: str, begins: str) -> None:
+        assert _default_out(model).name.startswith(begins)
 
     def test_a_users_method_reaches_the_workers(
         self, command: Command, model: Path, tmp_path: Path, examples: dict[str, Path]

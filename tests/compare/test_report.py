@@ -138,6 +138,15 @@ def test_no_measurable_harm_is_said():
     assert "does no measurable harm" in advise(Results(manifest, cells)).sentence
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("runs/a/model", "runs/a/model"), ("/there/mine", "mine"), ("/there/a/model", "a/model"), ("org/it", "org/it")],
+)
+def test_a_model_goes_by_a_name_that_tells_it_from_others(model: str, name: str) -> None:
+    manifest, cells = sample_run()
+    assert Results({**manifest, "model": model}, cells).name == name
+
+
 def test_a_task_that_the_model_fails_everywhere_is_left_aside():
     manifest, cells = sample_run()
     for record in (c for c in cells if c["task"] == "passkey"):

@@ -95,9 +95,11 @@ class Results:
 
     @property
     def name(self) -> str:
-        """The model's name for people: of a path, its last part."""
+        """The model's name for people: of a path, its last part; `run/model` of what a training left."""
         path = Path(self.model)
-        return path.name if path.is_absolute() or self.model.startswith(".") else self.model
+        if not path.is_absolute() and not self.model.startswith("."):
+            return self.model
+        return "/".join(path.parts[-2:]) if path.name == "model" else path.name
 
     def cells(self) -> list[Record]:
         """Every cell that there is a record of, by task, length and method."""
