@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import longspan as ls
 import tiny
-from longspan import method
+from longspan import method, printing
 from longspan.cli import _default_out, run
 from longspan.compare.cost import Meter
 from longspan.generation import generate_text
@@ -203,6 +204,17 @@ class TestCatalogues:
         assert everything[name] == entry
         assert {"title", "settings", "about"} <= entry.keys()
         assert entry["title"] in command(kind, name).out
+
+    def test_a_narrow_terminal_has_fewer_columns_and_nothing_cut(
+        self, command: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wide = command("methods").out
+        monkeypatch.setattr(printing, "console", lambda: Console(width=60))
+        narrow = command("methods").out
+        assert "arXiv" in wide and "no room" not in wide
+        assert all(name in narrow for name in ("transformer-xl", "ntk-by-parts"))
+        assert "…" not in narrow and "arXiv" not in narrow
+        assert "no room for cost, exportable, paper: longspan methods NAME" in narrow
 
     def test_settings_and_partners(self, command: Command) -> None:
         entry = json.loads(command("methods", "streaming", "--json").out)

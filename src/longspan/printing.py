@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from longspan.bench_attention import Row as AttentionRow
 
 
+_SHORT = 16
+"""Characters of a name that is never broken."""
+_COLUMN = 14
+"""Characters that a column of a catalogue must have, its border with them."""
+
+
 def print_catalogue(known: dict[str, type], name: str | None, kind: str, columns: list[str], as_json: bool) -> None:
     """Every entry in a table, or the one named `name` in full. Raises `SpecError` for a name that there is not."""
     if name is not None and name not in known:
@@ -30,7 +36,17 @@ def print_catalogue(known: dict[str, type], name: str | None, kind: str, columns
     elif name:
         _print_entry(_describe(known[name]))
     else:
-        print_table([kind, *columns], [[n, *(_cell(getattr(cls, c)) for c in columns)] for n, cls in known.items()])
+        _print_entries(known, kind, columns)
+
+
+def _print_entries(known: dict[str, type], kind: str, columns: list[str]) -> None:
+    """As many columns as the terminal has room for; which are left out is said."""
+    shown = max(1, min(len(columns), (console().width - _SHORT) // _COLUMN))
+    rows = [[n, *(_cell(getattr(cls, c)) for c in columns)] for n, cls in known.items()]
+    print_table([kind, *columns], rows, 1 + shown)
+    if left := columns[shown:]:
+        names = ", ".join(c.replace("_", " ") for c in left)
+        typer.echo(f"no room for {names}: longspan {kind}s NAME shows all")
 
 
 def _describe(cls: Any) -> dict[str, Any]:
@@ -73,16 +89,21 @@ def console() -> Console:
     """Standard output, at the terminal's width; wide where it is read from a file."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
-def print_table(columns: list[str], rows: list[list[str]]) -> None:
+def print_table(columns: list[str], rows: list[list[str]], shown: int | None = None) -> None:
+    """`shown`: how many of the columns; all if left out."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*(c.replace("_", " ") for c in columns))
+    table = Table()
+    for column in columns[:shown]:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    if max((len(row[0]) for row in rows), default=0) <= _SHORT:
+        table.columns[0].no_wrap = True
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(escape, row[:shown]))
     console().print(table)
 
 
