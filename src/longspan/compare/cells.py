@@ -184,7 +184,7 @@ def _chosen(asked: MethodLike, facts: ModelFacts, longest: int, model: str) -> C
 
 
 def _combination(asked: MethodLike) -> Combination:
-    if isinstance(asked, Path):
+    if isinstance(asked, Path) or (isinstance(asked, str) and "/" in asked.partition(":")[0]):
         raise SpecError(
             f"{asked} is no folder of a model or of a training; a method is named by its spec, such as 'ntk'"
         )
