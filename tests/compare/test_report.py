@@ -518,7 +518,7 @@ def test_terminal_takes_names_as_they_are():
 
 
 def test_names_of_points_are_not_read_as_one() -> None:
-    for where in range(50, 90):
+    for where in range(60, 75):
         axes = Figure(figsize=(4, 3)).subplots()
         axes.set_xlim(0, 1)
         name_points(axes, {"ntk": (where / 100, 0.5), "streaming": (0.95, 0.5)}, [])
