@@ -14,14 +14,18 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import longspan as ls
 import tiny
-from longspan import method
-from longspan.cli import run
+from longspan import method, printing
+from longspan.cli import _default_out, run
+from longspan.compare.cost import Meter
 from longspan.generation import generate_text
 from longspan.include import include, load_user_file
+from longspan.tasks import base
+from longspan.tasks.base import parse_task
 
 GUIDE = Path(__file__).parent.parent / "docs" / "adding-a-method.md"
 
@@ -59,6 +63,8 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]
     """The files of the guide to adding a method, by name; what they register is gone after the test."""
     method.catalogue()  # fills the registry before it is copied
     monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
+    base.task_catalogue()
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     monkeypatch.setenv("LONGSPAN_INCLUDE", "")
     found = re.findall(r"<!-- example: (\S+) -->\n```python\n(.*?)```", GUIDE.read_text(), re.S)
     for name, code in found:
@@ -73,10 +79,14 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 class TestStart:
     def test_help_needs_neither_torch_nor_transformers(self) -> None:
         done = python(
-            "import sys; from longspan.cli import run; code = run(['--help']); "
+            "import sys; from longspan.cli import run; code = run(['--help']) or run(['compare', '--help']); "
             "print({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules), file=sys.stderr); sys.exit(code)"
         )
         assert (done.returncode, done.stderr.strip()) == (0, "set()")
+
+    def test_a_report_needs_neither_torch_nor_transformers(self) -> None:
+        done = python("import sys, longspan.compare.report; print({'torch', 'transformers'} & set(sys.modules))")
+        assert done.stdout.strip() == "set()"
 
     def test_help_names_what_there_is(self, command: Command) -> None:
         text = command("--help").out
@@ -175,6 +185,8 @@ class TestPublicNames:
             "import types, longspan.apply, longspan as ls\n"
             "from longspan import apply\n"
             "assert isinstance(apply, types.FunctionType) and ls.apply is longspan.apply is apply\n"
+            "import longspan.compare.worker, sys\n"
+            "assert 'longspan.training' not in sys.modules, 'a comparison trains nothing, and its imports take seconds'\n"
         )
         assert done.stderr == ""
 
@@ -192,6 +204,17 @@ class TestCatalogues:
         assert everything[name] == entry
         assert {"title", "settings", "about"} <= entry.keys()
         assert entry["title"] in command(kind, name).out
+
+    def test_a_narrow_terminal_has_fewer_columns_and_nothing_cut(
+        self, command: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wide = command("methods").out
+        monkeypatch.setattr(printing, "console", lambda: Console(width=60))
+        narrow = command("methods").out
+        assert "arXiv" in wide and "no room" not in wide
+        assert all(name in narrow for name in ("transformer-xl", "ntk-by-parts"))
+        assert "…" not in narrow and "arXiv" not in narrow
+        assert "no room for cost, exportable, paper: longspan methods NAME" in narrow
 
     def test_settings_and_partners(self, command: Command) -> None:
         entry = json.loads(command("methods", "streaming", "--json").out)
@@ -250,11 +273,16 @@ class TestChat:
 
 
 class TestInclude:
-    def test_the_guides_examples_are_methods(self, command: Command, examples: dict[str, Path]) -> None:
-        assert sorted(examples) == ["cutoff.py", "rootdecay.py", "sharpen.py"]
+    def test_the_guides_examples_are_methods_and_a_task(self, command: Command, examples: dict[str, Path]) -> None:
+        task = examples.pop("first_word.py")
+        assert sorted(examples) == ["cutoff.py", "rootdecay.py", "sharpen.py", "strided.py"]
+        found = {}
         for name, path in examples.items():
-            entry = json.loads(command("methods", Path(name).stem, "--include", path, "--json").out)
-            assert entry["paper"] == "this page"
+            found[name] = json.loads(command("methods", Path(name).stem, "--include", path, "--json").out)
+            assert found[name]["paper"] == "this page"
+        assert found["cutoff.py"]["settings"][1] == {"name": "turns", "type": "float", "default": 8.0}
+        assert found["rootdecay.py"]["about"] == ""  # its class says nothing
+        assert json.loads(command("tasks", "first-word", "--include", task, "--json").out)["metric"] == "share right"
 
     def test_they_do_what_they_say(self, examples: dict[str, Path]) -> None:
         include(examples.values())
@@ -262,11 +290,22 @@ class TestInclude:
         model, ids = tiny.model(), torch.arange(200)[None]
         with torch.no_grad():
             before = model(ids).logits
-            for spec in ("cutoff:factor=4", "sharpen", "cutoff:factor=2 + self-extend:group=2"):
+            for spec in ("cutoff:factor=4", "sharpen", "cutoff:factor=2 + self-extend:group=2", "strided:near=9"):
                 with ls.applied(model, spec):
                     assert not torch.allclose(model(ids).logits, before, atol=1e-5)
                     assert torch.allclose(model(ids[:, :1]).logits, before[:, :1], atol=1e-4)
             assert torch.equal(model(ids).logits, before)
+
+    def test_the_guides_task_knows_the_right_answer(self, examples: dict[str, Path]) -> None:
+        include([examples["first_word.py"]])
+        tokenizer = tiny.tokenizer()
+        task = parse_task("first-word")
+        first, second = task.samples(tokenizer, 100, 2, 0)
+        text = tokenizer.decode([*first.tokens, *first.meta["answer"]])
+        assert len(first.tokens) + len(first.meta["answer"]) == 100
+        assert text.partition("The first word is ")[2].startswith(text.rpartition("was ")[2])
+        assert first.tokens != second.tokens
+        assert task.run(tiny.model(), tokenizer, first, Meter(torch.device("cpu"))).score in (0.0, 1.0)
 
     def test_a_file_is_run_once(self, examples: dict[str, Path]) -> None:
         assert load_user_file(examples["cutoff.py"]) is load_user_file(examples["cutoff.py"])
@@ -287,6 +326,13 @@ class TestCompare:
         assert {(r["method"], r["length"]) for r in rows} == {
             (m, n) for m in ("none", "yarn:factor=1.75") for n in (128, 200)
         }
+
+    @pytest.mark.parametrize(
+        ("model", "begins"),
+        [("runs/pose/model", "pose-model-"), ("smollm2-135m", "smollm2-135m-"), ("model", "model-")],
+    )
+    def test_the_folder_that_is_chosen_tells_models_apart(self, model: str, begins: str) -> None:
+        assert _default_out(model).name.startswith(begins)
 
     def test_a_users_method_reaches_the_workers(
         self, command: Command, model: Path, tmp_path: Path, examples: dict[str, Path]

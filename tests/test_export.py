@@ -159,6 +159,9 @@ def test_length_settles_open_settings(source: Path, tmp_path: Path) -> None:
     assert report.method == "yarn:factor=4" and report.window == 512
     with pytest.raises(SpecError, match="needs factor"):
         export(source, "yarn", tmp_path / "other")
+    with pytest.raises(NotSupported, match=r"yarn:factor=2 .* reads 256 tokens, and 500 are asked for"):
+        export(source, "yarn:factor=2", tmp_path / "other", length=500)
+    assert not (tmp_path / "other").exists()
 
 
 def test_tokenizer_goes_along_unchanged(source: Path, tmp_path: Path) -> None:

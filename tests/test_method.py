@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -290,3 +292,19 @@ def test_settings_of_any_dataclass_are_read_alike() -> None:
 
 def test_combinations_are_compared_by_what_they_are() -> None:
     assert parse("yarn:factor=4") == Combination((YaRN(4.0),)) != parse("yarn:factor=2")
+
+
+def test_the_table_of_slots_is_that_of_the_catalogue() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    rows = re.findall(
+        r"^\| `([a-z-]+)`[^|]*\| (`.*) \|$", page.partition("| slot | filled by |")[2].partition("##")[0], re.M
+    )
+    said = {slot: set(re.findall(r"`([a-z0-9-]+)`", names)) for slot, names in rows}
+    fills: dict[str, set[str]] = {}
+    for name, cls in catalogue().items():
+        if cls.__module__.startswith("longspan.") and re.search(
+            "pretrained|trained model|encoder-decoders", cls.works_on
+        ):
+            for slot in cls.slots:
+                fills.setdefault(slot, set()).add(name)
+    assert said == fills

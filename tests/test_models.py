@@ -377,6 +377,10 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
 
 def test_folders_that_are_no_model(folder: Path, tmp_path: Path) -> None:
     _refused(tmp_path, "there is no config.json")
+    (tmp_path / "run").mkdir()
+    model = folder.rename(tmp_path / "run" / "model")
+    _refused(tmp_path / "run", "there is no config.json", f"in its folder {model}")
+    folder = model
     (tmp_path / "adapter_config.json").write_text("{}")
     _refused(tmp_path, "adapter", "merge")
     for text, message in [("{", "cannot be read"), ("[]", "not a JSON object"), ("{}", "no model that transformers")]:

@@ -162,6 +162,10 @@ def test_data_and_terminal(folder: Path) -> None:
     assert "[bold]m[/bold] with streaming:window=124, 500 tokens in and 10 out: fits" in text.getvalue()
     assert "estimates" in text.getvalue()
     assert "not here: needs factors" in text.getvalue() and "made for up to 128 tokens" in text.getvalue()
+    narrow = io.StringIO()
+    plan.terminal(made, Console(file=narrow, width=60))
+    assert "…" not in narrow.getvalue()  # no figure is cut
+    assert "longrope: not here: needs factors" in narrow.getvalue()
 
 
 def test_what_a_user_can_get_wrong(folder: Path, tmp_path: Path) -> None:

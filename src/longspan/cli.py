@@ -40,6 +40,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.Exit:
+            raise  # a RuntimeError like out of memory, which is looked for below with torch
         except LongspanError as error:
             _fail(str(error))
         except KeyboardInterrupt:
@@ -221,7 +223,9 @@ def _size(text: str, what: str = "length") -> int:
 
 
 def _default_out(model: str) -> Path:
-    name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
+    path = Path(model)
+    last = "-".join(path.parts[-2:]) if path.name == "model" else path.name  # every training leaves a folder `model`
+    name = re.sub(r"[^\w.-]+", "-", last).strip("-.") or "model"
     return Path("runs") / f"{name}-{datetime.date.today().isoformat()}"
 
 

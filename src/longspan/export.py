@@ -101,6 +101,12 @@ def export(
     wanted = combination(method).resolve(facts, length)
     if not wanted.exportable:
         raise NotSupported(_why_not(wanted, facts, model_name))
+    reach = wanted.reach(facts)
+    if length is not None and reach is not None and reach < length:
+        raise NotSupported(
+            f"{wanted.spec} on {model_name} reads {reach:,} tokens, and {length:,} are asked for; leave its factor out, so that "
+            "it follows from the length, or take a method that reads further, such as yarn"
+        )
     source = models.ready_folder(model_name)
     model, _ = models.load(model_name, dtype=dtype or _own_dtype(source), device="cpu", method=wanted)
     with filling(place) as folder:
@@ -114,7 +120,7 @@ def export(
         dtype=str(model.dtype).removeprefix("torch."),
         bytes=size,
         window=config.max_position_embeddings,
-        reach=wanted.reach(facts) or config.max_position_embeddings,
+        reach=reach or config.max_position_embeddings,
         max_position_embeddings=_section(_read(place / "config.json"))["max_position_embeddings"],
         rope_parameters=getattr(config, "rope_parameters", None),
         notes=tuple(notes),

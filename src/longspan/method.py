@@ -154,8 +154,9 @@ class Combination:
 
 
 def _partners(method: Method) -> str:
-    others = ((n, cls) for n, cls in catalogue().items() if NoMethod.works_on in cls.works_on)
-    legal = [n for n, cls in others if cls.slots and not cls.slots & method.slots]
+    from longspan.partners import partners
+
+    legal = partners(type(method))
     return f"{method.name} combines with: {', '.join(legal)}" if legal else f"use {method.name} alone"
 
 

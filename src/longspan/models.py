@@ -224,6 +224,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         hint = "a model's folder has one, beside its safetensors"
         if (path.parent / "adapter_config.json").is_file():
             hint = "it holds an adapter: merge it into its model first"
+        elif (inner := path.parent / "model" / path.name).is_file():
+            hint = f"a training's model is in its folder {inner.parent}"
         raise LongspanError(f"there is no {path.name} in {path.parent}; {hint}") from error
     except (OSError, ValueError) as error:
         raise LongspanError(f"{path} cannot be read: {reason(error)}; copy the model again") from error

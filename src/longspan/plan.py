@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 LONGEST = 2**27
 """Where the search for the longest length ends, in tokens."""
+REMARKS_FROM = 100
+"""Columns of a terminal in which remarks stand in the table, and not under it."""
 _CUDA_CONTEXT = 600 * 10**6
 # Small operations (norms, rotation, activation, residuals) of a decoder layer: how many, and how often they read or write a
 # hidden or a feed-forward state. Counted on a Llama layer.
@@ -365,21 +367,30 @@ def terminal(made: Plan, console: Console | None = None) -> None:
         f"longest  {at_most if made.longest is None else f'{made.longest:,} tokens'} fit into memory; the model's own window "
         f"is {made.window:,}"
     )
-    console.print(_table(made))
+    beside = console.width >= REMARKS_FROM
+    console.print(_table(made, beside))
+    for row in () if beside else made.methods:
+        if remark := _remark(row):
+            console.print(Text(f"{row.spec}: {remark}"))
 
 
-def _table(made: Plan) -> Table:
+def _remark(row: MethodPlan) -> str:
+    return row.reason if row.legal else f"not here: {row.reason}"
+
+
+def _table(made: Plan, remarks: bool) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     from longspan.compare.results import duration, size
 
-    table = Table("method", "cache", "memory", "fits", "reading", "writing a token", "remark")
-    table.columns[0].no_wrap = True
+    table = Table("method", "cache", "memory", "fits", "reading", "writing a token", *(["remark"] if remarks else []))
+    for column in table.columns:
+        column.overflow, column.no_wrap = "fold", column.header in ("cache", "memory", "fits", "reading")
     for row in made.methods:
         figures = [""] * 5
         if row.needs and row.prefill_s is not None and row.decode_s_per_token is not None:
             times = duration(row.prefill_s), duration(row.decode_s_per_token)
             figures = [size(row.needs.cache), size(row.needs.total), "yes" if row.fits else "no", *times]
-        table.add_row(Text(row.spec), *figures, Text(row.reason if row.legal else f"not here: {row.reason}"))
+        table.add_row(Text(row.spec), *figures, *([Text(_remark(row))] if remarks else []))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from longspan.bench_attention import Row as AttentionRow
 
 
+_SHORT = 16
+"""Characters of a name that is never broken."""
+_COLUMN = 14
+"""Characters that a column of a catalogue must have, its border with them."""
+
+
 def print_catalogue(known: dict[str, type], name: str | None, kind: str, columns: list[str], as_json: bool) -> None:
     """Every entry in a table, or the one named `name` in full. Raises `SpecError` for a name that there is not."""
     if name is not None and name not in known:
@@ -29,7 +36,17 @@ def print_catalogue(known: dict[str, type], name: str | None, kind: str, columns
     elif name:
         _print_entry(_describe(known[name]))
     else:
-        print_table([kind, *columns], [[n, *(_cell(getattr(cls, c)) for c in columns)] for n, cls in known.items()])
+        _print_entries(known, kind, columns)
+
+
+def _print_entries(known: dict[str, type], kind: str, columns: list[str]) -> None:
+    """As many columns as the terminal has room for; which are left out is said."""
+    shown = max(1, min(len(columns), (console().width - _SHORT) // _COLUMN))
+    rows = [[n, *(_cell(getattr(cls, c)) for c in columns)] for n, cls in known.items()]
+    print_table([kind, *columns], rows, 1 + shown)
+    if left := columns[shown:]:
+        names = ", ".join(c.replace("_", " ") for c in left)
+        typer.echo(f"no room for {names}: longspan {kind}s NAME shows all")
 
 
 def _describe(cls: Any) -> dict[str, Any]:
@@ -40,24 +57,28 @@ def _describe(cls: Any) -> dict[str, Any]:
         for key, value in vars(base).items()
         if not key.startswith("_") and isinstance(value, str | bool | int | frozenset) and key not in _settings_of(cls)
     }
-    partners = _partners(cls) if "slots" in facts else {}
-    about = " ".join((cls.__doc__ or "").split())
-    return {**facts, **partners, "settings": list(_settings_of(cls).values()), "about": about}
+    said = cls.__doc__ or ""
+    about = "" if said.startswith(f"{cls.__name__}(") else " ".join(said.split())  # what dataclass writes says nothing
+    return {**facts, **_combines(cls), "settings": list(_settings_of(cls).values()), "about": about}
+
+
+def _combines(cls: Any) -> dict[str, list[str]]:
+    """Of a method, what it can be combined with."""
+    from longspan.method import Method
+
+    if not issubclass(cls, Method):
+        return {}
+    from longspan.partners import partners
+
+    return {"combines_with": partners(cls)}
 
 
 def _settings_of(cls: Any) -> dict[str, dict[str, Any]]:
     return {
-        f.name: {"name": f.name, "type": str(f.type)}
+        f.name: {"name": f.name, "type": f.type if isinstance(f.type, str) else inspect.formatannotation(f.type)}
         | ({"default": f.default} if f.default is not dataclasses.MISSING else {"required": True})
         for f in dataclasses.fields(cls)
     }
-
-
-def _partners(cls: Any) -> dict[str, list[str]]:
-    from longspan.method import catalogue
-
-    free = {n for n, other in catalogue().items() if other.slots and cls.slots and not other.slots & cls.slots}
-    return {"combines_with": sorted(free)}
 
 
 def print_json(value: Any) -> None:
@@ -68,16 +89,21 @@ def console() -> Console:
     """Standard output, at the terminal's width; wide where it is read from a file."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
-def print_table(columns: list[str], rows: list[list[str]]) -> None:
+def print_table(columns: list[str], rows: list[list[str]], shown: int | None = None) -> None:
+    """`shown`: how many of the columns; all if left out."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*(c.replace("_", " ") for c in columns))
+    table = Table()
+    for column in columns[:shown]:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    if max((len(row[0]) for row in rows), default=0) <= _SHORT:
+        table.columns[0].no_wrap = True
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(escape, row[:shown]))
     console().print(table)
 
 

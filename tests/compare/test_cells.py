@@ -15,13 +15,13 @@ from longspan.compare import cells, cost
 from longspan.compare.cells import (
     Cell,
     Request,
-    by_reason,
     choose_lengths,
     make_plan,
     read_lengths,
     read_methods,
     scale_of,
 )
+from longspan.compare.results import by_reason
 from longspan.compare.store import canonical
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import facts_of

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from rich.console import Console
 from sample_run import METHODS, PASSKEY, PPL, STREAM, sample_run, write_run
 
 from longspan.compare import figures, report, stats
 from longspan.compare.advice import advise
-from longspan.compare.drawing import spread, styles
+from longspan.compare.drawing import name_points, spread, styles, swatch
 from longspan.compare.results import Results, curve, duration, pareto, size, tokens
 from longspan.compare.store import Run
 from longspan.errors import LongspanError
@@ -135,6 +136,15 @@ def test_no_measurable_harm_is_said():
     for task in ("ppl", "passkey"):
         cell(cells, "yarn:factor=4", task, 8192)["samples"] = cell(cells, "none", task, 8192)["samples"]
     assert "does no measurable harm" in advise(Results(manifest, cells)).sentence
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("runs/a/model", "runs/a/model"), ("/there/mine", "mine"), ("/there/a/model", "a/model"), ("org/it", "org/it")],
+)
+def test_a_model_goes_by_a_name_that_tells_it_from_others(model: str, name: str) -> None:
+    manifest, cells = sample_run()
+    assert Results({**manifest, "model": model}, cells).name == name
 
 
 def test_a_task_that_the_model_fails_everywhere_is_left_aside():
@@ -505,3 +515,16 @@ def test_terminal_takes_names_as_they_are():
     screen = io.StringIO()
     report.terminal(manifest, cells, Console(file=screen, width=200))
     assert "[red]yarn" in screen.getvalue()
+
+
+def test_names_of_points_are_not_read_as_one() -> None:
+    for where in range(60, 75):
+        axes = Figure(figsize=(4, 3)).subplots()
+        axes.set_xlim(0, 1)
+        name_points(axes, {"ntk": (where / 100, 0.5), "streaming": (0.95, 0.5)}, [])
+        first, second = sorted((t.get_window_extent() for t in axes.texts), key=lambda box: box.x0)
+        assert second.x0 - first.x1 > 4 or not (first.y0 < second.y1 and second.y0 < first.y1)
+
+
+def test_a_mark_beside_a_name_is_whole() -> None:
+    assert all("clip-path" not in swatch(style) for style in styles(METHODS).values())

@@ -91,3 +91,5 @@ def test_folders(training: Path, tmp_path: Path) -> None:
     assert training_cost(training) == training_cost(training / "model") == COST
     with pytest.raises(LongspanError, match="no folder of a model"):
         compare(training / "model", methods=[tmp_path], out=tmp_path / "out")
+    with pytest.raises(LongspanError, match="runs/nosuch is no folder of a model"):
+        compare(training / "model", methods=["runs/nosuch"], out=tmp_path / "out")

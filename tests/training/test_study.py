@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from longspan.cli import run
-from longspan.errors import SpecError
+from longspan.errors import NotSupported, SpecError
 from longspan.training import study as studies
 from longspan.training.study import Curve, Settings, curves, read_results, study, table
 
@@ -88,11 +88,23 @@ def test_a_curve_holds_by_its_worst_length() -> None:
         ({"schemes": ("rope", "rope")}, "once"),
         ({"times": (2, 4)}, "from 1"),
         ({"seeds": 0}, "at least 1"),
+        ({"text": "nothing"}, "neither a built-in text nor a file"),
     ],
 )
 def test_refusals(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(SpecError, match=says):
         Settings(**wrong)
+
+
+def test_what_the_last_scheme_cannot_have_is_said_before_the_first_is_trained(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    settings = Settings(("rope", "tupe"), text=recipe["data"]["train"])
+    with pytest.raises(NotSupported, match="scores every pair of places"):
+        study(recipe, settings, tmp_path / "study", said.append, **{"model.attention": "window:size=8"})
+    assert not said
+    assert not (tmp_path / "study").exists()
 
 
 def test_command(recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

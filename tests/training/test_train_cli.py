@@ -66,6 +66,7 @@ def test_a_dry_run_knows_what_a_model_does_not_keep(recipe: Path, capfd: pytest.
         (["training.steps"], "not key=value"),
         (["model.type=lama"], 'did you mean "llama"'),
         (["model.hiden_size=3"], 'did you mean "hidden_size"'),
+        (["model.zzz=3"], "no key 'zzz'; transformers' documentation names them all"),
         (["model.num_attention_heads=5"], "model: no llama configuration"),
         (["model.vocab_size=100"], "leave it out"),
         (["data.train=nowhere.txt"], "neither a built-in text nor a file"),

@@ -2,7 +2,7 @@
 
 A pattern is softmax attention in which a query sees some of the keys; it says which (`visible`, the definition), and may
 bring a faster way to the same result (`run`). A mixer is anything else; it builds a module that takes attention's place.
-Both are methods with settings. `docs/adding-a-method.md` shows one of each.
+Both are methods with settings. `docs/adding-a-method.md` shows a pattern.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def _chosen(asked: MethodLike, facts: ModelFacts, longest: int, model: str) -> C
 
 
 def _combination(asked: MethodLike) -> Combination:
-    if isinstance(asked, Path):
+    if isinstance(asked, Path) or (isinstance(asked, str) and "/" in asked.partition(":")[0]):
         raise SpecError(
             f"{asked} is no folder of a model or of a training; a method is named by its spec, such as 'ntk'"
         )
@@ -208,14 +208,6 @@ def _whole_catalogue(facts: ModelFacts, longest: int) -> tuple[list[Chosen], dic
         except TypeError:
             left_out[name] = "needs settings that do not follow from the length; ask for it by name"
     return chosen, left_out
-
-
-def by_reason(left_out: dict[str, str]) -> dict[str, str]:
-    """The same with the names that share a reason on one line, joined by commas."""
-    names: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        names.setdefault(reason, []).append(name)
-    return {", ".join(those): reason for reason, those in names.items()}
 
 
 def check_importable(cls: type) -> None:

@@ -147,6 +147,7 @@ def swatch(style: Style) -> str:
             marker=style.marker,
             markevery=[1],
             markersize=5,
+            clip_on=False,  # the axes are lower than a marker
         )
         axes.set_axis_off()
 
@@ -229,7 +230,7 @@ def name_points(
             box = size.translated(dx * scale - shift * size.width, dy * scale)
             within = box.x0 >= inside.x0 and box.x1 <= inside.x1 and box.y0 >= inside.y0 and box.y1 <= inside.y1
             if within and not any(box.overlaps(other) for other in taken):
-                taken.append(box)
+                taken.append(box.padded(4 * scale, 0))  # two names side by side are not read as one
                 text.set_position((dx, dy))
                 text.set_horizontalalignment(align)
                 break

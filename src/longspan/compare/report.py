@@ -22,10 +22,9 @@ from rich.text import Text
 
 from longspan.compare import figures
 from longspan.compare.advice import Advice, advise
-from longspan.compare.cells import by_reason
 from longspan.compare.drawing import styles, swatch, with_own_names
 from longspan.compare.protocol import environment, first_prompt, methods_asked, task_protocol
-from longspan.compare.results import BARE, COSTS, STATUS, Record, Results, TaskFacts, failed_samples
+from longspan.compare.results import BARE, COSTS, STATUS, Record, Results, TaskFacts, by_reason, failed_samples
 from longspan.compare.shares import terminal_lines
 from longspan.compare.store import write_atomically
 

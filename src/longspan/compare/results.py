@@ -95,9 +95,11 @@ class Results:
 
     @property
     def name(self) -> str:
-        """The model's name for people: of a path, its last part."""
+        """The model's name for people: of a path, its last part; `run/model` of what a training left."""
         path = Path(self.model)
-        return path.name if path.is_absolute() or self.model.startswith(".") else self.model
+        if not path.is_absolute() and not self.model.startswith("."):
+            return self.model
+        return "/".join(path.parts[-2:]) if path.name == "model" else path.name
 
     def cells(self) -> list[Record]:
         """Every cell that there is a record of, by task, length and method."""
@@ -246,6 +248,14 @@ def pareto(points: dict[str, tuple[float, float]], task: TaskFacts) -> list[str]
         if not front or task.gain(points[name][1]) > task.gain(points[front[-1]][1]):
             front.append(name)
     return front
+
+
+def by_reason(left_out: dict[str, str]) -> dict[str, str]:
+    """The same with the names that share a reason on one line, joined by commas."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    return {", ".join(those): reason for reason, those in names.items()}
 
 
 def duration(seconds: float) -> str:

@@ -29,8 +29,8 @@ import torch
 
 import longspan
 from longspan.compare import cost
-from longspan.compare.cells import SOURCES, Cell, MethodLike, Plan, Request, as_list, by_reason, make_plan
-from longspan.compare.results import duration, size
+from longspan.compare.cells import SOURCES, Cell, MethodLike, Plan, Request, as_list, make_plan
+from longspan.compare.results import by_reason, duration, size
 from longspan.compare.screen import Screen
 from longspan.compare.store import LOGS, MANIFEST, Record, Run, Store, is_finished, read_manifest
 from longspan.compare.worker import Job, run_job

@@ -13,7 +13,6 @@ from typing import Any
 from longspan import models
 from longspan.errors import LongspanError, NotSupported
 from longspan.facts import ModelFacts
-from longspan.training.data import load_tokenizer
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs; naïve? 世界!\n    def f(x): return x\n"
 
@@ -25,6 +24,8 @@ def is_folder(asked: Any) -> bool:
 
 def trained_model(asked: str | Path, base: str) -> tuple[str, ModelFacts]:
     """The model's own folder, and what it is. Raises `NotSupported` where it reads a text as other tokens than `base` does."""
+    from longspan.training.data import load_tokenizer  # with all of training, which takes seconds in each process
+
     folder = _found(asked)
     if folder is None:
         raise LongspanError(f"{asked} holds no model")

@@ -35,6 +35,7 @@ class LogN(Method):
     seam: ClassVar[Any] = "position"
     slots: ClassVar[frozenset[str]] = frozenset({"queries", "span"})
     """With a span that is bounded by another method the number of keys does not grow, and the factor would be wrong."""
+    works_on: ClassVar[str] = "pretrained, from scratch"
     cost: ClassVar[str] = "time n², cache n"
     why_not_exportable: ClassVar[str] = "it scales queries by their position, which no setting of a checkpoint can say"
 

@@ -47,7 +47,8 @@ def model_config(recipe: Recipe, tokens: int, special: dict[str, int | None]) ->
     known = (set(default.to_dict()) | set(default.attribute_map)) - set(_NOT_SETTINGS)
     for key in settings:
         if key not in known:
-            raise SpecError(f"model: a {kind} configuration has no key {key!r}; {_closest(key, known)}")
+            lists = "longspan.lm.LongspanConfig" if kind == "longspan" else _DOCUMENTATION
+            raise SpecError(f"model: a {kind} configuration has no key {key!r}; {_closest(key, known, lists)}")
     if settings.get("vocab_size", tokens) < tokens:
         raise SpecError(f"model.vocab_size={settings['vocab_size']}: the tokenizer has {tokens} tokens; leave it out")
     filled = {"vocab_size": tokens, "max_position_embeddings": recipe.data.length, **special, **settings}
@@ -55,17 +56,23 @@ def model_config(recipe: Recipe, tokens: int, special: dict[str, int | None]) ->
         return AutoConfig.for_model(kind, **filled)
 
 
+_DOCUMENTATION = "transformers' documentation"
+
+
 def _default_config(kind: str) -> PreTrainedConfig:
     if kind == "longspan":
         import longspan.lm  # noqa: F401 - registers the type
     if kind not in CONFIG_MAPPING:
-        raise SpecError(f"model.type={kind}: transformers knows no such architecture; {_closest(kind, CONFIG_MAPPING)}")
+        hint = _closest(kind, CONFIG_MAPPING, _DOCUMENTATION)
+        raise SpecError(f"model.type={kind}: transformers knows no such architecture; {hint}")
     return AutoConfig.for_model(kind)
 
 
-def _closest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, sorted(known), n=5, cutoff=0.4)
-    return nearest(word, close) if close else "transformers' documentation lists them"
+def _closest(word: str, known: Any, lists: str) -> str:
+    """A hint for a name among too many to be listed: those that are like it, and where all are."""
+    close = difflib.get_close_matches(word, sorted(known), n=5, cutoff=0.5)
+    likely = " or ".join(f'"{name}"' for name in close)
+    return (f"did you mean {likely}? " if close else "") + f"{lists} names them all"
 
 
 def check_method(recipe: Recipe, facts: ModelFacts) -> Combination | None:

@@ -33,7 +33,9 @@ from longspan.errors import NotSupported, SpecError
 from longspan.lm.configuration import read_position
 from longspan.models import load
 from longspan.tasks.base import Task, parse_task
+from longspan.tasks.text import check_text
 from longspan.training.metrics import append_line, read_lines
+from longspan.training.recipe import read_recipe
 
 SCHEMES = (
     "sinusoidal",
@@ -81,6 +83,7 @@ class Settings:
             raise SpecError("study: name each position scheme once")
         if self.seeds < 1 or self.samples < 1:
             raise SpecError("study: seeds and samples must be at least 1")
+        check_text(self.text, "study")
         if not self.times or sorted(set(self.times)) != list(self.times) or self.times[0] != 1:
             raise SpecError(
                 "study: the lengths are multiples of the training length in rising order from 1, such as 1,2,4,8"
@@ -112,10 +115,9 @@ def study(
 
     recipe: of `longspan.train`, for a model of type longspan; its `out`, `seed` and `model.position` are the study's.
     """
-    from longspan.training.run import train
+    from longspan.training.run import check, train
 
-    folder = Path(out).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, asked = Path(out).expanduser(), []
     for seed in range(settings.seeds):
         for scheme in settings.schemes:
             own = {
@@ -123,9 +125,14 @@ def study(
                 "seed": seed,
                 "model.position": scheme,
             }
-            say(f"{scheme}, seed {seed}: training")
-            trained = train(recipe, **{**overrides, **own})
-            _measure(Path(trained.model), scheme, seed, settings, folder, say)
+            asked.append((scheme, seed, read_recipe(recipe, {**overrides, **own}.items())))
+    for _, _, one in asked[: len(settings.schemes)]:  # what the last cannot have is said before the first is trained
+        check(one)
+    folder.mkdir(parents=True, exist_ok=True)
+    for scheme, seed, one in asked:
+        say(f"{scheme}, seed {seed}: training")
+        trained = train(one)
+        _measure(Path(trained.model), scheme, seed, settings, folder, say)
     return report(folder, settings)
 
 
