@@ -7,7 +7,6 @@ Distance d is query position minus key position; the queries are the last Tq of 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan.engine.bias import Bias
 from longspan.engine.core import expand_heads, reference_mix
+from longspan.engine.device import on_device
 from longspan.errors import SpecError
 
 try:
@@ -203,10 +203,6 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _rows_whole(*tensors: Tensor) -> list[Tensor]:
     """Kernels read the numbers of a row one after the other."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
@@ -251,7 +247,7 @@ def _forward(
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     layout = _layout(kind, a, offset, queries, keys, causal, window or 0)
-    with _on(query.device):
+    with on_device(query.device):
         numbers, _ = _numbers(layout, kind, _parameters(a, b, lse), offset, heads)
         kernels.forward[lambda config: (-(-queries // config["BM"]), batch * heads)](
             *(query, key, value, out, lse, numbers, lse if starts is None else starts),
@@ -295,7 +291,7 @@ def _backward(
     choices = _choices(layout, query, key, causal, window, starts)
     sizes = (heads, queries, keys, window or 0, *layout[1:], scale)
     long = int(queries >= LONG)
-    with _on(query.device):
+    with on_device(query.device):
         numbers, slopes = _numbers(layout, kind, (a32, b32), offset, heads, unit=kind != "table")
         backward_kernels.backward_queries[lambda config: (-(-queries // config["BM"]), batch * heads)](
             *(query, key, value, out, d_out, dq, lse, delta, numbers, factors, first, *sizes),

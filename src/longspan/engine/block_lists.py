@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.engine import window_sinks
-from longspan.engine.biased import _on, _rows_whole, _strides
+from longspan.engine.biased import _rows_whole, _strides
+from longspan.engine.device import on_device
 from longspan.errors import SpecError
 
 try:
@@ -152,7 +153,7 @@ def _forward(
     part_out, part_lse = (_room(query, work, starts, owners, heads, block, n) for n in (width, 1))
     count, slots = (len(starts) - 1) // heads, part_out.shape[2]
     choices = _choices(query, key, block)
-    with _on(query.device):
+    with on_device(query.device):
         kernels.forward[(len(work), batch * heads)](
             *(query, key, value, out, lse, part_out, part_lse, work, starts, index, heads, tokens, count, slots, scale),
             *_strides(query, key, value, out),
@@ -192,7 +193,7 @@ def _backward(
     part_query = _room(query, work, starts, owners, heads, block, width)
     part_key, part_value = (_room(key, key_work, key_starts, key_owners, heads, block, width) for _ in range(2))
     count = (len(starts) - 1) // heads
-    with _on(query.device):
+    with on_device(query.device):
         kernels.backward_queries[(len(work), batch * heads)](
             *(query, key, value, d_out, dq, part_query, lse, delta, work, starts, index),
             *(heads, tokens, count, part_query.shape[2], scale),

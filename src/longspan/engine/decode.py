@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from longspan.apply import Site
 from longspan.engine import one_query
+from longspan.engine.device import on_device
 from longspan.engine.rolling import StreamingLayer
 from longspan.errors import NotSupported
 from longspan.memory.streaming import SinkKeys, Streaming
@@ -82,13 +83,14 @@ class StreamDecoder:
     def step(self, ids: Tensor) -> Tensor:
         """Reads one token per row, (B, 1), and returns the logits of the next, (B, vocabulary). With a graph the result is
         overwritten by the next step."""
-        if self.layers[0].seen < self._fixed_from:
-            logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
-            self.ids.copy_(logits.argmax(-1, keepdim=True))
-            return logits
-        self._prepare()
-        self.ids.copy_(ids)
-        return self._advance()
+        with on_device(self.ids.device):
+            if self.layers[0].seen < self._fixed_from:
+                logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
+                self.ids.copy_(logits.argmax(-1, keepdim=True))
+                return logits
+            self._prepare()
+            self.ids.copy_(ids)
+            return self._advance()
 
     @torch.inference_mode()
     def greedy_step(self) -> Tensor:
@@ -97,8 +99,9 @@ class StreamDecoder:
         if self.layers[0].seen < self._fixed_from:
             self.step(self.ids.clone())
         else:
-            self._prepare()
-            self._advance()
+            with on_device(self.ids.device):
+                self._prepare()
+                self._advance()
         return self.ids
 
     def stream(self, ids: Tensor) -> Iterator[Tensor]:
@@ -125,10 +128,11 @@ class StreamDecoder:
         if self.ids.device.type != "cuda":
             token = self.ids.clone()
             return lambda: token
-        host = torch.empty(self.ids.shape, dtype=self.ids.dtype, pin_memory=True)
-        host.copy_(self.ids, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        with on_device(self.ids.device):
+            host = torch.empty(self.ids.shape, dtype=self.ids.dtype, pin_memory=True)
+            host.copy_(self.ids, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
 
         def wait() -> Tensor:
             arrived.synchronize()
@@ -223,7 +227,8 @@ class StreamDecoder:
         self.token.copy_(held["token"])
         self.ids.copy_(held["ids"])
         recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded):
+        # Left to itself it takes one stream for all graphs, of the device that the first was recorded on.
+        with torch.cuda.graph(recorded, stream=stream):
             self.logits = self._run()
         self._recorded = recorded
 

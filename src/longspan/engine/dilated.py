@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.engine.biased import _on, _rows_whole, _strides
+from longspan.engine.biased import _rows_whole, _strides
+from longspan.engine.device import on_device
 from longspan.engine.window_sinks import refusal as refusal
 from longspan.errors import SpecError
 
@@ -125,7 +126,7 @@ def _forward(
         sums = make(query.shape, dtype=torch.float32)
     choices = _choices("forward", query, key, ends, causal)
     pairs = _pairs(patterns)
-    with _on(query.device):
+    with on_device(query.device):
         for number, (size, step) in enumerate(pairs):
             blocks, grid = _grid(query, size, step, choices["BM"])
             kernels.forward[grid](
@@ -158,7 +159,7 @@ def _backward(
     lines = lse if ends is None else ends
     strides = _strides(query, key, value, d_out)
     for_queries, for_keys = (_choices(kind, query, key, ends, causal) for kind in ("queries", "keys"))
-    with _on(query.device):
+    with on_device(query.device):
         for size, step in _pairs(patterns):
             numbers = query.shape[1], query.shape[2], size, step
             blocks, grid = _grid(query, size, step, for_queries["BM"])

@@ -48,7 +48,8 @@ def dilated_over_processes(
             parts += _within(length, size, step, heads, causal)
             continue
         first, each = rank * length // size * (size // length), length // step
-        others = [r for r in range(first, first + size // length) if (r < rank if causal else r != rank)]
+        last = min(first + size // length, count)  # the text may end before its last segment does
+        others = [r for r in range(first, last) if (r < rank if causal else r != rank)]
         for offset in range(min(step, heads)):
             some, own = slice(offset, None, step), Lane(offset, length - offset, length, step)
             parts.append(Part(1, own, own, causal, some))

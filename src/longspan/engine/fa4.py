@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine import window_sinks
+from longspan.engine.device import on_device
 from longspan.engine.far_sinks import with_sinks
 
 OLDEST = (9, 0)
@@ -68,7 +69,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, window: int, sinks: 
     }
 
     def near(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = _function()(*(x.transpose(1, 2) for x in tensors), **settings)
+        with on_device(query.device):  # whose stream and architecture it asks for
+            out, lse = _function()(*(x.transpose(1, 2) for x in tensors), **settings)
         return out.transpose(1, 2), lse
 
     if sinks:

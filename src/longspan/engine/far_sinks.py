@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.engine.biased import _on, _rows_whole, _strides
+from longspan.engine.biased import _rows_whole, _strides
+from longspan.engine.device import on_device
 from longspan.engine.window_sinks import choices_for, far_gradients
 
 try:
@@ -109,7 +110,7 @@ def _join(
     query, key, value, near = _rows_whole(query, key, value, near)
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     out, lse = torch.empty_like(near), near_lse.new_empty(near_lse.shape)
-    with _on(query.device):
+    with on_device(query.device):
         kernels.join[(-(-queries // ROWS), batch * heads)](
             *(query, key, value, near, near_lse.contiguous(), out, lse, heads, queries, keys, window, sinks, scale),
             *_strides(query, key, value, near, out),
@@ -124,7 +125,7 @@ def _split(near: Tensor, near_lse: Tensor, out: Tensor, lse: Tensor, d_out: Tens
     near, out, d_out = _rows_whole(near, out, d_out)
     (batch, heads, queries, width) = near.shape
     d_near, d_near_lse, delta = torch.empty_like(near), torch.empty_like(lse), torch.empty_like(lse)
-    with _on(near.device):
+    with on_device(near.device):
         kernels.split[(-(-queries // ROWS), batch * heads)](
             *(near, near_lse.contiguous(), out, lse, d_out, d_near, d_near_lse, delta, heads, queries),
             *_strides(near, out, d_out, d_near),
@@ -151,7 +152,7 @@ def _add(
     query, key, value, d_out = _rows_whole(query, key, value, d_out)
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     sizes, choices = (heads, queries, keys, window, sinks), choices_for(query, key, sinks)
-    with _on(query.device):
+    with on_device(query.device):
         kernels.add_queries[(-(-queries // ROWS), batch * heads)](
             *(query, key, value, d_out, d_query, lse, delta, *sizes, scale),
             *_strides(query, key, value, d_out, d_query),

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.engine.device import on_device
+
 KEYS = 64
 """Keys that one program takes at a time."""
 PROGRAMS = 256
@@ -65,28 +67,29 @@ def one_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float)
     out = torch.empty(batch, heads, 1, width, dtype=query.dtype, device=query.device)
     partial = torch.empty(batch * kv_heads * parts * rows * width, dtype=torch.float32, device=query.device)
     weight = torch.empty(batch * kv_heads * parts * rows * 2, dtype=torch.float32, device=query.device)
-    _kernels.attend[(batch * kv_heads, parts)](
-        query,
-        key,
-        value,
-        out,
-        partial,
-        weight,
-        _counters(query.device, batch * kv_heads),
-        size,
-        kv_heads,
-        *query.stride()[:2],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        SCALE=scale * 1.4426950408889634,  # powers of two are what the hardware has
-        GROUP=group,
-        ROWS=rows,
-        WIDTH=width,
-        KEYS=KEYS,
-        BLOCKS=-(-blocks // parts),
-        PARTS=parts,
-        num_warps=2 if width <= 64 else 4,
-    )
+    with on_device(query.device):
+        _kernels.attend[(batch * kv_heads, parts)](
+            query,
+            key,
+            value,
+            out,
+            partial,
+            weight,
+            _counters(query.device, batch * kv_heads),
+            size,
+            kv_heads,
+            *query.stride()[:2],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            SCALE=scale * 1.4426950408889634,  # powers of two are what the hardware has
+            GROUP=group,
+            ROWS=rows,
+            WIDTH=width,
+            KEYS=KEYS,
+            BLOCKS=-(-blocks // parts),
+            PARTS=parts,
+            num_warps=2 if width <= 64 else 4,
+        )
     return out
 
 

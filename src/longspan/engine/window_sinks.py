@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.engine.biased import LONG, _on, _rows_whole, _strides
+from longspan.engine.biased import LONG, _rows_whole, _strides
+from longspan.engine.device import on_device
 from longspan.errors import SpecError
 
 try:
@@ -124,7 +125,7 @@ def _forward(
     query, key, value = _rows_whole(query, key, value)
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    with _on(query.device):
+    with on_device(query.device):
         if described(query, key, value):
             _forward_described(query, key, value, out, lse, window, sinks, zero_key, scale)
             return out, lse
@@ -156,7 +157,7 @@ def _backward(
     dq, dk, dv, delta = (torch.empty_like(x) for x in (query, key, value, lse))
     sizes, choices = (heads, queries, keys, window, sinks), choices_for(query, key, sinks)
     bucket = _bucket(queries, window)
-    with _on(query.device):
+    with on_device(query.device):
         backward_kernels.backward_queries[lambda config: (-(-queries // config["BM"]), batch * heads)](
             *(query, key, value, out, d_out, dq, lse, delta, *sizes, scale),
             *_strides(query, key, value, out, d_out, dq),
