@@ -77,6 +77,11 @@ def _pairs(numbers: list[int]) -> list[tuple[int, int]]:
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
+def _far(step: int, strides: list[int], choices: dict[str, Any]) -> bool:
+    """Whether rows of one tile lie 2³¹ numbers apart or more: what counts them is 64 bits wide only then."""
+    return step * max(choices["BM"], choices["BN"]) * max(strides[2::3]) >= 2**31
+
+
 def _choices(kind: str, query: Tensor, key: Tensor, ends: Tensor | None, causal: bool) -> dict[str, Any]:
     narrow, wide = TILES[kind]
     rows, columns, warps, stages = wide if query.shape[-1] > 64 else narrow
@@ -125,15 +130,16 @@ def _forward(
         make = query.new_zeros if zero_key else query.new_empty
         sums = make(query.shape, dtype=torch.float32)
     choices = _choices("forward", query, key, ends, causal)
-    pairs = _pairs(patterns)
+    pairs, strides = _pairs(patterns), _strides(query, key, value, out)
     with on_device(query.device):
         for number, (size, step) in enumerate(pairs):
             blocks, grid = _grid(query, size, step, choices["BM"])
             kernels.forward[grid](
                 *(query, key, value, sums, out, lse, lse if ends is None else ends),
                 *(query.shape[1], query.shape[2], size, step, blocks, scale),
-                *_strides(query, key, value, out),
+                *strides,
                 LAST=number == len(pairs) - 1,
+                FAR=_far(step, strides, choices),
                 **choices,
             )
     return out, lse
@@ -164,11 +170,17 @@ def _backward(
             numbers = query.shape[1], query.shape[2], size, step
             blocks, grid = _grid(query, size, step, for_queries["BM"])
             kernels.backward_queries[grid](
-                *(query, key, value, d_out, dq, lse, delta, lines, *numbers, blocks, scale), *strides, **for_queries
+                *(query, key, value, d_out, dq, lse, delta, lines, *numbers, blocks, scale),
+                *strides,
+                FAR=_far(step, strides, for_queries),
+                **for_queries,
             )
             blocks, grid = _grid(query, size, step, for_keys["BN"])
             kernels.backward_keys[grid](
-                *(query, key, value, d_out, dk, dv, lse, delta, lines, *numbers, blocks, scale), *strides, **for_keys
+                *(query, key, value, d_out, dk, dv, lse, delta, lines, *numbers, blocks, scale),
+                *strides,
+                FAR=_far(step, strides, for_keys),
+                **for_keys,
             )
     dk, dv = (x.unflatten(1, (key.shape[1], -1)).sum(2) for x in (dk, dv))
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
