@@ -83,6 +83,23 @@ def test_lists_in_parts(name: str, longest: int, monkeypatch: pytest.MonkeyPatch
 
 
 @needs_kernels
+def test_parts_of_a_list_of_all_blocks_of_a_long_text() -> None:
+    """The last of 8,192 parts of a list of 262,144 blocks, all of which are one and the same here."""
+    size, parts = 2**18, 2**13
+    query, key, value = torch.randn(3, 1, 1, 16, 32, device=DEVICE).unbind()
+    tables = torch.tensor([[0, parts - 1, parts, 0]]), torch.tensor([0, size]), torch.zeros(size)
+    work, starts, index = (x.to(DEVICE, torch.int32) for x in tables)
+    got, lse = torch.empty(1, 1, 1, 16, 32, device=DEVICE), torch.empty(1, 1, 1, 16, device=DEVICE)
+    block_lists.kernels.forward[(1, 1)](
+        *(query, key, value, query, lse, got, lse, work, starts, index, 1, 16, 1, 1, 0.2),
+        *block_lists._strides(query, key, value, query),
+        **block_lists._choices(query, key, 16),
+    )
+    want = reference_attention(query, key, value, torch.ones(16, 16, dtype=torch.bool, device=DEVICE), 0.2)
+    torch.testing.assert_close(got[:, :, 0], want, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
 def test_rows_of_several_lengths() -> None:
     pattern, lengths = BigBird(block=16, random=1), torch.tensor([96, 50, 9])
     x = [torch.randn(3, 2, 96, 32, device=DEVICE) for _ in range(3)]

@@ -99,6 +99,29 @@ def test_strides_are_followed() -> None:
 
 
 @needs_kernels
+def test_rows_of_a_tile_may_lie_far_apart() -> None:
+    """Heads beside one another and a large dilation: an index past 2³¹ within one tile. Little of the memory is touched."""
+    tile, row, width = 32 if INTERPRETED else 128, 4096, 32
+    step = 2**31 // ((tile - 1) * row) + 1
+    text = (tile - 1) * step + 1
+    line = torch.empty((text - 1) * row + 3 * width, dtype=torch.float16, device=DEVICE)
+    ours = [line[n * width :].as_strided((1, 1, text, width), (0, 0, row, 1)) for n in range(3)]
+    for x in ours:
+        x[:, :, ::step] = torch.randn(tile, width)
+    query, key, value = (x[:, :, ::step].double().requires_grad_() for x in ours)
+    settings = [text, step], True
+    out, lse = torch.ops.longspan.dilated_forward(*ours, None, *settings, False, 0.2)
+    push = torch.zeros_like(out)
+    push[:, :, ::step] = torch.randn(tile, width)
+    out = out.index_fill_(2, (torch.arange(text, device=DEVICE) % step > 0).nonzero()[:, 0], 0)
+    grads = torch.ops.longspan.dilated_backward(push, *ours, out, lse, None, *settings, 0.2)
+    want = definition(query, key, value, [(tile, 1)], True, None, False)
+    wanted = torch.autograd.grad(want, (query, key, value), push[:, :, ::step].double())
+    for x, y in zip((out, *grads), (want, *wanted), strict=True):
+        assert (x[:, :, ::step].double() - y).abs().max() < 2e-2 * y.abs().max()
+
+
+@needs_kernels
 def test_operators_say_what_they_are() -> None:
     tensors = [torch.randn(1, h, 20, 32, device=DEVICE) for h in (2, 1, 1)]
     settings = [16, 2, 8, 1]

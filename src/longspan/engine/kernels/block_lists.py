@@ -20,8 +20,8 @@ UNSPECIALISED = ["heads", "tokens", "count", "slots"]
 def _share(starts, line, part, parts):
     """Where in the index a part of a list begins and ends."""
     begin = tl.load(starts + line)
-    size = tl.load(starts + line + 1) - begin
-    return begin + size * part // parts, begin + size * (part + 1) // parts
+    size = (tl.load(starts + line + 1) - begin).to(tl.int64)  # a list of all blocks times its parts may be past 2³¹
+    return begin + (size * part // parts).to(tl.int32), begin + (size * (part + 1) // parts).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

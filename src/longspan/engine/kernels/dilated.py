@@ -72,12 +72,13 @@ def forward(
     segment = (tl.program_id(0) // blocks).to(tl.int64)
     m = (blocks - 1 - tl.program_id(0) % blocks) * BM
     offset = head % step
+    apart = step.to(tl.int64)  # rows of a tile may lie past 2³¹ numbers from one another
     end = tl.load(ends + batch) if ENDS else text
     rows, keys = _taken(text, segment, size, offset, step), _taken(end, segment, size, offset, step)
     if m >= rows:
         return
     first = segment * size + offset
-    q = read_rows(query + batch * q_batch + head * q_head + first * q_row, m, step * q_row, keys, True, BM, WIDTH)
+    q = read_rows(query + batch * q_batch + head * q_head + first * q_row, m, apart * q_row, keys, True, BM, WIDTH)
     k_base = key + batch * k_batch + head // GROUP * k_head + first * k_row
     v_base = value + batch * v_batch + head // GROUP * v_head + first * v_row
     acc = tl.zeros([BM, WIDTH], tl.float32)
@@ -86,11 +87,11 @@ def forward(
     low = m if CAUSAL else keys
     _, _, ragged, last = near_keys(low, keys, ENDLESS, BM, BN)
     acc, total, top = softmax_tiles(
-        acc, total, top, q, k_base, v_base, step * k_row, step * v_row, scale * LOG2E, 0, ragged, low, 0, keys,
+        acc, total, top, q, k_base, v_base, apart * k_row, apart * v_row, scale * LOG2E, 0, ragged, low, 0, keys,
         ENDLESS, False, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
     acc, total, top = softmax_tiles(
-        acc, total, top, q, k_base, v_base, step * k_row, step * v_row, scale * LOG2E, ragged, last, low, 0, keys,
+        acc, total, top, q, k_base, v_base, apart * k_row, apart * v_row, scale * LOG2E, ragged, last, low, 0, keys,
         ENDLESS, True, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
     row = m + tl.arange(0, BM)
@@ -157,13 +158,14 @@ def backward_queries(
     segment = (tl.program_id(0) // blocks).to(tl.int64)
     m = (blocks - 1 - tl.program_id(0) % blocks) * BM
     offset = head % step
+    apart = step.to(tl.int64)  # rows of a tile may lie past 2³¹ numbers from one another
     end = tl.load(ends + batch) if ENDS else text
     keys = _taken(end, segment, size, offset, step)
     if m >= keys:
         return
     first = segment * size + offset
-    q = read_rows(query + batch * q_batch + head * q_head + first * q_row, m, step * q_row, keys, True, BM, WIDTH)
-    do = read_rows(d_out + batch * g_batch + head * g_head + first * g_row, m, step * g_row, keys, True, BM, WIDTH)
+    q = read_rows(query + batch * q_batch + head * q_head + first * q_row, m, apart * q_row, keys, True, BM, WIDTH)
+    do = read_rows(d_out + batch * g_batch + head * g_head + first * g_row, m, apart * g_row, keys, True, BM, WIDTH)
     row = m + tl.arange(0, BM)
     line = pair.to(tl.int64) * text + first + row.to(tl.int64) * step
     top = tl.load(lse + line, mask=row < keys, other=float("inf"))
@@ -175,11 +177,11 @@ def backward_queries(
     low = m if CAUSAL else keys
     _, _, ragged, last = near_keys(low, keys, ENDLESS, BM, BN)
     dq = query_tiles(
-        dq, q, do, top, weight, k_base, v_base, step * k_row, step * v_row, scale * LOG2E, 0, ragged, low, 0, keys,
+        dq, q, do, top, weight, k_base, v_base, apart * k_row, apart * v_row, scale * LOG2E, 0, ragged, low, 0, keys,
         ENDLESS, False, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
     dq = query_tiles(
-        dq, q, do, top, weight, k_base, v_base, step * k_row, step * v_row, scale * LOG2E, ragged, last, low, 0, keys,
+        dq, q, do, top, weight, k_base, v_base, apart * k_row, apart * v_row, scale * LOG2E, ragged, last, low, 0, keys,
         ENDLESS, True, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
     inside = (row < keys)[:, None]
@@ -254,6 +256,7 @@ def backward_keys(
     segment = (tl.program_id(0) // blocks).to(tl.int64)
     n = (tl.program_id(0) % blocks) * BN
     offset = head % step
+    apart = step.to(tl.int64)  # rows of a tile may lie past 2³¹ numbers from one another
     end = tl.load(ends + batch) if ENDS else text
     keys = _taken(end, segment, size, offset, step)
     if n >= keys:
@@ -263,8 +266,8 @@ def backward_keys(
     g_base = d_out + batch * g_batch + head * g_head + first * g_row
     k_base = key + batch * k_batch + head // GROUP * k_head + first * k_row
     v_base = value + batch * v_batch + head // GROUP * v_head + first * v_row
-    k = read_rows(k_base, n, step * k_row, keys, True, BN, WIDTH)
-    v = read_rows(v_base, n, step * v_row, keys, True, BN, WIDTH)
+    k = read_rows(k_base, n, apart * k_row, keys, True, BN, WIDTH)
+    v = read_rows(v_base, n, apart * v_row, keys, True, BN, WIDTH)
     row = n + tl.arange(0, BN)
     start = pair.to(tl.int64) * text + first
     line = start + row.to(tl.int64) * step
@@ -273,15 +276,15 @@ def backward_keys(
     shift = 0 if CAUSAL else keys
     begin, full, ragged, last = near_queries(n, shift, keys, ENDLESS, BM, BN)
     dk, dv = _strided_key_tiles(
-        dk, dv, k, v, q_base, g_base, step * q_row, step * g_row, lse + start, delta + start, scale * LOG2E, begin,
+        dk, dv, k, v, q_base, g_base, apart * q_row, apart * g_row, lse + start, delta + start, scale * LOG2E, begin,
         tl.minimum(full, last), shift, n, keys, step, True, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
     dk, dv = _strided_key_tiles(
-        dk, dv, k, v, q_base, g_base, step * q_row, step * g_row, lse + start, delta + start, scale * LOG2E, full,
+        dk, dv, k, v, q_base, g_base, apart * q_row, apart * g_row, lse + start, delta + start, scale * LOG2E, full,
         ragged, shift, n, keys, step, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
     dk, dv = _strided_key_tiles(
-        dk, dv, k, v, q_base, g_base, step * q_row, step * g_row, lse + start, delta + start, scale * LOG2E, ragged,
+        dk, dv, k, v, q_base, g_base, apart * q_row, apart * g_row, lse + start, delta + start, scale * LOG2E, ragged,
         last, shift, n, keys, step, True, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
     inside = (row < keys)[:, None]
