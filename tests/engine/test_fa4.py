@@ -76,6 +76,22 @@ def test_sinks_are_added_to_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked["return_lse"] and asked["window_size"] == (29, 0) and asked["causal"] and asked["softmax_scale"] == 0.2
 
 
+def test_without_gradients_of_its_sums_there_are_no_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first versions that gave log-sum-exps (before 4.0.0b5) left them out of the graph, without a word."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+        return q * 1, q.detach()[..., 0].transpose(1, 2).float()
+
+    monkeypatch.setattr(fa4, "_function", lambda: function)
+    monkeypatch.setattr(fa4, "with_sinks", lambda near, *tensors, **settings: near(*tensors)[0])
+    tensors = inputs("square", "cpu", torch.float32)
+    with pytest.raises(NotSupported, match="--upgrade"):
+        fa4.attention(*tensors, window=30, sinks=4, scale=0.2)
+    with torch.no_grad():
+        fa4.attention(*tensors, window=30, sinks=4, scale=0.2)
+    fa4.attention(*tensors, window=30, scale=0.2)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_asked_for_the_window(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fa4, "_function", lambda: documented)

@@ -102,6 +102,12 @@ def test_what_is_chosen_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compiled 0 shapes" in choose(Window(40), here, replace(grid, causal=False)).why
 
 
+def test_a_shape_counts_once_for_each_device() -> None:
+    """A model over several GPUs has FlexAttention compiled on each."""
+    grid = Grid(4, 300, 0, True)
+    assert len({routes._shape(Window(40), call(device=device), grid) for device in ("cpu", "meta", "cpu")}) == 2
+
+
 @torch.no_grad()
 def test_a_whole_model_gives_the_same_every_way() -> None:
     config = LongspanConfig(

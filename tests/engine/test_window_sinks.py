@@ -10,6 +10,8 @@ from torch import Tensor
 from longspan.attention.base import Grid
 from longspan.attention.window import Window
 from longspan.engine import routes, window_sinks
+from longspan.engine.bias import Bias
+from longspan.engine.biased import serves
 from longspan.engine.core import reference_attention, with_zero_key
 from longspan.engine.patterns import Call, attend, masked_attention
 from longspan.engine.routes import choose
@@ -122,6 +124,13 @@ def test_sinks_hear_from_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_kernels
+def test_more_rows_than_a_launch_has() -> None:
+    x = torch.zeros(1, 1, 1, 32, device=DEVICE).expand(2**14, 4, 1, 32)
+    assert refusal(x[1:], x[1:], x[1:]) is None
+    assert "65,535" in str(refusal(x, x, x)) and not serves(x, x, Bias()) and serves(x[1:], x[1:], Bias())
+
+
+@needs_kernels
 def test_strides_are_followed() -> None:
     packed = torch.randn(1, 40, 3, 2, 32, device=DEVICE, requires_grad=True)
     query, key, value = packed.transpose(1, 3).unbind(2)
@@ -153,7 +162,7 @@ def test_operators_compile_and_say_what_they_are() -> None:
 
 @pytest.mark.cuda
 def test_against_its_definition_at_length() -> None:
-    """Also at the sizes that a model has, where an index past 2³¹ would show."""
+    """Also at the sizes that a model has."""
     query, key, value = inputs((1, 16, 4, 2**17, 2**17), 128, torch.bfloat16)
     out = attention(query, key, value, window=1024, sinks=4, scale=0.1)
     for start in (0, 1000, 65536, 2**17 - 128):

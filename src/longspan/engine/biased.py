@@ -29,6 +29,8 @@ except ImportError:  # no Triton
 LOG2E = 1.4426950408889634
 MOST_SCORES = 2**24
 """Scores that the reference holds at once."""
+MOST_PAIRS = 2**16 - 1
+"""Rows times heads of one launch: what CUDA allows a grid in its second dimension."""
 LONG = 4096
 """Queries from which block sizes are chosen anew: short inputs want other ones."""
 
@@ -68,6 +70,7 @@ def serves(query: Tensor, key: Tensor, bias: Bias) -> bool:
         and key.shape[-1] == width
         and width in (32, 64, 128)
         and query.shape[2] > 0
+        and query.shape[0] * query.shape[1] <= MOST_PAIRS
         and (bias.kind != "table" or bias.clipped().a.shape[1] > 1)  # type: ignore[union-attr]
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from longspan.engine import window_sinks
 from longspan.engine.device import on_device
 from longspan.engine.far_sinks import with_sinks
+from longspan.errors import NotSupported
 
 OLDEST = (9, 0)
 """Compute capability of the oldest GPUs that it is used on; older ones have FlashAttention 2's speed from it."""
@@ -71,6 +72,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, window: int, sinks: 
     def near(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         with on_device(query.device):  # whose stream and architecture it asks for
             out, lse = _function()(*(x.transpose(1, 2) for x in tensors), **settings)
+        if sinks and out.requires_grad and not lse.requires_grad:
+            raise NotSupported(
+                f"this FlashAttention 4 gives log-sum-exps no gradient, which sinks need: {INSTALL} --upgrade"
+            )
         return out.transpose(1, 2), lse
 
     if sinks:

@@ -138,7 +138,8 @@ def _flex_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
 def _shape(pattern: Pattern, call: Call, grid: Grid) -> tuple:
     """What FlexAttention compiles anew for."""
     cut = call.padding is not None and not grid.causal
-    return pattern.spec, grid.causal, cut, call.query.shape, call.key.shape[1], call.query.dtype, _learns(call)
+    query = call.query
+    return pattern.spec, grid.causal, cut, query.shape, call.key.shape[1], query.dtype, query.device, _learns(call)
 
 
 def _unlike_plain(call: Call) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.engine.biased import LONG, _rows_whole, _strides
+from longspan.engine.biased import LONG, MOST_PAIRS, _rows_whole, _strides
 from longspan.engine.device import on_device
 from longspan.errors import SpecError
 
@@ -48,6 +48,8 @@ def refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"it runs heads of 32, 64 or 128 in 16 bits or float32, not of {width} in {query.dtype}"
     if key.shape != value.shape or not query.dtype == key.dtype == value.dtype or key.shape[-1] != width:
         return "queries, keys and values differ in width or dtype"
+    if query.shape[0] * query.shape[1] > MOST_PAIRS:
+        return f"it runs up to {MOST_PAIRS:,} rows times heads in one launch"
     return None
 
 

@@ -42,7 +42,7 @@ def serves(call: Attend, key: Tensor, reach: int) -> bool:
         and call.softcap is None
         and call.dropout == 0
         and not (torch.is_grad_enabled() and call.query.requires_grad)
-        and _may_compile((reach, call.query.shape[:2], width, call.query.dtype))
+        and _may_compile((reach, call.query.shape[:2], width, call.query.dtype, call.query.device))
     )
 
 
