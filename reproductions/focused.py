@@ -14,9 +14,9 @@ in CPU memory; what it takes of the GPU is printed beside what the cache holds.
 
 What is judged, with 95 % intervals over dictionaries: at 16 local contexts and more, d > 1 finds more values than d=1; and on a
 GPU, that with offload no more of it is held, nor ever in use over the weights, than a quarter of what the cache of all layers
-takes. The paper trains 37 million parameters from nothing, with d=128 after d=1. Keys have three symbols here: of two, a quarter
-of a document's keys would stand in the other documents too, with other values. `--small` takes two minutes on a CPU and shows
-only that it runs.
+takes. The same command goes on where it was stopped. The paper trains 37 million parameters from nothing, with d=128 after d=1.
+Keys have three symbols here: of two, a quarter of a document's keys would stand in the other documents too, with other values.
+`--small` takes two minutes on a CPU and shows only that it runs.
 """
 
 from __future__ import annotations
@@ -110,12 +110,11 @@ def recipe(name: str, d: int, steps: int, model: str | dict[str, Any], options: 
 
 
 def train(name: str, d: int, steps: int, model: str | dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    begun = time.perf_counter()
     given = recipe(name, d, steps, model, options)
     done = ls.train(given)
-    took = time.perf_counter() - begun
-    print(f"{name}: {steps:,} steps with d={d} in {took:.0f} s, loss {done.loss:.3f}", flush=True)
-    told = {"name": name, "d": d, "steps": steps, "loss": done.loss, "seconds": took, "peak_bytes": done.peak_bytes}
+    print(f"{name}: {steps:,} steps with d={d} in {done.seconds:.0f} s, loss {done.loss:.3f}", flush=True)
+    told = {"name": name, "d": d, "steps": steps, "loss": done.loss}
+    told |= {"seconds": done.seconds, "peak_bytes": done.peak_bytes}
     return told | {"model": done.model, "parameters": done.parameters, "recipe": given}
 
 
@@ -186,7 +185,10 @@ def room(method: str, options: argparse.Namespace) -> dict[str, Any]:
         "token_s": step_s,
     }
     shown = f"{held / 2**20:,.0f} MiB of the GPU" if cuda else "no GPU"
-    print(f"  {method}: {options.tokens:,} tokens, {shown}, read in {read_s:.1f} s, then {step_s * 1e3:.1f} ms a token")
+    print(
+        f"  {method}: {options.tokens:,} tokens, {shown}, read in {read_s:.1f} s, then {step_s * 1e3:.1f} ms a token",
+        flush=True,
+    )
     return told
 
 
@@ -271,7 +273,7 @@ def show(rows: list[dict[str, Any]], said: dict[str, bool], d: int) -> None:
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", type=Path, default=Path("runs/focused"), help="where the models go; must be new")
+    parser.add_argument("--models", type=Path, default=Path("runs/focused"), help="where the models go")
     parser.add_argument("--small", action="store_true", help="a few small steps, to see that it runs")
     parser.add_argument("--local", type=int, default=512, help="tokens of the local context")
     parser.add_argument("--d", type=int, default=32, help="contexts that training meets, against 1")
@@ -308,20 +310,33 @@ def main(arguments: list[str] | None = None) -> None:
         **cost.versions(),
         **device,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-        "room": [room(method, options) for method in ("none", "focused:local=2k", options.offloading)],
-        "kept": reread(options),
     }
-    write(made, options.out)
+    before = measured(made, options.out)
+    found = {name: {int(n): some for n, some in by.items()} for name, by in before.get("records", {}).items()}
+    made["room"] = before.get("room", [])
+    for method in ("none", "focused:local=2k", options.offloading)[len(made["room"]) :]:
+        made["room"].append(room(method, options))
+        write(made | {"records": found}, options.out)
+    made["kept"] = before.get("kept") or reread(options)
+    write(made | {"records": found}, options.out)
     made["trained"] = [train("start", 1, options.first, to_train(options), options)]
-    found = {}
     for name, d in (("one", 1), ("more", options.d)):
         made["trained"].append(train(name, d, options.steps, made["trained"][0]["model"], options))
-        found[name] = ask(made["trained"][-1]["model"], options)
+        if name not in found:
+            found[name] = ask(made["trained"][-1]["model"], options)
         write(made | {"records": found}, options.out)
     rows = summary(found)
     said = claims(rows, options.d, made["room"])
     show(rows, said, options.d)
     write({**made, "table": rows, "claims": said, "records": found}, options.out)
+
+
+def measured(made: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What an earlier run of the same options on the same device left; the same command does not measure it again."""
+    path = folder / "focused.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    same = all(before.get(key) == made[key] for key in ("options", "device_name"))
+    return before if same else {}
 
 
 def write(told: dict[str, Any], folder: Path) -> None:

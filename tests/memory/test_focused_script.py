@@ -73,12 +73,20 @@ def test_the_tokenizer_has_a_token_for_each_word(script: ModuleType, tmp_path: P
     assert sample.meta["pairs"] == (100 - 1 - 2 * per_pair) // per_pair
 
 
-def test_it_runs(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_it_runs(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = str(tiny.folder(tmp_path / "tiny", window=2048))
     sizes = ["--tokens", "5000", "--first", "2", "--steps", "2", "--model", model]
-    script.main(["--small", "--out", str(tmp_path / "out"), "--models", str(tmp_path / "models"), *sizes])
+    given = ["--small", "--out", str(tmp_path / "out"), "--models", str(tmp_path / "models"), *sizes]
+    script.main(given)
     told = json.loads((tmp_path / "out" / "focused.json").read_text())
     assert {"command", "torch", "transformers", "claims", "table"} <= set(told)
     assert [row["method"] for row in told["room"]] == ["none", "focused:local=2k", "focused:local=2k,offload=true"]
     assert told["kept"]["same"] and told["trained"][2]["d"] == 4
     assert "same answer: True" in capsys.readouterr().out
+    for name in ("room", "reread", "ask"):
+        monkeypatch.setattr(script, name, lambda *given: pytest.fail("measured twice"))
+    script.main(given)
+    again = json.loads((tmp_path / "out" / "focused.json").read_text())
+    assert again == told | {"command": again["command"]}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import longspan as ls
 import tiny
+from longspan.bench import Row
 
 GIVEN = ["--method", "streaming:sinks=2,window=30", "--tokens", "500", "--prompt", "50", "--probe", "6"]
 
@@ -95,10 +96,17 @@ def test_peers_by_hand(script: ModuleType, given: list[str]) -> None:
     assert window["nll"] == pytest.approx(F.cross_entropy(short, ids[:, 101]).item(), abs=1e-5)
 
 
-def test_what_stops_a_peer_is_its_last_record(script: ModuleType, given: list[str]) -> None:
+def test_what_stops_a_peer_is_its_last_record(
+    script: ModuleType, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = ls.load(given[3])
     ids = script.tokens_of([Path(given[0])], tokenizer, 200)
     (late,) = script.measured(script.dense(model, ids, [100, 150], 4, -1.0), "dense cache")
+    assert "past" in late["note"]
+    monkeypatch.setattr(script, "generate_row", lambda *given, **more: Row("", 0.001))
+    rows = list(script.static(model, ids, [10, 20, 40], 4, 100.0, 20))
+    assert [r["at"] for r in rows] == [10, 20, 40] and "did not come so far" in rows[2]["note"]
+    (late,) = script.static(model, ids, [10, 20], 4, -1.0, 20)
     assert "past" in late["note"]
 
     def full() -> Any:

@@ -38,6 +38,35 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_logits_at_once(chunk: int
         torch.testing.assert_close(two.grad, one.grad, rtol=1e-5, atol=1e-9, msg=name)
 
 
+def few(labels: int) -> dict[str, Tensor]:
+    """A batch with so many labels, and where they are."""
+    data = batch()
+    keep = torch.randperm(24, generator=torch.Generator().manual_seed(2))[:labels].sort().values
+    data["labels"] = torch.full((24,), -100).index_copy(0, keep, data["input_ids"].flatten()[keep]).view(2, 12)
+    return {**data, "labelled": keep}
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+@pytest.mark.parametrize("labels", [0, 1, 7])
+def test_logits_are_made_where_labels_are(labels: int, chunk: int) -> None:
+    """The same loss, sums, counts and gradients; with no label at all every parameter still has a gradient, of zeros, which
+    data parallel waits for."""
+    plain, short = (NextToken(tiny.model().double().train(), chunk) for _ in range(2))
+    rows: list[int] = []
+    short.causal.lm_head.register_forward_hook(lambda m, given, made: rows.append(len(given[0])))
+    data = few(labels)
+    before = plain(**{k: v for k, v in data.items() if k != "labelled"}, num_items_in_batch=7)
+    after = short(**data, num_items_in_batch=7)
+    assert sum(rows) == labels
+    for key in before:
+        torch.testing.assert_close(after[key], before[key], rtol=1e-7, atol=0)
+    for made in (before, after):
+        made["loss"].backward()
+    for (name, one), two in zip(plain.named_parameters(), short.parameters(), strict=True):
+        assert two.grad is not None
+        torch.testing.assert_close(two.grad, one.grad, rtol=1e-5, atol=1e-9, msg=name)
+
+
 def test_it_is_the_loss_that_transformers_computes() -> None:
     model, data = tiny.model(), batch()
     theirs = model(input_ids=data["input_ids"], labels=data["input_ids"], shift_labels=data["labels"]).loss

@@ -35,3 +35,9 @@ def test_each_layer_counts_its_own() -> None:
 
 def test_a_mixer_scores_no_pairs() -> None:
     assert attention(attention="linear", position="nope") == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_count_where_labels_are(tied: bool) -> None:
+    model = LongspanForCausalLM(LongspanConfig(**SIZES, tie_word_embeddings=tied))
+    assert work(model, 64).products - work(model, 64, 0.25).products == pytest.approx(0.75 * 6 * 40 * 32)

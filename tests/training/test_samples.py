@@ -11,7 +11,16 @@ import torch
 from longspan.errors import SpecError
 from longspan.positions.pose import PoSE
 from longspan.training.data import Tokens
-from longspan.training.samples import IGNORE, Course, Mixture, TextWindows, Validation, check_enough, collate
+from longspan.training.samples import (
+    IGNORE,
+    Course,
+    Mixture,
+    TextWindows,
+    Validation,
+    check_enough,
+    collate,
+    labelled_share,
+)
 
 ENDS = np.array([5, 12, 13, 40])
 TOKENS = Tokens(np.arange(40, dtype=np.uint16), ENDS, "")
@@ -91,8 +100,11 @@ def test_too_little_text_is_refused() -> None:
 
 def test_batches_are_integers_of_one_shape() -> None:
     batch = collate([windows("none").sample(i, 0) for i in range(3)])
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
-    assert all(v.shape == (3, 8) and v.dtype == torch.int64 for v in batch.values())
+    assert all(batch[k].shape == (3, 8) and batch[k].dtype == torch.int64 for k in ("input_ids", "attention_mask"))
+    assert set(batch) == {"input_ids", "labels", "attention_mask", "labelled"}
+    assert batch["labelled"].tolist() == [0, 1, 2, 3, *range(8, 14), *range(16, 24)]
+    assert "labelled" not in collate([windows("plain").sample(i, 0) for i in range(3)])  # each place has a label
+    assert labelled_share(Validation(windows("none"), 3), 2) == 10 / 16
 
 
 def test_of_a_task_only_the_answer_is_learned() -> None:
@@ -125,7 +137,7 @@ def test_a_task_mixed_into_a_text(pose: PoSE | None) -> None:
     mixed = Mixture(text, task, 1 / 3)
     assert len(text) == 4 and len(mixed) == 6
     batch = collate([mixed.sample(i, 0) for i in range(6)])
-    assert set(batch) == set(text.sample(0, 0))
+    assert set(batch) == {*text.sample(0, 0), "labelled"}
     assert [int(row[0]) >= 100 for row in batch["input_ids"]] == [False] * 4 + [True] * 2
     begins = [int(mixed.sample(i, epoch)["input_ids"][0]) for epoch in range(3) for i in (4, 5)]
     assert begins == [100, 105, 113, 100, 105, 113]  # all of the task, then again

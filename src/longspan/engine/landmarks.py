@@ -26,6 +26,8 @@ from longspan.engine.grouped import capped, grouped_softmax, wide
 
 Pages = tuple[Tensor, Tensor]
 """Keys and values."""
+_NONE = torch.iinfo(torch.int64).min
+"""The rank of a page that is not there."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def choose(queries: Tensor, landmarks: Tensor, before: Tensor, layout: Layout, s
     if layout.shared:
         scores = scores.log_softmax(-1).nan_to_num(-torch.inf, neginf=-torch.inf).amax(2, keepdim=True)
     found, at = _ranked(scores).topk(k, dim=-1)
-    is_recent, real = at >= count, found > -torch.inf
+    is_recent, real = at >= count, found > _NONE
     page = torch.where(is_recent, at - count + (before - k)[:, None, None, None], at).masked_fill(~real, -1)
     page, order = page.sort(-1)
     is_recent, real = is_recent.gather(-1, order), real.gather(-1, order)
@@ -98,9 +100,12 @@ def choose(queries: Tensor, landmarks: Tensor, before: Tensor, layout: Layout, s
 
 
 def _ranked(scores: Tensor) -> Tensor:
-    """Scores (…, candidates) as numbers without ties, in float64: of those equal to the 1,024th part the later one is more. In a
-    model's first layer the landmarks' keys are all the same, and rounding would choose."""
-    return (scores.double() * 1024).round() * 2**22 + torch.arange(scores.shape[-1], device=scores.device)
+    """Scores (…, candidates) as integers without ties: of those equal to the 1,024th part the later one is more, and what is not
+    there, -inf, is `_NONE`. In a model's first layer the landmarks' keys are all the same, and rounding would choose. Integers,
+    since Apple's GPUs have no float64."""
+    steps = (scores * 1024).round().masked_fill(scores == -torch.inf, 0).long()
+    ranked = steps * 2**22 + torch.arange(scores.shape[-1], device=scores.device)
+    return ranked.masked_fill(scores == -torch.inf, _NONE)
 
 
 def attend(

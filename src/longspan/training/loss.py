@@ -1,7 +1,8 @@
 """The loss of next tokens, with logits of a few positions at a time.
 
 Vocabulary × length logits are what a long sample's memory goes to. Here the decoder runs once, and its states go through the
-output matrix chunk by chunk; each chunk's logits are made again in the backward pass. The result is that of all at once.
+output matrix chunk by chunk; each chunk's logits are made again in the backward pass. Where few places have a label, as in a
+task's samples, the others' states are left out. The result is that of all at once.
 """
 
 from __future__ import annotations
@@ -42,27 +43,37 @@ class NextToken(nn.Module):
         return causal_model(self.model)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **inputs: Any
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        labelled: Tensor | None = None,
+        **inputs: Any,
     ) -> dict[str, Tensor]:
-        """All (B, T); labels[t] is the token after input_ids[t], or -100. `loss` is the mean over the labels, or the sum over
-        num_items_in_batch; `sums` and `counts` (B,) are each sequence's sum of losses and number of labels."""
-        losses = self._losses(input_ids, labels, inputs)
+        """All (B, T); labels[t] is the token after input_ids[t], or -100. labelled (places,): where the labels are in the batch
+        as one row, as `samples.collate` gives it: to find out here would wait for the device. `loss` is the mean over the labels,
+        or the sum over num_items_in_batch; `sums` and `counts` (B,) are each sequence's sum of losses and number of labels."""
+        losses = self._losses(input_ids, labels, labelled, inputs)
         counts = (labels != IGNORE).sum(1)
         total = counts.sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": losses.sum() / total, "sums": losses.detach().sum(1), "counts": counts}
 
-    def _losses(self, input_ids: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _losses(self, input_ids: Tensor, labels: Tensor, labelled: Tensor | None, inputs: dict[str, Any]) -> Tensor:
         """(B, T) in float32, 0 where there is no label."""
         if self.chunk is None:
             logits = self.causal(input_ids=input_ids, use_cache=False, **inputs).logits
             return _cross_entropy(logits.flatten(0, 1), labels.flatten()).view_as(labels)
         states = self.causal.base_model(input_ids=input_ids, use_cache=False, **inputs)[0]
         head = self.causal.get_output_embeddings()
-        rows = states.flatten(0, 1).split(self.chunk)
-        targets = labels.flatten().split(self.chunk)
-        again = torch.is_grad_enabled() and len(rows) > 1
-        parts = [_chunk_losses(head, r, t, again) for r, t in zip(rows, targets, strict=True)]
-        return torch.cat(parts).view_as(labels)
+        rows, targets = states.flatten(0, 1), labels.flatten()
+        if labelled is not None:  # none at all goes through the matrix too: data parallel waits for its gradient
+            rows, targets = rows.index_select(0, labelled), targets.index_select(0, labelled)
+        pairs = list(zip(rows.split(self.chunk), targets.split(self.chunk), strict=True))
+        again = torch.is_grad_enabled() and len(pairs) > 1
+        found = torch.cat([_chunk_losses(head, r, t, again) for r, t in pairs])
+        if labelled is not None:
+            found = found.new_zeros(labels.numel()).index_copy(0, labelled, found)
+        return found.view_as(labels)
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:

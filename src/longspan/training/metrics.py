@@ -56,14 +56,20 @@ class Work:
         return self.products + self.attention
 
 
-def work(causal: PreTrainedModel, length: int) -> Work:
+def work(causal: PreTrainedModel, length: int, labelled: float = 1.0) -> Work:
     """Two operations a weight forward, two backward for the states and two for the weight if it trains; attention over the
     pairs of `length` tokens that are seen, forward once and backward twice. Embeddings are looked up, unless they are the output
-    matrix too. What gradient checkpointing makes again does not count."""
+    matrix too. labelled: the share of places that go through the output matrix. What gradient checkpointing makes again does not
+    count."""
     facts = facts_of(causal)
     head, read = causal.get_output_embeddings(), causal.get_input_embeddings()
     tied = head is not None and head.weight is read.weight
-    sizes = [(p.numel(), p.requires_grad) for p in causal.parameters() if tied or p is not read.weight]
+    last = None if head is None else head.weight
+    sizes = [
+        (p.numel() * (labelled if p is last else 1.0), p.requires_grad)
+        for p in causal.parameters()
+        if tied or p is not read.weight
+    ]
     products = sum(n * (6.0 if trains else 4.0) for n, trains in sizes)
     return Work(products, 12.0 * facts.heads * facts.head_dim * _keys_seen(text_config(causal.config), facts, length))
 

@@ -54,7 +54,7 @@ from longspan.training.loss import NextToken, causal_model
 from longspan.training.metrics import Journal, Live, peak_flops, plot, read_metrics, work
 from longspan.training.proofs import prove_boundaries, prove_jump
 from longspan.training.recipe import Recipe, TokenizerRecipe, differences, read_recipe
-from longspan.training.samples import Course, Mixture, TextWindows, Validation, Windows, check_enough
+from longspan.training.samples import Course, Mixture, TextWindows, Validation, Windows, check_enough, labelled_share
 from longspan.training.trainer import (
     CHECKPOINTS,
     RECIPE,
@@ -66,6 +66,8 @@ from longspan.training.trainer import (
 )
 
 _RUN, _RESULT, _LOCK = "run.json", "result.json", ".lock"
+_LOOKED_AT = 64
+"""Samples whose labels are counted, for the operations of a token."""
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -364,11 +366,13 @@ def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
         check_enough(ordinary, "data.valid", data.length, len(job.valid.ids))
         validation = Validation(ordinary, data.valid_samples)
     peak = peak_flops(job.arguments.device, job.dtype)
+    course = Course(windows, steps.steps * steps.batch, recipe.seed)
+    labelled = 1.0 if steps.loss_chunk is None else labelled_share(course, min(_LOOKED_AT, len(course)))
     recorder = Recorder(
         Journal(job.out),
         live,
         tokens=steps.batch * data.length,
-        flops=work(causal_model(model), data.length).total,
+        flops=work(causal_model(model), data.length, labelled).total,
         peak=peak and peak * job.arguments.world_size,
     )
     return RecipeTrainer(
@@ -376,7 +380,7 @@ def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
         tokenizer=job.tokenizer,
         model=NextToken(model, steps.loss_chunk),
         args=job.arguments,
-        train_dataset=Course(windows, steps.steps * steps.batch, recipe.seed),
+        train_dataset=course,
         eval_dataset=validation,
         callbacks=[recorder, *focused.callbacks(causal_model(model))],
     )

@@ -186,5 +186,13 @@ def check_enough(windows: Windows, key: str, length: int, have: int) -> None:
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """A batch: every entry (B, length), int64."""
-    return {key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0]}
+    """A batch: every entry (B, length), int64. Where not every place has a label, `labelled` (places,) says which do, by their
+    numbers in the batch as one row."""
+    batch = {key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0]}
+    wanted = batch["labels"].flatten() != IGNORE
+    return batch if wanted.all() else {**batch, "labelled": wanted.nonzero()[:, 0]}
+
+
+def labelled_share(samples: Dataset[Sample], count: int) -> float:
+    """The share of places with a label, in the first `count` samples."""
+    return float(np.mean([np.mean(samples[i]["labels"] != IGNORE) for i in range(count)]))
