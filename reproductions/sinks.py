@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,6 @@ def recomputed(model: Any, ids: torch.Tensor, window: int) -> float:
 
 
 def measure(sink: str, options: argparse.Namespace) -> dict[str, Any]:
-    begun = time.perf_counter()
     given = {"model.sink": sink, "data.train": options.train, "out": str(options.models / f"sink-{sink}")}
     for item in options.set:
         name, _, value = item.partition("=")
@@ -71,7 +69,6 @@ def measure(sink: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.steps is not None:
         given["training.steps"] = options.steps
     done = ls.train(RECIPE, **given)
-    trained_s = time.perf_counter() - begun
     model, tokenizer = ls.load(done.model)
     size = model.config.max_position_embeddings
     ids = tokenizer(read(options.text), return_tensors="pt", verbose=False)["input_ids"][:, : options.tokens].to(
@@ -90,7 +87,7 @@ def measure(sink: str, options: argparse.Namespace) -> dict[str, Any]:
         "nll_by_kept_tokens": losses,
         "nll_recomputed": recomputed(model, ids, size),
         "train_loss": done.loss,
-        "train_s": trained_s,
+        "train_s": done.seconds,
         "parameters": done.parameters,
         "steps": done.steps,
         "cache_tokens": size,

@@ -63,7 +63,8 @@ def test_the_table_says_what_training_took(run: Run, training: Path) -> None:
     report.terminal(run.manifest, run.cells(), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "training" in text and "1.5" in text
-    assert "training" in report.render(run.manifest, run.cells())
+    page = report.render(run.manifest, run.cells())
+    assert "training<br>min" in page and any(f">{x}<" in page for x in ("1.5", "1.50"))
 
 
 def test_it_goes_on_and_runs_nothing_twice(run: Run, tiny: Path, training: Path) -> None:

@@ -145,6 +145,37 @@ def test_gradients_go_back_so_many_segments(depth: int, reached: int, at: int) -
     assert moved == [at - reached <= s <= at for s in range(5)]
 
 
+def learns(depth: int, symbols: int, back: bool = False, steps: int = 60, learning_rate: float = 1e-2) -> float:
+    """A small model is trained to say what stood at the beginning of three segments at their end, or the same backwards; the
+    share of symbols that it then gets right, of which it would guess a sixth. Nothing but memory goes across."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = around(AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=16, **sizes)), RMT(3, 4, depth)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    for step in range(steps + 1):
+        ids = torch.randint(8, 16, (64 if step < steps else 512, 12))
+        ids[:, :symbols] = torch.randint(0, 6, (len(ids), symbols))
+        answer = ids[:, :symbols].flip(1) if back else ids[:, :symbols].clone()
+        ids[:, -symbols - 1], ids[:, -symbols:] = 7, answer
+        logits = model(ids, use_cache=False).logits[:, -symbols - 1 : -1]
+        if step < steps:
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), answer.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return (logits.argmax(-1) == answer).float().mean().item()
+
+
+def test_a_fact_two_segments_back_is_learned_with_gradients_that_go_so_far() -> None:
+    assert learns(2, 1) > 0.95 and learns(1, 1) < 0.5 and learns(0, 1) < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("back", "steps", "learning_rate"), [(False, 250, 5e-3), (True, 150, 1e-2)])
+def test_copy_and_reverse_over_three_segments(back: bool, steps: int, learning_rate: float) -> None:
+    assert learns(2, 3, back, steps, learning_rate) > 0.9
+    assert learns(0, 3, back, steps, learning_rate) < 0.4
+
+
 def test_truncation_changes_no_value_and_checkpointing_no_gradient() -> None:
     ids = tokens(2, 30)
     whole = build().train()
