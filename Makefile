@@ -48,9 +48,9 @@ $(BARE):
 	@touch $@
 
 # torch comes first: a range such as longspan's own would take the newest build there is.
-$(READY): pyproject.toml | $(BARE)
+$(READY): pyproject.toml constraints.txt | $(BARE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt -e '.[dev]'
 	@touch $@
 
 # A browser for the tests of the report's page. Without one they are skipped, and say so.
