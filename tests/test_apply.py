@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,15 +233,38 @@ def test_a_failure_leaves_what_was(
     remove(model)
 
 
-def test_a_model_with_a_method_is_not_copied(model: LlamaForCausalLM, untouched: Callable[[], None]) -> None:
-    """The copy would be bound to the original; before and after, copies are free."""
-    for spec in EVERY_KIND:
-        apply(model, spec)
-        with pytest.raises(NotSupported, match=r"cannot be copied.*Copy it before apply"):
-            copy.deepcopy(model)
-        remove(model)
-    twin = apply(copy.deepcopy(model), "yarn:factor=2")
-    assert current(twin).spec == "yarn:factor=2" and current(model) is None
+@pytest.mark.parametrize("spec", EVERY_KIND)
+def test_a_copy_has_the_method_on_it(model: LlamaForCausalLM, untouched: Callable[[], None], spec: str) -> None:
+    """Moving averages of weights and reference models are copies. A copy runs by itself, and comes back to the plain model."""
+    ids = dense.tokens(1, 40)
+
+    def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+        return model(ids, use_cache=False).logits
+
+    plain = logits(model, ids)
+    apply(model, spec)
+    changed = logits(model, ids)
+    assert not torch.equal(plain, changed)
+    twin = copy.deepcopy(model)
+    assert current(twin).spec == current(model).spec
+    remove(model)
+    assert torch.equal(logits(model, ids), plain)
+    torch.testing.assert_close(logits(twin, ids), changed, rtol=0, atol=0)
+    with torch.no_grad():
+        twin.model.embed_tokens.weight.mul_(2)
+    assert torch.equal(logits(model, ids), plain)
+    assert not torch.equal(logits(twin, ids), changed)
+    with torch.no_grad():
+        twin.model.embed_tokens.weight.div_(2)
+    remove(twin)
+    assert current(twin) is None and torch.equal(logits(twin, ids), plain)
+
+
+def test_a_model_with_a_method_is_not_pickled(model: LlamaForCausalLM) -> None:
+    apply(model, "streaming")
+    with pytest.raises(NotSupported, match=r"cannot be pickled.*save_pretrained"):
+        pickle.dumps(model)
+    remove(model)
 
 
 def test_our_attention_runs_only_on_our_models(model: LlamaForCausalLM) -> None:

@@ -23,6 +23,7 @@ from longspan.apply import applied
 from longspan.engine.decode import StreamDecoder
 from longspan.errors import LongspanError, SpecError
 from longspan.facts import facts_of, text_config
+from longspan.hf.compat import cache_of, with_cache
 from longspan.memory.streaming import StreamingLLM
 from longspan.method import combination
 
@@ -175,7 +176,7 @@ def _read_in_chunks(model: PreTrainedModel, ids: Tensor, chunk: int) -> None:
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         for part in ids.split(chunk, dim=1):
-            cache = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            cache = cache_of(model(input_ids=part, use_cache=True, logits_to_keep=1, **with_cache(model, cache)))
 
 
 def _run(bench: Bench, contenders: list[tuple[str, Callable[[], Row]]], on_row: Callable[[Row], None] | None) -> None:
@@ -226,7 +227,7 @@ def _row(times: list[float], first: float | None) -> Row:
 def _fill(model: PreTrainedModel, prompt: Tensor) -> tuple[DynamicCache, Tensor]:
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=prompt, use_cache=True, logits_to_keep=1, **with_cache(model, cache)).logits
     return cache, logits[:, -1].argmax(-1, keepdim=True)
 
 

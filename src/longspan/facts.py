@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from longspan.errors import NotSupported
+from longspan.hf.compat import decoder_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class RopeFacts:
     type: str
     window: int
     per_layer_type: bool
+    varies: bool = False
+    """Whether frequencies depend on the length of the text, so that rotations of different lengths do not add up."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,13 @@ def _rope_facts(config: PreTrainedConfig, window: int, head_dim: int) -> RopeFac
         type=parameters.get("rope_type", "default"),
         window=int(original),
         per_layer_type=parameters is not getattr(config, "rope_parameters", None),
+        varies=_varies(parameters),
     )
+
+
+def _varies(parameters: dict[str, Any]) -> bool:
+    kind = parameters.get("rope_type", "default")
+    return "dynamic" in kind or (kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor"))
 
 
 def facts_of(model_or_config: Any) -> ModelFacts:
@@ -154,5 +163,9 @@ def _absolute_positions(model: torch.nn.Module) -> bool:
 
 
 def rotary_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The model's own rotary modules with their dotted names: those that compute angles from the configuration."""
-    return [(name, m) for name, m in model.named_modules() if hasattr(m, "rope_type") and hasattr(m, "config")]
+    """The decoder's rotary modules with their dotted names in the model: those that compute angles from the configuration. An
+    image encoder's have a configuration of their own."""
+    decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else model
+    inside = {id(m) for m in decoder.modules()}
+    found = ((name, m) for name, m in model.named_modules() if hasattr(m, "rope_type") and hasattr(m, "config"))
+    return [(name, m) for name, m in found if id(m) in inside]

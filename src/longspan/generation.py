@@ -33,6 +33,7 @@ from longspan.compare.cost import cache_bytes
 from longspan.engine.decode import StreamDecoder, steps_are_faster, stream_generate
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import ModelFacts, facts_of, text_config
+from longspan.hf.compat import cache_of, with_cache
 from longspan.method import combination
 from longspan.tasks.base import chunk_size, encode, with_bos
 
@@ -333,8 +334,9 @@ class Chat:
     def _read(self, ids: list[int]) -> Tensor:
         """Feeds `ids` in chunks; (1, vocabulary) logits after the last one."""
         for chunk in torch.tensor([ids], device=self.model.device).split(CHUNK, dim=1):
-            output = self.model(input_ids=chunk, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-            self._cache = output.past_key_values
+            given = with_cache(self.model, self._cache)
+            output = self.model(input_ids=chunk, use_cache=True, logits_to_keep=1, **given)
+            self._cache = cache_of(output)
         self.stats.tokens += len(ids)
         return output.logits[:, -1].float()
 

@@ -22,6 +22,7 @@ from longspan.attention.random_features import Draw, RandomFeatures
 from longspan.engine.linear import Kernel, causal, read
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
+from longspan.hf.forward import forward_of
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.modeling import LongspanModel
 from longspan.positions.scheme import Place
@@ -117,7 +118,6 @@ class Swap:
     def __init__(self, method: Performer, site: Site):
         self.method, self.site = method, site
         self.features: dict[int, RandomFeatures] = {}
-        self.real: Tensor | None = None
 
     def before_forward(self, arguments: dict[str, Any]) -> None:
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
@@ -127,13 +127,13 @@ class Swap:
             raise NotSupported(
                 "several texts are packed into one row, and performer would sum across them; use data.packing=plain or none"
             )
-        self.real = None if mask is None or bool(mask.all()) else mask.bool()
+        forward_of(arguments).keep(self, None if mask is None or bool(mask.all()) else mask.bool())
 
     def attend(self, call: Attend) -> Tensor:
         self._check(call)
         kernel = self._features(call).kernel(call.scale)
         total, before = call.key.shape[2], call.key.shape[2] - call.query.shape[2]
-        real = self.real
+        real: Tensor | None = call.forward.state(self)
         if real is not None and real.shape[1] != total:
             raise NotSupported(
                 f"performer: the mask knows {real.shape[1]} tokens of {total}; give one over all tokens so far"

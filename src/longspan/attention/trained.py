@@ -7,6 +7,7 @@ softcaps) runs the model's own attention under the pattern's mask, a block of qu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -39,15 +40,15 @@ class OnTrained(Pattern):
             )
 
     def attach(self, site: Site) -> None:
-        site.attention(lambda call: self.attend(site, call))
+        site.attention(partial(self.attend, site))
 
     def attend(self, site: Site, call: Attend) -> Tensor:
         heads, new, held = call.query.shape[1], call.query.shape[2], call.key.shape[2]
-        end = site.once("end", lambda: int(call.position_ids.max()) + 1)
+        end = call.forward.once("end", lambda: int(call.position_ids.max()) + 1)
         grid = Grid(heads, end, layer_number(call.module), causal=True)
         if self._is_whole(site, call):
             return self.run(Call(call.query, call.key, call.value, call.scale), grid)
-        columns = site.once(f"columns:{held}", lambda: self._columns(call, grid))
+        columns = call.forward.once(f"columns:{held}", lambda: self._columns(call, grid))
         parts = []
         for start, wanted in zip(range(0, new, QUERIES_AT_ONCE), columns, strict=True):
             rows = slice(start, min(start + QUERIES_AT_ONCE, new))
@@ -69,7 +70,7 @@ class OnTrained(Pattern):
         if call.dropout or call.sliding_window is not None or not site.plain_attention:
             return False
         numbers = torch.arange(call.query.shape[2], device=call.query.device)
-        return site.once("in order", lambda: bool((call.position_ids == numbers).all()))
+        return call.forward.once("in order", lambda: bool((call.position_ids == numbers).all()))
 
     def _columns(self, call: Attend, grid: Grid) -> list[Tensor]:
         """For each block of queries the columns of the keys that some of them see, ascending."""

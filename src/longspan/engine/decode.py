@@ -21,6 +21,7 @@ from longspan.engine import one_query
 from longspan.engine.device import on_device
 from longspan.engine.rolling import StreamingLayer
 from longspan.errors import NotSupported
+from longspan.hf.compat import cache_of, given_cache, with_cache
 from longspan.memory.streaming import SinkKeys, Streaming
 
 PREFERRED = [
@@ -85,7 +86,7 @@ class StreamDecoder:
         overwritten by the next step."""
         with on_device(self.ids.device):
             if self.layers[0].seen < self._fixed_from:
-                logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
+                logits = self.model(input_ids=ids, use_cache=True, **with_cache(self.model, self.cache)).logits[:, -1]
                 self.ids.copy_(logits.argmax(-1, keepdim=True))
                 return logits
             self._prepare()
@@ -193,16 +194,17 @@ class StreamDecoder:
             self.keys[which, :, :, :sinks] = turned.to(self.keys.dtype)
 
     def _model_step(self, ids: Tensor, positions: Tensor, slot: Tensor) -> Tensor:
-        state: Streaming = self.site.state
-        state.fixed = True
         for layer in self.layers:
             layer.fixed_slot = slot
         try:
             out = self.model(
-                input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
+                **with_cache(self.model, self.cache),
             )
         finally:
-            state.fixed = False
             for layer in self.layers:
                 layer.fixed_slot = None
         return out.logits[:, -1]
@@ -280,13 +282,13 @@ def stream_generate(
             "stream_generate samples or takes the likeliest token and returns tokens alone: for beams, scores or a dict "
             "leave out custom_generate"
         )
-    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    cache, mask = given_cache(model_kwargs), model_kwargs.get("attention_mask")
     end = max(0, cache.get_seq_length() - leading(model)) if cache is not None else 0
     for part in input_ids[:, end:].split(generation_config.prefill_chunk_size or input_ids.shape[1], dim=1):
         end += part.shape[1]
         seen = None if mask is None else mask[:, :end]
-        read = model(input_ids=part, attention_mask=seen, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = read.past_key_values
+        read = model(input_ids=part, attention_mask=seen, use_cache=True, logits_to_keep=1, **with_cache(model, cache))
+        cache = cache_of(read)
     decoder, logits = StreamDecoder(model, cast(Cache, cache), compile=compile), read.logits[:, -1]
     running = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     while True:

@@ -15,9 +15,10 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from longspan.errors import NotSupported
+from longspan.hf.ownership import Owned
 
 
-class StreamingLayer(CacheLayerMixin):
+class StreamingLayer(Owned, CacheLayerMixin):
     """Keys and values of one layer: `sinks` slots, then a ring of `window` slots; token t ≥ sinks lives in slot
     sinks + (t - sinks) mod window. `get_seq_length` is the number of tokens seen, so positions go on past evictions."""
 
@@ -36,11 +37,13 @@ class StreamingLayer(CacheLayerMixin):
         """How many left-padding tokens each row starts with, (B,); None where there are none."""
         self.settled = 0
         """The token number from which every row has begun and has its sinks."""
+        self.turning: Any = None
+        """The sink keys of all layers as they came, of the first layer alone: made and used by `longspan.memory.streaming`."""
         self.fixed_slot: Tensor | None = None
         """Where a step of fixed shape writes, (1,); `longspan.engine.decode` sets it and keeps the count."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
         batch, heads, _, width = key_states.shape
         size = self.sinks + self.window
         with torch.inference_mode(False):  # what is written in place must not belong to one inference mode
@@ -57,6 +60,7 @@ class StreamingLayer(CacheLayerMixin):
             self.keys.index_copy_(2, self.fixed_slot, key_states)
             self.values.index_copy_(2, self.fixed_slot, value_states)
             return self.keys, self.values
+        self.check_owner()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, new = self.seen, key_states.shape[2]

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from longspan.attention.base import Attention
 from longspan.errors import NotSupported, SpecError
+from longspan.hf.compat import CACHE_NAMES
 from longspan.method import parse
 from longspan.positions.logn import LogN, LogNPlace
 from longspan.positions.scheme import Place, Scheme, Shape
@@ -36,7 +37,7 @@ class LongspanConfig(PreTrainedConfig):
     """
 
     model_type = "longspan"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = CACHE_NAMES
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from longspan.errors import NotSupported
+from longspan.hf import compat
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.modeling import LongspanModel, LongspanPreTrainedModel
 
@@ -74,10 +75,12 @@ class LongspanForConditionalGeneration(LongspanPreTrainedModel, GenerationMixin)
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         global_attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """labels (B, T): the answer's tokens, -100 where no loss is wanted; the decoder's inputs follow from them.
         global_attention_mask (B, T): the encoder's global tokens, where its attention has such."""
+        past_key_values = compat.one_cache(cache, past_key_values)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
@@ -93,7 +96,7 @@ class LongspanForConditionalGeneration(LongspanPreTrainedModel, GenerationMixin)
         out = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
-            past_key_values=past_key_values,
+            cache=past_key_values,
             inputs_embeds=decoder_inputs_embeds,
             use_cache=False if past_key_values is None else use_cache,
             encoder_states=encoder_outputs[0],
@@ -107,6 +110,6 @@ class LongspanForConditionalGeneration(LongspanPreTrainedModel, GenerationMixin)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             encoder_last_hidden_state=encoder_outputs[0],
+            **compat.output_cache(compat.cache_of(out)),
         )

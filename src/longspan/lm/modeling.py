@@ -24,12 +24,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from longspan.attention.base import Full
 from longspan.errors import NotSupported
+from longspan.hf import compat
+from longspan.hf.compat import FORWARD
 from longspan.lm.attention import SCHEME, consecutive
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention, LongspanLayer
 from longspan.lm.packed import packed, put_back, texts_in
 from longspan.lm.reversible import reversible
-from longspan.lm.sink import SinkToken
+from longspan.lm.sink import LED, SinkToken
 from longspan.positions.scheme import Place, ending_at
 
 
@@ -39,7 +41,7 @@ class LongspanPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LongspanLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = compat.CACHE_NAMES
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -118,8 +120,15 @@ class LongspanModel(LongspanPreTrainedModel):
         use_cache: bool | None = None,
         encoder_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        """Final states (B, T, hidden). The KV cache goes by either name, `cache` or `past_key_values`."""
+        compat.refuse_unknown(self, kwargs, "global_attention_mask", LED)
+        kwargs.pop(LED, None)
+        past_key_values = compat.one_cache(cache, past_key_values)
+        if self._checkpointing:
+            past_key_values, use_cache = None, False
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if kwargs.get("global_attention_mask") is not None and not any(a.takes_globals for a in self.attentions):
@@ -164,7 +173,7 @@ class LongspanModel(LongspanPreTrainedModel):
         else:
             for layer in self.layers:
                 hidden = layer(hidden, **inputs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **compat.output_cache(past_key_values))
 
     def _apart(self, embeds: Tensor, positions: Tensor, given: dict[str, Any]) -> BaseModelOutputWithPast:
         """Rows of several texts, each text by itself. No cache comes of it: nothing can go on from several texts."""
@@ -173,6 +182,8 @@ class LongspanModel(LongspanPreTrainedModel):
         parts = []
         for texts in texts_in(positions):
             own = {k: texts.take(v) for k, v in given.items() if k not in whole}
+            if FORWARD in given:
+                own[FORWARD] = given[FORWARD].part(texts.take(positions))
             out = self.forward(
                 inputs_embeds=texts.take(embeds),
                 attention_mask=texts.real.long(),
@@ -212,6 +223,11 @@ class LongspanModel(LongspanPreTrainedModel):
                 )
 
     @property
+    def _checkpointing(self) -> bool:
+        """Whether layers are computed again in the backward pass, which would fill a cache twice."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    @property
     def _going_back(self) -> bool:
         """Whether activations are computed back in the backward pass."""
         return self.config.reversible and self.training and torch.is_grad_enabled()
@@ -224,7 +240,7 @@ class LongspanModel(LongspanPreTrainedModel):
             return hidden
         if inputs["past_key_values"] is not None:
             raise NotSupported(
-                "reversible layers run twice in training, and a cache would be filled twice: train without past_key_values, or "
+                "reversible layers run twice in training, and a cache would be filled twice: train without a cache, or "
                 "use reversible=false"
             )
         for what in ("output_hidden_states", "output_attentions"):
@@ -316,7 +332,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As transformers', which takes the length of a cache for the number of the text's tokens that it holds."""
-        cache = kwargs.get("past_key_values")
+        cache = compat.peek_cache(kwargs)
         if kwargs.get("is_first_iteration") and next_sequence_length is not None and cache and cache.get_seq_length():
             next_sequence_length += self.model.leading
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)  # type: ignore[arg-type, misc]
@@ -332,14 +348,16 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """labels (B, T): the inputs themselves, -100 where no loss is wanted; the shift by one is made here."""
+        """labels (B, T): the inputs themselves, -100 where no loss is wanted; the shift by one is made here. The KV cache goes by
+        either name, `cache` or `past_key_values`."""
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=compat.one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -352,9 +370,9 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
+            **compat.output_cache(compat.cache_of(out)),
         )
 
 

@@ -10,7 +10,6 @@ Positions and masks are given as for the text alone. Where positions are given, 
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +18,14 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longspan.errors import NotSupported
+from longspan.hf import compat
 
 if TYPE_CHECKING:
     from longspan.lm.modeling import LongspanModel
+
+
+LED = "longspan_led"
+"""Tells the end of a forward that its beginning put the token before the text."""
 
 
 class SinkToken(nn.Module):
@@ -38,22 +42,21 @@ class SinkToken(nn.Module):
 
     def attach(self, stack: LongspanModel) -> None:
         """Runs around every forward of the stack, closer to it than hooks that come later."""
-        self._names = list(inspect.signature(stack.forward).parameters)
-        self._led = False
+        self._names = compat.parameters(stack.forward)
         stack.register_forward_pre_hook(self.before, with_kwargs=True)
-        stack.register_forward_hook(self.after)
+        stack.register_forward_hook(self.after, with_kwargs=True)
 
     def before(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Puts the token before texts that begin here; later calls have it in their cache."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
+        cache = compat.peek_cache(given)
         if getattr(cache, "is_compileable", False):
             raise NotSupported(
                 f"sink=learned takes a place in the cache that a {type(cache).__name__} has not counted; use the default "
                 "DynamicCache (in generate: leave out cache_implementation)"
             )
         seen = 0 if cache is None else cache.get_seq_length()
-        self._led = seen == 0
+        led = given[LED] = seen == 0
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             return (), given  # the stack says what is wrong
@@ -61,7 +64,7 @@ class SinkToken(nn.Module):
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         begins = _begins(mask, new, seen)
         given["attention_mask"] = _with_sink(mask, begins)
-        if self._led:
+        if led:
             given["input_ids"] = None
             given["inputs_embeds"] = self._lead(stack.embed_tokens(ids) if embeds is None else embeds, begins)  # type: ignore[operator]
             given["position_ids"] = _led_positions(positions, begins, mask)
@@ -69,9 +72,9 @@ class SinkToken(nn.Module):
             given["position_ids"] = positions + 1
         return (), given
 
-    def after(self, stack: nn.Module, args: tuple, output: Any) -> Any:
+    def after(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Cuts the sink's state off, which rows with padding have instead of their last padding token's."""
-        if not self._led:
+        if not kwargs.get(LED):
             return output
         if not isinstance(output, BaseModelOutputWithPast):
             return (output[0][:, 1:], *output[1:])

@@ -41,6 +41,8 @@ from longspan.engine.patterns import roll
 from longspan.engine.retrieval import need_faiss
 from longspan.errors import NotSupported, SpecError
 from longspan.facts import ModelFacts, text_config
+from longspan.hf.compat import CACHE
+from longspan.hf.forward import forward_of
 from longspan.memory.focused_cache import FocusedLayer
 from longspan.method import Combination, Method
 from longspan.positions.rotary import rotate
@@ -164,6 +166,21 @@ class Focused(Method):
         site.state.attach()
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One forward: its cache, its padding, and in training which tokens are real."""
+
+    layers: list[FocusedLayer] | None
+    pads: tuple[int, ...] | None
+    training: bool
+    real: Tensor | None = None
+    """In training: (B, T) boolean, False where a row is filled up at its end; None without a mask."""
+    shortest: int = 0
+    """Tokens of its shortest row."""
+    shift: Tensor | None = None
+    """The pads as a tensor, in training."""
+
+
 class Reader:
     """Focused Transformer on one model: gives every forward its cache, and computes its attention."""
 
@@ -173,15 +190,6 @@ class Reader:
         self.memory_layers = frozenset(method.chosen())
         self.step = 0
         """Of the training, for `late`."""
-        self._layers: list[FocusedLayer] | None = None
-        self._pads: tuple[int, ...] | None = None
-        self._real: Tensor | None = None
-        """In training: (B, T) boolean, False where a row is filled up at its end; None without a mask."""
-        self._shortest = 0
-        """Tokens of its shortest row."""
-        self._training = False
-        self._shift = torch.zeros(0)
-        """The pads as a tensor, in training."""
 
     def attach(self) -> None:
         self.site.unrotate()
@@ -193,18 +201,20 @@ class Reader:
     def _begin(self, arguments: dict[str, Any]) -> None:
         given = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
         new = given.shape[1]
-        self._layers = self._cache(arguments)
-        start = self._layers[0].seen if self._layers else 0
+        layers = self._cache(arguments)
+        start = layers[0].seen if layers else 0
         mask = arguments.get("attention_mask")
-        self._pads = self._padding(mask, start, new)
-        self._training = self.site.model.training and start == 0
-        self._real = mask.bool() if mask is not None and self._training else None
-        if self._real is not None and self._pads is not None:
-            self._shift = torch.tensor(self._pads, device=given.device)
-            self._real = roll(self._real, self._shift, 1)
-        self._shortest = new if self._real is None else int(self._real.sum(1).min())
-        for layer in self._layers or ():
-            layer.pads = self._pads
+        pads = self._padding(mask, start, new, layers)
+        training = self.site.model.training and start == 0
+        real = mask.bool() if mask is not None and training else None
+        shift = None
+        if real is not None and pads is not None:
+            shift = torch.tensor(pads, device=given.device)
+            real = roll(real, shift, 1)
+        shortest = new if real is None else int(real.sum(1).min())
+        for layer in layers or ():
+            layer.pads = pads
+        forward_of(arguments).keep(self, Pass(layers, pads, training, real, shortest, shift))
         arguments["attention_mask"] = None
         self._positions(arguments, start, new, mask, given.device)
 
@@ -229,22 +239,21 @@ class Reader:
         """The layers of this forward's cache. An empty `DynamicCache`, which `generate` and most callers bring, gets them in
         place, so that whoever holds the cache goes on with it."""
         model, use = self.site.model, arguments.get("use_cache")
-        checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-        if model.training and checkpoints:
-            return None  # transformers keeps the cache from such layers
-        cache = arguments.get("past_key_values")
+        if self.site.drops_caches:
+            return None
+        cache = arguments.get("cache")
         if model.training and cache is None:
             arguments["use_cache"] = False  # or the memory of a row would stand in for crossbatch
             return None
         if model.training and torch.is_grad_enabled():
             raise NotSupported(
-                "focused trains on whole rows, by crossbatch, and a cache holds parts; leave past_key_values out, or call "
-                "model.eval()"
+                "focused trains on whole rows, by crossbatch, and a cache holds parts; leave "
+                f"{CACHE} out, or call model.eval()"
             )
         if cache is None:
             if not (text_config(model.config).use_cache if use is None else use):
                 return None
-            cache = arguments["past_key_values"] = self.empty_cache()
+            cache = arguments["cache"] = self.empty_cache()
         layers = cache.layers
         if layers and isinstance(layers[0], FocusedLayer):
             kept = cast(list[FocusedLayer], layers)
@@ -270,9 +279,9 @@ class Reader:
     def _kinds(self) -> list[bool]:
         return [number in self.memory_layers for number in range(self.site.facts.layers)]
 
-    def _padding(self, mask: Any, start: int, new: int) -> tuple[int, ...] | None:
+    def _padding(self, mask: Any, start: int, new: int, layers: list[FocusedLayer] | None) -> tuple[int, ...] | None:
         """Left-padding tokens of each row, as far as has been read; None where there are none."""
-        known = self._layers[0].pads if self._layers else None
+        known = layers[0].pads if layers else None
         if mask is None or (new == 1 and start > max(known or (0,))):
             return known
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < start + new:
@@ -287,7 +296,7 @@ class Reader:
                 "focused: a mask may hide tokens before and after a row's text, not between its tokens; give generate an "
                 "attention_mask, or it takes every padding token for padding"
             )
-        if self._layers and bool(((after > 0) & ~empty).any()):
+        if layers and bool(((after > 0) & ~empty).any()):
             raise NotSupported("focused keeps a cache of left-padded rows only: set tokenizer.padding_side = 'left'")
         pads = tuple(before.tolist())
         held = known or (0,) * len(pads)
@@ -301,14 +310,15 @@ class Reader:
     # The attention of one layer.
 
     def _attend(self, call: Attend) -> Tensor:
+        now: Pass = call.forward.state(self)
         number = layer_number(call.module)
-        layer = self._layers[number] if self._layers else None
-        if self._training:
-            return self._trained(call, number in self.memory_layers)
-        if self._pads is None:
+        layer = now.layers[number] if now.layers else None
+        if now.training:
+            return self._trained(call, now, number in self.memory_layers)
+        if now.pads is None:
             return self._rows(call, slice(0, len(call.query)), 0, layer)
         out = torch.zeros_like(call.query)
-        for row, pad in enumerate(self._pads):  # each row has contexts of its own
+        for row, pad in enumerate(now.pads):  # each row has contexts of its own
             made = self._rows(call, slice(row, row + 1), pad, layer)
             out[row : row + 1, :, call.query.shape[2] - made.shape[2] :] = made
         return out
@@ -379,38 +389,38 @@ class Reader:
         """x (B, H, T, D) rotated to the places at … at + T - 1 of a context."""
         if memory and self.method.positions == "none":
             return x
-        tables = self._tables(self.site.layer_type(call.module), x)
+        tables = self._tables(call, x)
         cos, sin = (t[:, at : at + x.shape[2]] for t in tables)
         return rotate(call.module, x, cos, sin)
 
-    def _tables(self, layer_type: str | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _tables(self, call: Attend, like: Tensor) -> tuple[Tensor, Tensor]:
         """Angles of all places of a context, made once a forward."""
+        layer_type = self.site.layer_type(call.module)
 
         def made() -> tuple[Tensor, Tensor]:
             return self.site.rotary.tables(torch.arange(self.local, device=like.device)[None], like, layer_type)
 
-        return self.site.once(f"{layer_type}:{like.device}", made)
+        return call.forward.once(f"{layer_type}:{like.device}", made)
 
     def _first(self, call: Attend, x: Tensor) -> Tensor:
         """x (B, H, T, D) as if all of it stood at place 0: what is left of that rotation is the factor of scaled models (YaRN),
         which a score takes from the query and from the key. Stored keys lack it, so it is put on the query a second time."""
         if self.method.positions == "none":
             return x
-        layer_type = self.site.layer_type(call.module)
-        cos, sin = (t[:, :1] for t in self._tables(layer_type, x))
+        cos, sin = (t[:, :1] for t in self._tables(call, x))
         return rotate(call.module, x, cos, sin)
 
     # Training.
 
-    def _trained(self, call: Attend, memory: bool) -> Tensor:
+    def _trained(self, call: Attend, now: Pass, memory: bool) -> Tensor:
         """Every row is read from its first token on: crossbatch in the memory layers."""
-        if self._pads is not None:
-            query, key, value = (roll(x, self._shift, 2) for x in (call.query, call.key, call.value))
-            out = self._crossed(replace(call, query=query, key=key, value=value), memory)
-            return roll(out, -self._shift, 2)
-        return self._crossed(call, memory)
+        if now.shift is not None:
+            query, key, value = (roll(x, now.shift, 2) for x in (call.query, call.key, call.value))
+            out = self._crossed(replace(call, query=query, key=key, value=value), now, memory)
+            return roll(out, -now.shift, 2)
+        return self._crossed(call, now, memory)
 
-    def _crossed(self, call: Attend, memory: bool) -> Tensor:
+    def _crossed(self, call: Attend, now: Pass, memory: bool) -> Tensor:
         """The same for rows that begin at the first column."""
         if not memory:
             return self._many(call, call.query, call.key, call.value)
@@ -419,7 +429,7 @@ class Reader:
             part = slice(start, end)
             q, k = (self._turn(call, x[:, :, part], 0, True) for x in (call.query, call.key))
             earlier = slice(start - self.local, start) if start else slice(0, 0)
-            real = self._real if self._shortest < start else None  # what fills a row up at its end, no query sees
+            real = now.real if now.shortest < start else None  # what fills a row up at its end, no query sees
             others = crossbatch.Others(
                 self._first(call, call.key[:, :, earlier]),
                 call.value[:, :, earlier],

@@ -14,9 +14,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longspan.engine.memories import Indexes, Store
 from longspan.errors import NotSupported
+from longspan.hf.ownership import Owned
 
 
-class FocusedLayer(CacheLayerMixin):
+class FocusedLayer(Owned, CacheLayerMixin):
     """Keys and values of one layer: the columns from `base` on, the context of every row among them; what was before them is in
     `store`, or, in a layer without memory, gone. A row's context begins at every `local`-th of its own tokens."""
 
@@ -45,6 +46,7 @@ class FocusedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes in T tokens and returns keys and values from column `before` on. What is kept is detached: gradients reach the
         tokens of this call only."""
+        self.check_owner()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = (torch.cat(pair, dim=2) for pair in ((self.keys, key_states), (self.values, value_states)))

@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 
 from longspan.apply import layer_number
 from longspan.errors import LongspanError, SpecError
+from longspan.hf import compat
 from longspan.memory.focused import Reader, reader_of
 from longspan.memory.focused_cache import FocusedLayer
 
@@ -47,13 +48,13 @@ class Memory:
             raise SpecError(
                 "focused: a memory is of one document with at least one token; read several one after another"
             )
-        cache = reader.empty_cache()
+        cache, decoder = reader.empty_cache(), compat.decoder_of(model)
         modes = [(m, m.training) for m in model.modules()]
         model.eval()
         try:
             with torch.no_grad():
                 for part in ids.to(model.device).split(max(1, AT_ONCE // reader.local) * reader.local):
-                    model.get_decoder()(input_ids=part[None], past_key_values=cache, use_cache=True)
+                    decoder(input_ids=part[None], use_cache=True, **compat.with_cache(decoder, cache))
         finally:
             for module, training in modes:
                 module.training = training
@@ -81,7 +82,7 @@ class Memory:
             for layer in layers:
                 layer.batch_repeat_interleave(len(rows) * beams)
         ids = torch.cat((self.ids.to(rows.device).expand(len(rows), -1), rows), dim=1)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": Cache(layers=list(layers))}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), compat.CACHE: Cache(layers=list(layers))}
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file that the same model can read again."""

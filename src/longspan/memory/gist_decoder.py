@@ -9,7 +9,7 @@ length of each row's prompt; whoever calls the model counts as if the text began
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,8 @@ from longspan.engine.core import causal_mask
 from longspan.engine.gist_masks import visible
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import text_config
+from longspan.hf import compat
+from longspan.hf.forward import forward_of
 from longspan.tasks.base import encode
 
 if TYPE_CHECKING:
@@ -30,17 +32,23 @@ _GIST, _AT = "_longspan_gist", "_longspan_at"
 """On a cache: which of its tokens are gist tokens, (B, T) boolean, and, of a `GistCache`, at which positions all stand."""
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One forward. All are (B, all tokens so far)."""
+
+    gist: Tensor | None
+    """Which tokens are gist tokens; None where nothing is hidden."""
+    at: Tensor | None = None
+    """The positions of a `GistCache`'s tokens."""
+    real: Tensor | None = None
+    """The mask of padding that came with them."""
+
+
 class DecoderReader:
     """Gist tokens on one decoder."""
 
     def __init__(self, method: Gist, site: Site):
         self.method, self.site = method, site
-        self._gist: Tensor | None = None
-        """(B, all tokens so far) of the forward at hand; None where nothing is hidden."""
-        self._at: Tensor | None = None
-        """(B, all tokens so far): the positions of a `GistCache`'s tokens."""
-        self._real: Tensor | None = None
-        """(B, all tokens so far): the mask of padding that came with them."""
 
     def attach(self) -> None:
         if getattr(self.site.model.base_model, "leading", 0):
@@ -56,46 +64,47 @@ class DecoderReader:
         if ids is None:
             raise NotSupported("gist finds its tokens by their ids: give the model input_ids, not inputs_embeds")
         cache, gist = self._cache(arguments), ids == self.method.id
-        self._at = None
+        at = real = None
         if cache is not None:
             gist = torch.cat((_marks(cache, gist), gist), dim=1)
             setattr(cache, _GIST, gist)
         if isinstance(cache, GistCache):
-            self._at, self._real = cache.place(arguments, ids.shape[1]), arguments.get("attention_mask")
+            at, real = cache.place(arguments, ids.shape[1]), arguments.get("attention_mask")
         hides = self.method.mode != "positive" and bool(gist.any())
-        self._gist = gist if hides else None
+        forward_of(arguments).keep(self, Pass(gist if hides else None, at, real))
 
     def _cache(self, arguments: dict[str, Any]) -> Cache | None:
         """The caller's; an empty one is put in where the model would make it, since the marks belong on it."""
-        given, config = arguments.get("past_key_values"), text_config(self.site.model.config)
+        given, config = arguments.get("cache"), text_config(self.site.model.config)
         wanted = arguments.get("use_cache")
         if given is None and (config.use_cache if wanted is None else wanted):
-            given = arguments["past_key_values"] = DynamicCache(config=config)
+            given = arguments["cache"] = DynamicCache(config=config)
         return given
 
     def _attend(self, call: Attend) -> Tensor:
+        now: Pass = call.forward.state(self)
         mask = call.mask
-        if self._at is not None:
-            call = replace(call, keys_at=self._at[:, -call.key.shape[2] :])
-            mask = self._window(call) if call.sliding_window else mask
-        return self.site.own_attention(call, mask if self._gist is None else self._hiding(call, mask, self._gist))
+        if now.at is not None:
+            call = replace(call, keys_at=now.at[:, -call.key.shape[2] :])
+            mask = self._window(call, now.real) if call.sliding_window else mask
+        return self.site.own_attention(call, mask if now.gist is None else self._hiding(call, mask, now.gist))
 
     def _hiding(self, call: Attend, mask: Tensor | None, gist: Tensor) -> Tensor:
         """Boolean (B, 1, Tq, Tk): a mask without what gist tokens stand for. A layer with a sliding window holds the last keys
         only."""
         new, held = call.query.shape[2], call.key.shape[2]
-        sees = self.site.once("gist", lambda: visible(gist, new, self.method.mode))
+        sees = call.forward.once("gist", lambda: visible(gist, new, self.method.mode))
         own = causal_mask(new, held, call.query.device)[None, None] if mask is None else mask
         return own & sees[:, None, :, -held:].to(own.device)
 
-    def _window(self, call: Attend) -> Tensor:
+    def _window(self, call: Attend, real: Tensor | None) -> Tensor:
         """Boolean (B, 1, Tq, Tk): a sliding window counted in positions. The model's own counts columns, and padding may stand
         between gist tokens and a text."""
         assert call.sliding_window is not None
         keys, queries = call.key_positions[:, None, :], call.position_ids[:, :, None]
         near = causal_mask(call.query.shape[2], call.key.shape[2], keys.device) & (keys > queries - call.sliding_window)
-        if self._real is not None:
-            near = near & self._real[:, None, :].bool()
+        if real is not None:
+            near = near & real[:, None, :].bool()
         return near[:, None]
 
 
@@ -160,7 +169,7 @@ class GistCache(DynamicCache):
         return {
             "input_ids": torch.tensor(ids, device=model.device),
             "attention_mask": torch.tensor(mask, device=model.device),
-            "past_key_values": self.copy(len(rows), beams),
+            compat.CACHE: self.copy(len(rows), beams),
         }
 
     def place(self, arguments: dict[str, Any], new: int) -> Tensor:
@@ -234,7 +243,8 @@ def compressed(model: PreTrainedModel, ids: Tensor, mask: Tensor, first: Tensor,
     """Reads prompts (B, T) with gist tokens behind them, padded on the right, and keeps those. first (B,): the column of each
     row's first gist token."""
     cache = DynamicCache()
-    model.get_decoder()(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    decoder = compat.decoder_of(model)
+    decoder(input_ids=ids, attention_mask=mask, use_cache=True, **compat.with_cache(decoder, cache))
     places = first[:, None] + torch.arange(count, device=first.device)
     layers: list[Any] = cache.layers
     return GistCache([(_columns(layer.keys, places), _columns(layer.values, places)) for layer in layers], first)

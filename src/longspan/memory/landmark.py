@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -37,6 +38,7 @@ from longspan.apply import Site, apply, remove
 from longspan.engine.landmarks import Layout
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import ModelFacts
+from longspan.hf import compat
 from longspan.memory.gist import extend
 from longspan.memory.landmark_cache import PageLayer, Rows
 from longspan.memory.landmark_reader import LandmarkReader
@@ -160,7 +162,7 @@ def _suppress(site: Site, id: int) -> None:
         return
     before = settings.suppress_tokens
     settings.suppress_tokens = sorted({*(before or []), id})
-    site.keep_for_undo(lambda: setattr(settings, "suppress_tokens", before))
+    site.keep_for_undo(partial(setattr, settings, "suppress_tokens", before))
 
 
 # The token
@@ -284,7 +286,7 @@ class Memory:
         return {
             "input_ids": ids.to(model.device),
             "attention_mask": real.to(model.device),
-            "past_key_values": cache,
+            compat.CACHE: cache,
         }
 
 
@@ -305,15 +307,15 @@ def read_ids(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, *,
     reader = reader_on(model)
     if model.training:
         raise NotSupported("landmark retrieves in evaluation mode only; call model.eval() first")
-    cache = DynamicCache()
+    cache, decoder = DynamicCache(), compat.decoder_of(model)
     reader.fill(cache)
     for first in range(0, ids.shape[1], at_once):
         end = min(first + at_once, ids.shape[1])
-        model.get_decoder()(
+        decoder(
             input_ids=ids[:, first:end],
             attention_mask=None if mask is None else mask[:, :end],
-            past_key_values=cache,
             use_cache=True,
+            **compat.with_cache(decoder, cache),
         )
     return Memory(cache)
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longspan.engine.landmarks import Layout, Pages
 from longspan.errors import NotSupported
+from longspan.hf.ownership import Owned
 
 KEPT = 256
 """Fetched pages of a layer, over all rows and heads, up to which they stay on the device for the next query."""
@@ -58,7 +59,7 @@ class Rows:
         self.ids, self.real = self.ids[:, : self.seen - columns], self.real[:, : self.real.shape[1] - columns]
 
 
-class PageLayer(CacheLayerMixin):
+class PageLayer(Owned, CacheLayerMixin):
     """Pages of one layer, in slots: token i of a row is in slot i + i // block, and slot block of each page is its landmark's.
 
     keys and values (B, H_kv, slots, D) are those on the device, from each row's page `base` (B,) on; landmarks
@@ -96,6 +97,7 @@ class PageLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pages:
         """Gives the new states back as they came: the attention puts them in by `write`, when it has turned the keys."""
+        self.check_owner()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return key_states, value_states

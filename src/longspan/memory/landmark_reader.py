@@ -20,6 +20,7 @@ from longspan.engine import landmarks
 from longspan.engine.grouped import grouped_attention, wide
 from longspan.errors import NotSupported
 from longspan.facts import text_config
+from longspan.hf.forward import Forward, forward_of
 from longspan.memory.landmark_cache import PageLayer, Rows
 from longspan.positions.rotary import rotate
 
@@ -52,7 +53,11 @@ class Pass:
     pieces: list[Piece]
     order: Tensor | None
     """(B, W): where the queries are among those of all pieces, where not in order."""
-    cached: bool
+    layers: list[PageLayer] | None
+    """Those of the forward's cache, of which `rows`, `ids` and `real` become the state when the forward is over."""
+    rows: Rows
+    ids: Tensor
+    real: Tensor
 
 
 class LandmarkReader:
@@ -61,10 +66,6 @@ class LandmarkReader:
     def __init__(self, method: Landmark, site: Site):
         self.method, self.site = method, site
         self.layout = method.layout
-        self.now: Pass | None = None
-        self._held: list[PageLayer] | None = None
-        self._taken: tuple[Rows, Tensor, Tensor] | None = None
-        """What the forward at hand adds to its cache when it is over."""
 
     def attach(self) -> None:
         self.site.unrotate()
@@ -82,22 +83,22 @@ class LandmarkReader:
             )
         if ids.shape[1] > 1 and bool((ids == self.method.id).any()):
             raise NotSupported("landmark: the input has landmarks in it already; leave them out, they are put in here")
-        layers = self._held = self._layers(arguments)
+        layers = self._layers(arguments)
         rows = layers[0].rows if layers else Rows(self.layout.block)
         real = self._real(arguments.get("attention_mask"), ids, rows)
         tokens = rows.tokens(len(ids))
         if len(tokens) != len(ids):
             raise NotSupported(f"a cache of {len(tokens)} rows does not go with {len(ids)} rows of input")
         self._check_positions(arguments.get("position_ids"), real)
-        self.now = self._plan(tokens, real, cached=layers is not None)
-        if self.site.model.training and self.now.width > self.site.facts.window:
+        now = self._plan(tokens, real, ids, rows, layers)
+        if self.site.model.training and now.width > self.site.facts.window:
             raise NotSupported(
-                f"landmark trains with all of a text in sight, {self.now.width:,} tokens with landmarks, and this model's window "
+                f"landmark trains with all of a text in sight, {now.width:,} tokens with landmarks, and this model's window "
                 f"is {self.site.facts.window:,}; train on shorter texts, it reads longer ones afterwards"
             )
-        self._taken = (rows, ids, real)
-        arguments["input_ids"] = self._with_landmarks(ids, real, tokens.to(ids.device))
-        arguments["position_ids"], arguments["attention_mask"] = self.now.slot, None
+        forward_of(arguments).keep(self, now)
+        arguments["input_ids"] = self._with_landmarks(now, tokens.to(ids.device))
+        arguments["position_ids"], arguments["attention_mask"] = now.slot, None
         arguments.pop("cache_position", None)
 
     def _real(self, mask: Any, ids: Tensor, rows: Rows) -> Tensor:
@@ -128,7 +129,7 @@ class LandmarkReader:
 
     def _layers(self, arguments: dict[str, Any]) -> list[PageLayer] | None:
         """The layers of this forward's cache; an empty `DynamicCache`, which `generate` and most callers bring, gets them."""
-        cache, config = arguments.get("past_key_values"), text_config(self.site.model.config)
+        cache, config = arguments.get("cache"), text_config(self.site.model.config)
         wanted = arguments.get("use_cache")
         if self.site.model.training:
             if cache is not None:
@@ -140,7 +141,7 @@ class LandmarkReader:
         if cache is None:
             if not (config.use_cache if wanted is None else wanted):
                 return None
-            cache = arguments["past_key_values"] = DynamicCache(config=config)
+            cache = arguments["cache"] = DynamicCache(config=config)
         layers = cache.layers
         if layers and isinstance(layers[0], PageLayer):
             if layers[0].layout != self.layout or layers[0].offloads != self.method.offload:
@@ -167,7 +168,7 @@ class LandmarkReader:
         cache.layers = cast(Any, made)
         return made
 
-    def _plan(self, tokens: Tensor, real: Tensor, *, cached: bool) -> Pass:
+    def _plan(self, tokens: Tensor, real: Tensor, ids: Tensor, rows: Rows, layers: list[PageLayer] | None) -> Pass:
         """tokens (B,), on the CPU: how many each row has before this forward."""
         device, block = real.device, self.layout.block
         after = tokens + real.sum(1).cpu()
@@ -179,7 +180,7 @@ class LandmarkReader:
         own = number + number // block + ((number + 1) % block == 0)
         out = (own - begin).clamp(min=0)
         pieces, order = self._pieces(start, width, device)
-        return Pass(start, filled, width, slot, out, pieces, order, cached)
+        return Pass(start, filled, width, slot, out, pieces, order, layers, rows, ids, real)
 
     def _pieces(self, start: Tensor, width: int, device: torch.device) -> tuple[list[Piece], Tensor | None]:
         """Queries by their chunks; a row that has no more of them repeats its last one."""
@@ -206,32 +207,30 @@ class LandmarkReader:
                 order[row, a:b] = at + torch.arange(max(b - a, 0))
         return made, None if same else order.to(device)
 
-    def _with_landmarks(self, ids: Tensor, real: Tensor, tokens: Tensor) -> Tensor:
+    def _with_landmarks(self, now: Pass, tokens: Tensor) -> Tensor:
         """(B, W): each row's new tokens and their landmarks; what is past a row's end is its first column's token, of which
         nothing is read."""
-        assert self.now is not None and self.method.id is not None
-        slot, size = self.now.slot, self.layout.size
-        order = (~real).long().argsort(dim=1, stable=True)
+        assert self.method.id is not None, "the reader's method has its token"
+        ids, slot, size = now.ids, now.slot, self.layout.size
+        order = (~now.real).long().argsort(dim=1, stable=True)
         number = slot - slot // size - tokens[:, None]
         column = order.gather(1, number.clamp(0, ids.shape[1] - 1))
         return ids.gather(1, column).masked_fill(slot % size == self.layout.block, self.method.id)
 
-    def _end(self, output: Any) -> Any:
-        assert self.now is not None and self._taken is not None
-        rows, ids, real = self._taken
-        if self.now.cached:
-            rows.add(ids, real)
-        self._taken = None
+    def _end(self, forward: Forward, output: Any) -> Any:
+        now: Pass = forward.state(self)
+        if now.layers is not None:
+            now.rows.add(now.ids, now.real)
         if isinstance(output, tuple):
-            return (self._own_states(output[0]), *output[1:])
-        output.last_hidden_state = self._own_states(output.last_hidden_state)
+            return (self._own_states(now, output[0]), *output[1:])
+        output.last_hidden_state = self._own_states(now, output.last_hidden_state)
         if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(self._own_states(states) for states in output.hidden_states)
+            output.hidden_states = tuple(self._own_states(now, states) for states in output.hidden_states)
         return output
 
-    def _own_states(self, states: Tensor) -> Tensor:
-        assert self.now is not None
-        out = self.now.out.to(states.device)[..., None]
+    @staticmethod
+    def _own_states(now: Pass, states: Tensor) -> Tensor:
+        out = now.out.to(states.device)[..., None]
         return states.gather(1, out.expand(-1, -1, states.shape[-1]))
 
     # Attention
@@ -240,9 +239,10 @@ class LandmarkReader:
         if self.site.model.training:
             return self._all_in_sight(call)
         alone = PageLayer(Rows(self.layout.block), self.layout)
-        layer = alone if self._held is None else self._held[layer_number(call.module)]
+        now: Pass = call.forward.state(self)
+        layer = alone if now.layers is None else now.layers[layer_number(call.module)]
         with torch.autocast(call.query.device.type, enabled=False):
-            return self._retrieving(call, layer).to(call.query.dtype)
+            return self._retrieving(call, now, layer).to(call.query.dtype)
 
     def _all_in_sight(self, call: Attend) -> Tensor:
         """The form of training (section 3.1): every page is seen, at its true distance."""
@@ -253,15 +253,14 @@ class LandmarkReader:
             query, key, call.value, self.layout.block, call.scale, dropout=call.dropout, softcap=call.softcap
         )
 
-    def _retrieving(self, call: Attend, layer: PageLayer) -> Tensor:
-        now, size = self.now, self.layout.size
-        assert now is not None
+    def _retrieving(self, call: Attend, now: Pass, layer: PageLayer) -> Tensor:
+        size = self.layout.size
         kind = self.site.layer_type(call.module)
         like = wide(call.key)
-        tables = self.site.once(f"keys {kind}", lambda: self.site.rotary.tables(now.slot % size, like, kind))
+        tables = call.forward.once(f"keys {kind}", lambda: self.site.rotary.tables(now.slot % size, like, kind))
         layer.write(rotate(call.module, like, *tables).to(call.key.dtype), call.value, now.start)
         made = [self._piece(call, layer, piece, kind) for piece in now.pieces]
-        if now.cached:
+        if now.layers is not None:
             layer.settle(now.filled)
         out = made[0] if len(made) == 1 else torch.cat(made, dim=2)
         if now.order is None:
@@ -274,7 +273,7 @@ class LandmarkReader:
         )
         query = wide(query)
         positions = landmarks.query_positions(piece.offset, self.layout)
-        cos, sin = self.site.once(
+        cos, sin = call.forward.once(
             f"queries {kind} {piece.name}", lambda: self.site.rotary.tables(positions.flatten(0, 1), query, kind)
         )
         slots = len(positions)

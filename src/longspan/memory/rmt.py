@@ -42,6 +42,7 @@ from longspan.apply import Site
 from longspan.engine.patterns import roll
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts, text_config
+from longspan.hf import compat
 from longspan.lm.state import MixerState
 from longspan.method import Method
 
@@ -115,7 +116,7 @@ class RMTConfig(PreTrainedConfig):
     """`text_config` is the configuration of the model inside."""
 
     model_type = "longspan-rmt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = compat.CACHE_NAMES
 
     def __init__(
         self,
@@ -199,7 +200,7 @@ class RMTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = compat.CACHE_NAMES
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -231,10 +232,13 @@ class RMTModel(RMTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """attention_mask (B, all tokens so far): padding, on either side. position_ids are not looked at: within a segment
         tokens stand behind the memory, and that is all the model has ever seen."""
+        compat.refuse_unknown(self, kwargs)
+        past_key_values = compat.one_cache(cache, past_key_values)
         embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -244,7 +248,7 @@ class RMTModel(RMTPreTrainedModel):
         mask = None if attention_mask is None else attention_mask[:, -embeds.shape[1] :]
         hidden = self._going_on(embeds, mask, state)
         state.seen += embeds.shape[1]
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **compat.output_cache(past_key_values))
 
     # A text at once
 
@@ -324,7 +328,8 @@ class RMTModel(RMTPreTrainedModel):
             inputs = [row.memory] * lead + [part] + [row.memory] * whole
             if row.cache is None:
                 row.cache = DynamicCache()
-            hidden = self.base(inputs_embeds=torch.cat(inputs, dim=1), past_key_values=row.cache, use_cache=True)[0]
+            states = torch.cat(inputs, dim=1)
+            hidden = self.base(inputs_embeds=states, use_cache=True, **compat.with_cache(self.base, row.cache))[0]
             outs.append(hidden[:, count * lead :][:, : part.shape[1]])
             row.filled += part.shape[1]
             if whole:
@@ -362,23 +367,25 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """labels (B, T): the inputs themselves, -100 where no loss is wanted; the shift by one is made here."""
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=compat.one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             vocabulary = text_config(self.config).vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **compat.output_cache(compat.cache_of(out)))
 
 
 AutoConfig.register(RMTConfig.model_type, RMTConfig, exist_ok=True)

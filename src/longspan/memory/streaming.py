@@ -16,7 +16,7 @@ its score with sink s there, sink key s carries a one, and any fused kernel does
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -30,6 +30,7 @@ from longspan.engine.core import attention, expand_heads, with_zero_key
 from longspan.engine.rolling import StreamingLayer, streaming_cache
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts, text_config
+from longspan.hf.forward import forward_of
 from longspan.method import Method
 from longspan.positions.rotary import rotate
 
@@ -78,6 +79,12 @@ class StreamingLLM(Method):
                 f"streaming mends rotary distances and {facts.architecture} has no rotary positions that it can mend; "
                 "use a model with RoPE (Llama, Mistral, Qwen, Phi-3, Gemma, …)"
             )
+        if facts.rope.varies:
+            raise NotSupported(
+                f"streaming turns keys by differences of positions, and the frequencies of {facts.architecture} "
+                f"({facts.rope.type}) are others past {facts.rope.window:,} tokens; use self-extend or window, or a checkpoint "
+                "with fixed frequencies"
+            )
         if other := facts.layer_types - {"full_attention", "sliding_attention"}:
             raise NotSupported(
                 f"streaming keeps keys and values, and {facts.architecture} has {', '.join(sorted(other))} layers"
@@ -115,6 +122,9 @@ class SinkKeys:
             if turns  # layers without positions keep their sinks as they are
         ]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """They hold parts of the model, and are made again where a copy of the cache goes on."""
+
     def belong_to(self, layers: list[StreamingLayer]) -> bool:
         """Whether these are still the layers' keys: reordered beams have others."""
         return self.held is layers[0].sink_keys
@@ -129,7 +139,7 @@ class SinkKeys:
             yield [layer_number(m) for m in modules], flat.unflatten(0, (count, batch))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pass:
     """One forward: token numbers start … start + new - 1, and the rows' padding."""
 
@@ -137,8 +147,10 @@ class Pass:
     new: int
     pad: Tensor | None
     layers: list[StreamingLayer] | None
-    sink_keys: dict[int, Tensor]
+    sink_keys: dict[int, Tensor] = field(default_factory=dict)
     """Turned sink keys of each layer, where one query decodes past the ring's filling."""
+    fixed: bool = False
+    """Whether this is a step of fixed shape: the ring is full, its sinks are turned, nothing is masked."""
 
 
 class Streaming:
@@ -146,10 +158,6 @@ class Streaming:
 
     def __init__(self, method: StreamingLLM, site: Site):
         self.method, self.site = method, site
-        self.now = Pass(0, 0, None, None, {})
-        self._sinks: SinkKeys | None = None
-        self.fixed = False
-        """Whether a step of fixed shape is running: the ring is full, its sinks are turned, nothing is masked."""
 
     def attach(self) -> None:
         self.site.attention(self.attend, own_mask=True)
@@ -158,12 +166,14 @@ class Streaming:
     # Before a forward: the cache, the padding, the positions.
 
     def before_forward(self, arguments: dict[str, Any]) -> None:
-        if self.fixed:
-            return
         ids = arguments.get("input_ids")
         new = (ids if ids is not None else arguments["inputs_embeds"]).shape[1]
         layers = self._layers(arguments)
         start = layers[0].seen if layers else 0
+        if layers and layers[0].fixed_slot is not None:
+            forward_of(arguments).keep(self, Pass(start, new, None, layers, fixed=True))
+            return
+        self._check_positions(arguments)
         pad = self._padding(arguments.get("attention_mask"), start, new, layers)
         if arguments.get("position_ids") is None:
             device = (ids if ids is not None else arguments["inputs_embeds"]).device
@@ -172,36 +182,48 @@ class Streaming:
                 positions = (positions - pad[:, None].to(device)).clamp(min=0)
             arguments["position_ids"] = positions
         arguments["attention_mask"] = None
-        self.now = Pass(start, new, pad, layers, {})
+        now = Pass(start, new, pad, layers)
         full = start >= self.method.sinks + self.method.recent
         if layers and new == 1 and self.method.sinks and full and start >= layers[0].settled:
-            self.now.sink_keys = self._turned(layers, arguments["position_ids"].device)
+            now.sink_keys.update(self._turned(now, layers, arguments["position_ids"].device))
+        forward_of(arguments).keep(self, now)
 
-    def _turned(self, layers: list[StreamingLayer], device: torch.device) -> dict[int, Tensor]:
-        if self._sinks is None or not self._sinks.belong_to(layers):
-            self._sinks = SinkKeys(self.site, layers)
-        evicted = self._evicted(torch.tensor([self.now.start], device=device))
+    @staticmethod
+    def _check_positions(arguments: dict[str, Any]) -> None:
+        """Refuses several documents in one row: without a mask, positions that begin again are all that says so."""
+        positions = arguments.get("position_ids")
+        if positions is None or arguments.get("attention_mask") is not None or positions.shape[-1] == 1:
+            return
+        if bool((positions.diff(dim=-1) < 0).any()):
+            raise NotSupported(
+                "several documents are packed into one row, and streaming would read across them; give each document a row of "
+                "its own (in a recipe: data.packing=plain or none)"
+            )
+
+    def _turned(self, now: Pass, layers: list[StreamingLayer], device: torch.device) -> dict[int, Tensor]:
+        held: SinkKeys | None = layers[0].turning
+        if held is None or not held.belong_to(layers):
+            held = layers[0].turning = SinkKeys(self.site, layers)
+        evicted = self._evicted(now, torch.tensor([now.start], device=device))
         return {
             number: keys
-            for numbers, stack in self._sinks.turned(evicted)
-            for number, keys in zip(numbers, stack.to(layers[0].dtype), strict=True)
+            for numbers, stack in held.turned(evicted)
+            for number, keys in zip(numbers, stack.to(layers[0].keys.dtype), strict=True)
         }
 
     def _layers(self, arguments: dict[str, Any]) -> list[StreamingLayer] | None:
         """The rolling layers of this forward's cache. An empty `DynamicCache`, which `generate` and most callers bring, gets
         them in place, so that whoever holds the cache goes on with it."""
-        cache = arguments.get("past_key_values")
+        cache = arguments.get("cache")
         config = text_config(self.site.model.config)
         use = arguments.get("use_cache")
         own = (self.method.sinks, self.method.recent)
-        if self.site.model.training and any(
-            getattr(m, "gradient_checkpointing", False) for m in self.site.model.modules()
-        ):
-            return None  # transformers keeps the cache from such layers
+        if self.site.drops_caches:
+            return None
         if cache is None:
             if not (config.use_cache if use is None else use):
                 return None
-            cache = arguments["past_key_values"] = streaming_cache(self.site.facts.layers, *own)
+            cache = arguments["cache"] = streaming_cache(self.site.facts.layers, *own)
         layers = cache.layers
         if layers and isinstance(layers[0], StreamingLayer):
             if (layers[0].sinks, layers[0].window) != own:
@@ -263,77 +285,76 @@ class Streaming:
     # The attention of one layer.
 
     def attend(self, call: Attend) -> Tensor:
+        now: Pass = call.forward.state(self)
         zero_key = bool(getattr(call.module, "zero_key", False))  # of a model of ours with a zero sink
-        if self.fixed:
+        if now.fixed:
             if zero_key:
                 key, value, _ = with_zero_key(call.key, call.value, None)
                 call = replace(call, key=key, value=value)
             if one_query.serves(call.query, call.key, call.softcap):
                 return one_query.one_query_attention(call.query, call.key, call.value, call.scale)
             return attention(call.query, call.key, call.value, None, call.scale, softcap=call.softcap)
-        if self.now.layers and self.now.layers[0].in_ring(self.now.start, self.now.new, call.key):
-            return self._one_query(call)
+        if now.layers and now.layers[0].in_ring(now.start, now.new, call.key):
+            return self._one_query(call, now)
         sinks = min(self.method.sinks, call.key.shape[2])
         sink_keys, sink_values = call.key[:, :, :sinks], call.value[:, :, :sinks]
-        if not self.now.layers and self.now.pad is not None:
-            where = self._first_real(sinks, call)
+        if not now.layers and now.pad is not None:
+            where = self._first_real(sinks, call, now.pad)
             sink_keys, sink_values = (
                 x.gather(2, where.expand(-1, x.shape[1], -1, x.shape[-1])) for x in (call.key, call.value)
             )
-        scores = self._sink_scores(call, sink_keys)
+        scores = self._sink_scores(call, now, sink_keys)
         if zero_key:
             scores, sink_values = F.pad(scores, (0, 1)), F.pad(sink_values, (0, 0, 0, 1))
-        first = max(
-            self.method.sinks, self.now.start - self.method.recent + 1
-        )  # number of the first token after the sinks
+        first = max(self.method.sinks, now.start - self.method.recent + 1)  # number of the first token after the sinks
         key, value = call.key[:, :, sinks:], call.value[:, :, sinks:]
         reach = min(self.method.recent, call.sliding_window or self.method.recent)
-        if self.now.pad is None and windowed.serves(call, key, reach):
-            out, lse = windowed.window_attention(call.query, key, value, self.now.start - first, reach, call.scale)
+        if now.pad is None and windowed.serves(call, key, reach):
+            out, lse = windowed.window_attention(call.query, key, value, now.start - first, reach, call.scale)
             return windowed.join(out, lse, scores, sink_values)
-        return torch.cat(list(self._blocks(call, scores, sink_values, key, value, first)), dim=2)
+        return torch.cat(list(self._blocks(call, now, scores, sink_values, key, value, first)), dim=2)
 
-    def _first_real(self, sinks: int, call: Attend) -> Tensor:
-        assert self.now.pad is not None
-        index = self.now.pad[:, None] + torch.arange(sinks, device=call.key.device)
+    @staticmethod
+    def _first_real(sinks: int, call: Attend, pad: Tensor) -> Tensor:
+        index = pad[:, None] + torch.arange(sinks, device=call.key.device)
         return index.clamp(max=call.key.shape[2] - 1)[:, None, :, None]
 
-    def _evicted(self, tokens: Tensor) -> Tensor:
+    def _evicted(self, now: Pass, tokens: Tensor) -> Tensor:
         """How many tokens of its row were evicted before each token number: (B or 1, T)."""
-        pad = 0 if self.now.pad is None else self.now.pad[:, None].to(tokens.device)
+        pad = 0 if now.pad is None else now.pad[:, None].to(tokens.device)
         return (tokens[None] - pad + 1 - self.method.sinks - self.method.recent).clamp(min=0)
 
     def _turn(self, call: Attend, x: Tensor, name: str, shift: Tensor) -> Tensor:
-        """x rotated by `shift` more positions, in float32."""
+        """x rotated by `shift` more positions, float32."""
         layer_type = self.site.layer_type(call.module)
-        tables = self.site.once(
+        tables = call.forward.once(
             f"{layer_type}:{name}", lambda: self.site.rotary.shift_tables(shift, x.float(), layer_type)
         )
-        return rotate(call.module, x.float(), *tables).to(x.dtype)
+        return rotate(call.module, x.float(), *tables)
 
-    def _one_query(self, call: Attend) -> Tensor:
+    def _one_query(self, call: Attend, now: Pass) -> Tensor:
         """Decoding: the few sink keys are turned forward from their originals, inside the ring."""
-        turned = self.now.sink_keys.get(layer_number(call.module))
+        turned = now.sink_keys.get(layer_number(call.module))
         if turned is not None:
             call.key[:, :, : self.method.sinks] = turned
-        mask = self.site.once(f"ring:{call.sliding_window}", lambda: self._ring_mask(call))
+        mask = call.forward.once(f"ring:{call.sliding_window}", lambda: self._ring_mask(call, now))
         key, value = call.key, call.value
         if getattr(call.module, "zero_key", False):
             key, value, mask = with_zero_key(key, value, mask)
         return attention(call.query, key, value, mask, call.scale, softcap=call.softcap)
 
-    def _ring_mask(self, call: Attend) -> Tensor | None:
+    def _ring_mask(self, call: Attend, now: Pass) -> Tensor | None:
         """Which slots one query sees, (B, 1, 1, slots); None when it sees them all."""
-        filled, token = call.key.shape[2], self.now.start
+        filled, token = call.key.shape[2], now.start
         sinks, window = self.method.sinks, self.method.recent
         short = call.sliding_window is not None and call.sliding_window < sinks + window
-        padded = self.now.pad is not None and token < self.now.layers[0].settled + window  # type: ignore[index]
+        padded = now.pad is not None and token < now.layers[0].settled + window  # type: ignore[index]
         if not short and not padded:
             return None
         device = call.query.device
         slot = torch.arange(filled, device=device)
         age = (token - sinks - (slot - sinks)) % window  # of ring slots, in tokens before the query
-        pad = torch.zeros(1, dtype=torch.long, device=device) if self.now.pad is None else self.now.pad.to(device)
+        pad = torch.zeros(1, dtype=torch.long, device=device) if now.pad is None else now.pad.to(device)
         position = token - pad[:, None]  # of the query, (B, 1)
         held = position - age  # of the ring's tokens
         distance = torch.where(slot < sinks, position.clamp(max=sinks + window - 1) - slot, age)
@@ -342,14 +363,15 @@ class Streaming:
             seen = seen & (distance < call.sliding_window)
         return seen[:, None, None]
 
-    def _sink_scores(self, call: Attend, sink_keys: Tensor) -> Tensor:
+    def _sink_scores(self, call: Attend, now: Pass, sink_keys: Tensor) -> Tensor:
         """Scaled scores (B, H, T, sinks) of each query, turned back by what was evicted before it, with each sink;
         -inf where the sink is not before the query."""
-        tokens = torch.arange(self.now.start, self.now.start + self.now.new, device=call.query.device)
-        evicted = self.site.once("evicted", lambda: self._evicted(tokens))
-        query = self._turn(call, call.query, "queries", -evicted) if self._any_evicted() else call.query
-        scores = (query @ expand_heads(sink_keys, query.shape[1]).mT).float() * call.scale
-        pad = 0 if self.now.pad is None else self.now.pad[:, None].to(tokens.device)
+        tokens = torch.arange(now.start, now.start + now.new, device=call.query.device)
+        evicted = call.forward.once("evicted", lambda: self._evicted(now, tokens))
+        # In float32: products of 16-bit numbers may be past what 16 bits hold.
+        query = self._turn(call, call.query, "queries", -evicted) if self._any_evicted(now) else call.query.float()
+        scores = (query @ expand_heads(sink_keys, query.shape[1]).float().mT) * call.scale
+        pad = 0 if now.pad is None else now.pad[:, None].to(tokens.device)
         position = (tokens[None] - pad)[:, None, :, None]
         slot = torch.arange(sink_keys.shape[2], device=tokens.device)
         visible = slot <= position
@@ -358,21 +380,21 @@ class Streaming:
             visible = visible & (inside < call.sliding_window)
         return scores.masked_fill(~visible, float("-inf"))
 
-    def _any_evicted(self) -> bool:
-        return self.now.start + self.now.new > self.method.sinks + self.method.recent
+    def _any_evicted(self, now: Pass) -> bool:
+        return now.start + now.new > self.method.sinks + self.method.recent
 
     def _blocks(
-        self, call: Attend, scores: Tensor, sink_values: Tensor, key: Tensor, value: Tensor, first: int
+        self, call: Attend, now: Pass, scores: Tensor, sink_values: Tensor, key: Tensor, value: Tensor, first: int
     ) -> Iterator[Tensor]:
         """Attention of QUERIES_AT_ONCE queries after one another over their part of the window and the sinks."""
-        for begin in range(0, self.now.new, QUERIES_AT_ONCE):
-            end = min(begin + QUERIES_AT_ONCE, self.now.new)
-            start = self.now.start + begin
+        for begin in range(0, now.new, QUERIES_AT_ONCE):
+            end = min(begin + QUERIES_AT_ONCE, now.new)
+            start = now.start + begin
             left = max(0, start - self.method.recent + 1 - first)
-            right = max(0, self.now.start + end - first)
-            rows = torch.arange(start, self.now.start + end, device=key.device)[:, None]
+            right = max(0, now.start + end - first)
+            rows = torch.arange(start, now.start + end, device=key.device)[:, None]
             columns = torch.arange(first + left, first + right, device=key.device)[None]
-            band = self._band(rows, columns, call.sliding_window)
+            band = self._band(now, rows, columns, call.sliding_window)
             yield self._joined(
                 call,
                 call.query[:, :, begin:end],
@@ -383,13 +405,13 @@ class Streaming:
                 band,
             )
 
-    def _band(self, rows: Tensor, columns: Tensor, sliding_window: int | None) -> Tensor:
+    def _band(self, now: Pass, rows: Tensor, columns: Tensor, sliding_window: int | None) -> Tensor:
         """(B or 1, 1, queries, keys): the last `window` tokens, without those that are sinks or padding of their row."""
         reach = min(self.method.recent, sliding_window or self.method.recent)
         band = (columns <= rows) & (rows - columns < reach)
-        if self.now.pad is None:
+        if now.pad is None:
             return band[None, None]
-        pad = self.now.pad[:, None, None].to(rows.device)
+        pad = now.pad[:, None, None].to(rows.device)
         real = band & (columns - pad >= self.method.sinks)
         return (real | ((columns == rows) & (rows < pad)))[:, None]  # padding looks at itself: a row must see something
 
@@ -402,12 +424,15 @@ class Streaming:
         if sinks == 0:
             return attention(query, key, value, band, call.scale, dropout=call.dropout, softcap=call.softcap)
         seen = torch.isfinite(scores)
-        wanted = scores.masked_fill(~seen, 0.0) / call.scale
+        unit = (
+            2.0**8 if query.dtype == torch.float16 else 1.0
+        )  # float16 ends at 65,504, and its smallest numbers reach far down
+        wanted = scores.masked_fill(~seen, 0.0) / (call.scale * unit)
         high = wanted.to(query.dtype)
         low = (wanted - high.float()).to(query.dtype)
         width = -(-2 * sinks // 8) * 8 - 2 * sinks  # fused kernels want widths of eights
         query = F.pad(torch.cat((query, high, low), dim=-1), (0, width))
-        eye = torch.eye(sinks, dtype=key.dtype, device=key.device).repeat(1, 2)
+        eye = torch.eye(sinks, dtype=key.dtype, device=key.device).repeat(1, 2) * unit
         ones = F.pad(eye, (key.shape[-1], width)).expand(*key.shape[:2], -1, -1)
         key = torch.cat((ones, F.pad(key, (0, 2 * sinks + width))), dim=2)
         joined = torch.cat((sink_values, value), dim=2)

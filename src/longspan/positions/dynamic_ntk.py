@@ -11,6 +11,7 @@ prefill, chunked prefill and decoding agree with each other, and step = 1 is the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -64,7 +65,7 @@ class DynamicNTK(Method):
 
     def attach(self, site: Site) -> None:
         site.unrotate()
-        site.attention(lambda call: self.attend(site, call))
+        site.attention(partial(self.attend, site))
 
     def lengths(self, positions: Tensor, window: int) -> Tensor:
         """The length whose base each query position takes: the window, then steps past it."""
@@ -80,7 +81,7 @@ class DynamicNTK(Method):
     def attend(self, site: Site, call: Attend) -> Tensor:
         rope = site.facts.rope
         assert rope is not None
-        parts = site.once("parts", lambda: self._parts(call, rope.window))
+        parts = call.forward.once("parts", lambda: self._parts(call, rope.window))
         layer_type = site.layer_type(call.module)
         out = torch.empty_like(call.query)
         for row, start, end, length in parts:
@@ -113,13 +114,15 @@ class DynamicNTK(Method):
         pick = (lambda p: p[rows]) if call.position_ids.shape[0] > 1 else (lambda p: p)
         query_positions, key_positions = pick(call.position_ids)[:, start:end], pick(call.key_positions)[:, :seen]
 
+        assert site.facts.rope is not None, "check() refuses models without rotary positions"
+        rotary = site.rotary.with_frequencies(self.inverse_frequencies(site.facts.rope, length), layer_type)
+
         def tables(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-            with _frequencies(site, self.inverse_frequencies(site.facts.rope, length), layer_type):  # type: ignore[arg-type]
-                return site.rotary.tables(positions, like, layer_type)
+            return rotary.tables(positions, like, layer_type)
 
         name = f"{layer_type}:{rows}:{start}:{seen}:"  # layers that cache a sliding window only have fewer keys
-        query = rotate(call.module, query, *site.once(name + "q", lambda: tables(query_positions, query)))
-        key = rotate(call.module, key[:, :, :seen], *site.once(name + "k", lambda: tables(key_positions, key)))
+        query = rotate(call.module, query, *call.forward.once(name + "q", lambda: tables(query_positions, query)))
+        key = rotate(call.module, key[:, :, :seen], *call.forward.once(name + "k", lambda: tables(key_positions, key)))
         whole = start == 0 and offset == 0
         if call.mask is not None:
             mask = call.mask[rows] if call.mask.shape[0] > 1 else call.mask
@@ -138,22 +141,3 @@ class DynamicNTK(Method):
             softcap=call.softcap,
             causal=whole and mask is None and end - start > 1,
         )
-
-
-class _frequencies:
-    """Lends the site's true rotary module other frequencies for the length of a `with` block."""
-
-    def __init__(self, site: Site, inverse: list[float], layer_type: str | None):
-        self.module = site.rotary.module
-        self.name = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
-        self.inverse = inverse
-        self.layer_type = layer_type
-
-    def __enter__(self) -> None:
-        self.before = getattr(self.module, self.name)
-        if self.layer_type in (None, "full_attention"):
-            new = torch.tensor(self.inverse, dtype=self.before.dtype, device=self.before.device)
-            setattr(self.module, self.name, new)
-
-    def __exit__(self, *error: object) -> None:
-        setattr(self.module, self.name, self.before)

@@ -49,7 +49,10 @@ class LogN(Method):
         return self.window or 0
 
     def attach(self, site: Site) -> None:
-        site.scale_queries(lambda call: site.once(f"logn:{call.query.shape[2]}", lambda: self.scale(call)))
+        site.scale_queries(self._shared_scale)
+
+    def _shared_scale(self, call: Attend) -> Tensor:
+        return call.forward.once(f"logn:{call.query.shape[2]}", lambda: self.scale(call))
 
     def scale(self, call: Attend) -> Tensor:
         """(B or 1, 1, Tq, 1), float32: max(1, log(i + 1) / log L)."""

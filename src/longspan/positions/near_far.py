@@ -7,6 +7,7 @@ SDPA call over such keys is the merged softmax, for any kernel, with gradients.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +62,7 @@ class NearFar(Method):
 
     def attach(self, site: Site) -> None:
         site.unrotate()
-        site.attention(lambda call: self.attend(site, call))
+        site.attention(partial(self.attend, site))
 
     def attend(self, site: Site, call: Attend) -> Tensor:
         query = self._turned(site, call, "queries", call.query, call.position_ids)
@@ -82,7 +83,7 @@ class NearFar(Method):
             return site.rotary.tables(places, x, layer_type)
 
         # Layers that cache a sliding window only have fewer keys than the others.
-        cos, sin = site.once(f"{layer_type}:{name}:{length}", tables)
+        cos, sin = call.forward.once(f"{layer_type}:{name}:{length}", tables)
         near, far = (
             rotate(call.module, x, *(table[:, part] for table in (cos, sin)))
             for part in (slice(0, length), slice(length, None))
@@ -92,7 +93,8 @@ class NearFar(Method):
     def merged(self, call: Attend, near: Pair, far: Pair) -> Tensor:
         """By the definition: both score matrices, one chosen by distance, one softmax. near and far: (query, key)."""
         heads = call.query.shape[1]
-        scores = [(q @ expand_heads(k, heads).mT) * call.scale for q, k in (near, far)]
+        # In float32: products of 16-bit numbers may be past what 16 bits hold, and a fused kernel does not round them either.
+        scores = [(q.float() @ expand_heads(k, heads).float().mT) * call.scale for q, k in (near, far)]
         distance = call.position_ids[:, None, :, None] - call.key_positions[:, None, None, :]
         merged = torch.where(distance < (self.window or 0), scores[0], scores[1])
         mask = self._visible(call, 0, call.query.shape[2])

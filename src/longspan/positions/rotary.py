@@ -27,6 +27,17 @@ class Rotary:
             return self.module(like, positions)
         return self.module(like, positions, layer_type)
 
+    def with_frequencies(self, inverse: list[float], layer_type: str | None = None) -> Rotary:
+        """The same with other inverse frequencies, for layers of full attention; this one's module stays as it is."""
+        if layer_type not in (None, "full_attention"):
+            return self
+        module = copy.copy(self.module)
+        module._buffers = dict(self.module._buffers)
+        name = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
+        held = getattr(module, name)
+        setattr(module, name, torch.tensor(inverse, dtype=held.dtype, device=held.device))
+        return Rotary(module)
+
     def shift_tables(self, shift: Tensor, like: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """The same for moving what is rotated already: rotations add up, the attention factor must not be taken twice."""
         cos, sin = self.tables(shift, like, layer_type)
@@ -35,16 +46,27 @@ class Rotary:
         return (cos, sin) if factor == 1.0 else (cos / factor, sin / factor)
 
 
+def angles(module: nn.Module, positions: Tensor) -> Tensor:
+    """cos and sin (2, B, T, channels) of a rotary module in float32, of all its kinds of layers side by side."""
+    device = next(module.buffers()).device
+    like, at = torch.zeros(1, device=device), positions.to(device)
+    kinds: Any = module.rope_type
+    if not isinstance(kinds, dict):
+        return torch.stack(module(like, at))
+    return torch.cat([torch.stack(module(like, at, kind)) for kind in kinds], dim=-1)
+
+
 def rotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, H, T, D) turned by the angles, in the layout of attention `module`'s architecture; channels past the rotated
     ones pass. Layers that the architecture leaves without positions (SmolLM3's) are left alone."""
     if not getattr(module, "use_rope", True):
         return x
+    # Tables are in float32 where a model computes so around its 16-bit attention: what is turned stays what it was.
     if hasattr(module, "turn"):  # a model of ours
-        return module.turn(x, cos, sin)  # type: ignore[operator]
+        return module.turn(x, cos, sin).to(x.dtype)  # type: ignore[operator]
     turn = sys.modules[type(module).__module__].apply_rotary_pos_emb
     width = cos.shape[-1]
-    turned = turn(x[..., :width], x[:, :0, :, :width], cos, sin)[0]
+    turned = turn(x[..., :width], x[:, :0, :, :width], cos, sin)[0].to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
 

@@ -6,6 +6,7 @@ Places are positions, not columns: left-padded rows, chunks and single tokens se
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -63,12 +64,12 @@ class Span(Method):
         return min(length, self.size or facts.window)
 
     def attach(self, site: Site) -> None:
-        site.attention(lambda call: self.attend(site, call))
+        site.attention(partial(self.attend, site))
 
     def attend(self, site: Site, call: Attend) -> Tensor:
         new, held = call.query.shape[2], call.key.shape[2]
         # Layers that cache a sliding window only have fewer keys than the others.
-        columns = site.once(f"columns:{held}", lambda: self._first_columns(call))
+        columns = call.forward.once(f"columns:{held}", lambda: self._first_columns(call))
         if columns is None:
             return site.own_attention(call, call.mask)
         parts = []

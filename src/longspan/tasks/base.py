@@ -31,6 +31,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from longspan.errors import LongspanError, SpecError, nearest
 from longspan.facts import text_config
+from longspan.hf.compat import cache_of, with_cache
 from longspan.method import _format, read_settings
 
 if TYPE_CHECKING:
@@ -316,8 +317,9 @@ def _read(
     start = 0
     for part in tokens.split(chunk, dim=1):
         wanted = use is not None and first < start + part.shape[1]
-        outputs = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=0 if wanted else 1)
-        cache = outputs.past_key_values
+        given = with_cache(model, cache)
+        outputs = model(input_ids=part, use_cache=True, logits_to_keep=0 if wanted else 1, **given)
+        cache = cache_of(outputs)
         if use is not None and wanted:
             _hand_over(outputs.logits, None, start, first, use)
         start += part.shape[1]
