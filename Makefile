@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 FIRST ?= longspan compare longspan-7m -m none -m ntk -m streaming -m window -t ppl:text=novel -l 4k --samples 3 --out runs/first
 DEMO ?= longspan compare smollm2-135m -m none -m ntk -m streaming -t ppl -l 12k --samples 1 --out runs/demo
 WORKERS ?= 2
+NEWEST ?= .venv-newest
+# What `make test-newest` runs: all tests, or some by name.
+TESTS ?= tests
 
 # A browser is installed beside the packages.
 MAKEFLAGS += --jobs=2
@@ -20,7 +23,7 @@ BARE := $(VENV)/.bare
 READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-newest lint format clean
 
 demo: $(READY)
 	PATH="$(BIN):$$PATH" $(FIRST)
@@ -28,6 +31,15 @@ demo: $(READY)
 
 test: $(READY) $(BROWSER) lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+# The tests with the newest releases of everything, in an environment of its own, whatever pyproject.toml allows: it tells what the
+# next bounds need, and keeps no change from landing.
+test-newest: $(BROWSER)
+	$(MAKE) VENV=$(NEWEST) $(NEWEST)/.bare
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --upgrade $$($(NEWEST)/bin/python tools/unbounded.py)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -e .
+	$(NEWEST)/bin/python -c "import torch, transformers, triton, accelerate as a; print('newest: torch', torch.__version__, 'transformers', transformers.__version__, 'triton', triton.__version__, 'accelerate', a.__version__)"
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -39,7 +51,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 
 $(BARE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longspan needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }

@@ -450,6 +450,8 @@ def _run_attention(
             f"{site.methods.spec}: {site.facts.architecture} runs its attention outside a forward of its decoder, where what "
             "belongs to a forward is not known; call the model or its decoder, and not a layer"
         )
+    # Under autocast a model's float32 angles make queries and keys float32 beside 16-bit values, and not every kernel takes both.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     call = Attend(
         module=module,
         query=query,
