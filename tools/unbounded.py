@@ -1,6 +1,6 @@
 """Prints what longspan and its development extras require, without version bounds: `make test-newest` installs these.
 
-    pip install --upgrade $(python tools/unbounded.py)
+pip install --upgrade $(python tools/unbounded.py)
 """
 
 from __future__ import annotations

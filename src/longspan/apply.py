@@ -127,6 +127,7 @@ class Site:
         self.decoder = decoder_of(model)
         self._before: list[Callable[[dict[str, Any]], None]] = []
         self._names = compat.parameters(self.decoder.forward)
+        self._takes_cache = getattr(self.decoder.config, "use_cache", None) is not None
         self._keywords = compat.takes_keywords(self.decoder.forward)
         self._opened = False
         self._tags_positions = False
@@ -341,7 +342,9 @@ class Site:
             self._claim(arguments)
         if self._tags_positions:
             self._tag(arguments, forward)
-        arguments[compat.cache_argument(module)] = arguments.pop("cache")
+        cache = arguments.pop("cache")
+        if cache is not None or self._takes_cache:
+            arguments[compat.cache_argument(module)] = cache
         if not self._keywords or self._attend is None:
             del arguments[FORWARD]
         return (), arguments

@@ -18,7 +18,12 @@ OURS = {"type": "longspan", "hidden_size": 32, "num_hidden_layers": 2, "num_atte
 SMALL: dict[str, dict[str, Any]] = {
     "focused": {"model": LLAMA, "method": "focused:local=16,d=2,late=4,after=1", "data.length": 32},
     "gist": {"model": LLAMA, "data.length": 200},
-    "landmark": {"model": LLAMA, "method": "landmark:block=8", "data.length": 48, "data.task_share": 0.25},
+    "landmark": {
+        "model": {**LLAMA, "max_position_embeddings": 96},
+        "method": "landmark:block=8,local=16",
+        "data.length": 64,
+        "data.task_share": 0.25,
+    },
     "local": {"model": {**OURS, "attention": "local:block=8"}, "data.length": 32},
     "pose-32k": {"model": {**LLAMA, "max_position_embeddings": 64}, "data.length": 32, "positions.target": 128},
     "rmt": {"model": LLAMA, "method": "rmt:tokens=2,segment=16", "data.length": 32},
