@@ -459,9 +459,9 @@ def train(
 ) -> None:
     """A model from scratch, or a longer one of a model, as a recipe says. The same command resumes."""
     from longspan import training
-    from longspan.training.recipe import read_override, read_recipe
+    from longspan.training.recipe import read_overrides, read_recipe
 
-    wanted = read_recipe(recipe, [read_override(s) for s in settings or []])
+    wanted = read_recipe(recipe, read_overrides(settings or []).items())
     if dry_run:
         made = training.plan_training(wanted)
         return print_json(made.to_dict()) if as_json else training.estimate.terminal(made, console())
@@ -494,12 +494,12 @@ def study(
     """Every position scheme trained alike and read far past its training length. The same command resumes."""
     from longspan.method import read_size
     from longspan.training import study as studies
-    from longspan.training.recipe import read_override
+    from longspan.training.recipe import read_overrides
 
     multiples = tuple(read_size(part.strip(), "times") for part in times.split(","))
     wanted = studies.Settings(tuple(position or studies.SCHEMES), seeds, multiples, samples, text, sliding)
     say = functools.partial(typer.echo, err=True)
-    folder = studies.study(recipe, wanted, out, say, **dict(read_override(s) for s in settings or []))
+    folder = studies.study(recipe, wanted, out, say, **read_overrides(settings or []))
     if as_json:
         return print_json(json.loads((folder / "study.json").read_text()))
     print_table(*studies.table(folder))
