@@ -30,7 +30,7 @@ import transformers
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-from longspan.errors import LongspanError, NotSupported
+from longspan.errors import LongspanError, NotSupported, writing
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,9 @@ def _convert_once(sha256: str, find: Callable[[Path], Path]) -> Path:
                 made, scratch = Path(part) / "made", Path(part) / "scratch"
                 made.mkdir()
                 scratch.mkdir()
-                _convert(find(scratch), made)
-                _write_manifest(made, sha256)
+                with writing(made):
+                    _convert(find(scratch), made)
+                    _write_manifest(made, sha256)
                 shutil.rmtree(folder, ignore_errors=True)
                 made.rename(folder)
     except OSError as error:

@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.apply import Site, apply, current, remove
-from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.errors import LongspanError, NotSupported, SpecError, writing
 from longspan.facts import ModelFacts
 from longspan.memory import gist_decoder, gist_encoder
 from longspan.memory.gist_decoder import DecoderReader, GistCache
@@ -253,7 +253,8 @@ def save(held: Held, path: str | Path, model: PreTrainedModel) -> None:
         for number, (key, value) in enumerate(held.copy().pairs()):
             tensors |= {f"{number}.key": key, f"{number}.value": value}
     said = {"longspan": "gist tokens", "method": method_on(model).spec, "model": _fingerprint(model)}
-    save_file({name: x.detach().contiguous().cpu() for name, x in tensors.items()}, str(path), metadata=said)
+    with writing(path):
+        save_file({name: x.detach().contiguous().cpu() for name, x in tensors.items()}, str(path), metadata=said)
 
 
 def load(path: str | Path, model: PreTrainedModel) -> Held:

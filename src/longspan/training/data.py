@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from longspan.compare.store import write_atomically
-from longspan.errors import NotSupported, SpecError
+from longspan.errors import NotSupported, SpecError, writing
 from longspan.fetching import reading
 from longspan.memory import gist
 from longspan.models import ready_folder
@@ -230,11 +230,12 @@ def _write(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, place: Path
     part.mkdir(parents=True)
     lengths: list[int] = []
     try:
-        with open(part / "ids.bin", "wb") as file:
+        with writing(place / "ids.bin"), open(part / "ids.bin", "wb") as file:
             for ids in _encoded(texts, tokenizer, title, show):
                 file.write(ids.tobytes())
                 lengths.append(len(ids))
-        np.save(part / "ends.npy", np.cumsum(lengths, dtype=np.int64))
+        with writing(place / "ends.npy"):
+            np.save(part / "ends.npy", np.cumsum(lengths, dtype=np.int64))
         write_atomically(part / "about.json", json.dumps({"documents": len(lengths), "tokens": sum(lengths)}) + "\n")
         part.rename(place)
     finally:
