@@ -501,7 +501,7 @@ def study(
     say = functools.partial(typer.echo, err=True)
     folder = studies.study(recipe, wanted, out, say, **read_overrides(settings or []))
     if as_json:
-        return print_json(json.loads((folder / "study.json").read_text()))
+        return print_json(json.loads((folder / "study.json").read_text(encoding="utf-8")))
     print_table(*studies.table(folder))
     return typer.echo(f"picture: {folder / 'curves.png'}")
 
