@@ -407,11 +407,14 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _read_text(file: Path) -> str:
+    from longspan.textfiles import decode
+
     try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        return data.decode("utf-8")
+        return decode(sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes())
     except UnicodeDecodeError as error:
         raise LongspanError(f"{file} is not text in UTF-8 (byte {error.start:,} is not); convert it first") from error
+    except OSError as error:
+        raise LongspanError(f"{str(file)[:200]} cannot be read: {error.strerror or error}") from error
 
 
 def _load(model: str, method: str | None, dtype: str | None, device: str | None) -> tuple[Any, Any, Ready]:

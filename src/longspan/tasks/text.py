@@ -26,6 +26,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from longspan.errors import SpecError, nearest
+from longspan.textfiles import decode
 
 BUILT_IN = ("prose", "code", "novel")
 NOVEL = Path(__file__).parents[1] / "texts" / "novel.txt.gz"
@@ -141,7 +142,6 @@ def _files(name: str, task: str) -> list[Path]:
 
 def _read_file(path: Path, task: str) -> str:
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return raw.decode("utf-8").replace("\r\n", "\n")
+        return decode(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise SpecError(f"{task}: {path} cannot be read as UTF-8 text: {error}") from error

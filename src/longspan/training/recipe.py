@@ -25,6 +25,7 @@ import yaml
 from longspan.errors import LongspanError, SpecError, nearest
 from longspan.method import parse, read_size
 from longspan.positions.pose import PoSE
+from longspan.textfiles import read_text
 
 T = typing.TypeVar("T")
 
@@ -326,7 +327,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.expanduser().read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(read_text(path.expanduser()), _Loader)
     except FileNotFoundError as error:
         raise SpecError(f"there is no recipe {path}; docs/training.md says how one is written") from error
     except (OSError, UnicodeDecodeError) as error:
