@@ -43,6 +43,7 @@ _FILES = (
     "facts.py",
     "models.py",
     "textfiles.py",
+    "chat_template.py",
     "compare/worker.py",
     "compare/cost.py",
     "compare/stats.py",

@@ -193,7 +193,7 @@ def compress(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     rows = [with_bos(tokenizer, encode(tokenizer, text)) for text in texts]
     if not rows or not all(rows):
         raise SpecError("gist: a prompt is empty; give at least one token for each")
-    if any(method.id in row for row in rows):
+    if any(TOKEN in text for text in texts):
         raise SpecError(f"gist: a prompt has {TOKEN} in it; leave it out, it is put behind the prompt here")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else rows[0][0]
     ids, mask = gist_encoder.padded([[*row, *_gists(method)] for row in rows], pad, model.device)

@@ -26,6 +26,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from longspan.errors import SpecError, nearest
+from longspan.tasks.base import encode_all
 from longspan.textfiles import decode
 
 BUILT_IN = ("prose", "code", "novel")
@@ -100,8 +101,7 @@ def tokenised(tokenizer: PreTrainedTokenizerBase, text: Text) -> Ring:
     digest = text.sha256
     known = _known.setdefault(tokenizer, {})
     if digest not in known:
-        batch = tokenizer(list(text.documents), add_special_tokens=False, verbose=False)["input_ids"]
-        known[digest] = list(chain.from_iterable(batch))
+        known[digest] = list(chain.from_iterable(encode_all(tokenizer, text.documents)))
     return Ring(text.name, digest, known[digest])
 
 
