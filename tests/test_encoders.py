@@ -148,6 +148,16 @@ def test_exported_and_read_by_transformers(spec: str, tmp_path: Path, capsys: py
     assert json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())["model_max_length"] >= 96
 
 
+@pytest.mark.parametrize(("layers", "said"), [(1, "encoder.layer.1."), (3, "lack encoder.layer.2.")])
+def test_weights_of_another_depth_are_refused(layers: int, said: str, tmp_path: Path) -> None:
+    encoder("roberta").save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    with pytest.raises(NotSupported, match=said):
+        export(tmp_path, "longformer:window=8", tmp_path.parent / "new", length=96)
+
+
 def test_what_is_no_encoder_or_no_setting(tmp_path: Path) -> None:
     bert = encoder("bert")
     gpt = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))

@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaModel, T5Config
 
 import tiny
@@ -45,12 +47,18 @@ def folder(tmp_path: Path) -> Path:
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as GGUF, weights in Q4_1 where their shape allows it."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path, tiny.model().config.num_hidden_layers, {})
+    return path
+
+
+def write_gguf(path: Path, layers: int, extra: dict[str, np.ndarray]) -> None:
+    """The tiny model in a file that says it has so many layers, with tensors that it has not."""
     model, tokenizer = tiny.model(), tiny.tokenizer()
     c = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(c.num_hidden_layers)
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
@@ -74,11 +82,12 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kind = gguf.GGMLQuantizationType.Q4_1 if data.ndim == 2 else gguf.GGMLQuantizationType.F32
         stem, _, leaf = name.rpartition(".")
         writer.add_tensor(f"{names.get_name(stem)}.{leaf}", gguf.quantize(data, kind), raw_dtype=kind)
+    for name, data in extra.items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 @pytest.fixture
@@ -429,6 +438,58 @@ def test_weights_of_another_kind(folder: Path) -> None:
     LlamaModel(tiny.model().config).save_pretrained(folder)
     (folder / "config.json").write_text(config)
     _refused(folder, "lm_head.weight")
+
+
+def _changed(folder: Path, config: dict, **tensors: torch.Tensor) -> None:
+    """The saved model with entries of its configuration changed and tensors added."""
+    place = folder / "config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), **config}))
+    weights = folder / "model.safetensors"
+    save_file({**load_file(weights), **tensors}, weights, {"format": "pt"})
+
+
+def test_weights_left_over_are_refused(folder: Path) -> None:
+    adapter = {f"model.layers.0.self_attn.q_proj.lora_{x}.weight": torch.zeros(2, 64) for x in "AB"}
+    _changed(folder, {}, **adapter)
+    _refused(folder, "q_proj.lora_A.weight and 1 more", "merge it into its model first")
+    save_file(
+        {k: v for k, v in load_file(folder / "model.safetensors").items() if "lora" not in k},
+        folder / "model.safetensors",
+    )
+    models.load(folder, device="cpu")
+    _changed(folder, {"num_hidden_layers": 1})
+    _refused(folder, "model.layers.1.", "8 more that LlamaForCausalLM has no place for", "of a smaller model")
+
+
+def test_left_overs_without_meaning_are_let_pass(folder: Path) -> None:
+    head = {"lm_head.weight": load_file(folder / "model.safetensors")["model.embed_tokens.weight"]}
+    computed = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+    _changed(folder, {"tie_word_embeddings": True}, **computed, **head)
+    model, _ = models.load(folder, device="cpu")
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    masks = {"model.layers.0.attn.bias": torch.ones(1, 1, 4, 4), "model.layers.0.attn.masked_bias": torch.tensor(-1e4)}
+    _changed(folder, {}, **masks)
+    models.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("layers", "extra", "parts"),
+    [
+        (1, {}, ("blk.1.attn_", "has no place for")),
+        (3, {}, ("lack model.layers.2.",)),
+        (
+            2,
+            {"rope_freqs.weight": np.array([1, 1, 8, 8], np.float32)},
+            ("rope_freqs.weight", "take the model's safetensors"),
+        ),
+    ],
+)
+def test_gguf_files_that_would_be_read_in_part(
+    tmp_path: Path, layers: int, extra: dict[str, np.ndarray], parts: tuple[str, ...]
+) -> None:
+    path = tmp_path / "part.gguf"
+    write_gguf(path, layers, extra)
+    _refused(path, *parts)
 
 
 def test_missing_and_damaged_weights(folder: Path) -> None:

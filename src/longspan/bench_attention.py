@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from longspan.bench_contenders import DENSE, Contender, Shape, Work, contenders, wait
+from longspan.compare.store import write_atomically
 from longspan.compare.worker import is_out_of_memory, one_line
 from longspan.engine.routes import forget_compiled
-from longspan.errors import LongspanError, SpecError
+from longspan.errors import LongspanError, SpecError, writing
 
 LENGTHS = {"cuda": tuple(2**n for n in range(10, 25)), "cpu": (1024, 2048, 4096, 8192, 16384)}
 RUN_S = 0.2
@@ -108,9 +109,7 @@ class AttentionBench:
     def write(self, path: Path) -> None:
         """As JSON; a file that is there is replaced in one step."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.new")
-        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def targets(self) -> dict[str, Any]:
         """What is read off most: speed at 32k beside dense SDPA, the share of masks at 128k and 4M, and the time a token from 64k
@@ -327,4 +326,5 @@ def draw(made: AttentionBench, path: Path) -> None:
             *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)

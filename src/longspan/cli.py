@@ -407,11 +407,14 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _read_text(file: Path) -> str:
+    from longspan.textfiles import decode
+
     try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        return data.decode("utf-8")
+        return decode(sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes())
     except UnicodeDecodeError as error:
         raise LongspanError(f"{file} is not text in UTF-8 (byte {error.start:,} is not); convert it first") from error
+    except OSError as error:
+        raise LongspanError(f"{str(file)[:200]} cannot be read: {error.strerror or error}") from error
 
 
 def _load(model: str, method: str | None, dtype: str | None, device: str | None) -> tuple[Any, Any, Ready]:
@@ -459,9 +462,9 @@ def train(
 ) -> None:
     """A model from scratch, or a longer one of a model, as a recipe says. The same command resumes."""
     from longspan import training
-    from longspan.training.recipe import read_override, read_recipe
+    from longspan.training.recipe import read_overrides, read_recipe
 
-    wanted = read_recipe(recipe, [read_override(s) for s in settings or []])
+    wanted = read_recipe(recipe, read_overrides(settings or []).items())
     if dry_run:
         made = training.plan_training(wanted)
         return print_json(made.to_dict()) if as_json else training.estimate.terminal(made, console())
@@ -494,14 +497,14 @@ def study(
     """Every position scheme trained alike and read far past its training length. The same command resumes."""
     from longspan.method import read_size
     from longspan.training import study as studies
-    from longspan.training.recipe import read_override
+    from longspan.training.recipe import read_overrides
 
     multiples = tuple(read_size(part.strip(), "times") for part in times.split(","))
     wanted = studies.Settings(tuple(position or studies.SCHEMES), seeds, multiples, samples, text, sliding)
     say = functools.partial(typer.echo, err=True)
-    folder = studies.study(recipe, wanted, out, say, **dict(read_override(s) for s in settings or []))
+    folder = studies.study(recipe, wanted, out, say, **read_overrides(settings or []))
     if as_json:
-        return print_json(json.loads((folder / "study.json").read_text()))
+        return print_json(json.loads((folder / "study.json").read_text(encoding="utf-8")))
     print_table(*studies.table(folder))
     return typer.echo(f"picture: {folder / 'curves.png'}")
 

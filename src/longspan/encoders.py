@@ -9,6 +9,7 @@ per character in the base size, with random positions 10.299; section 5 of the p
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ from transformers import (
 from longspan import models
 from longspan.attention.bigbird import BigBird
 from longspan.attention.longformer import Longformer
-from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.errors import NotSupported, SpecError
 from longspan.export import ExportReport, copy_tokenizer, filling, free_place
-from longspan.fetching import quiet, reading
+from longspan.fetching import check_whole, quiet, reading
 from longspan.method import Combination, Method, combination
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -55,6 +56,7 @@ _SAME = (
     "eos_token_id",
     "tie_word_embeddings",
 )
+_INNER = re.compile(r"(^|\.)(embeddings|encoder)\.|lora_")
 # The two ways in which transformers names the head for masked tokens.
 _HEADS = {
     "cls.predictions.transform.dense.": "lm_head.dense.",
@@ -243,8 +245,9 @@ def _load(source: Path, config: PreTrainedConfig, dtype: str | torch.dtype | Non
             output_loading_info=True,
         )
     model, info = loaded
-    if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
-        raise LongspanError(f"the weights in {source} lack {missing[0]}; copy the model again")
+    missing = [name for name in info["missing_keys"] if "pooler" not in name]
+    left_over = [name for name in info["unexpected_keys"] if _INNER.search(name)]  # heads are left
+    check_whole(f"the weights in {source}", type(model).__name__, missing, left_over)
     if not headed and any("pooler" in name for name in info["missing_keys"]):
         model.pooler = None
     return model

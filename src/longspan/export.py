@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from longspan import models
-from longspan.errors import LongspanError, NotSupported
+from longspan.errors import LongspanError, NotSupported, writing
 from longspan.facts import ModelFacts, rope_parameters, text_config
 from longspan.fetching import quiet
 from longspan.method import Combination, Method, NoMethod, catalogue, combination
@@ -178,7 +178,8 @@ def filling(place: Path) -> Iterator[Path]:
     old = part.with_suffix(".old")
     try:
         part.mkdir(parents=True)
-        yield part
+        with writing(place):
+            yield part
         if place.is_dir():
             place.rename(old)
         part.rename(place)

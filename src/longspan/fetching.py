@@ -13,22 +13,24 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-from longspan.errors import LongspanError, NotSupported
+from longspan.errors import LongspanError, NotSupported, writing
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ ALIASES: dict[str, Alias] = {
 }
 HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 MANIFEST = "longspan.json"
+_COMPUTED = re.compile(r"(rotary\w*\.inv_freq|(^|\.)(attn|attention)\.(masked_bias|bias|causal_mask))$")
 
 
 class Unreachable(LongspanError):
@@ -211,8 +214,9 @@ def _convert_once(sha256: str, find: Callable[[Path], Path]) -> Path:
                 made, scratch = Path(part) / "made", Path(part) / "scratch"
                 made.mkdir()
                 scratch.mkdir()
-                _convert(find(scratch), made)
-                _write_manifest(made, sha256)
+                with writing(made):
+                    _convert(find(scratch), made)
+                    _write_manifest(made, sha256)
                 shutil.rmtree(folder, ignore_errors=True)
                 made.rename(folder)
     except OSError as error:
@@ -248,10 +252,13 @@ def _convert(gguf: Path, into: Path) -> None:
 
     say(f"converting {gguf.name} to safetensors, once; this takes about a minute")
     with reading(f"{gguf} cannot be read as a causal language model"):
-        read = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, local_files_only=True, dtype=torch.float32
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
+        read, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    left_over = [*info["unexpected_keys"], *_unread(gguf, read.config.get_text_config(decoder=True).num_hidden_layers)]
+    check_whole(f"the weights in {gguf}", type(read).__name__, info["missing_keys"], left_over)
     needed, free = 4 * sum(p.numel() for p in read.parameters()), shutil.disk_usage(into).free
     if free < 1.1 * needed:
         raise OSError(f"the model needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
@@ -265,6 +272,20 @@ def _convert(gguf: Path, into: Path) -> None:
     with quiet():
         model.save_pretrained(into)
     tokenizer.save_pretrained(into)
+
+
+def _unread(gguf: Path, layers: int) -> list[str]:
+    """Tensors of a GGUF file that transformers passes over: of layers past the configuration's, and Llama 3.1's scaled
+    frequencies."""
+    from gguf import GGUFReader
+
+    found = []
+    for tensor in GGUFReader(gguf).tensors:
+        block = re.match(r"blk\.(\d+)\.", tensor.name)
+        scaled = tensor.name == "rope_freqs.weight" and bool((tensor.data != 1).any())
+        if scaled or (block and int(block[1]) >= layers):
+            found.append(str(tensor.name))
+    return found
 
 
 def digest(path: Path) -> str:
@@ -317,3 +338,25 @@ def reading(failure: str) -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """What an error says, in one line of bearable length."""
     return textwrap.shorten(str(error), 240, placeholder=" …") or type(error).__name__
+
+
+def check_whole(weights: str, architecture: str, missing: Iterable[str], left_over: Iterable[str]) -> None:
+    """Raises `NotSupported` where a model lacks weights, or a file has weights that the model has no place for.
+
+    missing, left_over: names as transformers reports them, without what it knows to be harmless. Masks and frequencies that
+    old versions of it saved, and every version computes, are let pass.
+    """
+    if lacking := sorted(missing):
+        raise NotSupported(
+            f"{weights} lack {lacking[0]} and {len(lacking) - 1:,} more of {architecture}: they belong to "
+            "another kind of model, or are not whole"
+        )
+    if extra := sorted(name for name in left_over if not _COMPUTED.search(name)):
+        hint = "the configuration is of a smaller model or of another kind; copy both from the model's source"
+        if "rope_freqs.weight" in extra:
+            hint = "transformers does not read scaled frequencies out of GGUF files; take the model's safetensors"
+        elif any("lora_" in name for name in extra):
+            hint = "they are an adapter that was not merged; merge it into its model first (peft's merge_and_unload)"
+        raise NotSupported(
+            f"{weights} hold {extra[0]} and {len(extra) - 1:,} more that {architecture} has no place for: {hint}"
+        )

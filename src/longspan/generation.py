@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -29,9 +28,10 @@ from transformers import (
 )
 
 from longspan.apply import _SITE, current
+from longspan.chat_template import Messages, encode_rendered, render
 from longspan.compare.cost import cache_bytes
 from longspan.engine.decode import StreamDecoder, steps_are_faster, stream_generate
-from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.errors import LongspanError, SpecError
 from longspan.facts import ModelFacts, facts_of, text_config
 from longspan.hf.compat import cache_of, with_cache
 from longspan.method import combination
@@ -41,7 +41,6 @@ CHUNK = 1024
 """Tokens of a chat's turn that go through the model at once, so that a long turn needs no more memory than a short one."""
 
 OnText = Callable[[str], None]
-Messages = list[dict[str, str]]
 _ANSWER = "\u2063answer\u2063"
 """Stands for the model's answers where the template is rendered only to see what it puts around them: templates trim
 answers, and hide parts of them, which must not look like a changed conversation."""
@@ -116,8 +115,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool | 
         raise SpecError("the prompt is empty")
     if chat is None:
         chat = tokenizer.chat_template is not None
-    text = _render(tokenizer, [{"role": "user", "content": prompt}]) if chat else prompt
-    return with_bos(tokenizer, encode(tokenizer, text))
+    if not chat:
+        return with_bos(tokenizer, encode(tokenizer, prompt))
+    text = render(tokenizer, [{"role": "user", "content": prompt}])
+    return with_bos(tokenizer, encode_rendered(tokenizer, text))
 
 
 def generate_text(
@@ -242,7 +243,7 @@ class Chat:
         self._ends = frozenset(end_tokens(model, tokenizer))
         self._pick = _Picker(self.sampling, model.device)
         self.reset()
-        _render(tokenizer, [*self._system, {"role": "user", "content": "Hello"}])  # refuses before the first turn
+        render(tokenizer, [*self._system, {"role": "user", "content": "Hello"}])  # refuses before the first turn
 
     def reset(self) -> None:
         """Forgets the conversation."""
@@ -281,7 +282,7 @@ class Chat:
 
     def _new_tokens(self, user: dict[str, str]) -> list[int]:
         """What the model has not read yet: the last token of the last answer and what the template puts after it."""
-        rendered = _render(self.tokenizer, [*self._shape, user])
+        rendered = render(self.tokenizer, [*self._shape, user])
         added = rendered[len(self._rendered) :]
         before, _, tail = added.partition(_ANSWER)
         if self._cache is None or not rendered.startswith(self._rendered) or before.strip() or before == added:
@@ -291,7 +292,7 @@ class Chat:
             end = _text(self.tokenizer, unread, special=True)
             tail, unread = (tail.lstrip()[len(end) :], unread) if tail.lstrip().startswith(end) else (tail, [])
         self._next_shape(user, rendered)
-        return unread + encode(self.tokenizer, tail)
+        return unread + encode_rendered(self.tokenizer, tail)
 
     def _everything(self, user: dict[str, str]) -> list[int]:
         """The whole conversation with the new turn: for the first turn, and where the template rewrote earlier ones."""
@@ -299,8 +300,8 @@ class Chat:
             self.stats.refed += 1
         self._forget()
         self._shape = [m if m["role"] != "assistant" else {**m, "content": _ANSWER} for m in self._said]
-        self._next_shape(user, _render(self.tokenizer, [*self._shape, user]))
-        return with_bos(self.tokenizer, encode(self.tokenizer, _render(self.tokenizer, [*self._said, user])))
+        self._next_shape(user, render(self.tokenizer, [*self._shape, user]))
+        return with_bos(self.tokenizer, encode_rendered(self.tokenizer, render(self.tokenizer, [*self._said, user])))
 
     def _next_shape(self, user: dict[str, str], rendered: str) -> None:
         self._rendered = rendered
@@ -404,16 +405,6 @@ def _check_ids(model: PreTrainedModel, ids: list[int]) -> None:
             f"the tokenizer gives token {max(ids):,} and the model has {rows:,}: they do not belong together; copy the "
             "tokenizer from the model's source"
         )
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    """The conversation as the text that the model reads, up to where its answer begins."""
-    if tokenizer.chat_template is None:
-        raise NotSupported("this model's tokenizer has no chat template; use an instruction-tuned model, or plain text")
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        raise NotSupported(f"the model's chat template refuses the conversation: {error}") from error
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool) -> str:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from longspan import fetching
 from longspan.errors import LongspanError, NotSupported, nearest
 from longspan.facts import ModelFacts, facts_of, text_config
-from longspan.fetching import ALIASES, Alias, Fetched, Shipped, digest, reading, reason
+from longspan.fetching import ALIASES, Alias, Fetched, Shipped, check_whole, digest, reading, reason
 
 if TYPE_CHECKING:
     from longspan.method import Combination, Method
@@ -333,9 +333,5 @@ def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, de
             output_loading_info=True,
         )
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise NotSupported(
-            f"the weights in {folder} lack {missing[0]} and {len(missing) - 1:,} more of {type(model).__name__}: they belong to "
-            "another kind of model, or are not whole"
-        )
+    check_whole(f"the weights in {folder}", type(model).__name__, info["missing_keys"], info["unexpected_keys"])
     return model.eval()

@@ -165,8 +165,10 @@ def _figure(value: float | None) -> str:
 def print_bench(made: Bench, out: Path | None, as_json: bool) -> None:
     """The rows of a bench as a table or as JSON, and into the file `out`."""
     if out is not None:
+        from longspan.compare.store import write_atomically
+
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(made.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_atomically(out, json.dumps(made.to_dict(), indent=1) + "\n")
     if as_json:
         return print_json(made.to_dict())
     columns = [made.what, f"median {made.unit}", "quartiles", "times slower than the first", "first call s", "peak MB"]

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from tasks_tiny import byte_tokenizer
 
+import tiny
 from longspan.errors import SpecError
+from longspan.tasks.base import encode
 from longspan.tasks.text import Ring, check_text, read_text, tokenised
+from longspan.training.data import tokenise
 
 
 @pytest.mark.parametrize(("name", "least", "word"), [("prose", 1_000_000, "the"), ("code", 3_000_000, "def ")])
@@ -61,6 +64,16 @@ def test_a_ring_goes_on_at_its_start_and_says_when_it_is_too_short() -> None:
     assert ring.take(0, 10, "ppl") == list(range(10))
     with pytest.raises(SpecError, match=r"11 tokens of text are needed and .* has 10"):
         ring.take(0, 11, "ppl")
+
+
+def test_control_tokens_in_a_text_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a</s>b<s>")
+    made = tiny.tokenizer()
+    ring = tokenised(made, read_text(str(tmp_path / "a.txt"), "ppl"))
+    assert made.decode(ring.ids) == "a</s>b<s>\n\n" and not set(ring.ids) & set(made.all_special_ids)
+    tokens = tokenise(["a</s>b<s>", "c"], made, tmp_path / "tokens", title="", show=False)
+    assert tokens.document(0).tolist() == [0, *encode(made, "a</s>b<s>"), 1]
+    assert tokens.ids.tolist().count(1) == 2  # documents end once
 
 
 def test_tokens_are_made_once_for_each_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from longspan.errors import LongspanError, SpecError
-from longspan.training.recipe import Recipe, TokenizerRecipe, differences, read_override, read_recipe
+from longspan.training.recipe import Recipe, TokenizerRecipe, differences, read_override, read_overrides, read_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 SCRATCH: dict[str, Any] = {
@@ -127,6 +127,47 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
             read_recipe(tmp_path / name)
     with pytest.raises(SpecError, match="not key=value"):
         read_override("training.steps")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("out: a\nmodel: m\nout: b\n", "the key 'out' is on line 1 and again on line 3; leave one out"),
+        ("data:\n  train: prose\n  length: 8\n\n  length: 16\n", "'length' is on line 3 and again on line 5"),
+        (
+            "data: {train: prose}\ntraining: {steps: 1}\ndata: {train: code}\n",
+            "'data' is on line 1 and again on line 3",
+        ),
+        ("out: a\ntraining: {steps: 1, batch: 2, steps: 3}\n", "'steps' is twice on line 2"),
+        ("- {a: 1}\n- [{a: 1,\n   'a': 2}]\n", "'a' is on line 2 and again on line 3"),
+        ("seed: 2024-13-01\n", "is not YAML: month must be"),
+        ("a: " + "[" * 3000, "is not YAML"),
+    ],
+)
+def test_a_key_that_a_recipe_has_twice_is_refused_with_both_lines(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(SpecError) as caught:
+        read_recipe(tmp_path / "twice.yaml")
+    assert said in str(caught.value) and "twice.yaml" in str(caught.value)
+
+
+def test_a_key_may_stand_once_in_each_of_several_sections_and_over_what_is_merged(tmp_path: Path) -> None:
+    (tmp_path / "merged.yaml").write_text(
+        "out: o\nmodel: &one {type: llama, hidden_size: 32}\ntokenizer: {train: bpe}\ndata: {train: prose}\n"
+    )
+    assert read_recipe(tmp_path / "merged.yaml").data.train == "prose"
+    (tmp_path / "merged.yaml").write_text(
+        "out: o\nmodel:\n  <<: &one {type: llama, hidden_size: 32}\n  hidden_size: 64\n"
+        "tokenizer: {train: bpe}\ndata: {train: prose}\n"
+    )
+    assert read_recipe(tmp_path / "merged.yaml").model == {"type": "llama", "hidden_size": 64}
+
+
+def test_settings_that_are_given_twice_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"training\.steps is given twice, as 1 and as 2"):
+        read_overrides(["training.steps=1", "seed=3", "training.steps=2"])
+    with pytest.raises(SpecError, match=r"model=.*: the key 'type' is twice on line 1"):
+        read_override("model={type: llama, type: gpt2}")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,19 +18,24 @@ import recipes_tiny
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import longspan as ls
 import tiny
+from longspan.compare.trained import training_cost
 from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.printing import console
 from longspan.tasks.base import parse_task
+from longspan.training import trainer
 from longspan.training.data import task_tokens
 from longspan.training.metrics import describe, read_metrics
 from longspan.training.recipe import read_recipe
+from longspan.training.run import terminal
 from longspan.training.samples import IGNORE, TextWindows
 from longspan.training.trainer import COMPLETE, clear_broken, newest_checkpoint
 
 Have = dict[str, Path]
+SIZES = {k: v for k, v in recipes_tiny.MODEL.items() if k != "type"}
 RESTLESS = {**recipes_tiny.MODEL, "attention_dropout": 0.2, "max_position_embeddings": 256}
 """Dropout: resuming is only right if the state of the random numbers is."""
 POSE, POSE_128 = {"kind": "pose", "target": 256}, {"kind": "pose", "target": 128}
@@ -166,6 +174,160 @@ def test_a_folder_of_something_else_is_left_alone(have: Have, tmp_path: Path) ->
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(LongspanError, match=r"letter\.txt is in it"):
         ls.train(recipes_tiny.recipe(have, tmp_path))
+
+
+WORK = ("metrics.jsonl", "checkpoints", "model", "result.json")
+"""What steps of a training leave; any one of them is somebody's work."""
+
+
+@pytest.fixture(scope="module")
+def finished(have: Have, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A run of two steps; tests that spoil it take a copy."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    recipe = recipes_tiny.recipe(have, out, training={"steps": 2, "save_every": 1})
+    ls.train(recipe)
+    return recipe, out
+
+
+def spoiled(finished: tuple[dict[str, Any], Path], place: Path, *removed: str) -> dict[str, Any]:
+    """A copy of the finished run without some of its files; the recipe for it."""
+    recipe, out = finished
+    shutil.copytree(out, place)
+    for name in removed:
+        shutil.rmtree(place / name) if (place / name).is_dir() else (place / name).unlink()
+    return {**recipe, "out": str(place)}
+
+
+@pytest.mark.parametrize("kept", WORK)
+def test_a_folder_keeps_its_recipe_as_long_as_anything_trained_is_in_it(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path, kept: str
+) -> None:
+    recipe = spoiled(finished, tmp_path / "out", "recipe.yaml", *(name for name in WORK if name != kept))
+    for key, value in (("training.learning_rate", 0.002), ("model.hidden_size", 64)):
+        with pytest.raises(SpecError, match=f"another recipe.*{key}"):
+            ls.train(recipe, **{key: value})
+    (tmp_path / "out" / "run.json").unlink()
+    with pytest.raises(LongspanError, match=r"lost its run\.json"):
+        ls.train(recipe)
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_another_recipe(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    recipe = spoiled(finished, tmp_path / "out", *WORK)
+    assert ls.train(recipe, seed=1).steps == 2
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["seed"] == 1
+
+
+def test_a_run_begun_when_its_recipe_stood_beside_run_json_goes_on(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    recipe, place = spoiled(finished, tmp_path / "out"), tmp_path / "out" / "run.json"
+    place.write_text(json.dumps({k: v for k, v in json.loads(place.read_text()).items() if k != "recipe"}))
+    assert ls.train(recipe).steps == 2
+    with pytest.raises(SpecError, match="another recipe"):
+        ls.train(recipe, seed=1)
+
+
+@pytest.mark.parametrize("content", ["", '{"steps": 2, "los', "[1]", "{}", "\xff"])
+@pytest.mark.parametrize("name", ["run.json", "result.json"])
+def test_a_damaged_file_is_named_with_what_to_do(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path, name: str, content: str
+) -> None:
+    recipe = spoiled(finished, tmp_path / "out")
+    (tmp_path / "out" / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(LongspanError, match=rf"{name} is damaged .*; ") as caught:
+        ls.train(recipe)
+    assert "\n" not in str(caught.value)
+    if name == "result.json":
+        if content != "{}":
+            with pytest.raises(LongspanError, match="is damaged"):
+                training_cost(tmp_path / "out")
+        (tmp_path / "out" / name).unlink()
+        assert ls.train(recipe).loss == losses(finished[1])[2]  # as the error says
+
+
+def test_what_can_be_made_again_is(finished: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    recipe, out = spoiled(finished, tmp_path / "out", "model"), tmp_path / "out"
+    (out / "recipe.yaml").write_text("")
+    with open(out / "metrics.jsonl", "ab") as file:
+        file.write(b'5\n{"loss": 1}\n\xff\n[')
+    (out / "checkpoints" / "checkpoint-2" / "optimizer.pt").write_bytes(b"cut")
+    done = ls.train(recipe)
+    assert done.resumed_from == 1 and losses(out) == losses(finished[1])
+    assert all(torch.equal(w, weights(finished[1])[name]) for name, w in weights(out).items())
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["steps"] == 2
+
+
+def test_a_folder_that_was_moved_says_where_it_is(finished: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    done = ls.train(spoiled(finished, tmp_path / "moved"))
+    assert (done.out, done.model) == (str(tmp_path / "moved"), str(tmp_path / "moved" / "model"))
+
+
+def test_a_result_without_a_loss_can_be_shown(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = ls.train(spoiled(finished, tmp_path / "out", "metrics.jsonl", "result.json"))
+    assert done.loss is None
+    terminal(done, console())
+    assert "no loss is on record" in capsys.readouterr().out
+
+
+@pytest.fixture
+def largest_file() -> Iterator[Callable[[int], None]]:
+    """Sets how large a file may grow, in bytes, as a full disk would: until the test ends."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("most", "file"), [(20_000, "checkpoint-8"), (90_000, "checkpoints")])
+def test_a_disk_that_is_full_loses_nothing(
+    have: Have, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest_file: Callable, most: int, file: str
+) -> None:
+    out, saved = tmp_path / "out", trainer.save_folder
+    recipe = recipes_tiny.recipe(have, out, training={"steps": 8})
+
+    def save(model: Any, tokenizer: Any, recipe: Any, folder: Any) -> None:
+        if "checkpoint-8" in str(folder):
+            largest_file(most)
+        saved(model, tokenizer, recipe, folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "save_folder", save)
+        with pytest.raises(LongspanError, match=rf"{file}.* cannot be written: .*the same command goes on") as caught:
+            ls.train(recipe)
+    assert "\n" not in str(caught.value)
+    largest_file(resource.RLIM_INFINITY)
+    names = {p.name for p in (out / "checkpoints").iterdir()}
+    assert names == {"checkpoint-4"}
+    assert ls.train(recipe).resumed_from == 4
+    whole = {**recipe, "out": str(tmp_path / "whole")}
+    ls.train(whole)
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(
+    have: Have, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = recipes_tiny.recipe(have, tmp_path / "out", training={"steps": 12}), tmp_path / "out"
+    whole = sum(
+        p.numel() * 4 for p in AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, vocab_size=261)).parameters()
+    )
+    free = [2 * 3 * whole + 3 * whole - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    with pytest.raises(LongspanError, match=r"needed for checkpoints of .* training\.save_every=none"):
+        ls.train(recipe)
+    assert not losses(out)
+    free[0] += 1
+    ls.train(recipe)
+    shutil.rmtree(out / "checkpoints" / "checkpoint-12")
+    (out / "result.json").unlink()
+    free[0] = 3 * whole - 1  # for the last checkpoint, in which the model fits
+    with pytest.raises(LongspanError, match="needed"):
+        ls.train(recipe)
+    free[0] += whole + 1
+    assert ls.train(recipe).resumed_from == 8
 
 
 def test_micro_batches_change_nothing(have: Have, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,28 @@ def test_study(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monke
     study(recipe, settings, folder, said.append)
     assert len(read_results(folder)) == len(records)
     assert [r["score"] for r in read_results(folder)].count(1.0) == 1
+
+
+def test_figures_of_another_model_or_other_samples_are_not_taken_for_these(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = [1.0]
+    monkeypatch.setattr(studies, "_figures", lambda *args: {"score": score[0], "share_within": [1.0], "distances": [0]})
+
+    def asked(**more: Any) -> list[float]:
+        settings = Settings(("alibi",), times=(1,), text=recipe["data"]["train"], sliding=False, **more)
+        folder = study(recipe, settings, tmp_path / "study", lambda text: None, seed=0, **overrides)
+        return json.loads((folder / "study.json").read_text())["curves"]["non-overlapping"][0]["mean"]
+
+    overrides: dict[str, Any] = {}
+    assert asked() == [1.0]
+    score[0] = 2.0
+    assert asked() == [1.0]
+    assert asked(samples=3) == [2.0]
+    assert asked() == [1.0]
+    shutil.rmtree(tmp_path / "study" / "models")
+    overrides = {"training.learning_rate": 0.02}
+    assert asked() == [2.0]
 
 
 def test_xpos_is_read_as_its_paper_reads_it_too(recipe: dict[str, Any], tmp_path: Path) -> None:

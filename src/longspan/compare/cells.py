@@ -37,7 +37,17 @@ START = 2.0
 """Seconds that a cell takes beside its samples, roughly: a process, the model, the method."""
 DEFAULT_TASKS = ("ppl", "passkey")
 SOURCES = ("positions", "attention", "memory", "prompts", "engine", "tasks")
-_FILES = ("method.py", "apply.py", "facts.py", "models.py", "compare/worker.py", "compare/cost.py", "compare/stats.py")
+_FILES = (
+    "method.py",
+    "apply.py",
+    "facts.py",
+    "models.py",
+    "textfiles.py",
+    "chat_template.py",
+    "compare/worker.py",
+    "compare/cost.py",
+    "compare/stats.py",
+)
 
 MethodLike = str | Path | Method | Combination | Iterable[str | Method]
 """A method, or as text also the folder of a model that was trained from the one that is compared."""

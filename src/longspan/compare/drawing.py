@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 from longspan.compare.results import BARE, tokens
+from longspan.errors import writing
 
 INK, SOFT, FAINT = "#1f2328", "#59636e", "#d8dde3"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7b61a8")
@@ -117,7 +118,8 @@ def save_png(paint: Sequence[Callable[[Axes], None]], inches: tuple[float, float
         figure = Figure(figsize=inches, layout="constrained")
         for axes, fill in zip(figure.subplots(1, len(paint), squeeze=False)[0], paint, strict=True):
             fill(axes)
-        figure.savefig(path, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+        with writing(path):
+            figure.savefig(path, format="png", dpi=200, facecolor="white", metadata={"Software": None})
 
 
 def _svg(figure: Figure) -> str:

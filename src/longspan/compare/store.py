@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.compare import stats
-from longspan.errors import LongspanError
+from longspan.errors import LongspanError, writing
 
 MANIFEST = "run.json"
 CELLS = "cells.jsonl"
@@ -59,12 +59,30 @@ def clean(value: Any) -> Any:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a kill, finds either the old content or the new. One writer at a time."""
     temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with writing(path), open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # on a full disk its part is in the way
+        raise
     _sync_folder(path.parent)
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file that longspan wrote. Raises `LongspanError`, with what to do, for one that is cut or another."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LongspanError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise LongspanError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise LongspanError(f"{path} is damaged (it holds no keys with values); {remedy}")
+    return value
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -146,7 +164,7 @@ class Store:
             os.fsync(self._file)
         except OSError as error:
             raise LongspanError(
-                f"{self.folder / CELLS} cannot be written ({error}); the cells in it are whole"
+                f"{self.folder / CELLS} cannot be written ({error.strerror or error}); the cells in it are whole"
             ) from error
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)

@@ -6,11 +6,11 @@ A method such as RMT or PoSE is no setting of a model but another model. Its fol
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from longspan import models
+from longspan.compare.store import read_object
 from longspan.errors import LongspanError, NotSupported
 from longspan.facts import ModelFacts
 
@@ -44,7 +44,7 @@ def training_cost(asked: str | Path) -> dict[str, Any] | None:
     folder = _found(asked)
     for place in filter(None, [folder, folder and folder.parent]):
         if (file := place / "result.json").is_file():
-            made = json.loads(file.read_text(encoding="utf-8"))
+            made = read_object(file, "remove it, and longspan train with the same recipe makes it again")
             return {key: made.get(key) for key in ("seconds", "tokens", "steps", "peak_bytes")}
     return None
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from longspan.apply import layer_number
-from longspan.errors import LongspanError, SpecError
+from longspan.errors import LongspanError, SpecError, writing
 from longspan.hf import compat
 from longspan.memory.focused import Reader, reader_of
 from longspan.memory.focused_cache import FocusedLayer
@@ -93,7 +93,8 @@ class Memory:
             if stored is not None:
                 tensors |= {f"{number}.memory.key": stored[0], f"{number}.memory.value": stored[1]}
         said = {"longspan": _KIND, "settings": self.settings, "model": self.model}
-        save_file({n: x.detach().contiguous().cpu() for n, x in tensors.items()}, str(path), metadata=said)
+        with writing(path):
+            save_file({n: x.detach().contiguous().cpu() for n, x in tensors.items()}, str(path), metadata=said)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> Memory:

@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.apply import Site, apply, current, remove
-from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.errors import LongspanError, NotSupported, SpecError, writing
 from longspan.facts import ModelFacts
 from longspan.memory import gist_decoder, gist_encoder
 from longspan.memory.gist_decoder import DecoderReader, GistCache
@@ -193,7 +193,7 @@ def compress(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     rows = [with_bos(tokenizer, encode(tokenizer, text)) for text in texts]
     if not rows or not all(rows):
         raise SpecError("gist: a prompt is empty; give at least one token for each")
-    if any(method.id in row for row in rows):
+    if any(TOKEN in text for text in texts):
         raise SpecError(f"gist: a prompt has {TOKEN} in it; leave it out, it is put behind the prompt here")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else rows[0][0]
     ids, mask = gist_encoder.padded([[*row, *_gists(method)] for row in rows], pad, model.device)
@@ -253,7 +253,8 @@ def save(held: Held, path: str | Path, model: PreTrainedModel) -> None:
         for number, (key, value) in enumerate(held.copy().pairs()):
             tensors |= {f"{number}.key": key, f"{number}.value": value}
     said = {"longspan": "gist tokens", "method": method_on(model).spec, "model": _fingerprint(model)}
-    save_file({name: x.detach().contiguous().cpu() for name, x in tensors.items()}, str(path), metadata=said)
+    with writing(path):
+        save_file({name: x.detach().contiguous().cpu() for name, x in tensors.items()}, str(path), metadata=said)
 
 
 def load(path: str | Path, model: PreTrainedModel) -> Held:

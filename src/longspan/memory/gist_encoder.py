@@ -26,7 +26,7 @@ from longspan import crossing
 from longspan.apply import Site
 from longspan.engine.gist_masks import Mode, kept, visible
 from longspan.errors import LongspanError, NotSupported
-from longspan.tasks.base import bos_id
+from longspan.tasks.base import bos_id, encode_all
 
 if TYPE_CHECKING:
     from longspan.memory.gist import Gist
@@ -235,7 +235,7 @@ def _standing(encoder: nn.Module, shift: Tensor, count: int) -> Iterator[None]:
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """A text that goes on after another, ended as the tokenizer ends a text."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = encode_all(tokenizer, [text], add_special_tokens=True)[0]
     return ids[1:] if ids[:1] == [bos_id(tokenizer)] else ids
 
 

@@ -36,7 +36,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.apply import Site, apply, remove
 from longspan.engine.landmarks import Layout
-from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.errors import LongspanError, NotSupported, SpecError, writing
 from longspan.facts import ModelFacts
 from longspan.hf import compat
 from longspan.memory.gist import extend
@@ -340,7 +340,8 @@ def save(held: Memory, path: str | Path, model: PreTrainedModel) -> None:
     for number, layer in enumerate(held.layers):
         tensors[f"{number}.keys"], tensors[f"{number}.values"] = layer.whole(filled)
     said = {"longspan": "landmark memory", "method": _reading(reader), "model": _fingerprint(model, reader)}
-    save_file({name: x.contiguous() for name, x in tensors.items()}, str(path), metadata=said)
+    with writing(path):
+        save_file({name: x.contiguous() for name, x in tensors.items()}, str(path), metadata=said)
 
 
 def load(path: str | Path, model: PreTrainedModel) -> Memory:

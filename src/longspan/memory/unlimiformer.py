@@ -46,7 +46,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from longspan import crossing
 from longspan.apply import Site
 from longspan.engine import retrieval
-from longspan.errors import LongspanError, NotSupported
+from longspan.errors import LongspanError, NotSupported, writing
 from longspan.facts import ModelFacts
 from longspan.method import Method
 
@@ -197,7 +197,8 @@ class Encoded:
     def save(self, path: str | Path, model: PreTrainedModel) -> None:
         """Writes a safetensors file that only `model`'s encoder can be asked about."""
         rows = {str(i): row.detach().contiguous().cpu() for i, row in enumerate(self.rows)}
-        save_file(rows, str(path), metadata={"longspan": "encoder states", "encoder": _fingerprint(model)})
+        with writing(path):
+            save_file(rows, str(path), metadata={"longspan": "encoder states", "encoder": _fingerprint(model)})
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> Encoded:

@@ -19,6 +19,7 @@ import numpy as np
 from longspan.errors import NotSupported, SpecError
 from longspan.facts import ModelFacts, RopeFacts
 from longspan.method import Method
+from longspan.textfiles import read_text
 
 Frequencies = np.ndarray
 
@@ -279,7 +280,7 @@ class LongRoPE(RopeScaling):
     def read_factors(self) -> list[float]:
         path = Path(self.factors or "")
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(read_text(path))
             values = data if isinstance(data, list) else data["long_factor"]
             numbers = [float(v) for v in values]
         except (OSError, UnicodeDecodeError) as error:

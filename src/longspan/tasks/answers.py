@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.errors import LongspanError
-from longspan.tasks.base import Prefilled, chunked_prefill, encode, forced
+from longspan.tasks.base import Prefilled, chunked_prefill, encode, encode_all, forced
 
 if TYPE_CHECKING:
     from longspan.compare.cost import Meter
@@ -56,12 +56,6 @@ def continuations(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str,
         goes_on = whole[: len(head)] == head and len(whole) > len(head)
         found[pair] = whole[len(head) :] if goes_on else encode(tokenizer, pair[1])
     return [found[pair] for pair in pairs]
-
-
-def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text alone, without special tokens."""
-    batch = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return list(batch["input_ids"])
 
 
 @dataclass

@@ -169,9 +169,28 @@ def parse_task(spec: str | Task) -> Task:
 # Tokens
 
 
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool = False
+) -> list[list[int]]:
+    """Ids of each text. What looks like a special token in a text (`<s>`, `<pad>`) is text: those of a tokenizer are set by
+    whoever asks the model, not by what it reads.
+
+    add_special_tokens: begun and ended as the tokenizer begins and ends a text.
+    """
+    settings: dict[str, Any] = {"split_special_tokens": True}
+    if (
+        type(tokenizer).__name__ == "MistralCommonBackend"
+    ):  # never takes text for a special token, and refuses the setting
+        settings = {}
+    batch = tokenizer(
+        list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False, **settings
+    )
+    return [list(ids) for ids in batch["input_ids"]]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text` alone, without special tokens."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    """Ids of `text` alone, without special tokens; see `encode_all`."""
+    return encode_all(tokenizer, [text])[0]
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.errors import SpecError
 from longspan.facts import text_config
-from longspan.tasks.answers import UNSOUND, continuations, encode_all, judge
-from longspan.tasks.base import Outcome, Sample, Task, check_fits, with_bos
+from longspan.tasks.answers import UNSOUND, continuations, judge
+from longspan.tasks.base import Outcome, Sample, Task, check_fits, encode_all, with_bos
 from longspan.tasks.triples import SEEN, UNSEEN, Triple, data_files, draw, read_triples
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.chat_template import encode_rendered, render
 from longspan.errors import NotSupported
 from longspan.tasks.base import Outcome, Sample, Task, check_fits, chunked_prefill, encode, greedy, with_bos
 
@@ -156,8 +156,8 @@ class Passkey(Task):
 
     def _sample(self, tokenizer: PreTrainedTokenizerBase, number: int, depth: float, key: int, length: int) -> Sample:
         text = self._render(tokenizer, self._fit(tokenizer, depth, key, length).text)
-        ids = with_bos(tokenizer, encode(tokenizer, text))
-        needle = len(with_bos(tokenizer, encode(tokenizer, text[: text.index(NEEDLE.format(key=key))])))
+        ids = with_bos(tokenizer, encode_rendered(tokenizer, text))
+        needle = len(with_bos(tokenizer, encode_rendered(tokenizer, text[: text.index(NEEDLE.format(key=key))])))
         meta = {
             "protocol": self.protocol,
             "template": self.template,
@@ -195,7 +195,7 @@ class Passkey(Task):
         return build_prompt(key, *split(n))
 
     def _count(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> int:
-        return len(with_bos(tokenizer, encode(tokenizer, self._render(tokenizer, prompt.text))))
+        return len(with_bos(tokenizer, encode_rendered(tokenizer, self._render(tokenizer, prompt.text))))
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
         """The text as the model gets it. Raises `NotSupported` where there is no chat template to put it in."""
@@ -203,10 +203,7 @@ class Passkey(Task):
             return text
         if not tokenizer.chat_template:
             raise NotSupported("passkey: this model's tokenizer has no chat template; use template=none")
-        messages = [{"role": "user", "content": text}]
         try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:
-            raise NotSupported(
-                f"passkey: the model's chat template refuses the prompt ({error}); use template=none"
-            ) from error
+            return render(tokenizer, [{"role": "user", "content": text}])
+        except NotSupported as error:
+            raise NotSupported(f"passkey: {error}; use template=none") from error

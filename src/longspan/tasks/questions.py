@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from longspan.errors import SpecError
 from longspan.tasks.answers import WORDS
+from longspan.textfiles import read_text
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
@@ -39,7 +40,7 @@ def read_questions(name: str, task: str) -> list[Question]:
     one. Raises `SpecError`, with the line, for what is not that."""
     path = Path(name).expanduser()
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = read_text(path).split("\n")  # texts may hold Unicode's own line ends
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{task}: data={name} cannot be read as a file of JSON lines: {error}") from error
     found = [_read(line, f"{task}: {name}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]

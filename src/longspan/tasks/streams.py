@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.tasks.answers import UNSOUND, Span, by_position, continuations, encode_all, judge_stream
-from longspan.tasks.base import Outcome, Sample, Task, check_fits, with_bos
+from longspan.tasks.answers import UNSOUND, Span, by_position, continuations, judge_stream
+from longspan.tasks.base import Outcome, Sample, Task, check_fits, encode_all, with_bos
 from longspan.tasks.questions import Question, generated, read_questions
 
 if TYPE_CHECKING:

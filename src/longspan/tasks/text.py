@@ -26,6 +26,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from longspan.errors import SpecError, nearest
+from longspan.tasks.base import encode_all
+from longspan.textfiles import decode
 
 BUILT_IN = ("prose", "code", "novel")
 NOVEL = Path(__file__).parents[1] / "texts" / "novel.txt.gz"
@@ -99,8 +101,7 @@ def tokenised(tokenizer: PreTrainedTokenizerBase, text: Text) -> Ring:
     digest = text.sha256
     known = _known.setdefault(tokenizer, {})
     if digest not in known:
-        batch = tokenizer(list(text.documents), add_special_tokens=False, verbose=False)["input_ids"]
-        known[digest] = list(chain.from_iterable(batch))
+        known[digest] = list(chain.from_iterable(encode_all(tokenizer, text.documents)))
     return Ring(text.name, digest, known[digest])
 
 
@@ -141,7 +142,6 @@ def _files(name: str, task: str) -> list[Path]:
 
 def _read_file(path: Path, task: str) -> str:
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return raw.decode("utf-8").replace("\r\n", "\n")
+        return decode(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise SpecError(f"{task}: {path} cannot be read as UTF-8 text: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from longspan.errors import SpecError
 from longspan.tasks.answers import WORDS
+from longspan.textfiles import read_text
 
 SUFFIXES = (".json", ".jsonl")
 _SYLLABLES = ("ka", "mo", "ti", "ru", "se", "lo", "na", "vi", "du", "pe", "zo", "fa")
@@ -190,11 +191,11 @@ def read_triples(name: str, task: str) -> list[Triple]:
 
 def _rows(path: Path, task: str) -> list[tuple[Any, str]]:
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{task}: {path} cannot be read as UTF-8 text: {error}") from error
     whole = path.suffix == ".json"
-    parts = [(1, text)] if whole else [(i, x) for i, x in enumerate(text.splitlines(), start=1) if x.strip()]
+    parts = [(1, text)] if whole else [(i, x) for i, x in enumerate(text.split("\n"), start=1) if x.strip()]
     rows: list[tuple[Any, str]] = []
     for number, part in parts:
         where = f"{task}: {path}" if whole else f"{task}: {path}, line {number}"

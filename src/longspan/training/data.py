@@ -24,14 +24,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from longspan.compare.store import write_atomically
-from longspan.errors import NotSupported, SpecError
+from longspan.errors import NotSupported, SpecError, writing
 from longspan.fetching import reading
 from longspan.memory import gist
 from longspan.models import ready_folder
-from longspan.tasks.base import Task, parse_task, task_catalogue
+from longspan.tasks.base import Task, encode_all, parse_task, task_catalogue
 from longspan.tasks.text import BUILT_IN, check_text, read_text
 from longspan.training.recipe import DataRecipe, Recipe, TokenizerRecipe
 
+_READ_AS = "text without special tokens"
+"""Changes when the same texts give other tokens, so that old ones are made again."""
 _BATCH = 64
 """Documents that are tokenised together."""
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -218,7 +220,7 @@ def tokenise(
     if tokenizer.eos_token_id is None:
         raise SpecError("tokenizer: it has no end-of-text token, which documents are told apart by; use another")
     sha256 = _digest(texts)
-    place = cache / hashlib.sha256(f"{sha256}\n{tokenizer_digest(tokenizer)}".encode()).hexdigest()[:24]
+    place = cache / hashlib.sha256(f"{sha256}\n{tokenizer_digest(tokenizer)}\n{_READ_AS}".encode()).hexdigest()[:24]
     if not (place / "ends.npy").is_file():
         _write(texts, tokenizer, place, title, show)
     ids = np.memmap(place / "ids.bin", dtype=_dtype(tokenizer), mode="r")
@@ -230,11 +232,12 @@ def _write(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, place: Path
     part.mkdir(parents=True)
     lengths: list[int] = []
     try:
-        with open(part / "ids.bin", "wb") as file:
+        with writing(place / "ids.bin"), open(part / "ids.bin", "wb") as file:
             for ids in _encoded(texts, tokenizer, title, show):
                 file.write(ids.tobytes())
                 lengths.append(len(ids))
-        np.save(part / "ends.npy", np.cumsum(lengths, dtype=np.int64))
+        with writing(place / "ends.npy"):
+            np.save(part / "ends.npy", np.cumsum(lengths, dtype=np.int64))
         write_atomically(part / "about.json", json.dumps({"documents": len(lengths), "tokens": sum(lengths)}) + "\n")
         part.rename(place)
     finally:
@@ -247,8 +250,7 @@ def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, title: st
     starts = range(0, len(texts), _BATCH)
     kind, end = _dtype(tokenizer), tokenizer.eos_token_id
     for start in track(starts, title, console=Console(stderr=True), disable=not show, transient=True):
-        batch = list(texts[start : start + _BATCH])
-        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+        for ids in encode_all(tokenizer, texts[start : start + _BATCH], add_special_tokens=True):
             yield np.array(ids if ids[-1:] == [end] else [*ids, end], dtype=kind)
 
 

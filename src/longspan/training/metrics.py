@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from longspan.attention.base import Grid, Pattern
 from longspan.compare.results import duration, size
+from longspan.errors import writing
 from longspan.facts import ModelFacts, facts_of, text_config
 from longspan.lm import LongspanConfig
 
@@ -98,7 +99,7 @@ class Journal:
 def append_line(path: Path, record: Record) -> None:
     """One line, whole before the next; floats that are not finite become null."""
     safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    with open(path, "ab+") as file:
+    with writing(path), open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, 2)
             if file.read(1) != b"\n":  # torn by a kill
@@ -107,11 +108,12 @@ def append_line(path: Path, record: Record) -> None:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """Every whole line's record; none where there is no file."""
+    """The record of every whole line that has one; none where there is no file."""
     records = list[Record]()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+            if isinstance(record := json.loads(line), dict):
+                records.append(record)
     return records
 
 
@@ -119,6 +121,8 @@ def read_metrics(folder: Path) -> list[Record]:
     """The records of a run in order, each step once, without those that a resumed run made again."""
     found = list[Record]()
     for record in read_lines(folder / METRICS):
+        if not isinstance(record.get("step"), int):
+            continue
         if record.get("event") == "start":
             found = [r for r in found if r["step"] <= record["step"]]
         found.append(record)
@@ -196,6 +200,8 @@ def plot(records: list[Record], path: Path, title: str) -> None:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    if axes.lines:
+        axes.legend()
+    with writing(path):
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)

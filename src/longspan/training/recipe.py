@@ -25,6 +25,7 @@ import yaml
 from longspan.errors import LongspanError, SpecError, nearest
 from longspan.method import parse, read_size
 from longspan.positions.pose import PoSE
+from longspan.textfiles import read_text
 
 T = typing.TypeVar("T")
 
@@ -254,14 +255,26 @@ def read_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[tupl
     return read_section(Recipe, "", values)
 
 
+def read_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """Values by dotted key, of texts such as `training.steps=200`. Raises `SpecError` for a key that is given twice."""
+    values: dict[str, Any] = {}
+    for key, value in map(read_override, texts):
+        if key in values:
+            raise SpecError(f"{key} is given twice, as {values[key]} and as {value}; leave one out")
+        values[key] = value
+    return values
+
+
 def read_override(text: str) -> tuple[str, Any]:
     """`training.steps=200` as a dotted key and its value, written as in YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise SpecError(f"{text!r} is not key=value; write, for example, training.steps=200")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return key.strip(), yaml.load(value, _Loader)
+    except _Twice as error:
+        raise SpecError(f"{key.strip()}={value}: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{key.strip()}: {value!r} cannot be read as YAML; quote it") from error
 
 
@@ -287,14 +300,41 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
     return [f"{k}: {one.get(k)} → {two.get(k)}" for k in sorted(one.keys() | two.keys()) if one.get(k) != two.get(k)]
 
 
+class _Twice(yaml.MarkedYAMLError):
+    """A key that a mapping has twice."""
+
+    def __str__(self) -> str:
+        assert self.context_mark is not None and self.problem_mark is not None
+        first, second = self.context_mark.line + 1, self.problem_mark.line + 1
+        where = f"twice on line {first}" if first == second else f"on line {first} and again on line {second}"
+        return f"{self.problem} is {where}; leave one out"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which takes the last of two equal keys, made to refuse them as YAML asks for. Nodes are looked at
+    where they are composed: later, what `<<` merges stands among them."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node: Any = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        begun: dict[tuple[str, str], Any] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                before = begun.setdefault((key.tag, key.value), key)
+                if before is not key:
+                    raise _Twice(None, before.start_mark, f"the key {key.value!r}", key.start_mark)
+        return node
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+        values = yaml.load(read_text(path.expanduser()), _Loader)
     except FileNotFoundError as error:
         raise SpecError(f"there is no recipe {path}; docs/training.md says how one is written") from error
     except (OSError, UnicodeDecodeError) as error:
         raise LongspanError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except _Twice as error:
+        raise SpecError(f"{path}: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(values, dict):
         raise SpecError(f"{path} must hold keys with values, such as `model: smollm2-135m`")

@@ -1,7 +1,8 @@
 """`train`: a recipe carried out, from nothing to a model folder, or from wherever an earlier run was stopped.
 
-out/recipe.yaml        the recipe with every key; another one in the same folder is refused
-out/run.json           what the recipe does not hold: digests of data and weights, the method's settings
+out/run.json           which training this is: the recipe with every key, digests of data and weights, the method's settings.
+                       Another one in the same folder is refused as long as anything that was trained is in it
+out/recipe.yaml        the recipe again, for people
 out/tokenizer/         where one was trained
 out/tokens/            the data as token ids
 out/checkpoints/       the last two, each whole or not there
@@ -14,6 +15,7 @@ out/result.json        written last
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -32,9 +34,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from longspan import models
-from longspan.compare.results import duration
-from longspan.compare.store import write_atomically
-from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.compare.results import duration, size
+from longspan.compare.store import read_object, write_atomically
+from longspan.errors import LongspanError, NotSupported, SpecError, writing
 from longspan.facts import facts_of
 from longspan.memory import focused, gist, landmark
 from longspan.method import Combination
@@ -51,7 +53,7 @@ from longspan.training.data import (
     train_tokenizer,
 )
 from longspan.training.loss import NextToken, causal_model
-from longspan.training.metrics import Journal, Live, peak_flops, plot, read_metrics, work
+from longspan.training.metrics import METRICS, Journal, Live, peak_flops, plot, read_metrics, work
 from longspan.training.proofs import prove_boundaries, prove_jump
 from longspan.training.recipe import Recipe, TokenizerRecipe, differences, read_recipe
 from longspan.training.samples import Course, Mixture, TextWindows, Validation, Windows, check_enough, labelled_share
@@ -63,9 +65,13 @@ from longspan.training.trainer import (
     clear_broken,
     newest_checkpoint,
     save_folder,
+    step_of,
 )
 
 _RUN, _RESULT, _LOCK = "run.json", "result.json", ".lock"
+_LOST = "it says which training the folder holds: bring it back, or name another out"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What the system says where a disk, a quota or a limit takes no more."""
 _LOOKED_AT = 64
 """Samples whose labels are counted, for the operations of a token."""
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -121,7 +127,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> 
     arguments, dtype = _arguments(read)
     out = Path(read.out).expanduser()
     main = arguments.process_index == 0
-    with _owned(out) if main else contextlib.nullcontext():
+    with _owned(out) if main else contextlib.nullcontext(), _keeping(out, main):
         with arguments.main_process_first(local=False):
             if main:
                 _open(out, read)
@@ -219,14 +225,10 @@ def _owned(out: Path) -> Iterator[None]:
 
 
 def _open(out: Path, recipe: Recipe) -> None:
-    """Writes the recipe into a new folder; refuses a folder that holds another one's run, or anything else. What was made
-    for a run that never took a step is made again."""
-    stored, now = out / RECIPE, recipe.to_dict()
-    if stored.is_file() and not any("loss" in r for r in read_metrics(out)):
-        shutil.rmtree(out / "tokenizer", ignore_errors=True)
-        (out / _RUN).unlink(missing_ok=True)
-    elif stored.is_file():
-        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    """Makes a new folder this recipe's; refuses one that holds another's training, or anything else. What was made for a
+    training that never took a step is made again."""
+    now, before, trained = _as_json(recipe), _identity(out), _trained(out)
+    if before is not None and trained:
         changed = differences({**before, "out": ""}, {**now, "out": ""})
         if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -234,10 +236,44 @@ def _open(out: Path, recipe: Recipe) -> None:
                 f"{out} holds a run of another recipe ({'; '.join(changed[:5])}{more}); give the old values to go on with it, "
                 "or another out to start anew"
             )
-        return
-    elif others := [p.name for p in out.iterdir() if p.name != _LOCK]:
+    elif before is None and trained:
+        raise LongspanError(
+            f"{out} has lost its {_RUN}, which says of which recipe its {trained} is; bring it back, or name another out"
+        )
+    elif before is None and (others := [p.name for p in out.iterdir() if p.name != _LOCK]):
         raise LongspanError(f"{out} is not a run and is not empty ({min(others)} is in it); name a new folder")
-    write_atomically(stored, yaml.safe_dump(now, sort_keys=False))
+    else:
+        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+        write_atomically(out / _RUN, json.dumps({"recipe": now}, indent=1) + "\n")
+    write_atomically(out / RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+
+
+def _as_json(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as it comes back from a file, where keys are text."""
+    return json.loads(json.dumps(recipe.to_dict(), default=str))
+
+
+def _identity(out: Path) -> dict[str, Any] | None:
+    """The recipe that a folder was begun with; None where it holds no training."""
+    if not (out / _RUN).is_file():
+        return None
+    stored = read_object(out / _RUN, _LOST)
+    if "recipe" not in stored and "data.train" in stored:  # as it was when the recipe stood beside it
+        return _as_json(read_recipe(out / RECIPE))
+    if not isinstance(stored.get("recipe"), dict):
+        raise LongspanError(f"{out / _RUN} is damaged (it has no recipe); {_LOST}")
+    return stored["recipe"]
+
+
+def _trained(out: Path) -> str | None:
+    """What is in a folder that steps of a training made, by name; None where there is nothing."""
+    if (out / _RESULT).exists():
+        return _RESULT
+    if (out / "model").exists():
+        return "model"
+    if (checkpoint := newest_checkpoint(out)) is not None:
+        return checkpoint.name
+    return METRICS if any("loss" in r for r in read_metrics(out)) else None
 
 
 def _prepare(recipe: Recipe, out: Path, arguments: TrainingArguments, dtype: str) -> _Job:
@@ -282,7 +318,7 @@ def _tokenizer(recipe: Recipe, out: Path) -> PreTrainedTokenizerBase:
 
 
 def _same_inputs(job: _Job) -> None:
-    """Stores what was read beside the recipe; refuses to go on with other data or other weights."""
+    """Stores what was read with the recipe; refuses to go on with other data or other weights."""
     now: dict[str, Any] = {
         "data.train": job.tokens.sha256,
         "data.valid": job.valid.sha256 if job.valid else None,
@@ -291,11 +327,10 @@ def _same_inputs(job: _Job) -> None:
         "method": job.method.spec if job.method else None,
     }
     place = job.out / _RUN
-    if not place.is_file():
-        write_atomically(place, json.dumps(now, indent=1) + "\n")
-        return
-    before = json.loads(place.read_text(encoding="utf-8"))
-    if changed := [key for key in now if now[key] != before.get(key)]:
+    before = read_object(place, _LOST)
+    if not before.keys() & now.keys():
+        write_atomically(place, json.dumps(before | now, indent=1) + "\n")
+    elif changed := [key for key in now if now[key] != before.get(key)]:
         raise LongspanError(
             f"{job.out} was begun with other content of {', '.join(changed)}: what the name stands for has changed since. "
             "Bring it back to go on, or name another out to start anew"
@@ -321,6 +356,7 @@ def _carry_out(job: _Job) -> TrainResult:
     live = Live(job.recipe.training.steps, show=job.arguments.process_index == 0)
     _announce(job, live, causal, checkpoint)
     trainer = _trainer(job, model, live)
+    _check_space(job, model)
     if job.recipe.training.compile:
         causal.base_model.compile(dynamic=False)
     try:
@@ -328,6 +364,47 @@ def _carry_out(job: _Job) -> TrainResult:
     finally:
         live.stop()
     return _finish(job, model, causal)
+
+
+@contextlib.contextmanager
+def _keeping(out: Path, main: bool) -> Iterator[None]:
+    """Says of a disk that took no more what is safe on it; the part of a checkpoint that it did take is removed."""
+    try:
+        with writing(out):
+            yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        if main:
+            clear_broken(out)
+        newest = newest_checkpoint(out)
+        whole = f"{newest.name} is whole" if newest else "no checkpoint was written yet"
+        raise LongspanError(
+            f"{error.filename} cannot be written: {error.strerror}; {whole}. Make room, and the same command goes on from there"
+        ) from error
+
+
+def _check_space(job: _Job, model: nn.Module) -> None:
+    """Raises `LongspanError` where the disk has no room for what the training will save, before the first step."""
+    lora, every = job.recipe.lora, job.recipe.training.save_every
+    whole, trained = (
+        sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not only)
+        for only in (False, True)
+    )
+    checkpoint = (whole if lora is None else trained) + 2 * trained  # AdamW's two moments
+    final = trained if lora and lora.save == "adapter" else whole
+    kept = job.arguments.save_total_limit or 1
+    old = sorted(map(step_of, (job.out / CHECKPOINTS).glob("checkpoint-*")))
+    left = job.recipe.training.steps - (old[-1] if old else 0)
+    saves = len(old) + (0 if every is None else -(-left // every))
+    # an old checkpoint goes when the new one is there, and the model comes after the last
+    needed = checkpoint * max(0, min(saves, kept) - len(old)) + max(final, checkpoint * (saves > max(kept, len(old))))
+    if job.arguments.process_index == 0 and (free := shutil.disk_usage(job.out).free) < needed:
+        alone = "" if every is None or free < final else "; with training.save_every=none the model alone is saved"
+        raise LongspanError(
+            f"{job.out} has {size(free)} free, and up to {size(needed)} are needed for checkpoints of {size(checkpoint)} and a "
+            f"model of {size(final)}: make room, or name another out{alone}"
+        )
 
 
 def _prove(job: _Job, model: nn.Module) -> None:
@@ -432,15 +509,26 @@ def _result(job: _Job, records: list[dict[str, Any]], parameters: int) -> TrainR
 
 
 def _finished(out: Path) -> TrainResult | None:
-    place = out / _RESULT
-    return TrainResult(**json.loads(place.read_text(encoding="utf-8"))) if place.is_file() else None
+    """The result of a training that came to its end, with the paths as they are now: folders are moved. None where the model
+    is no longer there, which is then made again."""
+    place, model = out / _RESULT, out / "model"
+    if not place.is_file() or not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return None
+    again = "remove it, and the same command makes it again"
+    stored = read_object(place, again)
+    try:
+        return TrainResult(**{**stored, "out": str(out), "model": str(model)})
+    except TypeError as error:
+        raise LongspanError(f"{place} is damaged ({error}); {again}") from error
 
 
 def terminal(done: TrainResult, console: Console) -> None:
     """Prints the result for people."""
-    losses = f"loss {done.loss:.4g}" + (f", valid loss {done.valid_loss:.4g}" if done.valid_loss is not None else "")
+    known = {"loss": done.loss, "valid loss": done.valid_loss}
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in known.items() if value is not None)
     speed = f", {done.tokens_per_s:,.0f} tokens/s" if done.tokens_per_s else ""
-    console.print(f"{done.steps:,} steps, {done.tokens:,} tokens in {duration(done.seconds)}{speed}: {losses}")
+    took = f"{done.tokens:,} tokens in {duration(done.seconds)}{speed}"
+    console.print(f"{done.steps:,} steps, {took}: {losses or 'no loss is on record'}")
     console.print(f"the model is in {done.model}, its course in {done.out}/loss.png and {done.out}/metrics.jsonl")
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from longspan.compare.cost import Meter
 from longspan.compare.store import write_atomically
 from longspan.errors import NotSupported, SpecError
 from longspan.lm.configuration import read_position
-from longspan.models import load
+from longspan.models import fingerprint, load, read_config
 from longspan.tasks.base import Task, parse_task
 from longspan.tasks.text import check_text
 from longspan.training.metrics import append_line, read_lines
@@ -62,6 +62,8 @@ TALL = 3.0
 SLIDES = 8
 """Strides that the longest sliding window makes over one sample."""
 
+_ASKED = ("scheme", "seed", "protocol", "length", "text", "samples", "weights")
+"""What a measurement is of."""
 Say = Callable[[str], None]
 
 
@@ -129,34 +131,37 @@ def study(
     for _, _, one in asked[: len(settings.schemes)]:  # what the last cannot have is said before the first is trained
         check(one)
     folder.mkdir(parents=True, exist_ok=True)
+    weights = set()
     for scheme, seed, one in asked:
         say(f"{scheme}, seed {seed}: training")
         trained = train(one)
-        _measure(Path(trained.model), scheme, seed, settings, folder, say)
-    return report(folder, settings)
+        weights.add(_measure(Path(trained.model), scheme, seed, settings, folder, say))
+    return report(folder, settings, weights)
 
 
 def _plain(scheme: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in scheme)
 
 
-def _measure(model_folder: Path, scheme: str, seed: int, settings: Settings, folder: Path, say: Say) -> None:
-    """Adds what is not yet in `results.jsonl` of one model."""
-    done = {(r["scheme"], r["seed"], r["protocol"], r["length"], r["text"]) for r in read_results(folder)}
+def _measure(model_folder: Path, scheme: str, seed: int, settings: Settings, folder: Path, say: Say) -> str:
+    """Adds what is not yet in `results.jsonl` of one model, whose fingerprint is returned."""
+    done = {tuple(r.get(key) for key in _ASKED) for r in read_results(folder)}
+    weights = fingerprint(model_folder)
     model: PreTrainedModel | None = None
     tokenizer: Any = None
-    window = json.loads((model_folder / "config.json").read_text())["max_position_embeddings"]
+    window = read_config(model_folder).max_position_embeddings
     for label, method, (protocol, length, size, task) in _readings(scheme, window, settings):
-        if (label, seed, protocol, length, settings.text) in done:
+        asked = (label, seed, protocol, length, settings.text, settings.samples, weights)
+        if asked in done:
             continue
         if model is None:
             model, tokenizer = load(model_folder)
         with applied(model, method):
             figures = _figures(model, tokenizer, task, size, settings.samples)
-        record = {"scheme": label, "seed": seed, "protocol": protocol, "length": length, "text": settings.text}
-        append_line(folder / "results.jsonl", record | figures)
+        append_line(folder / "results.jsonl", dict(zip(_ASKED, asked, strict=True)) | figures)
         shown = f"{figures['score']:.3f}" if figures["score"] is not None else figures["reason"]
         say(f"{label}, seed {seed}: {protocol} at {length:,} tokens: {shown}")
+    return weights
 
 
 def _readings(scheme: str, window: int, settings: Settings) -> Iterator[tuple[str, str, tuple[str, int, int, Task]]]:
@@ -231,11 +236,21 @@ def curves(records: Sequence[dict[str, Any]], protocol: str) -> list[Curve]:
     return made
 
 
-def report(folder: Path, settings: Settings) -> Path:
-    """Writes `study.json` and `curves.png` from the measurements; returns the folder."""
+def _of_one_kind(records: Sequence[dict[str, Any]], settings: Settings, weights: Set[str]) -> list[dict[str, Any]]:
+    """The measurements on these samples, of each scheme and seed those of one model: of one in `weights`, or else the last."""
+    mine = [r for r in records if (r.get("text"), r.get("samples")) == (settings.text, settings.samples)]
+    of: dict[tuple[str, int], str] = {}
+    for r in mine:
+        if of.get((r["scheme"], r["seed"])) not in weights:
+            of[r["scheme"], r["seed"]] = r["weights"]
+    return [r for r in mine if r["weights"] == of[r["scheme"], r["seed"]]]
+
+
+def report(folder: Path, settings: Settings, weights: Set[str]) -> Path:
+    """Writes `study.json` and `curves.png` from the measurements of models of these fingerprints; returns the folder."""
     import transformers
 
-    records = read_results(folder)
+    records = _of_one_kind(read_results(folder), settings, weights)
     protocols = ["non-overlapping", *(["sliding"] if settings.sliding else [])]
     drawn = {protocol: curves(records, protocol) for protocol in protocols}
     fields = {c.scheme: c.mean[-1] for c in curves(records, "field")}
@@ -300,7 +315,7 @@ def _draw(path: Path, drawn: dict[str, list[Curve]], fields: dict[str, tuple[lis
 
 def table(folder: Path) -> tuple[list[str], list[list[str]]]:
     """Headings and rows for people: scheme, the loss at every length in disjoint windows, whether it holds, the field."""
-    made = json.loads((folder / "study.json").read_text())
+    made = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     found = made["curves"]["non-overlapping"]
     rows = []
     for curve in found:

@@ -31,7 +31,7 @@ from transformers import (
 
 from longspan.compare import cost
 from longspan.compare.store import write_atomically
-from longspan.errors import LongspanError
+from longspan.errors import LongspanError, writing
 from longspan.fetching import quiet
 from longspan.training.loss import NextToken
 from longspan.training.metrics import Journal, Live
@@ -46,10 +46,10 @@ RECIPE = "recipe.yaml"
 
 def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: str | Path) -> None:
     """Weights as safetensors, configuration, tokenizer and recipe."""
-    with quiet():
+    with quiet(), writing(folder):
         model.save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)
-    (Path(folder) / RECIPE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / RECIPE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
 
 
 def own_settings(model: nn.Module) -> list[tuple[nn.Parameter, dict[str, float]]]:
@@ -174,9 +174,9 @@ class Recorder(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
             _sync(folder)
-            write_atomically(
-                folder / COMPLETE, json.dumps({"step": state.global_step, "devices": args.world_size}) + "\n"
-            )
+            sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()}
+            mark = {"step": state.global_step, "devices": args.world_size, "files": sizes}
+            write_atomically(folder / COMPLETE, json.dumps(mark) + "\n")
         self._since = time.perf_counter()
 
     def on_train_end(
@@ -205,18 +205,28 @@ class Recorder(TrainerCallback):
 
 def newest_checkpoint(out: Path) -> Path | None:
     """The last whole checkpoint of a run; None where there is none."""
-    found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if (p / COMPLETE).is_file()]
-    return max(found, key=_step_of, default=None)
+    found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if _is_whole(p)]
+    return max(found, key=step_of, default=None)
 
 
 def clear_broken(out: Path) -> None:
-    """Removes checkpoints that a kill cut short."""
+    """Removes checkpoints that a kill or a full disk cut short."""
     for folder in (out / CHECKPOINTS).glob("checkpoint-*"):
-        if not (folder / COMPLETE).is_file():
+        if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _step_of(folder: Path) -> int:
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint has its mark, and its files the sizes that they had then."""
+    try:
+        sizes = json.loads((folder / COMPLETE).read_text(encoding="utf-8")).get("files", {})
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def step_of(folder: Path) -> int:
+    """The number in a checkpoint's name."""
     found = re.search(r"\d+$", folder.name)
     return int(found[0]) if found else -1
 
