@@ -137,6 +137,20 @@ def test_scores_are_the_formula() -> None:
             torch.testing.assert_close(got[b, h, i, j], (q[b, h, i] + place.position[h]) @ r)
 
 
+def test_segments_longer_than_a_float_can_hold_under_xpos() -> None:
+    """The fastest pair fades by e^-12 a token here: over a segment of 30 its scales leave float32's range."""
+    model = build("transformer-xl:segment=30,length=20", "xpos:scale_base=0.1").float()
+    ids = torch.randint(60, (2, 70), generator=torch.Generator().manual_seed(1))
+    got = model(ids, use_cache=False).logits
+    with torch.no_grad():
+        parts = [model(ids[:, :1], use_cache=True)]
+        for t in range(1, 70):
+            parts.append(model(ids[:, t : t + 1], past_key_values=parts[-1].past_key_values))
+    torch.testing.assert_close(got, torch.cat([p.logits for p in parts], dim=1), rtol=1e-4, atol=1e-4)
+    got.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_read_with_a_longer_memory(tmp_path: Any) -> None:
     model, ids = build("transformer-xl:segment=8,length=8").float().eval(), torch.arange(40)[None] % 60
     model.save_pretrained(tmp_path)

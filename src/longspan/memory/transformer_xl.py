@@ -137,6 +137,14 @@ class SegmentAttention(LongspanAttention):
         place, size, heads = self.place, query.shape[2], query.shape[1]
         held = key.shape[2]
         places = torch.arange(held, device=query.device)[None]  # within the memory and its segment
+        blocks = place.query_blocks(places[:, held - size :], value.dtype)
+        if len(blocks) > 1:
+            parts = []
+            for start, end in blocks:
+                rows, last = slice(start, end), held - size + end
+                seen = key[:, :, :last], value[:, :, :last]
+                parts.append(self._attend(query[:, :, rows], *seen, factor[:, :, rows], mask[:, :, rows, :last]))
+            return torch.cat(parts, dim=2)
         dropout = self.config.attention_dropout if self.training else 0.0
         scale = self.scaling * place.score_scale
         bias: Tensor | None = None
