@@ -198,6 +198,36 @@ def test_one_layer_of_several(line: Line) -> None:
         torch.testing.assert_close(got, logits(model, ids, attention_mask=mask)[:, 20:], **CLOSE)
 
 
+@where("causal")
+def test_a_cache_keeps_no_key_that_nobody_sees_again(line: Line) -> None:
+    """Of a long text, read whole and then token by token, and all the while what is dropped is seen by no later token."""
+    pattern = parse(line.spec).methods[0]
+    if not isinstance(pattern, Pattern) or pattern.cached() is None:
+        return
+    sinks, window = pattern.cached()
+    number = torch.arange(150)
+    seen = pattern.visible(number[None], number[None], Grid(4, 150, 0, True))[0].any(0)
+    dropped = (number >= sinks) & (number <= number[:, None] - window)
+    assert not (seen & dropped).any()
+    model, cache, ids = build(line), DynamicCache(), tokens(2, 150)
+    with torch.no_grad():
+        parts = [model(ids[:, :120], past_key_values=cache).logits]
+        parts += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(120, 150)]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [sinks + window] * 2
+    torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, ids), **CLOSE)
+
+
+def test_transformer_xl_keeps_its_memory_and_a_segment() -> None:
+    line = Line("transformer-xl:segment=8,length=8", "xl", seam="memory")
+    model, cache = build(line), DynamicCache()
+    with torch.no_grad():
+        model(tokens(1, 512), past_key_values=cache)
+        for token in tokens(1, 20)[0]:
+            model(token[None, None], past_key_values=cache)
+    assert cache.get_seq_length() == 532
+    assert {layer.keys.shape[2] for layer in cache.layers} == {16}
+
+
 @every
 def test_mixers_keep_a_state_of_one_size(line: Line) -> None:
     if not isinstance(parse(line.spec).methods[0], Mixer) or not line.causal or line.grows:

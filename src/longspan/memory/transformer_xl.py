@@ -78,6 +78,13 @@ class TransformerXL(Pattern):
         begin = queries // self.segment * self.segment
         return keys[:, None, None, :] >= (begin - self.length)[:, None, :, None]
 
+    def kept(self) -> tuple[int, int] | None:
+        return (0, self.length) if self.same_length else None
+
+    def cached(self) -> tuple[int, int]:
+        """As many as the last token of a segment sees."""
+        return 0, self.length if self.same_length else self.segment + self.length
+
     def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
         first = start - self.length + 1 if self.same_length else start // self.segment * self.segment - self.length
         return [(max(0, first), min(grid.length, end))]
