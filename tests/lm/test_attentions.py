@@ -130,6 +130,24 @@ def test_trains_with_and_without_checkpointing(line: Line) -> None:
 
 
 @where("causal")
+@pytest.mark.parametrize("padded", [False, True])
+def test_training_with_a_cache_is_training_without(line: Line, padded: bool) -> None:
+    """A model's default is `use_cache=True`, in training too: loss and every gradient are the same."""
+    model, ids = build(line).train(), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :9] = 0
+    found = []
+    for settings in ({"use_cache": False}, {}):
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), **settings)
+        out.loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert out.past_key_values is not None and out.past_key_values.get_seq_length() == 40
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+@where("causal")
 def test_saved_and_loaded(line: Line, tmp_path: Path) -> None:
     model, ids = build(line), tokens(1, 30)
     model.save_pretrained(tmp_path)
