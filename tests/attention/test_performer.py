@@ -25,6 +25,7 @@ from longspan.engine.linear import bidirectional, causal
 from longspan.errors import NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.method import parse
+from ties import UndefinedAtTies
 
 SCRIPT = Path(__file__).parents[2] / "reproductions" / "performer_error.py"
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -69,6 +70,15 @@ class TestFeatures:
             assert abs(w.norm(dim=-1).mean().item() - chi) < 0.02
             for power, moment in ((1, 0), (2, 1), (4, 3)):
                 assert (w.pow(power).mean(0) - moment).abs().max() < (0.03, 0.05, 0.3)[power // 2]
+
+    def test_relu_features_have_no_slope_at_zero(self) -> None:
+        """The embedding of a padding token is zero, so its projections are: a tie that does occur."""
+        features = RandomFeatures(Draw(8), 4, 1, kernel="relu")
+        x = torch.stack((torch.zeros(4), torch.ones(4))).requires_grad_()
+        with UndefinedAtTies():
+            (slope,) = torch.autograd.grad(features(x, scale=1.0).sum(), x)
+        w = features.projection
+        torch.testing.assert_close(slope, torch.stack((torch.zeros(4), w[w.sum(-1) > 0].sum(0))))
 
     @pytest.mark.parametrize("orthogonal", [True, False])
     def test_estimate_is_unbiased(self, orthogonal: bool) -> None:

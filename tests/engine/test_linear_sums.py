@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from longspan.engine import linear
 from longspan.engine.linear import Kernel, bidirectional, causal, read
+from ties import UndefinedAtTies
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 W = torch.randn(12, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -84,6 +85,19 @@ def test_causal_is_its_formula(kernel: Kernel, length: int) -> None:
 def test_bidirectional_is_its_formula(kernel: Kernel, length: int) -> None:
     given = inputs(length)
     same_with_gradients(bidirectional(*given, kernel), by_formula(kernel, *given, None, ahead=True), given)
+
+
+@kernels
+@pytest.mark.parametrize("ahead", [False, True])
+def test_gradients_are_the_formula_s_where_the_greatest_feature_meets_its_bound(kernel: Kernel, ahead: bool) -> None:
+    """A head's greatest logarithm is at the bound by construction, so no version's rule for ties may enter."""
+    given = inputs(60)
+    real = torch.ones(2, 60, dtype=torch.bool)
+    real[0, :19] = real[1, 53:] = False
+    shown = real[:, None, :, None]
+    with UndefinedAtTies():
+        got = bidirectional(*given, kernel, real) if ahead else causal(*given, kernel, real=real)[0]
+        same_with_gradients(got * shown, by_formula(kernel, *given, real, ahead=ahead) * shown, given)
 
 
 @kernels

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from longspan.errors import NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM
@@ -102,6 +102,33 @@ def test_no_gradient_reaches_the_segment_before() -> None:
     assert moved.tolist() == [False] * 16 + [True] * 5 + [False] * 3
 
 
+@pytest.mark.parametrize("memory", ["segment=8,length=5", "segment=5,length=8,same_length=true"])
+@pytest.mark.parametrize("position", ["xl", "rope", "alibi", "xpos"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_going_on_with_gradients(memory: str, position: str, padded: bool) -> None:
+    """Pieces of any size on a cache, gradients wanted: the states of one forward, and no gradient over a segment's end."""
+    model, ids = build(f"transformer-xl:{memory}", position), torch.randint(60, (2, 40))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :6] = 0
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask, use_cache=False).logits
+    cache, parts = DynamicCache(), []
+    for begin, end in ((0, 3), (3, 11), (11, 12), (12, 13), (13, 40)):
+        embeds = model.model.embed_tokens(ids[:, begin:end]).detach().requires_grad_()
+        out = model(inputs_embeds=embeds, attention_mask=mask[:, :end], past_key_values=cache)
+        parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1)[mask == 1], wanted[mask == 1], rtol=1e-5, atol=1e-5)
+    (reached,) = torch.autograd.grad(out.logits[:, 30 - begin].sum(), embeds, retain_graph=True)
+    segment = 8 if "segment=8" in memory else 5
+    for row, first in ((0, 0), (1, 6 if padded else 0)):
+        start = (30 - first) // segment * segment + first
+        moved = (reached[row].norm(dim=-1) > 0).nonzero()[:, 0] + begin
+        assert moved.tolist() == list(range(start, 31))
+    k = model.model.layers[0].self_attn.k_proj.weight
+    assert torch.autograd.grad(out.logits[:, -1].sum(), k)[0].isfinite().all()
+
+
 @pytest.mark.parametrize(("length", "reach"), [(8, 31), (16, 39)])
 @torch.no_grad()
 def test_receptive_field(length: int, reach: int) -> None:
@@ -135,6 +162,20 @@ def test_scores_are_the_formula() -> None:
             angles = far * 10_000.0 ** (-torch.arange(0, 16, 2) / 16)
             r = place.projection[1, h] @ torch.cat((angles.sin(), angles.cos()))
             torch.testing.assert_close(got[b, h, i, j], (q[b, h, i] + place.position[h]) @ r)
+
+
+def test_segments_longer_than_a_float_can_hold_under_xpos() -> None:
+    """The fastest pair fades by e^-12 a token here: over a segment of 30 its scales leave float32's range."""
+    model = build("transformer-xl:segment=30,length=20", "xpos:scale_base=0.1").float()
+    ids = torch.randint(60, (2, 70), generator=torch.Generator().manual_seed(1))
+    got = model(ids, use_cache=False).logits
+    with torch.no_grad():
+        parts = [model(ids[:, :1], use_cache=True)]
+        for t in range(1, 70):
+            parts.append(model(ids[:, t : t + 1], past_key_values=parts[-1].past_key_values))
+    torch.testing.assert_close(got, torch.cat([p.logits for p in parts], dim=1), rtol=1e-4, atol=1e-4)
+    got.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_read_with_a_longer_memory(tmp_path: Any) -> None:

@@ -190,6 +190,83 @@ def test_xpos_far_away_is_finite_in_16_bit() -> None:
     assert key.isfinite().all()
 
 
+def xpos_scores(query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
+    """All scores (H, T, T) in float64, each from its own distance; query and key (1, H, T, D)."""
+    m = torch.arange(WIDTH // 2, dtype=torch.float64)
+    distance = (positions[:, None] - positions).double()[..., None]
+    decay = ((2 * m / WIDTH + 0.4) / 1.4) ** (distance.clamp(min=0) / 512)
+    angle = distance * 10_000.0 ** (-2 * m / WIDTH)
+    a, b = query[0, :, :, None].double().chunk(2, dim=-1)
+    c, e = key[0, :, None].double().chunk(2, dim=-1)
+    pairs = ((a * c + b * e) * angle.cos() + (a * e - b * c) * angle.sin()) * decay
+    return pairs.sum(-1) / math.sqrt(WIDTH)
+
+
+@pytest.mark.parametrize(("dtype", "step", "close"), [(torch.float32, 1500, 1e-3), (torch.float16, 200, 5e-3)])
+@pytest.mark.parametrize("kind", ["whole", "padded", "packed", "cached", "pattern", "zero"])
+def test_xpos_holds_past_every_float_s_range(dtype: torch.dtype, step: int, close: float, kind: str) -> None:
+    """Places up to 144,000 in float32 and 19,200 in float16: scales leave the range of the dtype unless counted anew."""
+    module = nn.Module()
+    module.place, module.is_causal, module.zero_key = place("xpos"), True, kind == "zero"
+    positions = torch.arange(97) * step
+    if kind == "packed":
+        positions = torch.cat((positions[:60], positions[:37]))
+    text = torch.zeros(97, dtype=torch.long)
+    if kind == "packed":
+        text[60:] = 1
+    mask = (text[:, None] == text) & torch.ones(97, 97, dtype=torch.bool).tril()
+    given = None
+    if kind == "padded":
+        mask[:, :9] = False
+    if kind in ("padded", "packed"):
+        given = mask[None, None]
+    if kind == "pattern":
+        module.pattern = parse("window:size=30").methods[0]
+        mask = mask.triu(-29)
+    q, k, v = ((torch.randn(1, h, 97, WIDTH) * 2).to(dtype).requires_grad_() for h in (HEADS, 2, 2))
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    keys, values = (x.repeat_interleave(2, dim=1) for x in wide[1:])
+    scores = xpos_scores(wide[0], keys, positions)
+    scores = scores.masked_fill(~mask & ~torch.eye(97, dtype=torch.bool), float("-inf"))
+    if kind == "zero":
+        scores = nn.functional.pad(scores, (0, 1))
+    wanted = scores.softmax(-1)[..., :97] @ values
+    first = 80 if kind == "cached" else 0
+    got, _ = scheme_attention(
+        module,
+        q[:, :, first:],
+        k,
+        v,
+        given,
+        WIDTH**-0.5,
+        position_ids=positions[None, first:],
+        key_positions=positions[None],
+    )
+    real = slice(9 - first, None) if kind == "padded" else slice(None)
+    got, wanted = got.transpose(1, 2)[:, :, real], wanted[:, :, first:][:, :, real]
+    torch.testing.assert_close(got.double(), wanted, rtol=close, atol=close)
+    pull = torch.randn(got.shape, dtype=torch.float64)
+    ours = torch.autograd.grad((got * pull).sum(), (q, k, v))
+    for mine, true in zip(ours, torch.autograd.grad((wanted * pull).sum(), wide), strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=10 * close, atol=10 * close)
+
+
+def test_xpos_blocks_are_few_and_short() -> None:
+    at, line = place("xpos"), torch.arange(100_000)[None]
+    assert at.query_blocks(line[:, :26_157], torch.float32) == [(0, 26_157)]
+    for dtype, most in ((torch.float32, 26_157), (torch.bfloat16, 26_157), (torch.float16, 2_043)):
+        blocks = at.query_blocks(line, dtype)
+        assert [b for b, _ in blocks[1:]] == [e for _, e in blocks[:-1]]
+        assert blocks[0][0] == 0 and blocks[-1][1] == 100_000
+        assert most / 2 <= max(e - b for b, e in blocks) <= most
+    assert at.query_blocks(torch.tensor([[5, 6, 100_000, 100_001, 3]]), torch.float16) == [
+        (0, 2),
+        (2, 3),
+        (3, 4),
+        (4, 5),
+    ]
+
+
 def test_tupe_has_word_and_place_terms_only() -> None:
     """With the words' projections at zero the score depends on the places alone, and the other way round."""
     at = place("tupe")

@@ -149,8 +149,15 @@ class Pattern(Attention):
 
     def kept(self) -> tuple[int, int] | None:
         """(sinks, window) where a token of a decoder sees the first `sinks` tokens and the last `window`, itself among them,
-        and no others: then a cache keeps only those. None where any token may be seen again."""
+        and no others. None where it sees less of them, or others."""
         return None
+
+    def cached(self) -> tuple[int, int] | None:
+        """(sinks, window) of the tokens that a decoder's cache keeps: the first `sinks` and the last `window`, itself among them.
+
+        No later token sees another, though it may see fewer. None where any token may be seen again.
+        """
+        return self.kept()
 
     def run(self, call: Call, grid: Grid) -> Tensor:
         """Attention of all tokens of a text on themselves, (B, H, T, D), the fastest way that can run it

@@ -70,8 +70,13 @@ class KernelMixer(Mixer):
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1 (Katharopoulos 2020, eq. 7), as e^x below zero, where the sum would round to 0."""
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    """elu(x) + 1 (Katharopoulos 2020, eq. 7), as e^x below zero, where the sum would round to 0.
+
+    Its slope at 0 is 1 from both sides. What is above is filled with 0 and not clamped, since the gradient of `clamp` at its
+    bound is not the same in all versions of torch.
+    """
+    above = x > 0
+    return torch.where(above, x + 1, x.masked_fill(above, 0).exp())
 
 
 class LinearAttention(KernelAttention):

@@ -47,7 +47,7 @@ class Longformer(Pattern):
     works_on: ClassVar[str] = "from scratch, trained encoders (longspan apply)"
     converts_encoders: ClassVar[bool] = True
     paper: ClassVar[str] = "Beltagy 2020, arXiv 2004.05150"
-    cost: ClassVar[str] = "time n, cache n"
+    cost: ClassVar[str] = "time n, cache constant"
     takes_globals: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -99,6 +99,9 @@ class Longformer(Pattern):
 
     def kept(self) -> tuple[int, int] | None:
         return None if self.dilated else (0, self.window + 1)
+
+    def cached(self) -> tuple[int, int]:
+        return 0, self.window * self.dilation + 1
 
     def run(self, call: Call, grid: Grid) -> Tensor:
         if call.query_scores is not None:

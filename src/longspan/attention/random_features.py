@@ -87,7 +87,7 @@ class RandomFeatures(nn.Module):
         x = x * math.sqrt(scale)
         projected = x @ self.projection.to(x.dtype).mT
         if self.kind == "relu":
-            return projected.relu() + RELU_FLOOR
+            return projected.masked_fill(projected <= 0, 0) + RELU_FLOOR  # relu, with a slope of 0 at 0 by our own rule
         return projected - x.square().sum(-1, keepdim=True) / 2 - math.log(self.draw.features) / 2
 
     def kernel(self, scale: float) -> Kernel:

@@ -67,7 +67,13 @@ class Kernel:
             if real is not None:
                 tops = tops.masked_fill(~real[:, None], _NOTHING_READ)
             levels = torch.cat((level[..., None], tops), dim=-1).cummax(-1).values[..., 1:]
-            raw = (raw - levels[..., None]).clamp(_FLOOR, 0).exp()  # above 0 is padding only
+            raw = raw - levels[..., None]
+            # Filled and not clamped: the greatest feature is always at the bound 0, where clamp has a gradient to torch 2.13
+            # and none from 2.14 on.
+            raw = raw.masked_fill(raw < _FLOOR, _FLOOR)
+            if real is not None:  # only padding can be above 0
+                raw = raw.masked_fill(~real[:, None, :, None], float("-inf"))
+            return raw.exp(), levels
         return (raw if real is None else raw.masked_fill(~real[:, None, :, None], 0)), levels
 
     def values(self, value: Tensor) -> Tensor:

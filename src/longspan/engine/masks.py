@@ -47,14 +47,15 @@ def pieces(pattern: Pattern, call: Call, grid: Grid) -> Iterator[Piece]:
 
 def rolled_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """New tokens of a text of `grid.length`, with the keys that a rolling cache still has."""
-    kept, columns, new, device = pattern.kept(), call.columns, call.query.shape[2], call.query.device
-    assert kept is not None and columns is not None
-    if new == 1 and call.padding is None and _plain(call):  # a ring holds what its query sees, and nothing else
+    cached, columns, new, device = pattern.cached(), call.columns, call.query.shape[2], call.query.device
+    assert cached is not None and columns is not None
+    exact = pattern.kept() == cached  # then a ring holds what its query sees, and nothing else
+    if exact and new == 1 and call.padding is None and _plain(call):
         key, value = call.key, call.value
         if call.zero_key:
             key, value, _ = with_zero_key(key, value, None)
         return attention(call.query, key, value, None, call.scale, dropout=call.dropout)
-    first, blocks, (sinks, window) = _first(call), [], kept
+    first, blocks, (sinks, window) = _first(call), [], cached
     sinks = min(sinks, columns.shape[1])
     for start, end in _blocks(pattern, grid, grid.length - new, grid.length):
         slots = torch.arange(columns.shape[1], device=device)

@@ -7,6 +7,7 @@ is added to the scores in float32, a block of queries at a time, so that memory 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -53,8 +54,66 @@ def scheme_attention(
     place = cast(Place, module.place)
     assert position_ids is not None, "the model gives positions to every layer"
     queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
-    if rolling is not None and rolling.columns is not None:
-        keys = position_ids[:, -1:] - (rolling.seen - 1 - rolling.columns)
+    columns, total = (None, key.shape[2]) if rolling is None else (rolling.columns, rolling.seen)
+    if columns is not None:
+        keys = position_ids[:, -1:] - (total - 1 - columns)
+    whole = _Inputs(
+        query, key, value, attention_mask, queries, keys, pair_bias, padding, shown, columns, total, in_order=in_order
+    )
+    blocks = place.query_blocks(queries, value.dtype)
+    parts = [whole] if len(blocks) == 1 else [whole.block(start, end, bool(module.is_causal)) for start, end in blocks]
+    out = [_attend_block(module, place, part, scaling, dropout) for part in parts]
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Queries and the keys that they meet, as `scheme_attention` is given them. queries (B or 1, Tq) and keys (B or 1, Tk) are
+    positions; columns the tokens that keys of a rolling cache are; total how many tokens there are up to the last query."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    queries: Tensor
+    keys: Tensor
+    pair_bias: Tensor | None
+    padding: Tensor | None
+    shown: Tensor | None
+    columns: Tensor | None
+    total: int
+    in_order: bool = False
+
+    def block(self, start: int, end: int, causal: bool) -> _Inputs:
+        """The queries `start` … `end` - 1 and, `causal`, the keys up to the last of them."""
+        later = self.query.shape[2] - end if causal else 0
+        held, rows = self.key.shape[2] - later, slice(start, end)
+
+        def ending(x: Tensor | None) -> Tensor | None:
+            return x if x is None else x[..., : x.shape[-1] - later]
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return ending(x if x is None or x.shape[2] == 1 else x[:, :, rows])
+
+        return _Inputs(
+            self.query[:, :, rows],
+            self.key[:, :, :held],
+            self.value[:, :, :held],
+            cut(self.mask),
+            self.queries[:, rows],
+            self.keys[:, :held],
+            cut(self.pair_bias),
+            ending(self.padding),
+            ending(self.shown),
+            ending(self.columns),
+            self.total - later,
+        )
+
+
+def _attend_block(module: nn.Module, place: Place, given: _Inputs, scaling: float, dropout: float) -> Tensor:
+    """Attention (B, H, Tq, D) of queries and keys that meet in one call of the scheme's `turn`."""
+    query, key, value, queries, keys = given.query, given.key, given.value, given.queries, given.keys
+    attention_mask, pair_bias = given.mask, given.pair_bias
     layer = cast(int, getattr(module, "layer_idx", 0))
     asking = query_scores(place, query, queries, layer)
     query, key = (x.to(value.dtype) for x in place.turn(query, key, queries, keys))
@@ -64,22 +123,31 @@ def scheme_attention(
     scaling *= place.score_scale
     zero_key = bool(getattr(module, "zero_key", False))
     if pattern := getattr(module, "pattern", None):
-        columns, total = (None, key.shape[2]) if rolling is None else (rolling.columns, rolling.seen)
         by_distance = place.bias if place.has("bias") else None
-        call = Call(query, key, value, scaling, padding, by_distance, dropout, asking, columns, shown, zero_key)
-        grid = Grid(query.shape[1], total, layer, bool(module.is_causal), text_lengths(padding))
-        out = attend(pattern, call, grid)
-        return out.transpose(1, 2).contiguous(), None
+        call = Call(
+            query,
+            key,
+            value,
+            scaling,
+            given.padding,
+            by_distance,
+            dropout,
+            asking,
+            given.columns,
+            given.shown,
+            zero_key,
+        )
+        grid = Grid(query.shape[1], given.total, layer, bool(module.is_causal), text_lengths(given.padding))
+        return attend(pattern, call, grid)
     causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1
     if pair_bias is None and asking is None and not place.has("bias"):
-        attend_plainly = _with_zero_key if zero_key else attention
-        out = attend_plainly(query, key, value, attention_mask, scaling, dropout=dropout, causal=causal)
-        return out.transpose(1, 2).contiguous(), None
-    if in_order and pair_bias is None and asking is None and not zero_key and not dropout and query.shape[2] > 1:
+        return _plain_attention(
+            query, key, value, attention_mask, scaling, dropout=dropout, causal=causal, zero_key=zero_key
+        )
+    if given.in_order and pair_bias is None and asking is None and not zero_key and not dropout and query.shape[2] > 1:
         law = place.law(key.shape[2] - 1, 0 if causal else key.shape[2] - 1, query.device)
         if serves(query, key, law):
-            out = biased_attention(query, key, value, law, scale=scaling, causal=causal)
-            return out.transpose(1, 2).contiguous(), None
+            return biased_attention(query, key, value, law, scale=scaling, causal=causal)
     heads, total = query.shape[1], key.shape[2]
     wide = query.float(), expand_heads(key, heads).float(), expand_heads(value, heads).float()
     blocks = []
@@ -101,20 +169,34 @@ def scheme_attention(
             extra = F.pad(extra, (0, 1))
         block = F.scaled_dot_product_attention(q, k, v, attn_mask=extra, dropout_p=dropout, scale=scaling)
         blocks.append(block.to(query.dtype))
-    return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(blocks, dim=2)
 
 
-def _with_zero_key(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, dropout: float, causal: bool
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    dropout: float,
+    causal: bool,
+    zero_key: bool,
 ) -> Tensor:
-    """As `attention`, with a key and a value of zeros that every query sees; a text on itself goes through flash kernels."""
-    new, held = query.shape[2], key.shape[2]
-    if causal and mask is None and new == held and not dropout:
-        text = Lane(0, new)
-        return joint_attention(query, key, value, [Chunk(0, new, [Part(1, text, text, True)])], scale, zero_key=True)
-    if causal and mask is None:
-        mask = causal_mask(new, held, query.device)
-    return attention(query, *with_zero_key(key, value, mask), scale, dropout=dropout)
+    """As `attention`, with `zero_key` over a key and a value of zeros too, which every query sees. Without a mask, queries go
+    through flash kernels also where there are keys before the first of them."""
+    new, before = query.shape[2], key.shape[2] - query.shape[2]
+    if causal and (zero_key or before) and not dropout:
+        rows = Lane(0, new)
+        parts = [Part(1, rows, Lane(before, new), True)]
+        if before:
+            parts.append(Part(1, rows, Lane(0, before)))
+        return joint_attention(query, key, value, [Chunk(0, new, parts)], scale, zero_key=zero_key)
+    if causal and zero_key:
+        mask, causal = causal_mask(new, key.shape[2], query.device), False
+    if zero_key:
+        key, value, mask = with_zero_key(key, value, mask)
+    return attention(query, key, value, mask, scale, dropout=dropout, causal=causal)
 
 
 def relative_bias(place: Place, queries: Tensor, keys: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class LongspanAttention(nn.Module):
     def _remember(self, cache: Cache, key: Tensor, value: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """All keys and values that there are to see, the new ones among them. Where the pattern sees a window only, the cache
         keeps no more of them, unless gradients are to reach what it keeps."""
-        kept = self.pattern.kept() if self.pattern is not None else None
+        kept = self.pattern.cached() if self.pattern is not None else None
         ours = (
             kept and self.config._attn_implementation == SCHEME and not (torch.is_grad_enabled() and key.requires_grad)
         )

@@ -4,8 +4,8 @@ over the segment before (Dai 2019, §3.2).
 Token number t of a segment that begins at b sees the `length` tokens before b and its own segment up to itself. No gradient
 goes from one segment to another: keys and values of the memory come from states that are cut off, through weights that
 learn. Since the memory of a segment is nothing but states that are there anyway, all segments are computed at once, which
-gives what one after the other gives. Through its layers the last token of a segment knows of the segment and of the
-length·layers tokens before it.
+gives what one after the other gives. What a cache holds from earlier calls is constant: no gradient goes there. Through its
+layers the last token of a segment knows of the segment and of the length·layers tokens before it.
 
 Any relative scheme serves; the paper's is `position=xl`. The reference normalises after each layer, models here before it; the
 memory is cut off behind that norm, so the norm's weights learn from the tokens of their own segment alone.
@@ -18,6 +18,7 @@ with itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -29,6 +30,7 @@ from longspan.attention.base import Grid, Pattern
 from longspan.engine.core import expand_heads
 from longspan.engine.patterns import roll, shifted
 from longspan.errors import NotSupported
+from longspan.lm.attention import scheme_attention
 from longspan.lm.layers import LongspanAttention, rotated
 from longspan.positions.scheme import Place
 
@@ -78,13 +80,21 @@ class TransformerXL(Pattern):
         begin = queries // self.segment * self.segment
         return keys[:, None, None, :] >= (begin - self.length)[:, None, :, None]
 
+    def kept(self) -> tuple[int, int] | None:
+        return (0, self.length) if self.same_length else None
+
+    def cached(self) -> tuple[int, int]:
+        """As many as the last token of a segment sees."""
+        return 0, self.length if self.same_length else self.segment + self.length
+
     def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
         first = start - self.length + 1 if self.same_length else start // self.segment * self.segment - self.length
         return [(max(0, first), min(grid.length, end))]
 
 
 class SegmentAttention(LongspanAttention):
-    """Where gradients are wanted, segments are cut from one another; else it is attention under the pattern's mask."""
+    """Where gradients are wanted, segments are cut from one another, with a cache and without; else it is attention under the
+    pattern's mask."""
 
     def forward(
         self,
@@ -97,12 +107,28 @@ class SegmentAttention(LongspanAttention):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if past_key_values is not None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             kwargs.update(padding=padding, position_ids=position_ids)
             return super().forward(hidden_states, attention_mask, rotation, past_key_values, encoder_states, **kwargs)
         assert position_ids is not None
+        if past_key_values is not None and past_key_values.get_seq_length(self.layer_idx):
+            return self._going_on(hidden_states, rotation, past_key_values, padding, position_ids), None
+        if past_key_values is not None:
+            with torch.no_grad():
+                key, value = self._projected(hidden_states, rotation)
+                self._keep(past_key_values, key, value, padding)
+        return self._from_the_start(hidden_states, rotation, padding, position_ids), None
+
+    def _from_the_start(
+        self,
+        hidden_states: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        padding: Tensor | None,
+        position_ids: Tensor,
+    ) -> Tensor:
+        """All segments of whole texts at once."""
         if padding is None:
-            return self._by_segments(hidden_states, rotation, None, position_ids), None
+            return self._by_segments(hidden_states, rotation, None, position_ids)
         batch, first = len(padding), padding.int().argmax(1)  # every row's first real token begins a segment
         hidden_states = roll(hidden_states, first, 1)
         if rotation is not None:
@@ -110,16 +136,80 @@ class SegmentAttention(LongspanAttention):
             rotation = cos, sin
         positions = roll(position_ids.expand(batch, -1), first, 1)
         out = self._by_segments(hidden_states, rotation, roll(padding, first, 1), positions)
-        return roll(out, -first, 1), None
+        return roll(out, -first, 1)
+
+    def _going_on(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: Cache,
+        padding: Tensor | None,
+        positions: Tensor,
+    ) -> Tensor:
+        """New tokens after those of a cache. Each is there twice, for its own segment and cut off for the later ones, and a mask
+        says which of the two a query sees."""
+        pattern, new = cast(TransformerXL, self.pattern), hidden.shape[1]
+        query = self._queries(hidden, rotation)
+        own, past = self._projected(hidden, rotation), self._projected(hidden.detach(), rotation)
+        *cached, columns, total = self._keep(cache, own[0].detach(), own[1].detach(), padding)
+        line = torch.arange(total - new, total, device=hidden.device)[None]
+        first = line.new_zeros(1, 1) if padding is None else padding.int().argmax(1, keepdim=True)
+        rows = line - first  # numbers of the queries' tokens
+        batch = max(len(rows), len(columns))
+        tokens = torch.cat([x.expand(batch, -1) for x in (columns, line, line)], dim=1)
+        numbers = tokens - first
+        same = (rows[:, :, None] // pattern.segment) == (rows[:, None] // pattern.segment)
+        old = (columns < line[:, :1])[:, None].expand(-1, new, -1)
+        shown = torch.cat([x.expand(batch, -1, -1) for x in (old, ~same, same)], dim=2)
+        shown = shown & (numbers >= 0)[:, None] & (numbers[:, None] <= rows[:, :, None])
+        mask = shown[:, None] & pattern.visible(rows, numbers, Grid(query.shape[1], total, self.layer_idx, True))
+        if padding is not None:
+            mask = mask & padding.gather(1, tokens.clamp(min=0))[:, None, None]
+            mask[..., -new:] |= torch.eye(new, dtype=torch.bool, device=mask.device)  # padding must be a number
+        ago = positions[:, -1:] - (total - 1 - columns)
+        places = torch.cat([x.expand(max(len(ago), len(positions)), -1) for x in (ago, positions, positions)], dim=1)
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(cached, past, own, strict=True))
+        module = SimpleNamespace(place=self.place, layer_idx=self.layer_idx, is_causal=False)  # the mask says it all
+        out, _ = scheme_attention(
+            cast(nn.Module, module),
+            query,
+            keys,
+            values,
+            mask,
+            self.scaling,
+            self.config.attention_dropout if self.training else 0.0,
+            positions,
+            places,
+        )
+        return self.o_proj(out.flatten(2))
+
+    def _queries(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        query = self._heads(self.q_proj(hidden))
+        return query if rotation is None else rotated(query, rotation)
+
+    def _projected(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        key, value = self._keys(hidden, None, None)
+        return key if rotation is None else rotated(key, rotation), value
+
+    def _keep(
+        self, cache: Cache, key: Tensor, value: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Puts constant keys and values into the cache. Returns those that new tokens may see, which tokens they are, (B or 1,
+        Tk), and how many there are in all."""
+        given: dict[str, Any] = {"padding": padding}
+        key, value = self._remember(cache, key, value, given)
+        rolling = given["rolling"]
+        total = key.shape[2] if rolling is None else rolling.seen
+        if rolling is None or rolling.columns is None:
+            return key, value, torch.arange(total, device=key.device)[None], total
+        return key, value, rolling.columns, total
 
     def _by_segments(
         self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, real: Tensor | None, positions: Tensor
     ) -> Tensor:
-        query = self._heads(self.q_proj(hidden))
-        own = [self._heads(project(hidden)) for project in (self.k_proj, self.v_proj)]
-        past = [self._heads(project(hidden.detach())) for project in (self.k_proj, self.v_proj)]
-        if rotation is not None:
-            query, own[0], past[0] = (rotated(x, rotation) for x in (query, own[0], past[0]))
+        query = self._queries(hidden, rotation)
+        own, past = self._projected(hidden, rotation), self._projected(hidden.detach(), rotation)
         factor = self.place.query_scale(positions)
         if factor is None:
             factor = query.new_ones(1, hidden.shape[1])
@@ -137,6 +227,14 @@ class SegmentAttention(LongspanAttention):
         place, size, heads = self.place, query.shape[2], query.shape[1]
         held = key.shape[2]
         places = torch.arange(held, device=query.device)[None]  # within the memory and its segment
+        blocks = place.query_blocks(places[:, held - size :], value.dtype)
+        if len(blocks) > 1:
+            parts = []
+            for start, end in blocks:
+                rows, last = slice(start, end), held - size + end
+                seen = key[:, :, :last], value[:, :, :last]
+                parts.append(self._attend(query[:, :, rows], *seen, factor[:, :, rows], mask[:, :, rows, :last]))
+            return torch.cat(parts, dim=2)
         dropout = self.config.attention_dropout if self.training else 0.0
         scale = self.scaling * place.score_scale
         bias: Tensor | None = None

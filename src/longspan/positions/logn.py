@@ -83,6 +83,9 @@ class LogNPlace(Place):
     def turn(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.inner.turn(query, key, q_positions, k_positions)
 
+    def query_blocks(self, positions: Tensor, dtype: torch.dtype) -> list[tuple[int, int]]:
+        return self.inner.query_blocks(positions, dtype)
+
     def bias(self, distance: Tensor) -> Tensor:
         return self.inner.bias(distance)
 

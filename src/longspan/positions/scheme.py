@@ -61,6 +61,13 @@ class Place(nn.Module):
         """Query and key as they meet. Keys stay in the cache as they were before."""
         return query, key
 
+    def query_blocks(self, positions: Tensor, dtype: torch.dtype) -> list[tuple[int, int]]:
+        """Consecutive blocks of queries, (start, end), such that one call of `turn` for each stays within `dtype`.
+
+        positions (B or 1, T) are the queries'. One block, unless a scheme's factors grow with the distance.
+        """
+        return [(0, positions.shape[1])]
+
     def query_scale(self, positions: Tensor) -> Tensor | None:
         """A factor for each query, (B or 1, T), or None."""
         return None

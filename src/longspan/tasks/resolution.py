@@ -11,7 +11,7 @@ again at distances that were never trained loses resolution there. It describes 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -130,31 +130,55 @@ def _add_scores(
     place: Place | None = getattr(module, "place", None)
     positions: Any = kwargs.get("position_ids")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    asking = None
-    if place is not None:
-        asking = query_scores(place, query, positions, cast(int, module.layer_idx))
-        query, key = place.turn(query, key, positions, positions)
-        factor = place.query_scale(positions)
-        query = query if factor is None else query * factor[:, None, :, None].to(query.dtype)
-        scale *= place.score_scale
-    key = expand_heads(key, query.shape[1]).double()
-    length = key.shape[2]
-    for start in range(0, length, ROWS):
-        rows = query[:, :, start : start + ROWS].double()
-        distance = torch.arange(start, start + rows.shape[2], device=key.device)[:, None] - torch.arange(
-            length, device=key.device
-        )
-        scores = (rows @ key.mT * scale).mean(1)[0]
-        if place is not None and place.has("bias"):
-            scores = scores + place.bias(distance).double().mean(0)
+    if place is None:
+        _add_block(query, key, scale, 0, sums)
+        return
+    asking = query_scores(place, query, positions, cast(int, module.layer_idx))
+    factor, pair_bias = place.query_scale(positions), kwargs.get("pair_bias")
+    scale *= place.score_scale
+
+    def extra(start: int, end: int) -> Tensor | float:
+        """What the scheme adds to the scores of these queries with all keys, mean over heads."""
+        added: Tensor | float = 0.0
+        if place.has("bias"):
+            added = place.bias(_distances(start, end, key)).double().mean(0)
         if asking is not None:
-            some = slice(start, start + rows.shape[2])
-            extra = relative_scores(asking, some, positions[:, some], positions)
-            scores = scores + scale * extra.double().mean(1)[0]
-        if kwargs.get("pair_bias") is not None:
-            scores = scores + kwargs["pair_bias"][0, :, start : start + ROWS].double().mean(0)
+            some = slice(start, end)
+            added = added + scale * relative_scores(asking, some, positions[:, some], positions).double().mean(1)[0]
+        return added if pair_bias is None else added + pair_bias[0, :, start:end].double().mean(0)
+
+    for start, end in place.query_blocks(positions, key.dtype):
+        rows, row_positions = query[:, :, start:end], positions[:, start:end]
+        rows, turned = place.turn(rows, key, row_positions, positions)
+        if factor is not None:
+            rows = rows * factor[:, None, start:end, None].to(rows.dtype)
+        _add_block(rows, turned, scale, start, sums, extra)
+
+
+def _add_block(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    first: int,
+    sums: Tensor,
+    extra: Callable[[int, int], Tensor | float] | None = None,
+) -> None:
+    """The same for the queries from number `first` on, ready to meet all keys, ROWS of them at a time."""
+    key = expand_heads(key, query.shape[1]).double()
+    for part in query.split(ROWS, dim=2):
+        end = first + part.shape[2]
+        distance = _distances(first, end, key)
+        scores = (part.double() @ key.mT * scale).mean(1)[0]
+        if extra is not None:
+            scores = scores + extra(first, end)
         seen = distance >= 0
         sums.index_add_(0, distance[seen], scores[seen])
+        first = end
+
+
+def _distances(start: int, end: int, key: Tensor) -> Tensor:
+    """(queries, keys) for the queries `start` … `end` - 1 and all keys."""
+    return torch.arange(start, end, device=key.device)[:, None] - torch.arange(key.shape[2], device=key.device)
 
 
 AttentionInterface.register(SCORES, _scores_then_attention)
