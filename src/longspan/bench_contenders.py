@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from longspan.attention.base import Attention, Full, Grid, Pattern
 from longspan.engine import fa4
-from longspan.engine.block_tables import block_size
+from longspan.engine.block_tables import block_size, bucket
 from longspan.engine.masks import pieces
 from longspan.engine.patterns import Call, attend
 from longspan.engine.routes import choose, dense_first, through
@@ -185,9 +185,10 @@ def _tables_s(pattern: Pattern, grid: Grid, device: torch.device) -> float | Non
     for length in (128, grid.length):  # the first for the libraries that it loads
         wait(device)
         start = time.perf_counter()
-        blocks = pattern.blocks(replace(grid, length=length), block_size(length, backward=False), device)
+        size = block_size(bucket(length), backward=False)
+        blocks = pattern.blocks(replace(grid, length=length), size, device)
         if blocks is not None:
-            blocks.mask()
+            blocks.padded(bucket(length)).mask()
         wait(device)
     return time.perf_counter() - start
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from growth import growth
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, BigBirdConfig, BigBirdModel
 
+from growth import growth
 from longspan.attention.base import Grid
 from longspan.attention.bigbird import BigBird
 from longspan.engine import blocks

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from growth import Written
 from longspan.attention.gau import ChunkedUnit, GatedUnit
+from longspan.engine import gated
 from longspan.errors import NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.method import parse
@@ -92,9 +97,11 @@ BOTH_WAYS = ("gau:size=8", "gau:size=8,scale=su", "flash:size=8,chunk=7", "flash
 EVERY = [(spec, True) for spec in CAUSAL] + [(spec, False) for spec in BOTH_WAYS]
 
 
+@pytest.mark.parametrize("at_once", [512, 7])
 @pytest.mark.parametrize(("spec", "causal"), EVERY)
-def test_unit_is_its_dense_formula(spec: str, causal: bool) -> None:
+def test_unit_is_its_dense_formula(spec: str, causal: bool, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, of rows with padding at either side."""
+    monkeypatch.setattr(gated, "QUERIES_AT_ONCE", at_once)
     made, x = unit(spec, causal=causal), random(3, 30, WIDTH, seed=20).requires_grad_()
     padding = torch.ones(3, 30, dtype=torch.bool)
     padding[1, :5] = padding[2, 26:] = False
@@ -108,6 +115,80 @@ def test_unit_is_its_dense_formula(spec: str, causal: bool) -> None:
         torch.testing.assert_close(row[real], want)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(made(x[:1])[0][0], wanted[0])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_where_padding_is_anywhere(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated, "QUERIES_AT_ONCE", 7)
+    made, x, padding = (
+        unit("gau:size=8", causal=causal),
+        random(1, 30, WIDTH, seed=26).requires_grad_(),
+        torch.ones(1, 30),
+    )
+    padding[0, [0, 1, 5, 6, 7, 20, 28]] = 0
+    real, leaves = padding.bool(), [x, *made.parameters()]
+    got, want = made(x, padding=real)[0][real], dense(made, x[real])
+    torch.testing.assert_close(got, want)
+    pull = torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves, pull), torch.autograd.grad(want, leaves, pull))
+
+
+class Looked(TorchDispatchMode):
+    """How many gradients come to a table one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradients = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.embedding_dense_backward.default, torch.ops.aten.index_put_.default):
+            self.gradients += args[0].numel()
+        if func in (torch.ops.aten.index_put.default, torch.ops.aten._index_put_impl_.default):
+            self.gradients += args[2].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_backward_is_a_few_forward_passes(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes written, at two lengths alike; memory kept for it grows with the length; and the table of the bias receives one
+    gradient for each distance of a block, not one for each pair: on a GPU those are added one by one."""
+    monkeypatch.setattr(gated, "QUERIES_AT_ONCE", 64)
+    made, passes, kept = unit("gau:size=8", causal=causal).float(), [], []
+    for length in (512, 1024):
+        x, held = random(1, length, WIDTH).float().requires_grad_(), {}
+
+        def keep(t: Tensor, held: dict[int, int] = held) -> Tensor:
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with Written() as forward, torch.no_grad():
+            made(x)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = made(x)[0]
+        with Written() as backward, Looked() as looked:
+            out.sum().backward()
+        assert 0 < looked.gradients < length**2 / 20
+        passes.append(backward.total / forward.total)
+        kept.append(sum(held.values()))
+    assert max(passes) < 4 and passes[1] < 1.1 * passes[0]
+    assert kept[1] < 2.2 * kept[0]
+
+
+@pytest.mark.cuda
+def test_backward_on_a_gpu() -> None:
+    """Where it took a thousand forward passes."""
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "gated_backward.py"))
+    rows = script["main"](["-l", "8k", "--heads", "4", "--units", "gau"])
+    assert all(row["over_forward"] < 4 for row in rows)
+
+
+def test_rows_of_the_script() -> None:
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "gated_backward.py"))
+    rows = script["main"](["--device", "cpu", "-l", "64", "-l", "128", "--heads", "1", "--width", "16", "--turns", "1"])
+    assert [(row["attention"], row["dtype"], row["tokens"]) for row in rows] == [
+        (unit, dtype, length) for unit in ("gau", "flash") for dtype in ("bf16", "float32") for length in (64, 128)
+    ]
+    assert all(row["backward_ms"] > 0 and row["peak_gb"] is None for row in rows)
 
 
 @pytest.mark.parametrize("spec", CAUSAL)

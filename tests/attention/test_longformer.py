@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from growth import growth
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, LongformerConfig, LongformerModel
 
+from growth import growth
 from longspan.attention.base import Grid
 from longspan.attention.longformer import Longformer
 from longspan.engine.patterns import Call, attend, masked_attention

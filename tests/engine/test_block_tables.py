@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from longspan.attention.base import Full, Grid, Pattern
 from longspan.attention.window import Window
 from longspan.engine import block_tables as module
-from longspan.engine.block_tables import Blocks, band, block_size
+from longspan.engine.block_tables import Blocks, band, block_size, bucket
 
 CPU = torch.device("cpu")
 PATTERNS = [Full(), *(Window(w, s) for w, s in itertools.product((1, 5, 16, 40, 500), (0, 1, 4, 8, 21)))]
@@ -102,6 +102,43 @@ def test_rows_that_end_early() -> None:
         assert torch.equal(by_rule(cut, batch=row), wanted)
     full = listed(mask.full_kv_num_blocks, mask.full_kv_indices, 8)
     assert full.any() and not full[:, :, 3:].any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pattern", [Full(), Window(5), Window(16, 3), Window(500, 8)], ids=lambda p: p.spec)
+def test_a_text_that_is_filled_up(pattern: Pattern, causal: bool) -> None:
+    """Tables of texts of about one length have one shape, and nothing that is filled in is visited or seen."""
+    shapes = set()
+    for length in (33, 37, 40, 47, 48):
+        blocks = pattern.blocks(Grid(1, length, 0, causal), 8, CPU)
+        assert blocks is not None
+        padded = blocks.padded(48)
+        assert padded is blocks.padded(48) and padded.lengths == (48, 48)
+        mask = padded.mask(backward=True)
+        shapes.add((mask.kv_indices.shape, mask.full_kv_indices.shape))
+        seen, real = by_rule(padded), dense(pattern, length, causal=causal)
+        assert torch.equal(seen[:, :length, :length], real) and not seen[:, :, length:].any()
+        visited = listed(mask.kv_num_blocks, mask.kv_indices, 6) | listed(
+            mask.full_kv_num_blocks, mask.full_kv_indices, 6
+        )
+        full = listed(mask.full_kv_num_blocks, mask.full_kv_indices, 6)[0]
+        assert not visited[:, -(-length // 8) :].any() and not visited[:, :, -(-length // 8) :].any()
+        tiles = (
+            torch.nn.functional.pad(real, (0, 48 - length, 0, 48 - length)).unflatten(2, (6, 8)).unflatten(1, (6, 8))
+        )
+        assert not (tiles.transpose(2, 3).flatten(3).any(-1) & ~visited).any()
+        keys = torch.nn.functional.pad(real.any(1) | (length > 0), (0, 48 - length)).unflatten(1, (6, 8)).all(-1)
+        assert not (full & ~keys).any()
+        rows = listed(mask.q_num_blocks, mask.q_indices, 6) | listed(mask.full_q_num_blocks, mask.full_q_indices, 6)
+        assert torch.equal(rows, visited.mT)
+    assert len(shapes) == 1
+
+
+def test_buckets_are_few_and_near() -> None:
+    sizes = [bucket(length) for length in range(1, 2**15 + 1)]
+    assert all(length <= size <= max(128, 1.5 * length + 128) for length, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes) and sizes[-1] == 2**15 and len(set(sizes)) == 16
+    assert bucket(2**20 + 1) % 256 == 0
 
 
 @pytest.mark.parametrize("length", [2**20, 2**22])

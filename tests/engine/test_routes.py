@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -105,7 +107,75 @@ def test_what_is_chosen_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_shape_counts_once_for_each_device() -> None:
     """A model over several GPUs has FlexAttention compiled on each."""
     grid = Grid(4, 300, 0, True)
-    assert len({routes._shape(Window(40), call(device=device), grid) for device in ("cpu", "meta", "cpu")}) == 2
+    blocks = Window(40).blocks(grid, 128, torch.device("cpu"))
+    assert len({routes._shape(Window(40), call(device=device), grid, blocks) for device in ("cpu", "meta", "cpu")}) == 2
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """FlexAttention goes through torch.compile, with what it traced run as it is; a list with an entry for each compilation."""
+    made: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        made.append(len(inputs))
+        return graph.forward
+
+    routes.forget_compiled()
+    monkeypatch.setattr(routes, "_runner", lambda device: routes._compiled(backend))
+    yield made
+    routes.forget_compiled()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+def test_texts_of_about_one_length_share_a_kernel(causal: bool, compiled: list[int]) -> None:
+    """Encoders read texts of all lengths, with or without padding; windows of other sizes are other numbers in one kernel."""
+    for length in (257, 300, 350, 383):
+        plain, grid = call(length, width=8), Grid(4, length, 0, causal)
+        padded = torch.ones(2, length, dtype=torch.bool)
+        padded[0, -length // 3 :] = False
+        for pattern in (Window(40, 3), Window(150)):
+            with through("flex"):
+                got = attend(pattern, plain, grid)
+                rows = attend(pattern, replace(plain, padding=padded), grid)
+            torch.testing.assert_close(got, wanted(pattern, plain, causal), rtol=1e-4, atol=1e-4)
+            exact = wanted(pattern, replace(plain, padding=padded), causal)
+            real = padded[:, None, :, None]
+            torch.testing.assert_close(rows * real, exact * real, rtol=1e-4, atol=1e-4)
+    assert len(compiled) <= len(routes._shapes) * 2 <= (4 if causal else 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("own_limit", {False, routes._LIMIT_OF_ITS_OWN})
+def test_more_shapes_than_torch_compiles_by_itself(
+    own_limit: bool, compiled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past its limit, which is eight, FlexAttention would hold every score."""
+    monkeypatch.setattr(routes, "_LIMIT_OF_ITS_OWN", own_limit)
+    monkeypatch.setattr(routes, "_over_blocks", lambda query: query + 1)
+    run = routes._runner(torch.device("cpu"))
+    for length in range(2, 14):
+        assert torch.equal(run(torch.ones(length)), torch.full((length,), 2.0))
+    assert len(compiled) == 12
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("causal", [True, False])
+def test_texts_of_many_lengths_on_cuda(causal: bool) -> None:
+    """Forward and backward, none refused."""
+    routes.forget_compiled()
+    for length in (257, 300, 450, 700, 770, 1000, 1400, 1500, 1900, 2500, 2600, 3500):
+        here = call(length, width=64, device="cuda")
+        tensors = [x.requires_grad_() for x in (here.query, here.key, here.value)]
+        outs = []
+        for way in ("flex", "masks"):
+            with through(way):
+                outs.append(attend(Window(100, 3), here, Grid(4, length, 0, causal)))
+        push = torch.randn_like(outs[0])
+        got, exact = (torch.autograd.grad(out, tensors, push) for out in outs)
+        for x, y in zip([outs[0], *got], [outs[1], *exact], strict=True):
+            assert (x - y).abs().max() < 2e-2 * y.abs().max()
+    assert len(routes._shapes) <= 8
 
 
 @torch.no_grad()

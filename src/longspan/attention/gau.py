@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from longspan.attention.base import Mixer
 from longspan.engine.gated import Heads, Memory, Rule, mixed_both_ways, mixed_causal, quadratic
+from longspan.engine.patterns import text_lengths
 from longspan.errors import NotSupported
 from longspan.lm.state import state_of
 from longspan.positions.scheme import Place
@@ -59,8 +60,9 @@ class GatedUnit(nn.Module):
         nn.init.normal_(self.table, std=0.02)
 
     def bias(self, distance: Tensor) -> Tensor:
-        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
-        return table[buckets(distance, len(table), self.method.far, causal=self.causal)]
+        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))[:, None]
+        found = buckets(distance, len(table), self.method.far, causal=self.causal)
+        return F.embedding(found, table)[..., 0]  # an index's gradient adds up one by one on a GPU
 
     def forward(
         self,
@@ -104,10 +106,12 @@ class QuadraticUnit(GatedUnit):
         if cache is not None and self.causal:
             key, value = (x[:, 0] for x in cache.update(key[:, None], value[:, None], self.layer_idx))
         numbers = torch.arange(key.shape[1], device=key.device)[None]
+        gaps = False
         if padding is not None:
             numbers = padding.long().cumsum(1) - 1
+            gaps = bool((~padding).any()) and not torch.equal(cast(Tensor, text_lengths(padding)), numbers[:, -1] + 1)
         inner, outer = self._scales(numbers, query.shape[1])
-        return quadratic(query, key, value, numbers, self.bias, inner, outer, causal=self.causal)
+        return quadratic(query, key, value, numbers if gaps else None, self.bias, inner, outer, causal=self.causal)
 
     def _scales(self, numbers: Tensor, new: int) -> tuple[Tensor, Tensor]:
         """What scores and their squares are multiplied by, (B or 1, Tq or 1, 1)."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from longspan.engine.core import expand_heads
 from longspan.engine.everywhere import Chosen, chosen
 from longspan.engine.patterns import Call
+from longspan.engine.slices import Slices
 
 SHORTEST_BLOCK = 64
 """Queries of a block at least; half the band where that is more."""
@@ -90,9 +91,9 @@ def _attend(band: _Band) -> Tensor:
     size = min(length, max(SHORTEST_BLOCK, width // 2))
     count = -(-length // size)
     ends = band.before, band.after + count * size - length
-    keys, values = (F.pad(x, (0, 0, *ends)) for x in (call.key, call.value))
+    keys, values = (Slices(F.pad(x, (0, 0, *ends))) for x in (call.key, call.value))
     seen = F.pad(band.seen, ends)
-    queries = F.pad(call.query, (0, 0, 0, count * size - length)).unflatten(2, (count, size))
+    queries = Slices(F.pad(call.query, (0, 0, 0, count * size - length)).unflatten(2, (count, size)))
     entries = rows * size * (size + width) * (heads if call.bias is not None else 1)
     many = max(1, SCORES_AT_ONCE // entries)
     out = []

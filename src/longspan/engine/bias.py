@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -62,3 +63,12 @@ class Bias:
         if self.kind == "log":
             return -a * torch.log1p(b * far)
         return -a * torch.where(far == 0, (b == 0).to(dtype), far.clamp(min=1) ** b)
+
+
+def bias_rows(bias: Callable[[Tensor], Tensor], queries: range, keys: range, device: torch.device) -> Tensor:
+    """(…, queries, keys) of `bias` at distances of neighbouring tokens; each distance is asked for once.
+
+    bias: distances (N,) to (…, N). queries and keys are token numbers without gaps. Rows are views of one line, so what a
+    parameter of the bias receives is summed by distance first."""
+    low, high = queries.start - keys.stop + 1, queries.stop - keys.start
+    return bias(torch.arange(low, high, device=device)).unfold(-1, len(keys), 1).flip(-1)

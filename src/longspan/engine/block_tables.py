@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -29,14 +30,17 @@ then, of 2 · 268 MB at this size."""
 class Blocks:
     """index (H or 1, rows, width): for each block of `size` queries the numbers of the blocks of keys that it sees, each once,
     in any order; -1 for none. full: the same shape, where every query of the block sees every key. `rule` decides the rest;
-    numbers of its own belong into tensors on the device, or every new one compiles anew. lengths: queries and keys."""
+    numbers of its own belong into tensors on the device, or every new one compiles anew. lengths: queries and keys. even: tables
+    are as wide as a power of two."""
 
     index: Tensor
     full: Tensor
     rule: Rule
     lengths: tuple[int, int]
     size: int = SIZE
+    even: bool = False
     made: dict[bool, BlockMask] = field(default_factory=dict, repr=False)
+    longer: dict[int, Blocks] = field(default_factory=dict, repr=False)
 
     def causal(self) -> Blocks:
         """The same without keys after their query."""
@@ -48,6 +52,7 @@ class Blocks:
             full=self.full & (self.index < row),
             rule=lambda b, h, q, k: (q >= k) & rule(b, h, q, k),
             made={},
+            longer={},
         )
 
     def within(self, ends: Tensor) -> Blocks:
@@ -58,7 +63,27 @@ class Blocks:
             full=self.full & ((self.index + 1) * self.size <= ends.min()),
             rule=lambda b, h, q, k: (k < ends[b]) & rule(b, h, q, k),
             made={},
+            longer={},
         )
+
+    def padded(self, length: int) -> Blocks:
+        """The same for a text that is filled up to `length` tokens: what is filled in is visited by no block of its own and seen
+        by none. Tables are even, so those of texts of about one length have one shape. Kept for the next call."""
+        if length not in self.longer:
+            rows, width = self.index.shape[1:]
+            missing = 0, power_of_two(width) - width, 0, -(-length // self.size) - rows
+            end, rule = torch.tensor(self.lengths[1], device=self.index.device), self.rule
+            self.longer[length] = replace(
+                self,
+                index=F.pad(self.index, missing, value=-1),
+                full=F.pad(self.full & ((self.index + 1) * self.size <= self.lengths[1]), missing, value=False),
+                rule=lambda b, h, q, k: (k < end) & rule(b, h, q, k),
+                lengths=(length, length),
+                even=True,
+                made={},
+                longer={},
+            )
+        return self.longer[length]
 
     def mask(self, *, backward: bool = False) -> BlockMask:
         """For FlexAttention, kept for the next call; `backward`: with the table from keys to queries."""
@@ -71,7 +96,7 @@ class Blocks:
         partial = (self.index >= 0) & ~whole
         tables: list[Any] = [*_compact(self.index, partial), *_compact(self.index, whole)]
         if backward:
-            tables += _turned(self.index, [partial, whole], -(-self.lengths[1] // self.size))
+            tables += _turned(self.index, [partial, whole], -(-self.lengths[1] // self.size), even=self.even)
         else:
             tables += [None] * 4
         return BlockMask(*(self.lengths, *tables, (self.size, self.size), self.rule))
@@ -91,7 +116,7 @@ def _compact(index: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     return count.int()[None], moved.int()[None]
 
 
-def _turned(index: Tensor, choices: list[Tensor], columns: int) -> list[Tensor]:
+def _turned(index: Tensor, choices: list[Tensor], columns: int, *, even: bool = False) -> list[Tensor]:
     """The tables from blocks of keys to blocks of queries: counts and numbers for each of `choices`, of one width."""
     found, counts = [], []
     for chosen in choices:
@@ -101,6 +126,7 @@ def _turned(index: Tensor, choices: list[Tensor], columns: int) -> list[Tensor]:
         found.append((place[order], row[order]))
         counts.append(torch.bincount(place, minlength=index.shape[0] * columns))
     width = max(1, int(torch.stack(counts).max()))
+    width = power_of_two(width) if even else width
     tables = []
     for (place, row), count in zip(found, counts, strict=True):
         nth = torch.arange(len(place), device=index.device) - (count.cumsum(0) - count)[place]
@@ -109,6 +135,20 @@ def _turned(index: Tensor, choices: list[Tensor], columns: int) -> list[Tensor]:
         shape = 1, index.shape[0], columns
         tables += [count.int().view(shape), table.view(*shape, width)]
     return tables
+
+
+def power_of_two(count: int) -> int:
+    """The least that is not below `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def bucket(length: int) -> int:
+    """What texts of about `length` tokens are filled up to, so that one compiled kernel serves them: SIZE times a power of two
+    or one and a half times that. No block visits what is filled in, so it costs memory, half as much again at most, and no
+    attention."""
+    blocks = -(-length // SIZE)
+    whole = power_of_two(blocks)
+    return SIZE * (whole // 4 * 3 if whole >= 4 and blocks <= whole // 4 * 3 else whole)
 
 
 def block_size(length: int, *, backward: bool) -> int:

@@ -11,14 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from longspan.engine.bias import bias_rows
+from longspan.engine.core import causal_mask
+from longspan.engine.slices import Slices
 
 QUERIES_AT_ONCE = 512
-"""Queries whose scores with all keys are held at once outside training."""
+"""Queries whose scores with all keys are held at once."""
 
 Bias = Callable[[Tensor], Tensor]
 """What a score gets at a distance (query's number - key's), whole numbers of any shape."""
@@ -73,30 +79,57 @@ def quadratic(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    numbers: Tensor,
+    numbers: Tensor | None,
     bias: Bias,
     inner: Tensor,
     outer: Tensor,
     *,
     causal: bool,
 ) -> Tensor:
-    """(B, Tq, e). The queries are the last of the keys; numbers (B or 1, Tk): the tokens' in the text; inner, outer (B or 1,
-    Tq or 1, 1)."""
+    """(B, Tq, e). The queries are the last of the keys; numbers (B or 1, Tk): the tokens' in the text, None where these run
+    without a gap; inner, outer (B or 1, Tq or 1, 1). In training scores are made again in the backward pass, so that memory
+    grows with the length and not with its square."""
     new, total = query.shape[1], key.shape[1]
     inner, outer = (x.expand(-1, new, -1) for x in (inner, outer))
-    size = new if torch.is_grad_enabled() and query.requires_grad else QUERIES_AT_ONCE
+    again = torch.is_grad_enabled() and new > QUERIES_AT_ONCE
+    queries, keys, values = (Slices(x) for x in (query, key, value))
     blocks = []
-    for start in range(0, new, size):
-        rows = slice(start, min(start + size, new))
-        first = total - new + start
-        seen = first + rows.stop - start if causal else total
-        distance = numbers[:, first : first + rows.stop - start, None] - numbers[:, None, :seen]
-        scores = product(query[:, rows], key[:, :seen])
-        made = weights(scores, bias(distance), inner[:, rows], outer[:, rows])
-        if causal:
-            made = made.tril(first)
-        blocks.append(made.to(value.dtype) @ value[:, :seen])
+    for start in range(0, new, QUERIES_AT_ONCE):
+        rows = slice(start, min(start + QUERIES_AT_ONCE, new))
+        first, last = total - new + start, total - new + rows.stop
+        seen = last if causal else total
+        shifts = partial(_rows_of_bias, bias, numbers, range(first, last), seen, query.device, causal=causal)
+        given = queries[:, rows], keys[:, :seen], values[:, :seen], inner[:, rows], outer[:, rows], shifts
+        if again:
+            blocks.append(checkpoint(_some_queries, *given, use_reentrant=False, preserve_rng_state=False))
+        else:
+            blocks.append(_some_queries(*given))
     return torch.cat(blocks, dim=1)
+
+
+def _some_queries(
+    query: Tensor, key: Tensor, value: Tensor, inner: Tensor, outer: Tensor, shifts: Callable[[], Tensor]
+) -> Tensor:
+    made = weights(product(query, key), shifts(), inner, outer)
+    return made.to(value.dtype) @ value
+
+
+def _rows_of_bias(
+    bias: Bias, numbers: Tensor | None, queries: range, seen: int, device: torch.device, *, causal: bool
+) -> Tensor:
+    """(B or 1, queries, seen), from the bias at every distance once; -inf, which weighs 0, for keys after a query."""
+    if numbers is None:
+        return bias_rows(partial(_of_distances, bias, causal=causal), queries, range(seen), device)[None]
+    distance = numbers[:, queries.start : queries.stop, None] - numbers[:, None, :seen]
+    low, high = int(distance.min()), int(distance.max())
+    line = bias(torch.arange(low, high + 1, device=device))
+    rows = F.embedding(distance - low, line[:, None])[..., 0]
+    return rows if not causal else rows.masked_fill(~causal_mask(len(queries), seen, device), float("-inf"))
+
+
+def _of_distances(bias: Bias, distance: Tensor, *, causal: bool) -> Tensor:
+    found = bias(distance)
+    return found.masked_fill(distance < 0, float("-inf")) if causal else found
 
 
 class Layout:

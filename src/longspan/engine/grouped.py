@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from longspan.engine.slices import Slices
+
 QUERIES_AT_ONCE = 256
 """Queries whose scores are held at once."""
 
@@ -63,10 +65,10 @@ def grouped_attention(
     """Output (B, H, n, D) in query's dtype for query (B, H, n, D), key and value (B, H_kv, n, D), all pages seen: the form in
     which a model is trained. Memory grows with n times `QUERIES_AT_ONCE`, in the backward pass too."""
     again = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    made = []
+    made, (queries, keys, values) = [], map(Slices, (query, key, value))
     for first in range(0, query.shape[2], QUERIES_AT_ONCE):
         end = min(first + QUERIES_AT_ONCE, query.shape[2])
-        given = query[:, :, first:end], key[:, :, :end], value[:, :, :end], block, scale, first, dropout, softcap
+        given = queries[:, :, first:end], keys[:, :, :end], values[:, :, :end], block, scale, first, dropout, softcap
         made.append(checkpoint(_some_queries, *given, use_reentrant=False) if again else _some_queries(*given))
     return torch.cat(made, dim=2)
 

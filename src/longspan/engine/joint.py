@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -84,12 +85,16 @@ def by_row(call: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tenso
     """`call` on each row's real tokens, which come first in it; zeros elsewhere. padding (B, T), or None where all are real."""
     if padding is None:
         return call(query, key, value)
-    out = torch.zeros_like(query)
-    for row, length in enumerate(padding.sum(-1).tolist()):
-        if length:
-            at = slice(row, row + 1), slice(None), slice(0, length)
-            out[at] = call(query[at], key[at], value[at])
-    return out
+    rows = zip(padding.sum(-1).tolist(), *(x.split(1) for x in (query, key, value)), strict=True)
+    out = [_first_tokens(call, length, *row) for length, *row in rows]
+    return torch.cat(out)
+
+
+def _first_tokens(call: Callable[..., Tensor], length: int, *row: Tensor) -> Tensor:
+    if not length:
+        return torch.zeros_like(row[0])
+    out = call(*(x[:, :, :length] for x in row))
+    return F.pad(out, (0, 0, 0, row[0].shape[2] - length))
 
 
 class _Joint(torch.autograd.Function):

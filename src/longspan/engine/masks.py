@@ -8,13 +8,16 @@ length · window, in the backward too.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.engine.bias import bias_rows
 from longspan.engine.core import attention, expand_heads, with_zero_key
+from longspan.engine.slices import Slices
 
 if TYPE_CHECKING:
     from longspan.attention.base import Grid, Pattern
@@ -22,14 +25,25 @@ if TYPE_CHECKING:
 
 BLOCKS = (64, 512)
 """The fewest and the most queries that share one mask."""
-Piece = tuple[tuple[int, int], Tensor, Tensor, Tensor, Tensor | None]
-"""A block of queries: its first token and the one after its last, the keys that some of them see, which tokens those are
-(B or 1, keys), the mask between them, and how often keys count, None for once."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of queries, from the first token to the one after the last, and the keys that some of them see: `ranges` of those
+    held, and which tokens they are, (B or 1, keys); in_order: whether these are the text's own columns, so that distances run
+    without a gap. The mask is (B or 1, H or 1, queries, keys); counts say how often a key counts, None for once."""
+
+    queries: tuple[int, int]
+    ranges: list[tuple[int, int]]
+    columns: Tensor
+    in_order: bool
+    mask: Tensor
+    counts: Tensor | None
 
 
 def masked_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """The definition, made affordable: `pattern.visible` for one block of queries and the keys in its `ranges`."""
-    return torch.cat([_block(call, grid, *piece) for piece in pieces(pattern, call, grid)], dim=2)
+    return _all_blocks(call, grid, pieces(pattern, call, grid))
 
 
 def pieces(pattern: Pattern, call: Call, grid: Grid) -> Iterator[Piece]:
@@ -41,13 +55,14 @@ def pieces(pattern: Pattern, call: Call, grid: Grid) -> Iterator[Piece]:
         # Rows begin at columns 0 … lead, so a range of token numbers lies in columns that are up to `lead` further on.
         wanted = pattern.ranges(max(0, start - lead), end - least, grid)
         last = end if grid.causal else total
-        columns = _columns([(low, min(high + lead, last)) for low, high in wanted], device)
-        yield _piece(pattern, call, grid, (start, end), columns, columns[None], first)
+        ranges = _disjoint([(low, min(high + lead, last)) for low, high in wanted])
+        columns = torch.cat([torch.arange(*span, device=device) for span in ranges])[None]
+        yield _piece(pattern, call, grid, (start, end), ranges, columns, first, in_order=True)
 
 
 def rolled_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     """New tokens of a text of `grid.length`, with the keys that a rolling cache still has."""
-    cached, columns, new, device = pattern.cached(), call.columns, call.query.shape[2], call.query.device
+    cached, columns, new = pattern.cached(), call.columns, call.query.shape[2]
     assert cached is not None and columns is not None
     exact = pattern.kept() == cached  # then a ring holds what its query sees, and nothing else
     if exact and new == 1 and call.padding is None and _plain(call):
@@ -55,16 +70,25 @@ def rolled_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
         if call.zero_key:
             key, value, _ = with_zero_key(key, value, None)
         return attention(call.query, key, value, None, call.scale, dropout=call.dropout)
-    first, blocks, (sinks, window) = _first(call), [], cached
-    sinks = min(sinks, columns.shape[1])
+    return _all_blocks(call, grid, _rolled_pieces(pattern, call, grid, cached, columns))
+
+
+def _rolled_pieces(
+    pattern: Pattern, call: Call, grid: Grid, cached: tuple[int, int], columns: Tensor
+) -> Iterator[Piece]:
+    (sinks, window), held, new, first = cached, columns.shape[1], call.query.shape[2], _first(call)
     for start, end in _blocks(pattern, grid, grid.length - new, grid.length):
-        slots = torch.arange(columns.shape[1], device=device)
+        ranges = [(0, held)]
         if new > 1:  # past the sinks the keys are the last tokens in order
-            low = max(0, columns.shape[1] - (grid.length - start) - window + 1)
-            slots = slots[(slots < sinks) | ((slots >= low) & (slots < columns.shape[1] - (grid.length - end)))]
-        piece = _piece(pattern, call, grid, (start, end), slots, columns[:, slots], first)
-        blocks.append(_block(call, grid, *piece))
-    return torch.cat(blocks, dim=2)
+            low = max(0, held - (grid.length - start) - window + 1)
+            ranges = _disjoint([(0, min(sinks, held)), (low, held - (grid.length - end))])
+        seen = torch.cat([columns[:, low:high] for low, high in ranges], dim=1)
+        yield _piece(pattern, call, grid, (start, end), ranges, seen, first, in_order=False)
+
+
+def _all_blocks(call: Call, grid: Grid, pieces: Iterator[Piece]) -> Tensor:
+    heads = Slices(call.query), Slices(call.key), Slices(call.value)
+    return torch.cat([_block(call, grid, *heads, piece) for piece in pieces], dim=2)
 
 
 def _first(call: Call) -> Tensor:
@@ -82,39 +106,38 @@ def _blocks(pattern: Pattern, grid: Grid, start: int, end: int) -> list[tuple[in
 
 
 def _piece(
-    pattern: Pattern, call: Call, grid: Grid, queries: tuple[int, int], slots: Tensor, columns: Tensor, first: Tensor
-) -> Piece:
-    numbers, keys = torch.arange(*queries, device=slots.device)[None] - first, columns - first
-    mask = _mask(pattern, call, grid, numbers, columns, first)
-    return queries, slots, columns, mask, pattern.counts(numbers, keys, grid)
-
-
-def _block(
+    pattern: Pattern,
     call: Call,
     grid: Grid,
     queries: tuple[int, int],
-    slots: Tensor,
+    ranges: list[tuple[int, int]],
     columns: Tensor,
-    mask: Tensor,
-    counts: Tensor | None,
-) -> Tensor:
-    """Attention of one block, as in `Piece`."""
+    first: Tensor,
+    *,
+    in_order: bool,
+) -> Piece:
+    numbers, keys = torch.arange(*queries, device=columns.device)[None] - first, columns - first
+    mask = _mask(pattern, call, grid, numbers, columns, first)
+    return Piece(queries, ranges, columns, in_order, mask, pattern.counts(numbers, keys, grid))
+
+
+def _block(call: Call, grid: Grid, queries: Slices, keys: Slices, values: Slices, piece: Piece) -> Tensor:
+    """Attention of one block."""
     heads, early = call.query.shape[1], grid.length - call.query.shape[2]
-    query = call.query[:, :, queries[0] - early : queries[1] - early]
-    key, value = (expand_heads(x[:, :, slots], heads) for x in (call.key, call.value))
-    allowed: Tensor | None = mask
+    rows = slice(piece.queries[0] - early, piece.queries[1] - early)
+    query = queries[:, :, rows]
+    key, value = (expand_heads(_ranges(x, piece.ranges), heads) for x in (keys, values))
+    allowed: Tensor | None = piece.mask
     if call.zero_key:
-        key, value, allowed = with_zero_key(key, value, mask)
-    if _plain(call) and counts is None:
+        key, value, allowed = with_zero_key(key, value, piece.mask)
+    if _plain(call) and piece.counts is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, dropout_p=call.dropout, scale=call.scale
         )
-    numbers = torch.arange(*queries, device=query.device)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    rows = slice(queries[0] - early, queries[1] - early)
-    bias = _bias(call, rows, numbers[:, None] - columns[:, None]).to(wide)
-    if counts is not None:  # what is invisible counts as one here and is hidden below
-        bias = bias + counts.clamp(min=1).to(wide).log()
+    mask, wide = piece.mask, torch.promote_types(query.dtype, torch.float32)
+    bias = _bias(call, rows, piece).to(wide)
+    if piece.counts is not None:  # what is invisible counts as one here and is hidden below
+        bias = bias + piece.counts.clamp(min=1).to(wide).log()
     bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))  # rows that see nothing are padding
     if call.zero_key:
         bias = F.pad(bias, (0, 1))
@@ -124,18 +147,29 @@ def _block(
     return out.to(query.dtype)
 
 
+def _ranges(x: Slices, ranges: list[tuple[int, int]]) -> Tensor:
+    """The keys or values in `ranges`, one after another."""
+    parts = [x[:, :, low:high] for low, high in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
 def _plain(call: Call) -> bool:
     return call.bias is None and call.query_scores is None
 
 
-def _bias(call: Call, rows: slice, far: Tensor) -> Tensor:
-    """(B or 1, H, rows, keys) of the distances (B or 1, rows, keys)."""
-    bias = torch.zeros(1, 1, 1, 1, device=far.device)
-    if call.bias is not None:
+def _bias(call: Call, rows: slice, piece: Piece) -> Tensor:
+    """(B or 1, H, rows, keys) of what is added to the scores of one block."""
+    device = piece.columns.device
+    bias = torch.zeros(1, 1, 1, 1, device=device)
+    far = torch.arange(*piece.queries, device=device)[:, None] - piece.columns[:, None]
+    if call.bias is not None and piece.in_order:
+        spans = [bias_rows(call.bias, range(*piece.queries), range(*span), device) for span in piece.ranges]
+        bias = torch.cat(spans, dim=-1)[None]
+    elif call.bias is not None:
         bias = call.bias(far).transpose(0, 1)
     if call.query_scores is not None:
         low, high = int(far.min()), int(far.max())
-        line = call.query_scores(rows, torch.arange(low, high + 1, device=far.device))
+        line = call.query_scores(rows, torch.arange(low, high + 1, device=device))
         bias = bias + call.scale * line.gather(-1, (far - low)[:, None].expand(*line.shape[:3], -1))
     return bias
 
@@ -151,12 +185,11 @@ def _mask(pattern: Pattern, call: Call, grid: Grid, queries: Tensor, columns: Te
     return mask & real[:, None, None]
 
 
-def _columns(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """Ascending, each once, though padding may have made ranges overlap."""
-    parts, done = [], 0
+def _disjoint(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same columns, each once, though padding may have made the ranges overlap."""
+    parts: list[tuple[int, int]] = []
     for low, high in ranges:
-        low = max(low, done)
+        low = max(low, parts[-1][1]) if parts else low
         if low < high:
-            parts.append(torch.arange(low, high, device=device))
-            done = high
-    return torch.cat(parts)
+            parts.append((low, high))
+    return parts

@@ -37,8 +37,6 @@ class StreamingLayer(Owned, CacheLayerMixin):
         """How many left-padding tokens each row starts with, (B,); None where there are none."""
         self.settled = 0
         """The token number from which every row has begun and has its sinks."""
-        self.turning: Any = None
-        """The sink keys of all layers as they came, of the first layer alone: made and used by `longspan.memory.streaming`."""
         self.fixed_slot: Tensor | None = None
         """Where a step of fixed shape writes, (1,); `longspan.engine.decode` sets it and keeps the count."""
 

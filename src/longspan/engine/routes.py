@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from longspan.engine import fa4, window_sinks
-from longspan.engine.block_tables import block_size
+from longspan.engine.block_tables import Blocks, block_size, bucket
 from longspan.engine.masks import masked_attention, rolled_attention
 from longspan.errors import NotSupported, SpecError
 
@@ -32,8 +34,11 @@ if TYPE_CHECKING:
     from longspan.engine.patterns import Call
 
 WAYS = ("fa4", "kernel", "flex", "masks")
-MOST_SHAPES = 7
-"""Shapes that FlexAttention compiles in one process: past torch's limit of eight it would hold every score, without a word."""
+MOST_SHAPES = 32
+"""Shapes that FlexAttention compiles in one process, of some seconds each; further ones go through masks. Texts of about one
+length have one (`bucket`). torch's own limit is set four times as high, for what `_shape` does not tell apart."""
+_LIMIT_OF_ITS_OWN = "recompile_limit" in inspect.signature(torch.compile).parameters
+"""Whether torch.compile takes a limit for one function, as from 2.13 on."""
 
 _asked: ContextVar[str | None] = ContextVar("_asked", default=None)
 _shapes: set[tuple] = set()
@@ -113,13 +118,13 @@ def _kernel_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
 
 
 def _flex_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
-    query, learns = call.query, _learns(call)
+    query = call.query
     if reason := _unlike_plain(call):
         return reason
     if not query.is_cuda:
         if _asked.get() != "flex":
             return "the device is no CUDA device"
-        return "FlexAttention has no backward on a CPU" if learns else None
+        return "FlexAttention has no backward on a CPU" if _learns(call) else None
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32) or query.shape[-1] not in (
         16,
         32,
@@ -128,18 +133,38 @@ def _flex_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
         256,
     ):
         return f"it runs heads of 16 to 256 in 16 bits or float32, not of {query.shape[-1]} in {query.dtype}"
-    if pattern.blocks(grid, block_size(grid.length, backward=learns), query.device) is None:
+    blocks = _blocks(pattern, call, grid)
+    if blocks is None:
         return "the pattern has no blocks"
-    if _shape(pattern, call, grid) not in _shapes and len(_shapes) >= MOST_SHAPES:
-        return f"it has compiled {MOST_SHAPES} shapes in this process, as many as torch allows"
+    if _shape(pattern, call, grid, blocks) not in _shapes and len(_shapes) >= MOST_SHAPES:
+        return f"it has compiled {MOST_SHAPES} shapes in this process; engine.routes.forget_compiled() makes room"
     return None
 
 
-def _shape(pattern: Pattern, call: Call, grid: Grid) -> tuple:
-    """What FlexAttention compiles anew for."""
+def _blocks(pattern: Pattern, call: Call, grid: Grid) -> Blocks | None:
+    """Which blocks see which, in the text filled up to its bucket."""
+    length = bucket(grid.length)
+    blocks = pattern.blocks(grid, block_size(length, backward=_learns(call)), call.query.device)
+    return None if blocks is None else blocks.padded(length)
+
+
+def _shape(pattern: Pattern, call: Call, grid: Grid, blocks: Blocks) -> tuple:
+    """What FlexAttention compiles anew for: not the length within its bucket, nor the window's."""
     cut = call.padding is not None and not grid.causal
-    query = call.query
-    return pattern.spec, grid.causal, cut, query.shape, call.key.shape[1], query.dtype, query.device, _learns(call)
+    rows, heads, _, width = call.query.shape
+    given = rows, heads, call.key.shape[1], width, call.query.dtype, call.query.device
+    filled = blocks.lengths[0] > grid.length  # which makes tensors of other strides
+    return (
+        pattern.name,
+        grid.causal,
+        cut,
+        filled,
+        blocks.size,
+        blocks.lengths,
+        blocks.index.shape,
+        *given,
+        _learns(call),
+    )
 
 
 def _unlike_plain(call: Call) -> str | None:
@@ -165,17 +190,22 @@ def _learns(call: Call) -> bool:
 
 
 def _flex(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
-    learns = _learns(call)
-    blocks = pattern.blocks(grid, block_size(grid.length, backward=learns), call.query.device)
+    blocks = _blocks(pattern, call, grid)
     if blocks is None:
         raise NotSupported(f"attention={pattern.spec} has no blocks for FlexAttention; use the way masks")
+    _shapes.add(_shape(pattern, call, grid, blocks))
+    missing = blocks.lengths[0] - grid.length
+    heads = (F.pad(x, (0, 0, 0, missing)) if missing else x for x in (call.query, call.key, call.value))
     if call.padding is not None and not grid.causal:  # on the right by now, which no query that looks back can see
         blocks = blocks.within(call.padding.sum(-1))
-    attend = _compiled() if call.query.is_cuda else _over_blocks
-    _shapes.add(_shape(pattern, call, grid))
     grouped = call.key.shape[1] != call.query.shape[1]
-    mask = blocks.mask(backward=learns)
-    return attend(call.query, call.key, call.value, block_mask=mask, scale=call.scale, enable_gqa=grouped)
+    mask = blocks.mask(backward=_learns(call))
+    out = _runner(call.query.device)(*heads, block_mask=mask, scale=call.scale, enable_gqa=grouped)
+    return out[:, :, : grid.length]
+
+
+def _runner(device: torch.device) -> Callable[..., Tensor]:
+    return _compiled() if device.type == "cuda" else _over_blocks
 
 
 def _over_blocks(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Any:
@@ -183,8 +213,19 @@ def _over_blocks(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> 
 
 
 @functools.lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_over_blocks, dynamic=False)
+def _compiled(backend: str | Callable = "inductor") -> Callable[..., Tensor]:
+    """Past torch's limit of shapes FlexAttention would hold every score, without a word; with `fullgraph` it says so."""
+    limit = 4 * MOST_SHAPES
+    settings: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": backend}
+    if _LIMIT_OF_ITS_OWN:
+        return torch.compile(_over_blocks, **settings | {"recompile_limit": limit})
+    compiled = torch.compile(_over_blocks, **settings)
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def forget_compiled() -> None:

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longspan.attention.base import Grid
+from longspan.engine.bias import bias_rows
 from longspan.engine.biased import biased_attention, serves
 from longspan.engine.core import attention, causal_mask, expand_heads, with_zero_key
 from longspan.engine.joint import Chunk, Lane, Part, joint_attention
 from longspan.engine.patterns import Call, attend, shifted, text_lengths
 from longspan.engine.rolling import WindowLayer
+from longspan.engine.slices import Slices
 from longspan.positions.scheme import Place, distances, ending_at
 
 SCHEME = "longspan_scheme"
@@ -150,12 +152,14 @@ def _attend_block(module: nn.Module, place: Place, given: _Inputs, scaling: floa
             return biased_attention(query, key, value, law, scale=scaling, causal=causal)
     heads, total = query.shape[1], key.shape[2]
     wide = query.float(), expand_heads(key, heads).float(), expand_heads(value, heads).float()
+    q_slices, k_slices, v_slices = map(Slices, wide)
+    pairs = None if pair_bias is None else Slices(pair_bias)
     blocks = []
     for start, end in _blocks(query, key):
         seen = total - query.shape[2] + end if causal else total
         asked, offered = queries[:, start:end], keys[:, :seen]
-        if pair_bias is not None:
-            extra = pair_bias[:, :, start:end, :seen]
+        if pairs is not None:
+            extra = pairs[:, :, start:end, :seen]
         elif asking is not None:
             extra = scaling * relative_scores(asking, slice(start, end), asked, offered)
         else:
@@ -163,7 +167,7 @@ def _attend_block(module: nn.Module, place: Place, given: _Inputs, scaling: floa
         mask = causal_mask(end - start, seen, query.device) if causal else _rows(attention_mask, start, end)
         if mask is not None:  # rows that see nothing are padding: what they get is never read, but must be numbers
             extra = extra.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))
-        q, k, v = wide[0][:, :, start:end], wide[1][:, :, :seen], wide[2][:, :, :seen]
+        q, k, v = q_slices[:, :, start:end], k_slices[:, :, :seen], v_slices[:, :, :seen]
         if zero_key:
             k, v, _ = with_zero_key(k, v, None)
             extra = F.pad(extra, (0, 1))
@@ -203,9 +207,9 @@ def relative_bias(place: Place, queries: Tensor, keys: Tensor) -> Tensor:
     """(B or 1, H, Tq, Tk) from a scheme that knows distances; queries (B or 1, Tq), keys (B or 1, Tk) positions. Where both
     run without a gap, as they mostly do, each distance is asked for once and the rows are views of one another."""
     if consecutive(queries) and consecutive(keys):
-        first = int(queries[0, 0] - keys[0, -1])
-        line = torch.arange(first, first + queries.shape[1] + keys.shape[1] - 1, device=keys.device)
-        return place.bias(line).unfold(-1, keys.shape[1], 1).flip(-1)[None]
+        first, last = int(queries[0, 0]), int(keys[0, -1])
+        asked = range(first, first + queries.shape[1])
+        return bias_rows(place.bias, asked, range(last + 1 - keys.shape[1], last + 1), keys.device)[None]
     return place.bias(distances(queries, keys)).transpose(0, 1)
 
 
@@ -218,10 +222,10 @@ def query_scores(place: Place, query: Tensor, queries: Tensor, layer: int) -> As
     `query_scale`; None where it says nothing."""
     if not place.has("query_scores"):
         return None
-    scale = place.query_scale(queries)
+    scale, some = place.query_scale(queries), Slices(query)
 
     def ask(rows: slice, far: Tensor) -> Tensor:
-        scores = place.query_scores(query[:, :, rows], far, layer)
+        scores = place.query_scores(some[:, :, rows], far, layer)
         return scores if scale is None else scores * scale[:, None, rows, None]
 
     return ask

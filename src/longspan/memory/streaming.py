@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,7 @@ class SinkKeys:
         ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """They hold parts of the model, and are made again where a copy of the cache goes on."""
+        """They are made again for a copy of the model."""
 
     def belong_to(self, layers: list[StreamingLayer]) -> bool:
         """Whether these are still the layers' keys: reordered beams have others."""
@@ -158,6 +159,8 @@ class Streaming:
 
     def __init__(self, method: StreamingLLM, site: Site):
         self.method, self.site = method, site
+        self._sinks: WeakKeyDictionary[StreamingLayer, SinkKeys | None] = WeakKeyDictionary()
+        """Of each cache, by its first layer, while it lives."""
 
     def attach(self) -> None:
         self.site.attention(self.attend, own_mask=True)
@@ -201,9 +204,9 @@ class Streaming:
             )
 
     def _turned(self, now: Pass, layers: list[StreamingLayer], device: torch.device) -> dict[int, Tensor]:
-        held: SinkKeys | None = layers[0].turning
+        held = self._sinks.get(layers[0])
         if held is None or not held.belong_to(layers):
-            held = layers[0].turning = SinkKeys(self.site, layers)
+            held = self._sinks[layers[0]] = SinkKeys(self.site, layers)
         evicted = self._evicted(now, torch.tensor([now.start], device=device))
         return {
             number: keys

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.engine.bias import Bias
@@ -48,7 +49,9 @@ class T5Place(Place):
 
     def bias(self, distance: Tensor) -> Tensor:
         found = buckets(distance, self.count, self.far, causal=self.causal)
-        return self.table.float().T[:, found]
+        return F.embedding(found, self.table.float()).movedim(
+            -1, 0
+        )  # the gradient of an index adds one by one on a GPU
 
 
 @dataclass(frozen=True)
