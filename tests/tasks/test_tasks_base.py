@@ -11,6 +11,7 @@ from tasks_tiny import FakeMeter, byte_tokenizer, llama
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from longspan.errors import LongspanError, SpecError
+from longspan.hf.compat import cache_argument
 from longspan.tasks import base
 from longspan.tasks.base import (
     Outcome,
@@ -208,12 +209,12 @@ def test_the_vocabulary_is_never_held_for_the_whole_length(model: Any, meter: Fa
 
 
 def test_a_method_may_bring_its_own_cache(model: Any, meter: FakeMeter) -> None:
-    own = DynamicCache(config=model.config)
+    own, name = DynamicCache(config=model.config), cache_argument(model.base_model)
 
     def swap(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        past = kwargs.get("past_key_values")
+        past = kwargs.get(name)
         if past is not None and past.get_seq_length() == 0:
-            kwargs = {**kwargs, "past_key_values": own}
+            kwargs = {**kwargs, name: own}
         return args, kwargs
 
     handle = model.base_model.register_forward_pre_hook(swap, with_kwargs=True)
