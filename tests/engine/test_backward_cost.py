@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import longspan as ls
+import tiny
 from growth import Written, backward_growth
+from longspan.attention import trained
 from longspan.attention.base import Grid, Pattern
 from longspan.attention.bigbird import BigBird
 from longspan.attention.local import Local, Overlap
@@ -24,6 +27,8 @@ from longspan.engine.grouped import grouped_attention, grouped_weights
 from longspan.engine.joint import by_row
 from longspan.engine.masks import masked_attention
 from longspan.engine.patterns import Call, attend
+from longspan.memory import streaming
+from longspan.positions import near_far, spans
 from longspan.positions.kerple import Kerple
 from longspan.positions.scheme import Place, Shape
 from longspan.positions.t5_bias import T5Bias
@@ -112,6 +117,35 @@ def test_landmarks_write_what_blocks_see(monkeypatch: pytest.MonkeyPatch) -> Non
     ours = written()
     monkeypatch.setattr(grouped, "Slices", lambda x: x)
     assert ours < 0.5 * written()
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"),
+    [
+        ("window:size=32", 2.2),
+        ("bca:size=32", 2.2),
+        ("streaming:sinks=2,window=30", 2.2),
+        ("local:block=32,globals=0", 2.2),
+        ("longnet:segments=32/64,dilations=1/2", 2.2),
+        (
+            "self-extend:group=4,window=16",
+            3.0,
+        ),  # quadratic by itself; 3.3 where blocks have gradients of the whole length
+    ],
+)
+def test_methods_on_trained_models(spec: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (spans, trained, near_far, streaming):
+        monkeypatch.setattr(module, "QUERIES_AT_ONCE", 32)
+    network = tiny.model(64).train()
+
+    def run(length: int) -> Tensor:
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[0, :7] = 0
+        ids = torch.randint(2, 264, (2, length))
+        return network.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    with ls.applied(network, spec):
+        assert backward_growth(run, 512) < most
 
 
 @pytest.mark.parametrize("scheme", [Kerple(), T5Bias()], ids=str)

@@ -109,7 +109,7 @@ class QuadraticUnit(GatedUnit):
         gaps = False
         if padding is not None:
             numbers = padding.long().cumsum(1) - 1
-            gaps = bool((~padding).any()) and not torch.equal(cast(Tensor, text_lengths(padding)), numbers[:, -1] + 1)
+            gaps = not torch.equal(cast(Tensor, text_lengths(padding)), numbers[:, -1] + 1)
         inner, outer = self._scales(numbers, query.shape[1])
         return quadratic(query, key, value, numbers if gaps else None, self.bias, inner, outer, causal=self.causal)
 

@@ -6,7 +6,7 @@ softcaps) runs the model's own attention under the pattern's mask, a block of qu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from longspan.apply import Attend, Site, layer_number
 from longspan.attention.base import Grid, Pattern
 from longspan.engine.patterns import Call
+from longspan.engine.slices import Slices
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
 
@@ -49,10 +50,12 @@ class OnTrained(Pattern):
         if self._is_whole(site, call):
             return self.run(Call(call.query, call.key, call.value, call.scale), grid)
         columns = call.forward.once(f"columns:{held}", lambda: self._columns(call, grid))
+        query, key, value = map(Slices, (call.query, call.key, call.value))
         parts = []
         for start, wanted in zip(range(0, new, QUERIES_AT_ONCE), columns, strict=True):
             rows = slice(start, min(start + QUERIES_AT_ONCE, new))
             part = call.part(rows, wanted)
+            part = replace(part, query=query[:, :, rows], key=key[:, :, wanted], value=value[:, :, wanted])
             asked, keys = part.position_ids, part.key_positions
             mask = self.visible(asked, keys, grid)
             if part.mask is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.errors import SpecError
@@ -54,7 +55,9 @@ class Bias:
             return torch.zeros((), dtype=dtype, device=distance.device)
         if self.kind == "table":
             table = self.clipped()
-            return table.a.to(dtype)[:, (distance + table.offset).clamp(0, table.a.shape[1] - 1)]  # type: ignore[union-attr]
+            a = table.a.to(dtype)  # type: ignore[union-attr]
+            found = (distance + table.offset).clamp(0, a.shape[1] - 1)
+            return F.embedding(found, a.T).movedim(-1, 0)  # the gradient of an index adds one by one on a GPU
         far = distance.abs().to(dtype)
         a = self.a.to(dtype).view(-1, *(1 for _ in distance.shape))
         if self.b is None:

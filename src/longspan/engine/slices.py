@@ -90,6 +90,7 @@ class _Slice(torch.autograd.Function):
         if not any(isinstance(i, Tensor) for i in ctx.index):
             total[ctx.index].add_(grad)
         else:
+            assert all(isinstance(i, Tensor) or i == slice(None) for i in ctx.index), "beside tensors slices are whole"
             places = [i if isinstance(i, Tensor) else None for i in ctx.index]
             torch.ops.aten.index_put_(total, places, grad.to(total.dtype), True)
         return total, None, None

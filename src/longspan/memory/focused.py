@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, TrainerCallback
 
@@ -39,6 +40,7 @@ from longspan.engine import crossbatch, memories
 from longspan.engine.core import attention
 from longspan.engine.patterns import roll
 from longspan.engine.retrieval import need_faiss
+from longspan.engine.slices import Slices
 from longspan.errors import NotSupported, SpecError
 from longspan.facts import ModelFacts, text_config
 from longspan.hf.compat import CACHE
@@ -317,11 +319,10 @@ class Reader:
             return self._trained(call, now, number in self.memory_layers)
         if now.pads is None:
             return self._rows(call, slice(0, len(call.query)), 0, layer)
-        out = torch.zeros_like(call.query)
-        for row, pad in enumerate(now.pads):  # each row has contexts of its own
-            made = self._rows(call, slice(row, row + 1), pad, layer)
-            out[row : row + 1, :, call.query.shape[2] - made.shape[2] :] = made
-        return out
+        outs = [
+            self._rows(call, slice(row, row + 1), pad, layer) for row, pad in enumerate(now.pads)
+        ]  # contexts of its own
+        return torch.cat([F.pad(out, (0, 0, call.query.shape[2] - out.shape[2], 0)) for out in outs])
 
     def _rows(self, call: Attend, rows: slice, pad: int, layer: FocusedLayer | None) -> Tensor:
         """Attention of rows whose text begins at column `pad`: (rows, H, T, D), T the tokens behind it."""
@@ -337,13 +338,14 @@ class Reader:
             return self._many(call, query, key[:, :, begin - held :], value[:, :, begin - held :])
         indexes: memories.Indexes = layer.indexes if layer else {}
         outs = []
+        queries, keys, values = Slices(query), Slices(key), Slices(value)
         for at, end in self._contexts(begin, begin + query.shape[2]):
             start = at // self.local * self.local
-            q = self._turn(call, query[:, :, at - begin : end - begin], at - start, memory)
-            k = self._turn(call, key[:, :, start - held : end - held], 0, memory)
-            v = value[:, :, start - held : end - held]
+            q = self._turn(call, queries[:, :, at - begin : end - begin], at - start, memory)
+            k = self._turn(call, keys[:, :, start - held : end - held], 0, memory)
+            v = values[:, :, start - held : end - held]
             if memory and start:
-                late = key[:, :, : start - held], value[:, :, : start - held]
+                late = keys[:, :, : start - held], values[:, :, : start - held]
                 earlier = memories.Earlier(layer.store if layer else None, rows, pad, late, start, indexes)
                 outs.append(self._remember(call, q, k, v, earlier))
             else:
@@ -425,20 +427,21 @@ class Reader:
         if not memory:
             return self._many(call, call.query, call.key, call.value)
         parts, count = [], call.query.shape[2]
+        queries, keys, values = Slices(call.query), Slices(call.key), Slices(call.value)
         for start, end in self._contexts(0, count):
             part = slice(start, end)
-            q, k = (self._turn(call, x[:, :, part], 0, True) for x in (call.query, call.key))
+            q, k = (self._turn(call, x[:, :, part], 0, True) for x in (queries, keys))
             earlier = slice(start - self.local, start) if start else slice(0, 0)
             real = now.real if now.shortest < start else None  # what fills a row up at its end, no query sees
             others = crossbatch.Others(
-                self._first(call, call.key[:, :, earlier]),
-                call.value[:, :, earlier],
+                self._first(call, keys[:, :, earlier]),
+                values[:, :, earlier],
                 self.method.contexts(self.step) if start else 1,
                 None if real is None else real[:, earlier],
             )
             here = None if real is None else real[:, part]
             how: dict[str, Any] = {"dropout": call.dropout, "softcap": call.softcap, "window": call.sliding_window}
-            parts.append(crossbatch.attend(q, k, call.value[:, :, part], others, here, call.scale, **how))
+            parts.append(crossbatch.attend(q, k, values[:, :, part], others, here, call.scale, **how))
         return torch.cat(parts, dim=2)
 
 

@@ -29,6 +29,7 @@ from longspan.apply import Attend, Site, layer_number
 from longspan.engine import one_query, windowed
 from longspan.engine.core import attention, expand_heads, with_zero_key
 from longspan.engine.rolling import StreamingLayer, streaming_cache
+from longspan.engine.slices import Slices
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts, text_config
 from longspan.hf.forward import forward_of
@@ -390,6 +391,7 @@ class Streaming:
         self, call: Attend, now: Pass, scores: Tensor, sink_values: Tensor, key: Tensor, value: Tensor, first: int
     ) -> Iterator[Tensor]:
         """Attention of QUERIES_AT_ONCE queries after one another over their part of the window and the sinks."""
+        queries, sinks, keys, values = map(Slices, (call.query, scores, key, value))
         for begin in range(0, now.new, QUERIES_AT_ONCE):
             end = min(begin + QUERIES_AT_ONCE, now.new)
             start = now.start + begin
@@ -400,11 +402,11 @@ class Streaming:
             band = self._band(now, rows, columns, call.sliding_window)
             yield self._joined(
                 call,
-                call.query[:, :, begin:end],
-                scores[:, :, begin:end],
+                queries[:, :, begin:end],
+                sinks[:, :, begin:end],
                 sink_values,
-                key[:, :, left:right],
-                value[:, :, left:right],
+                keys[:, :, left:right],
+                values[:, :, left:right],
                 band,
             )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longspan.apply import Attend, Site
 from longspan.engine.core import attention
+from longspan.engine.slices import Slices
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts, RopeFacts
 from longspan.method import Method
@@ -83,13 +84,14 @@ class DynamicNTK(Method):
         assert rope is not None
         parts = call.forward.once("parts", lambda: self._parts(call, rope.window))
         layer_type = site.layer_type(call.module)
-        out = torch.empty_like(call.query)
+        heads = Slices(call.query), Slices(call.key), Slices(call.value)
+        rows: dict[int | None, list[Tensor]] = {}
         for row, start, end, length in parts:
-            rows = slice(None) if row is None else slice(row, row + 1)
             if layer_type not in (None, "full_attention"):
                 length = rope.window  # a sliding layer never looks past its window
-            out[rows, :, start:end] = self._attend_part(site, call, rows, start, end, length, layer_type)
-        return out
+            out = self._attend_part(site, call, heads, row, start, end, length, layer_type)
+            rows.setdefault(row, []).append(out)
+        return torch.cat([torch.cat(outs, dim=2) for outs in rows.values()])
 
     def _parts(self, call: Attend, window: int) -> list[tuple[int | None, int, int, int]]:
         """(row or None for all, first query, end, length): runs of queries that share a base."""
@@ -105,12 +107,21 @@ class DynamicNTK(Method):
         return parts
 
     def _attend_part(
-        self, site: Site, call: Attend, rows: slice, start: int, end: int, length: int, layer_type: str | None
+        self,
+        site: Site,
+        call: Attend,
+        heads: tuple[Slices, Slices, Slices],
+        row: int | None,
+        start: int,
+        end: int,
+        length: int,
+        layer_type: str | None,
     ) -> Tensor:
-        """Attention of the queries start … end under the base of `length`."""
-        query, key, value = call.query[rows, :, start:end], call.key[rows], call.value[rows]
-        offset = key.shape[2] - call.query.shape[2]
+        """Attention of the queries start … end of a row, or of all rows, under the base of `length`."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        offset = call.key.shape[2] - call.query.shape[2]
         seen = offset + end  # causal: later keys are invisible to these queries
+        query, key, value = heads[0][rows, :, start:end], heads[1][rows, :, :seen], heads[2][rows, :, :seen]
         pick = (lambda p: p[rows]) if call.position_ids.shape[0] > 1 else (lambda p: p)
         query_positions, key_positions = pick(call.position_ids)[:, start:end], pick(call.key_positions)[:, :seen]
 
@@ -122,7 +133,7 @@ class DynamicNTK(Method):
 
         name = f"{layer_type}:{rows}:{start}:{seen}:"  # layers that cache a sliding window only have fewer keys
         query = rotate(call.module, query, *call.forward.once(name + "q", lambda: tables(query_positions, query)))
-        key = rotate(call.module, key[:, :, :seen], *call.forward.once(name + "k", lambda: tables(key_positions, key)))
+        key = rotate(call.module, key, *call.forward.once(name + "k", lambda: tables(key_positions, key)))
         whole = start == 0 and offset == 0
         if call.mask is not None:
             mask = call.mask[rows] if call.mask.shape[0] > 1 else call.mask
@@ -134,7 +145,7 @@ class DynamicNTK(Method):
         return attention(
             query,
             key,
-            value[:, :, :seen],
+            value,
             mask,
             call.scale,
             dropout=call.dropout,

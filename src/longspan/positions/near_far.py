@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longspan.apply import Attend, Site
 from longspan.engine.core import attention, expand_heads, reference_mix
+from longspan.engine.slices import Slices
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
 from longspan.method import Method
@@ -70,8 +71,10 @@ class NearFar(Method):
         near, far = (query[0], key[0]), (query[1], key[1])
         if call.query.shape[2] == 1 or call.softcap is not None:
             return self.merged(call, near, far)
+        near_slices, far_slices = ((Slices(q), Slices(k)) for q, k in (near, far))
+        values = Slices(call.value)
         blocks = range(0, call.query.shape[2], QUERIES_AT_ONCE)
-        return torch.cat([self._block(call, near, far, start) for start in blocks], dim=2)
+        return torch.cat([self._block(call, near_slices, far_slices, values, start) for start in blocks], dim=2)
 
     def _turned(self, site: Site, call: Attend, name: str, x: Tensor, positions: Tensor) -> Pair:
         """x rotated for near and for far distances. Both tables are of one call: rotary modules that choose their
@@ -100,7 +103,9 @@ class NearFar(Method):
         mask = self._visible(call, 0, call.query.shape[2])
         return reference_mix(merged, expand_heads(call.value, heads), mask, call.softcap)
 
-    def _block(self, call: Attend, near: Pair, far: Pair, start: int) -> Tensor:
+    def _block(
+        self, call: Attend, near: tuple[Slices, Slices], far: tuple[Slices, Slices], values: Slices, start: int
+    ) -> Tensor:
         """Attention of one block of queries over keys of double width."""
         end = min(start + QUERIES_AT_ONCE, call.query.shape[2])
         seen = call.key.shape[2] - call.query.shape[2] + end
@@ -112,7 +117,7 @@ class NearFar(Method):
         # Positions grow along a row, so far keys are a prefix and near keys a suffix, up to the columns that both share.
         first_near, end_far = self._split(queries, keys)
         query = torch.cat((near[0][:, :, start:end], far[0][:, :, start:end]), dim=-1)
-        zeros = torch.zeros_like(near[1][:, :, :seen])
+        zeros = torch.zeros_like(near[1].x[:, :, :seen])
         key = torch.cat(
             (
                 torch.cat((zeros[:, :, :end_far], far[1][:, :, :end_far]), dim=-1),
@@ -120,7 +125,7 @@ class NearFar(Method):
             ),
             dim=2,
         )
-        value = torch.cat((call.value[:, :, :end_far], call.value[:, :, first_near:seen]), dim=2)
+        value = torch.cat((values[:, :, :end_far], values[:, :, first_near:seen]), dim=2)
         mask = torch.cat((far_mask[..., :end_far], near_mask[..., first_near:]), dim=-1)
         return attention(query, key, _pad_width(value), mask, call.scale, dropout=call.dropout)[
             ..., : call.value.shape[-1]

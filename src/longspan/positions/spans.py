@@ -6,6 +6,7 @@ Places are positions, not columns: left-padded rows, chunks and single tokens se
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan.apply import Attend, Site
+from longspan.engine.slices import Slices
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts
 from longspan.method import Method
@@ -72,11 +74,14 @@ class Span(Method):
         columns = call.forward.once(f"columns:{held}", lambda: self._first_columns(call))
         if columns is None:
             return site.own_attention(call, call.mask)
+        query, key, value = map(Slices, (call.query, call.key, call.value))
         parts = []
         for start, left in zip(range(0, new, QUERIES_AT_ONCE), columns, strict=True):
             end = min(start + QUERIES_AT_ONCE, new)
             right = held - new + end  # causal: later keys are invisible to these queries
-            part = call.part(slice(start, end), slice(left, right))
+            rows, seen = slice(start, end), slice(left, right)
+            part = call.part(rows, seen)
+            part = replace(part, query=query[:, :, rows], key=key[:, :, seen], value=value[:, :, seen])
             parts.append(site.own_attention(part, self._mask(part)))
         return torch.cat(parts, dim=2)
 
