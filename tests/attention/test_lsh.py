@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -198,9 +199,9 @@ def in_pieces(built: LongspanForCausalLM, tokens: Tensor) -> Tensor:
 
 def test_decoding_is_exact_where_buckets_fit_a_chunk_and_near_it_elsewhere() -> None:
     with torch.no_grad():
-        fits = model("lsh:chunk=64,buckets=4")
+        fits = model("lsh:chunk=64,buckets=4,form=paper")
         torch.testing.assert_close(in_pieces(fits, ids()), fits(ids()).logits, rtol=1e-4, atol=1e-4)
-        small = model("lsh:chunk=8,buckets=4")
+        small = model("lsh:chunk=8,buckets=4,form=paper")
         whole, pieces = small(ids()).logits, in_pieces(small, ids())
         assert not torch.allclose(whole, pieces, atol=1e-3)
         agree = (whole[:, 30:].argmax(-1) == pieces[:, 30:].argmax(-1)).float().mean()
@@ -222,14 +223,16 @@ def test_of_later_tokens_only_the_choice_can_reach_earlier_ones() -> None:
         with torch.no_grad():
             moved[form] = not torch.equal(built(ids()).logits[:, :35], built(other).logits[:, :35])
     assert moved == {"paper": True, "trax": True, "aligned": False}
-    fits = model("lsh:chunk=64,buckets=4").double()  # sorting otherwise adds in another order, and nothing else
+    fits = model(
+        "lsh:chunk=64,buckets=4,form=paper"
+    ).double()  # sorting otherwise adds in another order, and nothing else
     with torch.no_grad():
         torch.testing.assert_close(fits(ids()).logits[:, :35], fits(other).logits[:, :35], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing_in_the_papers_form(side: str) -> None:
-    built, tokens = model("lsh:chunk=4,buckets=4"), ids(30)
+    built, tokens = model("lsh:chunk=4,buckets=4,form=paper"), ids(30)
     mask = torch.ones_like(tokens)
     inside = slice(7, None) if side == "left" else slice(None, 23)
     mask[0] = 0
@@ -265,12 +268,48 @@ def test_rope_turns_the_shared_vector_before_the_hash() -> None:
 
 def test_layout_of_the_paper_and_shared_values() -> None:
     """Local layers and one of hashes in four, as in the authors' enwik8 models; values shared by groups of heads."""
-    layout = ["window:size=8", "window:size=8", "lsh:chunk=8,form=aligned", "window:size=8"]
+    layout = ["window:size=8", "window:size=8", "lsh:chunk=8", "window:size=8"]
     built = model(layout, position="rope", num_hidden_layers=4, num_key_value_heads=2)
     kinds = [type(layer.self_attn).__name__ for layer in built.model.layers]
     assert kinds == ["LongspanAttention", "LongspanAttention", "LshAttention", "LongspanAttention"]
     with torch.no_grad():
         torch.testing.assert_close(in_pieces(built, ids()), built(ids()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_default_sees_what_came_before_alone() -> None:
+    """Though buckets outgrow chunks: no logit of a prefix depends on what follows it, and decoding equals one forward."""
+    built, other = model("lsh:chunk=4,buckets=4"), ids().clone()
+    other[:, 30:] = 7
+    with torch.no_grad():
+        whole = built(ids()).logits
+        assert torch.equal(built(other).logits[:, :30], whole[:, :30])
+    torch.testing.assert_close(in_pieces(built, ids()), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_model_is_read_in_the_form_that_it_was_trained_in(tmp_path: Path) -> None:
+    """What is saved names its form. A folder from the time when it did not, and `paper` was the default, is of that form."""
+    layout = ["lsh:chunk=4,buckets=4", "window:size=8"]
+    for form, saved in (("aligned", layout), ("paper", [f"{layout[0]},form=paper", layout[1]])):
+        folder, built = tmp_path / form, model(saved)
+        built.save_pretrained(folder)
+        stored = json.loads((folder / "config.json").read_text())["attention"]
+        assert stored == [f"{layout[0]},form={form}", layout[1]]
+        again = AutoModelForCausalLM.from_pretrained(folder)
+        assert [a.spec for a in again.config.attentions] == [a.spec for a in built.config.attentions]
+        with torch.no_grad():
+            torch.testing.assert_close(again(ids()).logits, built(ids()).logits, rtol=0, atol=0)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace(",form=paper", ""))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            AutoModelForCausalLM.from_pretrained(folder)(ids()).logits, built(ids()).logits, rtol=0, atol=0
+        )
+        now = AutoModelForCausalLM.from_pretrained(folder, attention=layout)  # who asks for the default gets today's
+        assert not torch.allclose(now(ids()).logits, built(ids()).logits, atol=1e-3)
+    now.save_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.attentions[0] == Lsh(chunk=4, buckets=4)
+    for spec, stored in (("lsh", "lsh:form=aligned"), ("window:size=8", "window:size=8")):
+        assert LongspanConfig(attention=spec).to_dict()["attention"] == stored
 
 
 def test_number_of_buckets() -> None:

@@ -57,9 +57,12 @@ LINES = (
     Line("overlap:block=6", position="xl", bidirectional=False),
     Line("longnet:segments=8/16/24,dilations=1/2/3", full="longnet:segments=64,dilations=1"),
     Line("longnet:segments=9/20,dilations=1/5", position="alibi", full="longnet:segments=64,dilations=1"),
-    Line("lsh:chunk=8,buckets=4", position="sinusoidal", exact=False, sealed=False, grows=True),
-    Line("lsh:chunk=64,buckets=4", position="sinusoidal", sealed=False, grows=True),  # no bucket outgrows its chunk
-    Line("lsh:chunk=4,buckets=4,form=aligned", grows=True),
+    Line("lsh:chunk=4,buckets=4", grows=True),
+    Line("lsh:chunk=8,buckets=4", position="sinusoidal", grows=True),
+    Line("lsh:chunk=8,buckets=4,form=paper", position="sinusoidal", exact=False, sealed=False, grows=True),
+    Line(
+        "lsh:chunk=64,buckets=4,form=paper", position="sinusoidal", sealed=False, grows=True
+    ),  # no bucket outgrows a chunk
     Line("transformer-xl:segment=7,length=9", "xl", "transformer-xl:segment=64", bidirectional=False, seam="memory"),
     Line("transformer-xl:segment=7,length=9,same_length=true", "rope", bidirectional=False, seam="memory"),
     Line("s4:states=16", "nope", leak=1e-5),

@@ -28,9 +28,9 @@ MODELS = [
     ("full", "kerple", "decoder"),
     ("full", "tupe", "decoder"),
     ("window:size=9", "t5", "decoder"),
-    ("lsh:chunk=8", "rope", "decoder"),
+    ("lsh:chunk=8,form=paper", "rope", "decoder"),
     ("lsh:chunk=8,form=trax", "sinusoidal", "decoder"),
-    ("lsh:chunk=8,form=aligned", "learned", "decoder"),
+    ("lsh:chunk=8", "learned", "decoder"),
     (["window:size=9", "full", "lsh:chunk=8"], "rope", "decoder"),
     ("lsh:chunk=8", "rope", "encoder"),
     ("full", "alibi", "encoder"),
@@ -225,7 +225,7 @@ def test_gradients_of_inputs_and_of_a_few_parameters(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(got, run(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["full", "window:size=9", "lsh:chunk=4,form=aligned"])
+@pytest.mark.parametrize("attention", ["full", "window:size=9", "lsh:chunk=4"])
 def test_cache_in_evaluation(attention: str) -> None:
     model, ids = build(attention).eval(), tokens(2, 40)
     cache, parts = DynamicCache(), []
@@ -253,7 +253,7 @@ def test_what_does_not_go_together_is_refused() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("attention", ["full", "window:size=9", "lsh:chunk=8", "lsh:chunk=8,form=aligned"])
+@pytest.mark.parametrize("attention", ["full", "window:size=9", "lsh:chunk=8,form=paper", "lsh:chunk=8"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_on_a_gpu_with_its_random_numbers(attention: str, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build(attention, **DROPOUT).cuda(), tokens(2, 64).cuda()

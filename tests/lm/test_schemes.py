@@ -17,6 +17,7 @@ from longspan.lm import LongspanForConditionalGeneration, LongspanForMaskedLM, L
 from longspan.lm import attention as lm_attention
 from longspan.method import NoMethod, catalogue
 from longspan.positions.scheme import Scheme
+from ties import UndefinedAtTies
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 every = pytest.mark.parametrize("line", LINES, ids=lambda line: line.spec)
@@ -241,3 +242,17 @@ def test_methods_that_hide_keys_refuse_places() -> None:
     for spec in ("sinusoidal", "learned", "tupe"):
         with pytest.raises(NotSupported):
             apply(build(spec), "window:size=9")
+
+
+@every
+def test_gradients_rest_on_no_subgradient_at_a_tie(line: Line) -> None:
+    """Bounds of parameters, distances and positions: none may take a gradient that a version of torch chooses."""
+    model, ids = build(line.spec).train(), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    for name, parameter in model.named_parameters():
+        if name.endswith("place.r2") or name.endswith("inner.r2"):  # of KERPLE, 0.01 being the least that there is
+            torch.nn.init.constant_(parameter, 0.01)
+    with UndefinedAtTies():
+        model(ids, attention_mask=mask, use_cache=False).logits.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -7,6 +7,7 @@ Both are methods with settings. `docs/adding-a-method.md` shows a pattern.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -55,6 +56,8 @@ class Attention(Method):
     takes_globals: ClassVar[bool] = False
     """Whether a call may name global tokens with `global_attention_mask`."""
     directions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
+    former_defaults: ClassVar[Mapping[str, str]] = {}
+    """Settings whose default is another by now, with what it was: a saved configuration that does not name them means that."""
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
         """The module of layer number `layer`. Where a part of it has a `draw_weights()`, that is called in place of the usual

@@ -7,13 +7,16 @@ rotations make up for neighbours that fell apart, and their results are joined a
 13-16): a pair found in N rounds counts 1/N in each. A token sees itself only where it sees nothing else.
 
 Three forms:
+    aligned  ours, the default: every bucket begins with a chunk of its own. What a token sees depends on the tokens before it
+             alone, decoding computes the same as training, and padding and chunks change nothing. It costs empty slots, less
+             than a chunk for each bucket in use.
     paper    as above. Where the chunks begin in the sorted text depends on all tokens, later ones too. No value of a later
              token is ever mixed in, but when a bucket is longer than a chunk, later tokens have a part in which of the
-             earlier ones are seen.
+             earlier ones are seen. In a random model (two layers, chunk 4, 4 buckets, 40 tokens) what follows changes logits
+             of a prefix by up to 2.4, decoding is off by up to 3.0, and their standard deviation is 1.6.
     trax     the authors' code, and transformers': a token sees all of its chunk and the one before, of whatever bucket,
-             the first chunk of a round the last one of the round before; a pair counts as often as it is found.
-    aligned  ours: every bucket begins with a chunk of its own. What a token sees depends on the tokens before it alone,
-             decoding computes the same as training, and padding and chunks change nothing.
+             the first chunk of a round the last one of the round before; a pair counts as often as it is found. Later tokens
+             have a part in what is seen as in `paper`.
 
 Decoding takes a token's candidates from the cache: those of its buckets, newest first, up to 2·chunk·hashes of them (in
 `trax` filled up with the newest of all). In the forms `paper` and `trax` that is an approximation of what training
@@ -23,6 +26,7 @@ computes, equal where no bucket is longer than a chunk (`paper`). A piece of sev
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -51,12 +55,15 @@ ONE_FACTOR = 128
 class Lsh(Mixer):
     """`chunk` in tokens (section 5 names 128 as typical); `hashes` rounds (2 in the authors' enwik8 settings; a model may be
     run with more than it was trained with); `buckets` even, or 1 for no hashing; left out, they are 2·L/chunk for the
-    training length L. `scaled` divides scores by sqrt(d) on top of the key's length 1. `seed` draws the rotations."""
+    training length L. `form=aligned` sees what came before alone, and decodes as it was trained; `paper` and `trax` are the
+    publication's and its code's, in which later tokens have a part in what earlier ones see once a bucket outgrows a chunk,
+    and decoding is an approximation. `scaled` divides scores by sqrt(d) on top of the key's length 1. `seed` draws the
+    rotations."""
 
     chunk: int = 128
     hashes: int = 2
     buckets: int | None = None
-    form: Literal["paper", "trax", "aligned"] = "paper"
+    form: Literal["aligned", "paper", "trax"] = "aligned"
     scaled: bool = False
     seed: int = 0
 
@@ -65,6 +72,7 @@ class Lsh(Mixer):
     paper: ClassVar[str] = "Kitaev 2020, arXiv 2001.04451"
     cost: ClassVar[str] = "time n log n, cache n"
     positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})
+    former_defaults: ClassVar[Mapping[str, str]] = {"form": "paper"}
 
     def __post_init__(self) -> None:
         self.require(self.chunk >= 1, f"chunk must be at least 1 token, not {self.chunk}")

@@ -94,6 +94,16 @@ class LongspanConfig(PreTrainedConfig):
         if rotation is None:  # transformers has filled it in by now
             self.rope_parameters = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration that was saved, of a time when some settings that it leaves out had another default."""
+        return super().from_dict({**config_dict, **_named(config_dict, former=True)}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', with every setting named whose default was once another: `from_dict` would take it for that."""
+        saved = super().to_dict()
+        return {**saved, **_named(saved, former=False)}
+
     @property
     def scheme(self) -> Scheme:
         """The position scheme that `position` names. Raises `SpecError` for what is none."""
@@ -167,6 +177,26 @@ class LongspanConfig(PreTrainedConfig):
             raise SpecError(f"mlp_chunk={self.mlp_chunk}: {why}; leave it out")
         if self.decoder_attention and self.kind != "encoder-decoder":
             raise SpecError(f"decoder_attention belongs to kind=encoder-decoder; with kind={self.kind} say attention=")
+
+
+def _named(config: dict[str, Any], *, former: bool) -> dict[str, Any]:
+    """The attentions of a configuration, with the settings of `former_defaults` that they leave out: as they were, or are."""
+    named: dict[str, Any] = {}
+    for key in ("attention", "decoder_attention"):
+        if specs := config.get(key):
+            named[key] = _name(specs, former) if isinstance(specs, str) else [_name(spec, former) for spec in specs]
+    return named
+
+
+def _name(spec: str, former: bool) -> str:
+    attention, _, settings = spec.partition(":")
+    given = {setting.partition("=")[0].strip() for setting in settings.split(",")}
+    method = _read_attention(spec)
+    left_out = {name: before for name, before in method.former_defaults.items() if name not in given}
+    if not left_out:
+        return spec
+    added = [f"{name}={before if former else getattr(method, name)}" for name, before in left_out.items()]
+    return f"{attention}:{','.join([settings, *added] if settings else added)}"
 
 
 def _read_attentions(specs: str | list[str]) -> tuple[Attention, ...]:
