@@ -195,6 +195,42 @@ class TestPublicNames:
         assert done.stdout.strip() == "set()"
 
 
+class TestEncodings:
+    @pytest.fixture
+    def printed(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+        """What a command prints where standard output has another encoding."""
+
+        def call(encoding: str, *arguments: object) -> str:
+            raw = io.BytesIO()
+            monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
+            assert run([str(a) for a in arguments]) == 0
+            return raw.getvalue().decode(
+                "utf-8" if encoding == "ascii" else encoding
+            )  # click takes ASCII for a mistake
+
+        return call
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+    def test_what_it_has_no_sign_for_is_a_question_mark(self, printed: Callable, encoding: str) -> None:
+        assert "time n²" in printed(encoding, "methods", "yarn")
+        table = printed(encoding, "methods")
+        assert ("time n²" if encoding == "latin-1" else "time n?") in table
+        assert "alibi" in table and "|" in table  # a table without its usual lines
+
+    def test_json_loses_nothing(self, printed: Callable) -> None:
+        made = [json.loads(printed(encoding, "methods", "yarn", "--json")) for encoding in ("ascii", "utf-8")]
+        assert made[0] == made[1] and made[0]["cost"] == "time n², cache n"
+
+    def test_what_is_written_to_it_is_read_as_utf8(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        heard: list[str] = []
+        monkeypatch.setattr("longspan.generation.Chat.say", lambda self, text, on_text: heard.append(text))
+        for encoding in ("ascii", "utf-8"):
+            lines = io.BytesIO("\ufeffGrüße\nnoch\n".encode())
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, encoding=encoding))
+            assert run(["chat", str(model)]) == 0
+        assert heard == ["Grüße", "noch"] * 2
+
+
 class TestCatalogues:
     @pytest.mark.parametrize(("kind", "name"), [("methods", "yarn"), ("tasks", "ppl")])
     def test_list_and_entry(self, command: Command, kind: str, name: str) -> None:

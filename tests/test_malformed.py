@@ -283,6 +283,8 @@ OPTIONS: list[list[str]] = [
     ["generate", "{model}", "--file", "/proc/self/mem"],
     ["generate", "{model}", "--file", "x" * 5000],
     ["generate", "{model}", "--file", "-"],
+    ["generate", "{model}", "--prompt", "\udcff"],
+    ["chat", "{model}", "--system", "\udcff"],
     [*GENERATE, "--max-new-tokens", "0"],
     [*GENERATE, "--max-new-tokens", "-5"],
     [*GENERATE, "--max-new-tokens", "ten"],
