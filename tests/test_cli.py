@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -303,6 +304,24 @@ class TestChat:
         assert "13 tokens seen in 1 turns" in done.err
         assert "0 tokens seen in 0 turns" in done.err
         assert "no command /what" in done.err
+
+    def test_without_a_template_it_goes_on_with_the_text_and_says_so(
+        self, command: Command, model: Path, tmp_path: Path
+    ) -> None:
+        folder = shutil.copytree(model, tmp_path / "plain")
+        (folder / "chat_template.jinja").unlink()
+        done = command("chat", folder, "--max-new-tokens", 4, stdin="hello")
+        assert done.code == 0 and "no chat template: it goes on with the text that you write" in done.err
+        made = generate_text(tiny.model(), tiny.tokenizer(), "hello", max_new_tokens=4, chat=False)
+        assert done.out == made.text + "\n"
+        assert "no chat template" not in command("chat", model, "--max-new-tokens", 4, stdin="hello").err
+
+    def test_the_models_that_come_along_chat(self, command: Command) -> None:
+        done = command(
+            "chat", "longspan-7m", "--max-new-tokens", 8, "--device", "cpu", stdin="It was night.\nAnd then\n/stats"
+        )
+        assert done.code == 0 and len(done.out) > 20
+        assert "streaming:sinks=4,window=508" in done.err and "in 2 turns" in done.err
 
     def test_ends_with_its_input(self, command: Command, model: Path) -> None:
         assert command("chat", model, "--max-new-tokens", 4, stdin="hello").code == 0

@@ -317,7 +317,7 @@ OPTIONS: list[list[str]] = [
     ["chat", "{model}", "--max-new-tokens", "0"],
     ["chat", "{bad}/weights-not-numbers"],
     ["generate", "{bad}/weights-not-numbers", "--prompt", "hello", "--temperature", "1"],
-    ["chat", "{bad}/template-missing"],
+    ["chat", "{bad}/template-missing", "--system", "be brief"],
     ["chat", "{bad}/template-garbage"],
     ["compare"],
     [*COMPARE, "--samples", "0"],

@@ -344,7 +344,8 @@ def chat(
     device: Device = None,
     include: Include = None,
 ) -> None:
-    """A conversation without end under constant memory. /stats, /reset and /exit are commands in it."""
+    """A conversation without end under constant memory. /stats, /reset and /exit are commands in it. A model without a chat
+    template goes on with what you write."""
     from longspan import generation
     from longspan.models import inspect_model
 
@@ -352,11 +353,17 @@ def chat(
     system = system and _utf8(system, "--system")
     method = method or generation.default_chat_method(inspect_model(model))
     network, tokenizer, ready = _load(model, method, dtype, device)
+    plain = tokenizer.chat_template is None
+    if plain and system:
+        raise SpecError(
+            "--system: this model has no chat template, so nothing would tell instructions from text; leave it out"
+        )
     ready(None)
     talk = generation.Chat(
         network,
         tokenizer,
         system=system,
+        plain=plain,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -365,6 +372,10 @@ def chat(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its arrow keys
     typer.echo(f"{model} with {method}. /stats, /reset, /exit", err=True)
+    if plain:
+        typer.echo(
+            "this model has no chat template: it goes on with the text that you write, and answers no one", err=True
+        )
     while (line := _ask()) is not None:
         _turn(talk, line.strip())
 
