@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -195,6 +196,42 @@ class TestPublicNames:
         assert done.stdout.strip() == "set()"
 
 
+class TestEncodings:
+    @pytest.fixture
+    def printed(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+        """What a command prints where standard output has another encoding."""
+
+        def call(encoding: str, *arguments: object) -> str:
+            raw = io.BytesIO()
+            monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
+            assert run([str(a) for a in arguments]) == 0
+            return raw.getvalue().decode(
+                "utf-8" if encoding == "ascii" else encoding
+            )  # click takes ASCII for a mistake
+
+        return call
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+    def test_what_it_has_no_sign_for_is_a_question_mark(self, printed: Callable, encoding: str) -> None:
+        assert "time n²" in printed(encoding, "methods", "yarn")
+        table = printed(encoding, "methods")
+        assert ("time n²" if encoding == "latin-1" else "time n?") in table
+        assert "alibi" in table and "|" in table  # a table without its usual lines
+
+    def test_json_loses_nothing(self, printed: Callable) -> None:
+        made = [json.loads(printed(encoding, "methods", "yarn", "--json")) for encoding in ("ascii", "utf-8")]
+        assert made[0] == made[1] and made[0]["cost"] == "time n², cache n"
+
+    def test_what_is_written_to_it_is_read_as_utf8(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        heard: list[str] = []
+        monkeypatch.setattr("longspan.generation.Chat.say", lambda self, text, on_text: heard.append(text))
+        for encoding in ("ascii", "utf-8"):
+            lines = io.BytesIO("\ufeffGrüße\nnoch\n".encode())
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, encoding=encoding))
+            assert run(["chat", str(model)]) == 0
+        assert heard == ["Grüße", "noch"] * 2
+
+
 class TestCatalogues:
     @pytest.mark.parametrize(("kind", "name"), [("methods", "yarn"), ("tasks", "ppl")])
     def test_list_and_entry(self, command: Command, kind: str, name: str) -> None:
@@ -267,6 +304,24 @@ class TestChat:
         assert "13 tokens seen in 1 turns" in done.err
         assert "0 tokens seen in 0 turns" in done.err
         assert "no command /what" in done.err
+
+    def test_without_a_template_it_goes_on_with_the_text_and_says_so(
+        self, command: Command, model: Path, tmp_path: Path
+    ) -> None:
+        folder = shutil.copytree(model, tmp_path / "plain")
+        (folder / "chat_template.jinja").unlink()
+        done = command("chat", folder, "--max-new-tokens", 4, stdin="hello")
+        assert done.code == 0 and "no chat template: it goes on with the text that you write" in done.err
+        made = generate_text(tiny.model(), tiny.tokenizer(), "hello", max_new_tokens=4, chat=False)
+        assert done.out == made.text + "\n"
+        assert "no chat template" not in command("chat", model, "--max-new-tokens", 4, stdin="hello").err
+
+    def test_the_models_that_come_along_chat(self, command: Command) -> None:
+        done = command(
+            "chat", "longspan-7m", "--max-new-tokens", 8, "--device", "cpu", stdin="It was night.\nAnd then\n/stats"
+        )
+        assert done.code == 0 and len(done.out) > 20
+        assert "streaming:sinks=4,window=508" in done.err and "in 2 turns" in done.err
 
     def test_ends_with_its_input(self, command: Command, model: Path) -> None:
         assert command("chat", model, "--max-new-tokens", 4, stdin="hello").code == 0

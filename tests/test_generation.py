@@ -325,6 +325,24 @@ class TestChat:
         assert talk(1) == talk(1)
         assert talk(1) != talk(2)
 
+    def test_without_a_template_it_is_one_text(
+        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        bare, fed = tiny.tokenizer(), fed_tokens(model)
+        bare.chat_template = None
+        chat = Chat(model, bare, max_new_tokens=3, plain=True)
+        chat._pick = lambda logits: encode(bare, "k")[0]  # type: ignore[assignment]
+        said = [chat.say("one"), chat.say("<s>two")]
+        ids = [0, *encode(bare, f"one{said[0]}\n<s>two{said[1]}")]
+        assert said == ["kkk", "kkk"] and fed == ids[:-1]
+        chat._forget()  # as after an answer that was broken off
+        del fed[:]
+        chat.say("three")
+        assert chat.stats.refed == 1
+        assert fed[: len(ids) + 6] == [*ids, *encode(bare, "\nthree")]
+        with pytest.raises(NotSupported, match="no system message"):
+            Chat(model, bare, plain=True, system="be brief")
+
     def test_needs_a_template_and_a_message(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         bare = tiny.tokenizer()
         bare.chat_template = None

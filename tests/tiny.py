@@ -14,11 +14,12 @@ TEMPLATE = (
 )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, `<s>` and `</s>`; plain text starts with `<s>`."""
+def tokenizer(gap: int = 1) -> PreTrainedTokenizerFast:
+    """One token for each byte, `<s>` and `</s>`; plain text starts with `<s>`. The ids of bytes are `gap` apart."""
     special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(special + letters)}, merges=[]))
+    ids = {t: i for i, t in enumerate(special)} | {t: len(special) + gap * i for i, t in enumerate(letters)}
+    raw = Tokenizer(models.BPE(vocab=ids, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import io
 import json
 import os
 import re
@@ -249,15 +250,16 @@ def _report(made: Run, page: Path | None, as_json: bool) -> Path | None:
     from longspan.compare import report
 
     manifest, cells = made.manifest, made.cells()
+    if not as_json:
+        page = page or made.folder / "report.html"
+    if page is not None:  # before anything is printed, which may fail
+        report.html(manifest, cells, page)
     if as_json:
         print_json(report.table_json(manifest, cells))
     else:
-        page = page or made.folder / "report.html"
         report.terminal(manifest, cells, console())
-    if page is None:
-        return None
-    report.html(manifest, cells, page)
-    typer.echo(f"page: {page}", err=as_json)
+    if page is not None:
+        typer.echo(f"page: {page}", err=as_json)
     return page
 
 
@@ -342,18 +344,26 @@ def chat(
     device: Device = None,
     include: Include = None,
 ) -> None:
-    """A conversation without end under constant memory. /stats, /reset and /exit are commands in it."""
+    """A conversation without end under constant memory. /stats, /reset and /exit are commands in it. A model without a chat
+    template goes on with what you write."""
     from longspan import generation
     from longspan.models import inspect_model
 
     generation.check_settings(max_new_tokens, temperature, top_p, seed)
+    system = system and _utf8(system, "--system")
     method = method or generation.default_chat_method(inspect_model(model))
     network, tokenizer, ready = _load(model, method, dtype, device)
+    plain = tokenizer.chat_template is None
+    if plain and system:
+        raise SpecError(
+            "--system: this model has no chat template, so nothing would tell instructions from text; leave it out"
+        )
     ready(None)
     talk = generation.Chat(
         network,
         tokenizer,
         system=system,
+        plain=plain,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -362,6 +372,10 @@ def chat(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its arrow keys
     typer.echo(f"{model} with {method}. /stats, /reset, /exit", err=True)
+    if plain:
+        typer.echo(
+            "this model has no chat template: it goes on with the text that you write, and answers no one", err=True
+        )
     while (line := _ask()) is not None:
         _turn(talk, line.strip())
 
@@ -369,7 +383,7 @@ def chat(
 def _ask() -> str | None:
     """The user's next line; None at its end, or after /exit."""
     try:
-        line = input("> " if sys.stdin.isatty() else "")
+        line = _utf8(input("> " if sys.stdin.isatty() else ""), "a line of standard input").removeprefix("\ufeff")
     except EOFError:
         return None
     return None if line.strip() == "/exit" else line
@@ -403,7 +417,16 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is None and file is None:
         raise SpecError("no prompt: give --prompt TEXT, --file PATH, or --file - to read standard input")
     parts = [] if file is None else [_read_text(file)]
-    return "\n\n".join([*parts, *([prompt] if prompt is not None else [])])
+    return "\n\n".join([*parts, *([_utf8(prompt, "--prompt")] if prompt is not None else [])])
+
+
+def _utf8(text: str, what: str) -> str:
+    """Text from an argument or a terminal, in which bytes that are none stand as surrogates: read as UTF-8, whatever the
+    system's own encoding is."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise LongspanError(f"{what} is not text in UTF-8") from error
 
 
 def _read_text(file: Path) -> str:
@@ -594,8 +617,17 @@ def _say_row(row: Row) -> None:
     typer.echo(f"{row.name}: {row.note or f'{row.seconds:.4g} s'}", err=True)
 
 
+def _settle_streams() -> None:
+    """Where standard output is not Unicode (LC_ALL=C, latin-1), what it has no sign for is a question mark, and no error; what
+    standard input cannot read as its encoding is kept to be looked at."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stdin, "surrogateescape")):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors=errors)
+
+
 def run(arguments: list[str] | None = None) -> int:
     """The command line as a function: prints, and returns the exit code."""
+    _settle_streams()
     try:
         app(arguments, prog_name="longspan")
     except SystemExit as end:

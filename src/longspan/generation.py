@@ -3,7 +3,7 @@
 The chat keeps one cache for the whole conversation and feeds only what is new in each turn. With a method that bounds
 the cache (`streaming`) memory stays constant however long it goes on. What a turn adds is read off the tokenizer's own
 chat template, rendered with and without the turn; where the template rewrites what was said before, everything is fed
-again.
+again. A model without a template goes on with the text as it stands, when that is asked for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from longspan.apply import _SITE, current
 from longspan.chat_template import Messages, encode_rendered, render
 from longspan.compare.cost import cache_bytes
 from longspan.engine.decode import StreamDecoder, steps_are_faster, stream_generate
-from longspan.errors import LongspanError, SpecError
+from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import ModelFacts, facts_of, text_config
 from longspan.hf.compat import cache_of, with_cache
 from longspan.method import combination
@@ -221,7 +221,9 @@ class Chat:
         chat = Chat(model, tokenizer)
         chat.say("Hello", on_text=print)
 
-    Raises `NotSupported` for a tokenizer without a chat template.
+    plain: without a chat template, each message a new line of one text that the model continues.
+    Raises `NotSupported` for a tokenizer without a chat template, unless plain, and for a system message in a plain text,
+    which would be no instruction.
     """
 
     def __init__(
@@ -230,11 +232,14 @@ class Chat:
         tokenizer: PreTrainedTokenizerBase,
         *,
         system: str | None = None,
+        plain: bool = False,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
     ):
+        if plain and system:
+            raise NotSupported("a plain text has no system message; leave it out, and write what the text begins with")
         self.sampling = check_settings(max_new_tokens, temperature, top_p, seed)
         self.model = model
         self.tokenizer = tokenizer
@@ -242,8 +247,10 @@ class Chat:
         self._system: Messages = [{"role": "system", "content": system}] if system else []
         self._ends = frozenset(end_tokens(model, tokenizer))
         self._pick = _Picker(self.sampling, model.device)
+        self._plain = plain
         self.reset()
-        render(tokenizer, [*self._system, {"role": "user", "content": "Hello"}])  # refuses before the first turn
+        if not plain:
+            render(tokenizer, [*self._system, {"role": "user", "content": "Hello"}])  # refuses before the first turn
 
     def reset(self) -> None:
         """Forgets the conversation."""
@@ -282,6 +289,8 @@ class Chat:
 
     def _new_tokens(self, user: dict[str, str]) -> list[int]:
         """What the model has not read yet: the last token of the last answer and what the template puts after it."""
+        if self._plain:
+            return self._continued(user)
         rendered = render(self.tokenizer, [*self._shape, user])
         added = rendered[len(self._rendered) :]
         before, _, tail = added.partition(_ANSWER)
@@ -293,6 +302,16 @@ class Chat:
             tail, unread = (tail.lstrip()[len(end) :], unread) if tail.lstrip().startswith(end) else (tail, [])
         self._next_shape(user, rendered)
         return unread + encode_rendered(self.tokenizer, tail)
+
+    def _continued(self, user: dict[str, str]) -> list[int]:
+        """`_new_tokens` of a text without a template, which goes on in a new line."""
+        if self._cache is not None:
+            return self._unread + encode(self.tokenizer, f"\n{user['content']}")
+        if self._said:
+            self.stats.refed += 1
+            self._forget()
+        lines = [f"\n{m['content']}" if m["role"] == "user" else m["content"] for m in (*self._said, user)]
+        return with_bos(self.tokenizer, encode(self.tokenizer, "".join(lines).removeprefix("\n")))
 
     def _everything(self, user: dict[str, str]) -> list[int]:
         """The whole conversation with the new turn: for the first turn, and where the template rewrote earlier ones."""

@@ -82,7 +82,9 @@ def _settings_of(cls: Any) -> dict[str, dict[str, Any]]:
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """As it is where standard output takes every sign, else in JSON's own escapes, which lose nothing."""
+    takes_all = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=not takes_all, default=str))
 
 
 def console() -> Console:

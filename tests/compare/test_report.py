@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from sample_run import METHODS, PASSKEY, PPL, STREAM, sample_run, write_run
 
+from longspan import cli
 from longspan.compare import figures, report, stats
 from longspan.compare.advice import advise
 from longspan.compare.drawing import name_points, spread, styles, swatch
@@ -528,3 +530,21 @@ def test_names_of_points_are_not_read_as_one() -> None:
 
 def test_a_mark_beside_a_name_is_whole() -> None:
     assert all("clip-path" not in swatch(style) for style in styles(METHODS).values())
+
+
+def test_a_terminal_that_is_not_unicode_costs_neither_the_report_nor_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, pages = write_run(tmp_path / "run", *sample_run()), []
+    for encoding in ("utf-8", "ascii", "latin-1"):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
+        assert cli.run(["report", str(folder)]) == 0
+        assert f"page: {folder / 'report.html'}" in raw.getvalue().decode("latin-1").replace("\n", "")
+        pages.append((folder / "report.html").read_text(encoding="utf-8"))
+        (folder / "report.html").unlink()
+    monkeypatch.setattr(report, "terminal", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.run(["report", str(folder)])
+    pages.append((folder / "report.html").read_text(encoding="utf-8"))
+    assert len(set(pages)) == 1

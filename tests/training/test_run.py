@@ -24,10 +24,11 @@ import longspan as ls
 import tiny
 from longspan.compare.trained import training_cost
 from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.memory import gist, landmark
 from longspan.printing import console
-from longspan.tasks.base import parse_task
+from longspan.tasks.base import encode, parse_task
 from longspan.training import trainer
-from longspan.training.data import task_tokens
+from longspan.training.data import rows_needed, task_tokens, tokenise
 from longspan.training.metrics import describe, read_metrics
 from longspan.training.recipe import read_recipe
 from longspan.training.run import terminal
@@ -460,6 +461,36 @@ def test_checkpointing_changes_nothing(have: Have, tmp_path: Path) -> None:
         )
         made.append(losses(out))
     assert made[1] == pytest.approx(made[0], rel=1e-5)
+
+
+def test_a_tokenizer_with_gaps_in_its_ids(have: Have, tmp_path: Path) -> None:
+    tiny.tokenizer(gap=3).save_pretrained(tmp_path / "tokenizer")
+    recipe = recipes_tiny.recipe(have, tmp_path / "out", training={"steps": 1}, tokenizer=str(tmp_path / "tokenizer"))
+    with pytest.raises(SpecError, match="need 771 rows"):
+        ls.train(recipe, **{"model.vocab_size": 770})
+    ls.train(recipe)
+    assert weights(tmp_path / "out")["model.embed_tokens.weight"].shape[0] == 5 + 3 * 255 + 1
+    tiny.tokenizer(gap=300).save_pretrained(tmp_path / "wide")
+    wide = AutoTokenizer.from_pretrained(tmp_path / "wide")
+    assert rows_needed(wide) > 2**16 > len(wide)
+    tokens = tokenise(["zz"], wide, tmp_path / "tokens", title="", show=False)
+    assert tokens.document(0).tolist() == [0, *encode(wide, "zz"), 1]
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(have: Have, tmp_path: Path) -> None:
+    base = tiny.folder(tmp_path / "base", window=32)
+    tiny.tokenizer(gap=3).save_pretrained(base)
+    with pytest.raises(LongspanError, match=r"data\.train: .* the model has 264: they do not belong together"):
+        ls.train(tuning(have, tmp_path / "out", base))
+
+
+@pytest.mark.parametrize("add_token", [gist.add_token, landmark.add_token])
+def test_a_new_token_is_not_given_another_ones_id(add_token: Callable) -> None:
+    assert add_token(tiny.tokenizer()) == 261
+    made = tiny.tokenizer(gap=2)  # the 262nd token would be 261, which is that of a byte
+    for _ in range(2):
+        with pytest.raises(NotSupported, match="would be 261, which is"):
+            add_token(made)
 
 
 def test_half_precision_weights(have: Have, tmp_path: Path) -> None:

@@ -127,6 +127,10 @@ def add_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([TOKEN], special_tokens=True)
     id: Any = tokenizer.convert_tokens_to_ids(TOKEN)
+    if other := next((name for name, other in tokenizer.get_vocab().items() if other == id and name != TOKEN), None):
+        raise NotSupported(
+            f"the tokenizer's ids have gaps, and a new token, {TOKEN}, would be {id}, which is {other!r}: number its tokens anew"
+        )
     return int(id)
 
 

@@ -18,7 +18,7 @@ from longspan.fetching import reading
 from longspan.memory import gist, landmark
 from longspan.memory.rmt import RMT, around
 from longspan.method import Combination, NoMethod, parse
-from longspan.training.data import load_tokenizer
+from longspan.training.data import load_tokenizer, rows_needed
 from longspan.training.recipe import LoraRecipe, Recipe, TokenizerRecipe
 
 _NOT_SETTINGS = ("model_type", "transformers_version", "architectures", "name_or_path", "_name_or_path")
@@ -30,10 +30,10 @@ def weights_dtype(dtype: str) -> torch.dtype:
 
 
 def vocabulary(recipe: Recipe) -> int:
-    """How many tokens the recipe's tokenizer has or will have; 0 where the model brings its own."""
+    """The rows that the recipe's tokenizer needs or will need; 0 where the model brings its own."""
     if isinstance(recipe.tokenizer, TokenizerRecipe):
         return recipe.tokenizer.vocabulary
-    return len(load_tokenizer(recipe.tokenizer)) if recipe.tokenizer else 0
+    return rows_needed(load_tokenizer(recipe.tokenizer)) if recipe.tokenizer else 0
 
 
 def model_config(recipe: Recipe, tokens: int, special: dict[str, int | None]) -> PreTrainedConfig:
@@ -50,7 +50,9 @@ def model_config(recipe: Recipe, tokens: int, special: dict[str, int | None]) ->
             lists = "longspan.lm.LongspanConfig" if kind == "longspan" else _DOCUMENTATION
             raise SpecError(f"model: a {kind} configuration has no key {key!r}; {_closest(key, known, lists)}")
     if settings.get("vocab_size", tokens) < tokens:
-        raise SpecError(f"model.vocab_size={settings['vocab_size']}: the tokenizer has {tokens} tokens; leave it out")
+        raise SpecError(
+            f"model.vocab_size={settings['vocab_size']}: the tokenizer's ids need {tokens} rows; leave it out"
+        )
     filled = {"vocab_size": tokens, "max_position_embeddings": recipe.data.length, **special, **settings}
     with reading(f"model: no {kind} configuration can have these settings"):
         return AutoConfig.for_model(kind, **filled)

@@ -179,6 +179,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The rows of a table of embeddings: the highest id and 1, more than there are tokens where ids have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def train_tokenizer(texts: Iterable[str], wanted: TokenizerRecipe) -> PreTrainedTokenizerFast:
     """Byte-level BPE over `texts`; the same texts give the same tokenizer. Texts begin with <s>; </s> and <pad> are there."""
     raw = Tokenizer(models.BPE())
@@ -255,7 +260,7 @@ def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, title: st
 
 
 def _dtype(tokenizer: PreTrainedTokenizerBase) -> type:
-    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    return np.uint16 if rows_needed(tokenizer) <= 2**16 else np.uint32
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -37,7 +37,7 @@ from longspan import models
 from longspan.compare.results import duration, size
 from longspan.compare.store import read_object, write_atomically
 from longspan.errors import LongspanError, NotSupported, SpecError, writing
-from longspan.facts import facts_of
+from longspan.facts import facts_of, text_config
 from longspan.memory import focused, gist, landmark
 from longspan.method import Combination
 from longspan.training import build
@@ -47,6 +47,7 @@ from longspan.training.data import (
     documents,
     is_task,
     load_tokenizer,
+    rows_needed,
     source,
     task_tokens,
     tokenise,
@@ -283,16 +284,32 @@ def _prepare(recipe: Recipe, out: Path, arguments: TrainingArguments, dtype: str
     if landmark.landmark_of(recipe.method) is not None:
         landmark.add_token(tokenizer)
     special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-    config = build.model_config(recipe, len(tokenizer), special)
+    config = build.model_config(recipe, rows_needed(tokenizer), special)
     method = build.check_method(recipe, facts_of(config))
     method = method and landmark.with_token(gist.with_token(method, tokenizer), tokenizer)
     show = arguments.process_index == 0
     tokens = _tokens(recipe, "data.train", tokenizer, out, show)
     valid = None if recipe.data.valid is None else _tokens(recipe, "data.valid", tokenizer, out, show)
     task = None if recipe.data.task is None else task_tokens(recipe, "data.task", tokenizer)
+    read = {"data.train": tokens, "data.valid": valid, "data.task": task}
+    _check_rows(config, method, {key: one for key, one in read.items() if one is not None})
     job = _Job(recipe, out, arguments, dtype, tokenizer, config, method, tokens, valid, task)
     _same_inputs(job)
     return job
+
+
+def _check_rows(config: PreTrainedConfig, method: Combination | None, read: Mapping[str, Tokens]) -> None:
+    """Raises `LongspanError` for tokens that the model has no row for."""
+    own = [
+        getattr(m, "id", None) or 0 for m in (method.methods if method else ())
+    ]  # a method's token gets a row of its own
+    rows = max([text_config(config).vocab_size, *(id + 1 for id in own)])
+    for key, tokens in read.items():
+        if len(tokens.ids) and (highest := int(tokens.ids.max())) >= rows:
+            raise LongspanError(
+                f"{key}: the tokenizer gives token {highest:,} and the model has {rows:,}: they do not belong together; copy the "
+                "tokenizer from the model's source"
+            )
 
 
 def _tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase, out: Path, show: bool) -> Tokens:
