@@ -91,18 +91,27 @@ def test_the_model_never_reads_more_than_the_window(protocol: str, total: int) -
 
 
 def test_what_is_left_at_the_end() -> None:
-    """sliding and rolling end with a full window, nonoverlapping and yarn with a short one; longlora drops the rest."""
+    """sliding and rolling end with a full window, nonoverlapping and yarn with a short one; longlora drops the rest, and as
+    its script does the last full window."""
     assert sliding(250, 100, 60)[-1] == Window(149, 250, 221)
     assert rolling(250, 100, 7)[-1] == Window(149, 250, 201)
     assert nonoverlapping(250, 100, 7)[-1] == Window(200, 250, 201)
     assert yarn(250, 100, 60)[-1] == Window(180, 250, 220)
-    assert longlora(250, 100, 60)[-1] == Window(120, 220, 121)
+    assert longlora(250, 100, 60) == [Window(0, 100, 1), Window(60, 160, 61)]
     assert whole(250, 100, 60) == [Window(0, 250, 1)]
 
 
 def test_longlora_counts_overlaps_again() -> None:
     assert contexts(longlora(1000, 100, 10))[505] == list(range(95, 0, -10))
     assert longlora(100, 100, 256) == [Window(0, 100, 1)]
+
+
+@pytest.mark.parametrize("total", [164, 165, 429, 1000])
+def test_longlora_reads_the_windows_of_its_script(total: int) -> None:
+    """By the rule of the author's eval.py: starts from 0 in steps, below total - length, without the last."""
+    starts = list(range(0, total - 100, 64))
+    starts.pop()
+    assert [w.start for w in longlora(total, 100, 64)] == (starts or [0])
 
 
 def test_protocols_give_the_numbers_that_the_formula_says() -> None:

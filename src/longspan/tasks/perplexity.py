@@ -7,7 +7,7 @@ sample of `length` tokens and differ in which tokens they count, so that their n
     nonoverlapping  disjoint blocks; early tokens of a block have little context (ALiBi)
     sliding         the window moves by `stride`, its last `stride` tokens count (PI); stride=1 is ALiBi's sliding
     rolling         disjoint, each token once, the last block moved back to be full (lm-evaluation-harness)
-    longlora        every window's whole loss, overlaps counted again (LongLoRA)
+    longlora        every window's whole loss, overlaps counted again; the last window is not read (LongLoRA)
     yarn            sliding, but each window's mean weighs the same, and each begins with BOS (YaRN)
 
 A protocol is a pure function from sizes to windows. The score is the mean over all counted tokens, but under `yarn` and
@@ -77,8 +77,10 @@ def rolling(total: int, length: int, stride: int) -> list[Window]:
 
 
 def longlora(total: int, length: int, stride: int) -> list[Window]:
-    """Full windows every `stride` tokens, each counted whole; a rest shorter than that is not read."""
-    return [Window(s, min(s + length, total), s + 1) for s in range(0, max(1, total - length), stride)]
+    """Full windows every `stride` tokens, each counted whole, without the last of them, which eval.py of
+    dvlab-research/LongLoRA (commit 4cbb61b) drops. Where only one fits, it is kept; the script fails there."""
+    starts = range(0, max(1, total - length), stride)
+    return [Window(s, min(s + length, total), s + 1) for s in starts[: max(1, len(starts) - 1)]]
 
 
 def yarn(total: int, length: int, stride: int) -> list[Window]:
