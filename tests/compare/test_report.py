@@ -216,6 +216,19 @@ def test_rows_hold_the_paired_difference_to_the_plain_model():
     assert rows[SELF_EXTEND, "ppl", 32768]["status"] == "out_of_memory"
 
 
+def test_what_a_score_is_the_mean_of_stands_in_the_protocol_line():
+    manifest, cells = sample_run(("none", "ntk:factor=8"), out_of_memory=())
+    for record in (c for c in cells if c["task"] == "ppl"):
+        for sample in record["samples"]:
+            sample["detail"] |= {"protocol": "yarn", "mean_of": "the windows' means"}
+    said = "protocol yarn; mean of the windows' means; "
+    assert said in Results(manifest, cells).protocol_line(Results(manifest, cells).tasks[0], 32768)
+    console = Console(file=io.StringIO(), width=400)
+    report.terminal(manifest, cells, console)
+    assert said in console.file.getvalue()
+    assert "mean of" not in Results(*sample_run()).protocol_line(Results(*sample_run()).tasks[0], 32768)
+
+
 def test_json_is_json():
     data = report.table_json(*sample_run())
     assert json.loads(json.dumps(data, allow_nan=False))["advice"]["method"] == "ntk:factor=8"

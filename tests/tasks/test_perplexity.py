@@ -91,18 +91,27 @@ def test_the_model_never_reads_more_than_the_window(protocol: str, total: int) -
 
 
 def test_what_is_left_at_the_end() -> None:
-    """sliding and rolling end with a full window, nonoverlapping and yarn with a short one, longlora drops the rest."""
+    """sliding and rolling end with a full window, nonoverlapping and yarn with a short one; longlora drops the rest, and as
+    its script does the last full window."""
     assert sliding(250, 100, 60)[-1] == Window(149, 250, 221)
     assert rolling(250, 100, 7)[-1] == Window(149, 250, 201)
     assert nonoverlapping(250, 100, 7)[-1] == Window(200, 250, 201)
     assert yarn(250, 100, 60)[-1] == Window(180, 250, 220)
-    assert longlora(250, 100, 60)[-1] == Window(120, 220, 121)
+    assert longlora(250, 100, 60) == [Window(0, 100, 1), Window(60, 160, 61)]
     assert whole(250, 100, 60) == [Window(0, 250, 1)]
 
 
 def test_longlora_counts_overlaps_again() -> None:
     assert contexts(longlora(1000, 100, 10))[505] == list(range(95, 0, -10))
     assert longlora(100, 100, 256) == [Window(0, 100, 1)]
+
+
+@pytest.mark.parametrize("total", [164, 165, 429, 1000])
+def test_longlora_reads_the_windows_of_its_script(total: int) -> None:
+    """By the rule of the author's eval.py: starts from 0 in steps, below total - length, without the last."""
+    starts = list(range(0, total - 100, 64))
+    starts.pop()
+    assert [w.start for w in longlora(total, 100, 64)] == (starts or [0])
 
 
 def test_protocols_give_the_numbers_that_the_formula_says() -> None:
@@ -204,6 +213,42 @@ def test_bits_per_byte_and_words_come_from_the_text() -> None:
     nats = outcome.score * 150
     assert outcome.detail["bits_per_byte"] == pytest.approx(nats / 150 / math.log(2))
     assert outcome.detail["nll_per_word"] == pytest.approx(nats / 30)
+
+
+CJK = "長い文章を読む模型は、どこまで読めるのでしょうか。" * 6
+ENGLISH = "extraordinarily uncharacteristic misunderstandings reappear " * 5
+
+
+@pytest.mark.parametrize("text", [CJK, ENGLISH], ids=["cjk", "english"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_bytes_and_words_are_those_of_the_whole_text(protocol: str, text: str) -> None:
+    """Windows begin and end within characters and words, which must not count as several."""
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    settings: dict[str, Any] = {} if protocol == "window" else {"window": 64}
+    settings |= {"stride": 1 if protocol == "sliding" else 32} if protocol in ("sliding", "yarn", "longlora") else {}
+    outcome, _ = run(Perplexity(protocol=protocol, **settings), KnownModel(rule_of_bytes, 258), tokenizer, ids)
+    last = PROTOCOLS[protocol](len(ids), settings.get("window", len(ids)), settings.get("stride", 1))[-1].end
+    words = len(bytes(text.encode()[: last - 1]).decode(errors="ignore").split())
+    assert outcome.detail["bits_per_byte"] == pytest.approx(outcome.score / math.log(2), rel=0.01)
+    assert outcome.detail["nll_per_word"] == pytest.approx(outcome.score * (last - 1) / words, rel=0.01)
+
+
+def test_every_figure_of_a_protocol_is_its_score_in_other_units() -> None:
+    """Under yarn and longlora the score is the mean of the windows' means, and so is what stands beside it."""
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(ENGLISH)["input_ids"]
+    for protocol in ("sliding", "yarn", "longlora"):
+        task = Perplexity(protocol=protocol, window=128, stride=48)
+        detail = (outcome := run(task, KnownModel(rule_of_bytes, 258), tokenizer, ids)[0]).detail
+        assert detail["bits_per_byte"] == pytest.approx(math.log2(detail["ppl"]))
+        assert detail["ppl"] == pytest.approx(math.exp(outcome.score))
+        assert detail["mean_of"] == ("all counted tokens" if protocol == "sliding" else "the windows' means")
+
+
+def rule_of_bytes(context: int) -> Tensor:
+    """Logits that say less the more is known, whatever comes."""
+    return torch.linspace(0, 1 + 8 / context, 258)
 
 
 def test_logits_that_are_no_numbers_are_a_failure() -> None:

@@ -84,6 +84,8 @@ def terminal(manifest: dict[str, Any], cells: Sequence[Record], console: Console
             style="dim",
         )
     )
+    for task in results.tasks:
+        console.print(Text(results.protocol_line(task, results.target), style="dim"))
     for said in (line for t in results.tasks for line in terminal_lines(results, t)):
         console.print(Text(said))
     for line in _endings(results):

@@ -191,6 +191,7 @@ class Results:
         said = self.protocol(task)
         parts = [f"{task.spec}, version {task.version}", f"{most:,} {'sample' if most == 1 else 'samples'} a cell"]
         parts += [f"seed {self.manifest['seed']}", *(f"{k} {said[k]}" for k in ("protocol", "template") if k in said)]
+        parts += [f"mean of {said['mean_of']}"] if "mean_of" in said else []
         return "; ".join([*parts, task.source] if task.source else parts) + "."
 
     @functools.cached_property

@@ -7,10 +7,12 @@ sample of `length` tokens and differ in which tokens they count, so that their n
     nonoverlapping  disjoint blocks; early tokens of a block have little context (ALiBi)
     sliding         the window moves by `stride`, its last `stride` tokens count (PI); stride=1 is ALiBi's sliding
     rolling         disjoint, each token once, the last block moved back to be full (lm-evaluation-harness)
-    longlora        every window's whole loss, overlaps counted again (LongLoRA)
+    longlora        every window's whole loss, overlaps counted again; the last window is not read (LongLoRA)
     yarn            sliding, but each window's mean weighs the same, and each begins with BOS (YaRN)
 
-A protocol is a pure function from sizes to windows.
+A protocol is a pure function from sizes to windows. The score is the mean over all counted tokens, but under `yarn` and
+`longlora` the mean of the windows' means (`MEAN_OF`). Perplexity, bits a byte and nats a word are that same score in other
+units: one contiguous span of text says how many bytes and words a token has.
 """
 
 from __future__ import annotations
@@ -75,8 +77,10 @@ def rolling(total: int, length: int, stride: int) -> list[Window]:
 
 
 def longlora(total: int, length: int, stride: int) -> list[Window]:
-    """Full windows every `stride` tokens, each counted whole; a rest shorter than that is not read."""
-    return [Window(s, min(s + length, total), s + 1) for s in range(0, max(1, total - length), stride)]
+    """Full windows every `stride` tokens, each counted whole, without the last of them, which eval.py of
+    dvlab-research/LongLoRA (commit 4cbb61b) drops. Where only one fits, it is kept; the script fails there."""
+    starts = range(0, max(1, total - length), stride)
+    return [Window(s, min(s + length, total), s + 1) for s in starts[: max(1, len(starts) - 1)]]
 
 
 def yarn(total: int, length: int, stride: int) -> list[Window]:
@@ -100,12 +104,14 @@ PROTOCOLS: dict[str, Plan] = {
     "yarn": yarn,
 }
 STRIDED = ("sliding", "longlora", "yarn")
+WINDOW_MEANS, TOKENS = "the windows' means", "all counted tokens"
+MEAN_OF = dict.fromkeys(PROTOCOLS, TOKENS) | dict.fromkeys(("longlora", "yarn"), WINDOW_MEANS)
+"""Over what a protocol's score is the mean, in words for the report."""
 
 
 def mean_loss(protocol: str, losses: Sequence[Tensor]) -> float:
-    """The protocol's figure from the losses of each window's tokens, in nats a token: `yarn` and `longlora` take the mean
-    of the windows' means, the others the mean over all tokens."""
-    if protocol in ("yarn", "longlora"):
+    """The protocol's score from the losses of each window's tokens, in nats a token, by the rule of `MEAN_OF`."""
+    if MEAN_OF[protocol] == WINDOW_MEANS:
         return math.fsum(float(x.mean()) for x in losses) / len(losses)
     return float(torch.cat(list(losses)).mean())
 
@@ -136,6 +142,7 @@ class Perplexity(Task):
     text: str = "prose"
 
     name: ClassVar[str] = "ppl"
+    version: ClassVar[int] = 2
     title: ClassVar[str] = "Perplexity of long text"
     measures: ClassVar[str] = "how well each token is predicted, by its position in the window"
     source: ClassVar[str] = (
@@ -200,7 +207,8 @@ class Perplexity(Task):
             self._losses(model, self._inputs(sample, w), w.first - w.start, meter, timed=w is windows[0])
             for w in windows
         ]
-        detail: dict[str, Any] = {**sample.meta, "protocol": self.protocol, "window": length, "windows": len(windows)}
+        detail: dict[str, Any] = {**sample.meta, "protocol": self.protocol, "mean_of": MEAN_OF[self.protocol]}
+        detail |= {"window": length, "windows": len(windows)}
         if self.protocol in STRIDED:
             detail["stride"] = stride
         if not all(bool(x.isfinite().all()) for x in losses):
@@ -237,17 +245,20 @@ class Perplexity(Task):
         losses: Sequence[Tensor],
         length: int,
     ) -> dict[str, Any]:
-        """What is told beside the score. Bytes and words are those of the tokens that were counted, as often as they
-        were."""
-        texts = [str(tokenizer.decode(sample.tokens[w.first : w.end])) for w in windows]
-        total = math.fsum(float(x.sum()) for x in losses)
+        """What is told beside the score, which is in nats a token, in other units.
+
+        Bytes and words a token has are those of the text from the first counted token to the last, decoded in one piece: a
+        window's own tokens may begin or end within a character or a word.
+        """
         positions, counts = by_position(windows, losses, length)
         mean = mean_loss(self.protocol, losses)
+        span = sample.tokens[windows[0].first : windows[-1].end]
+        text = str(tokenizer.decode(span, clean_up_tokenization_spaces=False))
         return {
             "tokens": sum(counts),
             "ppl": math.exp(mean) if mean < 700 else None,
-            "bits_per_byte": total / max(1, sum(len(t.encode()) for t in texts)) / math.log(2),
-            "nll_per_word": total / max(1, sum(len(t.split()) for t in texts)),
+            "bits_per_byte": mean * len(span) / max(1, len(text.encode())) / math.log(2),
+            "nll_per_word": mean * len(span) / max(1, len(text.split())),
             "nll_by_position": positions,
             "tokens_by_position": counts,
         }
