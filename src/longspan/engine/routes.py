@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from longspan.engine import fa4, window_sinks
 from longspan.engine.block_tables import Blocks, block_size, bucket
+from longspan.engine.compiling import LIMIT_OF_ITS_OWN, compiled
 from longspan.engine.masks import masked_attention, rolled_attention
 from longspan.errors import NotSupported, SpecError
 
@@ -37,8 +37,7 @@ WAYS = ("fa4", "kernel", "flex", "masks")
 MOST_SHAPES = 32
 """Shapes that FlexAttention compiles in one process, of some seconds each; further ones go through masks. Texts of about one
 length have one (`bucket`). torch's own limit is set four times as high, for what `_shape` does not tell apart."""
-_LIMIT_OF_ITS_OWN = "recompile_limit" in inspect.signature(torch.compile).parameters
-"""Whether torch.compile takes a limit for one function, as from 2.13 on."""
+_LIMIT_OF_ITS_OWN = LIMIT_OF_ITS_OWN
 
 _asked: ContextVar[str | None] = ContextVar("_asked", default=None)
 _shapes: set[tuple] = set()
@@ -214,18 +213,7 @@ def _over_blocks(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> 
 
 @functools.lru_cache(maxsize=1)
 def _compiled(backend: str | Callable = "inductor") -> Callable[..., Tensor]:
-    """Past torch's limit of shapes FlexAttention would hold every score, without a word; with `fullgraph` it says so."""
-    limit = 4 * MOST_SHAPES
-    settings: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": backend}
-    if _LIMIT_OF_ITS_OWN:
-        return torch.compile(_over_blocks, **settings | {"recompile_limit": limit})
-    compiled = torch.compile(_over_blocks, **settings)
-
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=limit):
-            return compiled(*args, **kwargs)
-
-    return run
+    return compiled(_over_blocks, 4 * MOST_SHAPES, backend, _LIMIT_OF_ITS_OWN)
 
 
 def forget_compiled() -> None:

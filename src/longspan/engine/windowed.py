@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from longspan.engine.block_tables import SIZE as BLOCK
 from longspan.engine.block_tables import band
+from longspan.engine.compiling import compiled
 from longspan.engine.core import expand_heads
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 QUERIES = 4096
 """Queries of one kernel call. One number, so that any prompt compiles once for each window."""
-MOST_SHAPES = 6
-"""Shapes compiled in one process: past torch's limit of eight it would fall back to holding every score, without a word."""
+MOST_SHAPES = 32
+"""Shapes compiled in one process, of some seconds each; further ones go through SDPA in blocks."""
 
 
 _shapes: set[tuple] = set()
@@ -85,4 +86,4 @@ def join(out: Tensor, lse: Tensor, scores: Tensor, values: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _compiled() -> Callable:
-    return torch.compile(flex_attention, dynamic=False)
+    return compiled(flex_attention, 4 * MOST_SHAPES)
