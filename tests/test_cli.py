@@ -253,6 +253,13 @@ class TestCatalogues:
         assert "…" not in narrow and "arXiv" not in narrow
         assert "no room for cost, exportable, paper: longspan methods NAME" in narrow
 
+    def test_a_method_by_its_papers_name(self, command: Command) -> None:
+        done = command("methods", "Reformer")
+        assert (done.code, done.err) == (0, "Reformer is lsh here\n")
+        assert done.out == command("methods", "lsh").out and "also  reformer, lsh-attention" in done.out
+        assert json.loads(command("methods", "favor+", "--json").out)["name"] == "performer"
+        assert "no method 'lm-infinite'; the nearest here is streaming (" in command("methods", "lm-infinite").err
+
     def test_settings_and_partners(self, command: Command) -> None:
         entry = json.loads(command("methods", "streaming", "--json").out)
         assert {"name": "sinks", "type": "int", "default": 4} in entry["settings"]

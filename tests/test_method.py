@@ -20,7 +20,7 @@ import dense
 from longspan import method as method_module
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import facts_of
-from longspan.method import Combination, Method, NoMethod, catalogue, combination, parse, read_settings, read_size
+from longspan.method import Combination, Method, NoMethod, catalogue, combination, find, parse, read_settings, read_size
 from longspan.positions.rope_scaling import YaRN
 
 CLOSEST = {
@@ -308,3 +308,39 @@ def test_the_table_of_slots_is_that_of_the_catalogue() -> None:
             for slot in cls.slots:
                 fills.setdefault(slot, set()).add(name)
     assert said == fills
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("reformer", "lsh"),
+        ("led:window=64", "longformer:window=64"),
+        ("favor", "performer"),
+        ("favor+", "performer"),
+        ("FAVOR+:features=64", "performer:features=64"),
+        ("StreamingLLM:sinks=4,window=60", "streaming:sinks=4,window=60"),
+        ("attention_sinks:sinks=4,window=60 + yarn:factor=2", "streaming:sinks=4,window=60 + yarn:factor=2"),
+        ("position-interpolation:factor=2", "pi:factor=2"),
+        ("RoFormer", "rope"),
+        ("transfo-xl", "transformer-xl"),
+        ("sliding-window:size=8", "window:size=8"),
+        ("fot", "focused"),
+        ("T5Bias", "t5"),
+    ],
+)
+def test_methods_go_by_their_papers_names_too(text: str, spec: str) -> None:
+    assert parse(text).spec == parse(spec).spec
+    assert parse(parse(text).spec) == parse(spec)
+
+
+def test_no_name_is_two_methods() -> None:
+    known = catalogue()
+    names: dict[str, str] = {}
+    for own, cls in known.items():
+        for name in (own, cls.__name__, *cls.also, *cls.near):
+            assert names.setdefault(re.sub("[-_ ]", "", name.lower()), own) == own, name
+        for name in (own, *cls.also):
+            assert find(name, "method", known) == own
+        for name in cls.near:
+            with pytest.raises(SpecError, match=rf"no method '{name}'; the nearest here is {own} \("):
+                find(name, "method", known)

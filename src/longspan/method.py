@@ -14,9 +14,10 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -37,6 +38,11 @@ class Method:
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Other names that it goes by, its paper's among them: they are read as `name`. The class's own name is one without being
+    listed; capitals and hyphens do not count in them."""
+    near: ClassVar[tuple[str, ...]] = ()
+    """Methods that are not here and that this one is the nearest to: it is named to whoever asks for them."""
     paper: ClassVar[str] = ""
     seam: ClassVar[Literal["position", "attention", "memory", "prompt", "training"]] = "position"
     slots: ClassVar[frozenset[str]] = frozenset()
@@ -106,6 +112,7 @@ class NoMethod(Method):
 
     name: ClassVar[str] = "none"
     title: ClassVar[str] = "The model as it is"
+    also: ClassVar[tuple[str, ...]] = ("baseline",)
     cost: ClassVar[str] = "time n², cache n"
     exportable: ClassVar[bool] = True
     encoder_decoders: ClassVar[bool] = True
@@ -160,6 +167,26 @@ def _partners(method: Method) -> str:
     return f"{method.name} combines with: {', '.join(legal)}" if legal else f"use {method.name} alone"
 
 
+def find(name: str, kind: str, known: Mapping[str, type]) -> str:
+    """The name in `known`, a catalogue of `kind`, of what goes by `name`. Raises `SpecError`, with the nearest that there is."""
+    if name in known:
+        return name
+    wanted = _spelling(name)
+    for own, cls in known.items():
+        others = {_spelling(other) for other in (cls.__name__, *getattr(cls, "also", ()))}
+        if wanted in others - {_spelling(own)}:  # the name itself is written in one way
+            return own
+    for own, cls in known.items():
+        if wanted in map(_spelling, getattr(cls, "near", ())):
+            raise SpecError(f"there is no {kind} {name!r}; the nearest here is {own} ({getattr(cls, 'title', '')})")
+    raise SpecError(f"there is no {kind} {name!r}; {nearest(name, known)}")
+
+
+def _spelling(name: str) -> str:
+    """A name without what is written in one way or another."""
+    return re.sub("[-_ ]", "", name.lower())
+
+
 def catalogue() -> dict[str, type[Method]]:
     """Every method by name. Files in the method folders are found by themselves; so are subclasses defined elsewhere and
     packages that name themselves in the entry-point group `longspan.methods`."""
@@ -183,7 +210,9 @@ def parse(text: str) -> Combination:
     """Reads a spec string, `name:key=value,key=value + name…`. Raises `SpecError` with the nearest right form."""
     if not isinstance(text, str) or not text.strip():
         raise SpecError('a method is written "name:key=value,key=value", for example "yarn:factor=4"')
-    methods = [_parse_one(part) for part in text.split("+")]
+    head = text.partition(":")[0].strip().lower()
+    signed = any(head == other for cls in catalogue().values() for other in cls.also if "+" in other)  # favor+
+    methods = [_parse_one(part) for part in ([text] if signed else text.split("+"))]
     return Combination(tuple(m for m in methods if not isinstance(m, NoMethod) or len(methods) == 1))
 
 
@@ -206,8 +235,7 @@ def _parse_one(text: str) -> Method:
     methods = catalogue()
     if not name:
         raise SpecError(f'no method name in {text!r}: write "name:key=value", several joined by " + "')
-    if name not in methods:
-        raise SpecError(f"there is no method {name!r}; {nearest(name, methods)}")
+    name = find(name, "method", methods)
     if colon and not rest.strip():
         raise SpecError(f'{name}: nothing after the colon; write "{name}" or "{name}:key=value"')
     return read_settings(methods[name], name, rest)

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from longspan.errors import SpecError, nearest
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,8 +27,12 @@ _COLUMN = 14
 
 def print_catalogue(known: dict[str, type], name: str | None, kind: str, columns: list[str], as_json: bool) -> None:
     """Every entry in a table, or the one named `name` in full. Raises `SpecError` for a name that there is not."""
-    if name is not None and name not in known:
-        raise SpecError(f"there is no {kind} {name!r}; {nearest(name, known)}")
+    if name is not None:
+        from longspan.method import find
+
+        asked, name = name, find(name, kind, known)
+        if asked != name:
+            typer.echo(f"{asked} is {name} here", err=True)
     if as_json:
         print_json(_describe(known[name]) if name else {n: _describe(cls) for n, cls in known.items()})
     elif name:
@@ -59,7 +61,8 @@ def _describe(cls: Any) -> dict[str, Any]:
     }
     said = cls.__doc__ or ""
     about = "" if said.startswith(f"{cls.__name__}(") else " ".join(said.split())  # what dataclass writes says nothing
-    return {**facts, **_combines(cls), "settings": list(_settings_of(cls).values()), "about": about}
+    also = {"also": list(names)} if (names := getattr(cls, "also", ())) else {}
+    return {**facts, **also, **_combines(cls), "settings": list(_settings_of(cls).values()), "about": about}
 
 
 def _combines(cls: Any) -> dict[str, list[str]]:

@@ -193,6 +193,7 @@ class Full(Pattern):
 
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "Full attention"
+    also: ClassVar[tuple[str, ...]] = ("full-attention", "dense-attention", "softmax-attention")
     paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
     cost: ClassVar[str] = "time n², cache n"
     takes_mask: ClassVar[bool] = True

@@ -212,6 +212,7 @@ class GAU(GatedMixer):
 
     name: ClassVar[str] = "gau"
     title: ClassVar[str] = "GAU: gated attention unit"
+    also: ClassVar[tuple[str, ...]] = ("gated-attention-unit", "flash-quad")
     paper: ClassVar[str] = "Hua 2022, arXiv 2202.10447"
     cost: ClassVar[str] = "time n², cache n"
 
@@ -235,6 +236,7 @@ class Flash(GatedMixer):
 
     name: ClassVar[str] = "flash"
     title: ClassVar[str] = "FLASH: gated attention in chunks"
+    also: ClassVar[tuple[str, ...]] = ("mixed-chunk-attention",)
     paper: ClassVar[str] = "Hua 2022, arXiv 2202.10447"
     cost: ClassVar[str] = "time n, state of one size"
 

@@ -90,6 +90,7 @@ class Linear(KernelMixer):
 
     name: ClassVar[str] = "linear"
     title: ClassVar[str] = "Linear attention"
+    also: ClassVar[tuple[str, ...]] = ("linear-attention", "linear-transformer")
     paper: ClassVar[str] = "Katharopoulos 2020, arXiv 2006.16236"
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:

@@ -106,6 +106,7 @@ class Linformer(Mixer):
 
     name: ClassVar[str] = "linformer"
     title: ClassVar[str] = "Linformer"
+    near: ClassVar[tuple[str, ...]] = ("nystromformer",)
     paper: ClassVar[str] = "Wang 2020, arXiv 2006.04768"
     cost: ClassVar[str] = "time n, no decoding"
     directions: ClassVar[tuple[str, ...]] = ("bidirectional",)

@@ -129,6 +129,7 @@ class Local(Blockwise, OnTrained):
 
     name: ClassVar[str] = "local"
     title: ClassVar[str] = "Attention in disjoint blocks (a trained model loses what lies before them)"
+    also: ClassVar[tuple[str, ...]] = ("local-attention", "disjoint-blocks")
     cost: ClassVar[str] = "time n, cache n (all keys are kept)"
 
     def __post_init__(self) -> None:
@@ -154,6 +155,7 @@ class Overlap(Blockwise):
 
     name: ClassVar[str] = "overlap"
     title: ClassVar[str] = "Attention in overlapping blocks"
+    also: ClassVar[tuple[str, ...]] = ("overlapping-blocks",)
     cost: ClassVar[str] = "time n, cache n"
 
     def __post_init__(self) -> None:

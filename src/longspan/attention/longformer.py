@@ -44,6 +44,7 @@ class Longformer(Pattern):
 
     name: ClassVar[str] = "longformer"
     title: ClassVar[str] = "Longformer: window, dilated heads, global tokens"
+    also: ClassVar[tuple[str, ...]] = ("led", "longformer-encoder-decoder")
     works_on: ClassVar[str] = "from scratch, trained encoders (longspan apply)"
     converts_encoders: ClassVar[bool] = True
     paper: ClassVar[str] = "Beltagy 2020, arXiv 2004.05150"

@@ -52,6 +52,8 @@ class LongNet(OnTrained):
 
     name: ClassVar[str] = "longnet"
     title: ClassVar[str] = "Dilated attention (a trained model sees other keys than it learned to)"
+    also: ClassVar[tuple[str, ...]] = ("dilated-attention",)
+    near: ClassVar[tuple[str, ...]] = ("sparse-transformer",)
     paper: ClassVar[str] = "Ding 2023, arXiv 2307.02486"
     cost: ClassVar[str] = "time n, cache n (all keys are kept)"
     runs_zero_key: ClassVar[bool] = True

@@ -69,6 +69,8 @@ class Lsh(Mixer):
 
     name: ClassVar[str] = "lsh"
     title: ClassVar[str] = "LSH attention (Reformer)"
+    also: ClassVar[tuple[str, ...]] = ("reformer", "lsh-attention")
+    near: ClassVar[tuple[str, ...]] = ("routing-transformer", "sinkhorn-transformer")
     paper: ClassVar[str] = "Kitaev 2020, arXiv 2001.04451"
     cost: ClassVar[str] = "time n log n, cache n"
     positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})

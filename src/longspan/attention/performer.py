@@ -57,6 +57,8 @@ class Performer(KernelMixer):
 
     name: ClassVar[str] = "performer"
     title: ClassVar[str] = "Performer (FAVOR+ random features)"
+    also: ClassVar[tuple[str, ...]] = ("favor", "favor+")
+    near: ClassVar[tuple[str, ...]] = ("random-feature-attention", "rfa")
     paper: ClassVar[str] = "Choromanski 2021, arXiv 2009.14794"
     works_on: ClassVar[str] = "from scratch, or a trained model that is then fine-tuned"
     cost: ClassVar[str] = (

@@ -298,6 +298,7 @@ class S4D(StateSpaceMixer):
 
     name: ClassVar[str] = "s4d"
     title: ClassVar[str] = "S4D: diagonal state spaces"
+    near: ClassVar[tuple[str, ...]] = ("dss", "s5", "mamba")
     paper: ClassVar[str] = "Gu 2022, arXiv 2206.11893"
 
     def _space(self, config: LongspanConfig, directions: int) -> StateSpace:

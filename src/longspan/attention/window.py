@@ -35,6 +35,7 @@ class Window(Span, Pattern):
 
     name: ClassVar[str] = "window"
     title: ClassVar[str] = "Window (on trained models Su's strong baseline)"
+    also: ClassVar[tuple[str, ...]] = ("sliding-window", "swa")
     paper: ClassVar[str] = "Su 2023, kexue.fm/archives/9431"
     seam: ClassVar[Any] = "attention"
     works_on: ClassVar[str] = "pretrained, from scratch"

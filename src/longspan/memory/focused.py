@@ -67,6 +67,8 @@ class Focused(Method):
 
     name: ClassVar[str] = "focused"
     title: ClassVar[str] = "Focused Transformer"
+    also: ClassVar[tuple[str, ...]] = ("focused-transformer", "fot", "longllama", "crossbatch")
+    near: ClassVar[tuple[str, ...]] = ("memorizing-transformers",)
     paper: ClassVar[str] = "Tworkowski 2023, arXiv 2307.03170"
     seam: ClassVar[Any] = "memory"
     slots: ClassVar[frozenset[str]] = frozenset({"attention", "span", "cache"})

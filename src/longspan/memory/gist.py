@@ -62,6 +62,8 @@ class Gist(Method):
 
     name: ClassVar[str] = "gist"
     title: ClassVar[str] = "Gist tokens"
+    also: ClassVar[tuple[str, ...]] = ("gist-tokens", "gisting")
+    near: ClassVar[tuple[str, ...]] = ("autocompressors", "icae")
     paper: ClassVar[str] = "Mu 2023, arXiv 2304.08467"
     seam: ClassVar[Any] = "memory"
     slots: ClassVar[frozenset[str]] = frozenset({"attention", "span", "cache", "cross-attention"})

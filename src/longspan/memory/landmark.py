@@ -71,6 +71,7 @@ class Landmark(Method):
 
     name: ClassVar[str] = "landmark"
     title: ClassVar[str] = "Landmark attention"
+    also: ClassVar[tuple[str, ...]] = ("landmark-attention", "landmark-tokens")
     paper: ClassVar[str] = "Mohtashami & Jaggi 2023, arXiv 2305.16300"
     seam: ClassVar[Any] = "memory"
     slots: ClassVar[frozenset[str]] = frozenset({"attention", "span", "cache"})

@@ -57,6 +57,8 @@ class RMT(Method):
 
     name: ClassVar[str] = "rmt"
     title: ClassVar[str] = "Recurrent Memory Transformer"
+    also: ClassVar[tuple[str, ...]] = ("recurrent-memory-transformer", "recurrent-memory")
+    near: ClassVar[tuple[str, ...]] = ("infini-attention",)
     paper: ClassVar[str] = "Bulatov 2022, arXiv 2207.06881; Bulatov 2023, arXiv 2304.11062"
     seam: ClassVar[Any] = "memory"
     slots: ClassVar[frozenset[str]] = frozenset({"frequencies", "attention", "queries", "span", "cache"})

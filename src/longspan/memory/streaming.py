@@ -53,6 +53,8 @@ class StreamingLLM(Method):
 
     name: ClassVar[str] = "streaming"
     title: ClassVar[str] = "StreamingLLM: attention sinks and a rolling window"
+    also: ClassVar[tuple[str, ...]] = ("streaming-llm", "attention-sinks", "attention-sink", "sink-cache")
+    near: ClassVar[tuple[str, ...]] = ("lm-infinite", "h2o", "snapkv")
     paper: ClassVar[str] = "Xiao 2024, arXiv 2309.17453"
     seam: ClassVar[Any] = "memory"
     slots: ClassVar[frozenset[str]] = frozenset({"attention", "cache", "span"})

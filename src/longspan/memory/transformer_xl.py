@@ -48,6 +48,8 @@ class TransformerXL(Pattern):
 
     name: ClassVar[str] = "transformer-xl"
     title: ClassVar[str] = "Transformer-XL: segments with the memory of those before"
+    also: ClassVar[tuple[str, ...]] = ("transfo-xl", "segment-recurrence")
+    near: ClassVar[tuple[str, ...]] = ("compressive-transformer",)
     paper: ClassVar[str] = "Dai 2019, arXiv 1901.02860"
     seam: ClassVar[Any] = "memory"
     cost: ClassVar[str] = "time n, cache constant"

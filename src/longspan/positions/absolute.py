@@ -40,6 +40,7 @@ class Sinusoidal(Scheme):
 
     name: ClassVar[str] = "sinusoidal"
     title: ClassVar[str] = "Sinusoidal positions"
+    also: ClassVar[tuple[str, ...]] = ("sinusoids",)
     paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ class Learned(Scheme):
 
     name: ClassVar[str] = "learned"
     title: ClassVar[str] = "Learned absolute positions"
+    also: ClassVar[tuple[str, ...]] = ("learned-positions",)
     paper: ClassVar[str] = "Gehring 2017, arXiv 1705.03122"
     already_in: ClassVar[tuple[str, ...]] = ("gpt2", "opt", "gpt_neo", "biogpt")
 
@@ -88,6 +90,7 @@ class NoPositions(Scheme):
 
     name: ClassVar[str] = "nope"
     title: ClassVar[str] = "NoPE: no positions at all"
+    also: ClassVar[tuple[str, ...]] = ("no-positions",)
     paper: ClassVar[str] = "Kazemnejad 2023, arXiv 2305.19466"
 
     def build(self, shape: Shape) -> Place:
@@ -106,6 +109,7 @@ class RoPE(Scheme):
 
     name: ClassVar[str] = "rope"
     title: ClassVar[str] = "RoPE: rotary positions"
+    also: ClassVar[tuple[str, ...]] = ("rotary", "roformer")
     paper: ClassVar[str] = "Su 2021, arXiv 2104.09864"
 
     def __post_init__(self) -> None:

@@ -42,6 +42,7 @@ class ALiBi(Scheme):
 
     name: ClassVar[str] = "alibi"
     title: ClassVar[str] = "ALiBi: attention with linear biases"
+    also: ClassVar[tuple[str, ...]] = ("linear-biases",)
     paper: ClassVar[str] = "Press 2022, arXiv 2108.12409"
     already_in: ClassVar[tuple[str, ...]] = ("bloom", "mpt", "falcon")
 

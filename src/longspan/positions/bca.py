@@ -25,6 +25,7 @@ class BlockwiseCausal(Span):
 
     name: ClassVar[str] = "bca"
     title: ClassVar[str] = "Blockwise causal attention"
+    also: ClassVar[tuple[str, ...]] = ("blockwise-causal-attention",)
     paper: ClassVar[str] = "Sun 2023, arXiv 2212.10554"
 
     def __post_init__(self) -> None:

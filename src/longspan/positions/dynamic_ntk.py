@@ -35,6 +35,7 @@ class DynamicNTK(Method):
 
     name: ClassVar[str] = "dynamic-ntk"
     title: ClassVar[str] = "Dynamic NTK with unrotated keys"
+    also: ClassVar[tuple[str, ...]] = ("dynamic", "ntk-dynamic")
     paper: ClassVar[str] = "emozilla 2023; Peng 2023, arXiv 2309.00071 §3.3"
     seam: ClassVar[Any] = "position"
     slots: ClassVar[frozenset[str]] = frozenset({"frequencies", "attention"})

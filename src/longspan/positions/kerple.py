@@ -63,6 +63,8 @@ class Kerple(Scheme):
 
     name: ClassVar[str] = "kerple"
     title: ClassVar[str] = "KERPLE: kernelised relative positions"
+    also: ClassVar[tuple[str, ...]] = ("kernelized-relative-positions",)
+    near: ClassVar[tuple[str, ...]] = ("fire",)
     paper: ClassVar[str] = "Chi 2022, arXiv 2205.09921"
 
     def build(self, shape: Shape) -> Place:

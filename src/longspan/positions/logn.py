@@ -31,6 +31,7 @@ class LogN(Method):
 
     name: ClassVar[str] = "logn"
     title: ClassVar[str] = "Log-n attention scale"
+    also: ClassVar[tuple[str, ...]] = ("log-n-scaling",)
     paper: ClassVar[str] = "Su 2021, kexue.fm/archives/8823; Chiang 2022, arXiv 2202.12172"
     seam: ClassVar[Any] = "position"
     slots: ClassVar[frozenset[str]] = frozenset({"queries", "span"})

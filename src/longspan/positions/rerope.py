@@ -32,6 +32,7 @@ class ReRoPE(NearFar):
 
     name: ClassVar[str] = "rerope"
     title: ClassVar[str] = "ReRoPE: distances end at the window"
+    also: ClassVar[tuple[str, ...]] = ("rectified-rope",)
     paper: ClassVar[str] = _SOURCE
 
     def __post_init__(self) -> None:

@@ -114,6 +114,7 @@ class PositionInterpolation(RopeScaling):
 
     name: ClassVar[str] = "pi"
     title: ClassVar[str] = "Position interpolation"
+    also: ClassVar[tuple[str, ...]] = ("linear-scaling", "linear-interpolation")
     paper: ClassVar[str] = "Chen 2023, arXiv 2306.15595"
 
     def frequencies(self, rope: RopeFacts) -> Frequencies:
@@ -133,6 +134,7 @@ class NTKAware(RopeScaling):
 
     name: ClassVar[str] = "ntk"
     title: ClassVar[str] = "NTK-aware scaling"
+    also: ClassVar[tuple[str, ...]] = ("ntk-aware-scaling", "ntk-scaling", "ntk-aware-scaled-rope")
     paper: ClassVar[str] = "bloc97 2023; Peng 2023, arXiv 2309.00071 §3.1"
 
     def factor_for(self, ratio: float) -> float:
@@ -240,6 +242,7 @@ class Llama3(RopeScaling):
 
     name: ClassVar[str] = "llama3"
     title: ClassVar[str] = "Llama 3.1 scaling"
+    also: ClassVar[tuple[str, ...]] = ("llama-3.1",)
     paper: ClassVar[str] = "Llama 3.1 model release, 2024"
 
     def __post_init__(self) -> None:
@@ -270,6 +273,7 @@ class LongRoPE(RopeScaling):
 
     name: ClassVar[str] = "longrope"
     title: ClassVar[str] = "LongRoPE with given factors"
+    near: ClassVar[tuple[str, ...]] = ("longrope2",)
     paper: ClassVar[str] = "Ding 2024, arXiv 2402.13753"
 
     def __post_init__(self) -> None:

@@ -28,6 +28,8 @@ class SelfExtend(NearFar):
 
     name: ClassVar[str] = "self-extend"
     title: ClassVar[str] = "Self-Extend (LongLM)"
+    also: ClassVar[tuple[str, ...]] = ("longlm",)
+    near: ClassVar[tuple[str, ...]] = ("dual-chunk-attention", "chunkllama")
     paper: ClassVar[str] = "Jin 2024, arXiv 2401.01325"
 
     def __post_init__(self) -> None:

@@ -63,6 +63,7 @@ class T5Bias(Scheme):
 
     name: ClassVar[str] = "t5"
     title: ClassVar[str] = "T5's relative position bias"
+    also: ClassVar[tuple[str, ...]] = ("t5-relative-bias", "relative-position-bias")
     paper: ClassVar[str] = "Raffel 2020, arXiv 1910.10683"
 
     def __post_init__(self) -> None:

@@ -65,6 +65,7 @@ class Tupe(Scheme):
 
     name: ClassVar[str] = "tupe"
     title: ClassVar[str] = "TUPE: untied positional encoding"
+    also: ClassVar[tuple[str, ...]] = ("untied-positional-encoding",)
     paper: ClassVar[str] = "Ke 2021, arXiv 2006.15595"
 
     def build(self, shape: Shape) -> Place:

@@ -56,6 +56,7 @@ class XL(Scheme):
 
     name: ClassVar[str] = "xl"
     title: ClassVar[str] = "Transformer-XL's relative positions"
+    also: ClassVar[tuple[str, ...]] = ("transformer-xl-positions",)
     paper: ClassVar[str] = "Dai 2019, arXiv 1901.02860"
 
     def __post_init__(self) -> None:
