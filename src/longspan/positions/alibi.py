@@ -43,7 +43,6 @@ class ALiBi(Scheme):
     name: ClassVar[str] = "alibi"
     title: ClassVar[str] = "ALiBi: attention with linear biases"
     paper: ClassVar[str] = "Press 2022, arXiv 2108.12409"
-    already_in: ClassVar[tuple[str, ...]] = ("bloom", "mpt", "falcon")
 
     def build(self, shape: Shape) -> Place:
         return ALiBiPlace(shape.heads)
