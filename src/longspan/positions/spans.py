@@ -75,7 +75,7 @@ class Span(Method):
         parts = []
         for start, left in zip(range(0, new, QUERIES_AT_ONCE), columns, strict=True):
             end = min(start + QUERIES_AT_ONCE, new)
-            right = held - new + end  # causal: later keys are invisible to these queries
+            right = min(held, held - new + end + call.ahead)  # later keys are invisible to these queries
             part = call.part(slice(start, end), slice(left, right))
             parts.append(site.own_attention(part, self._mask(part)))
         return torch.cat(parts, dim=2)
