@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, LlamaForCausalLM, PreTrainedModel
 
 import dense
 import odd_attention
@@ -287,3 +287,54 @@ def test_a_cache_of_fixed_size(model: LlamaForCausalLM, spec: str) -> None:
     else:
         with pytest.raises(NotSupported, match="use the default DynamicCache"):
             text(model, cache_implementation="static")
+
+
+# What a configuration says.
+
+
+def falcon(*, alibi: bool) -> PreTrainedModel:
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(
+        FalconConfig(**sizes, alibi=alibi, num_kv_heads=2, eos_token_id=None)
+    ).eval()
+
+
+def test_a_rotary_module_that_is_never_called() -> None:
+    """Falcon has one under ALiBi too; another base in it would change nothing."""
+    model, ids = falcon(alibi=True), dense.tokens(1, 20)
+    before, config = model(ids).logits, model.config.to_dict()
+    for spec in ("yarn:factor=4", "ntk:factor=2", "llama3:factor=2"):
+        with pytest.raises(NotSupported, match="changes nothing here.*does not use it for its attention"):
+            apply(model, spec)
+    assert torch.equal(model(ids).logits, before) and model.config.to_dict() == config
+    rotary = falcon(alibi=False)
+    plain = rotary(ids).logits
+    assert not torch.equal(apply(rotary, "yarn:factor=4")(ids).logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("build", "has", "has_not"),
+    [
+        (lambda: falcon(alibi=True), "alibi", "rope"),
+        (lambda: falcon(alibi=False), "rope", "alibi"),
+        (lambda: of_type("mpt", d_model=64, n_heads=4, n_layers=2, attn_config={"alibi": True}), "alibi", "learned"),
+        (lambda: of_type("mpt", d_model=64, n_heads=4, n_layers=2, attn_config={"alibi": False}), "", "alibi"),
+        (lambda: of_type("bloom", hidden_size=64, n_layer=2, n_head=4), "alibi", "learned"),
+        (lambda: of_type("gpt2", n_embd=64, n_layer=2, n_head=4), "learned", "alibi"),
+        (lambda: dense.llama(), "rope", "alibi"),
+        (lambda: of_type("longspan", hidden_size=64, num_hidden_layers=2, position="t5 + logn"), "t5", "rope"),
+    ],
+    ids=["falcon-alibi", "falcon", "mpt-alibi", "mpt", "bloom", "gpt2", "llama", "ours"],
+)
+def test_a_scheme_that_a_model_was_trained_with(build: Callable, has: str, has_not: str) -> None:
+    """The reason is read off the configuration, and not off the model's type."""
+    model = build()
+    if has:
+        with pytest.raises(NotSupported, match=f"was trained with {has} and has it already"):
+            apply(model, has)
+    with pytest.raises(NotSupported, match=f"was trained without it: train one .*position={has_not}"):
+        apply(model, has_not)
+
+
+def of_type(kind: str, **settings: object) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=96, **settings)).eval()

@@ -93,6 +93,20 @@ class Attend:
             return self.keys_at
         return ending_at(self.position_ids, self.key.shape[2])
 
+    @property
+    def ahead(self) -> int:
+        """How many keys past its own place a query may see: none, unless tokens of an image see one another."""
+        if self.forward.causal or self.mask is None:
+            return 0
+        return self.forward.once(f"ahead:{self.mask.shape}", self._ahead)
+
+    def _ahead(self) -> int:
+        assert self.mask is not None
+        new, held = self.mask.shape[-2:]
+        columns = torch.arange(held, device=self.mask.device)
+        last = torch.where(self.mask, columns, 0).amax(-1)
+        return max(0, int((last - columns[held - new :]).max()))
+
     def part(self, queries: slice, keys: slice | Tensor) -> Attend:
         """The same for some queries and some keys."""
         return replace(
@@ -233,6 +247,8 @@ class Site:
             object.__setattr__(module, _SITE, self)
             self._undo.append(partial(object.__delattr__, module, _SITE))
         self.before_forward(self._refuse_static)
+        if own_mask:
+            self.before_forward(self._refuse_made_masks)
 
     @property
     def plain_attention(self) -> bool:
@@ -312,6 +328,13 @@ class Site:
                 "places after it; use the default DynamicCache (in generate: leave out cache_implementation)"
             )
 
+    def _refuse_made_masks(self, arguments: dict[str, Any]) -> None:
+        if isinstance(arguments.get("attention_mask"), dict):
+            raise NotSupported(
+                f"{self.methods.spec} knows by itself what a query sees, and {self.facts.architecture} makes masks around its "
+                "decoder (tokens of an image see one another); use self-extend, window or yarn, or the text model alone"
+            )
+
     def before_forward(self, hook: Callable[[dict[str, Any]], None]) -> None:
         """Calls `hook` with the keyword arguments of each forward of the decoder; it may change them. Whatever transformers calls
         it, the KV cache is `arguments["cache"]`; `forward_of(arguments)` is where to keep what belongs to this forward alone."""
@@ -335,7 +358,9 @@ class Site:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = arguments["cache"] = compat.given_cache(arguments)
-        forward = arguments[FORWARD] = Forward(arguments.get("position_ids"), _length(cache))
+        mask = arguments.get("attention_mask")
+        causal = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+        forward = arguments[FORWARD] = Forward(arguments.get("position_ids"), _length(cache), causal=causal)
         for hook in self._before:
             hook(arguments)
         if not self.facts.encoder_decoder:

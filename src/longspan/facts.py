@@ -25,6 +25,11 @@ class RopeFacts:
     varies: bool = False
     """Whether frequencies depend on the length of the text, so that rotations of different lengths do not add up."""
 
+    @property
+    def beyond(self) -> str:
+        """What reads past the window of positions that are scaled already."""
+        return "self-extend" if self.varies else "streaming"
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -53,6 +58,8 @@ class ModelFacts:
     """Whether an encoder reads the input; `window` is then the encoder's, and `layers` and `heads` are the decoder's."""
     endless: bool = False
     """Whether it reads a text of any length as it was trained to, as a recurrence does."""
+    schemes: frozenset[str] = frozenset()
+    """Position schemes that the model was trained with, by their names in the catalogue, as far as the configuration says."""
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that a full key-value cache grows by with each token, over all layers."""
@@ -140,7 +147,19 @@ def facts_of(model_or_config: Any) -> ModelFacts:
         absolute_positions=_absolute_positions(model),
         encoder_decoder=bool(config.is_encoder_decoder),
         endless=bool(getattr(model, "endless", False)),
+        schemes=_schemes(config),
     )
+
+
+def _schemes(config: PreTrainedConfig) -> frozenset[str]:
+    own = getattr(config, "position", None)
+    if config.model_type == "longspan" and isinstance(own, str):
+        return frozenset(part.partition(":")[0].strip() for part in own.split("+"))
+    if config.model_type == "bloom" or getattr(getattr(config, "attn_config", config), "alibi", False):
+        return frozenset({"alibi"})
+    if config.model_type in ("gpt2", "opt", "gpt_neo", "biogpt"):
+        return frozenset({"learned"})
+    return frozenset({"rope"} if rope_parameters(config) else ())
 
 
 def _window(config: PreTrainedConfig) -> int:

@@ -23,6 +23,8 @@ from longspan.facts import facts_of
 from longspan.method import parse
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
+FORWARDS = "## Forwards at once, within one another, and around an image"
+"""The heading of the second table, which `forwards.py` makes."""
 HEAD = """# Which method runs on which model
 
 Written by `python tests/conformance/matrix.py > docs/conformance.md`, from tiny random models of each family. Every cell
@@ -121,7 +123,11 @@ def table() -> str:
 
 @functools.cache
 def _documented() -> dict[str, list[str]]:
-    rows = [row.strip("| ").split(" | ") for row in PAGE.read_text().splitlines() if row.startswith("| ")]
+    rows = [
+        row.strip("| ").split(" | ")
+        for row in PAGE.read_text().partition(FORWARDS)[0].splitlines()
+        if row.startswith("| ")
+    ]
     return {row[0]: row[1:] for row in rows[1:]}
 
 
@@ -132,4 +138,6 @@ def documented(family: str, line: Line) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    import forwards  # which imports this file
+
+    print(table(), forwards.section(), sep="\n\n")

@@ -20,10 +20,11 @@ T = TypeVar("T")
 
 
 class Forward:
-    """One forward of a decoder. given: the positions that its caller gave; start: tokens in the cache before it."""
+    """One forward of a decoder. given: the positions that its caller gave; start: tokens in the cache before it; causal: whether
+    it is known that no query sees later keys, as it is unless masks were made around the decoder."""
 
-    def __init__(self, given: Tensor | None = None, start: int = 0):
-        self._given, self._start = given, start
+    def __init__(self, given: Tensor | None = None, start: int = 0, *, causal: bool = True):
+        self._given, self._start, self.causal = given, start, causal
         self._made: dict[str, Any] = {}
         self._state: dict[int, Any] = {}
 
@@ -41,7 +42,7 @@ class Forward:
 
     def part(self, positions: Tensor) -> Forward:
         """The record of a part of the batch's texts, read by themselves at `positions` (B, T)."""
-        part = Forward(positions, self._start)
+        part = Forward(positions, self._start, causal=self.causal)
         part._state = self._state
         return part
 
@@ -52,6 +53,13 @@ class Forward:
     def state(self, owner: object) -> Any:
         """What `owner` has stored with `keep`."""
         return self._state[id(owner)]
+
+
+def counts_on(positions: Tensor, real: Tensor) -> bool:
+    """Whether positions (B or 1, T) count each row's tokens, those that are `real` (B, T), one by one."""
+    apart = positions - real.cumsum(1)
+    high, low = apart.masked_fill(~real, -(2**31)).amax(1), apart.masked_fill(~real, 2**31).amin(1)
+    return not bool((high > low).any())
 
 
 def forward_of(arguments: dict[str, Any]) -> Forward:

@@ -114,6 +114,11 @@ class Focused(Method):
             raise NotSupported(
                 f"focused keeps keys and values, and {facts.architecture} has {', '.join(sorted(other))} layers"
             )
+        if facts.rope.varies and (self.local or facts.window) > facts.rope.window:
+            raise NotSupported(
+                f"focused counts positions within a context, and the frequencies of {facts.architecture} ({facts.rope.type}) are "
+                f"others past {facts.rope.window:,} tokens; use local={facts.rope.window} or less, or self-extend"
+            )
         wrong = [n for n in self.chosen() if n >= facts.layers]
         self.require(
             not wrong, f"there is no layer {wrong[:1] and wrong[0]}: the model has layers 0 to {facts.layers - 1}"

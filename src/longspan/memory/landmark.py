@@ -111,6 +111,11 @@ class Landmark(Method):
                 f"landmark retrieves in every layer from the whole text, and {facts.architecture} has layers that do not see all "
                 "of it; use a model whose layers all have full attention"
             )
+        if facts.rope.varies and self.positions > facts.rope.window:
+            raise NotSupported(
+                f"{self.spec} reads at {self.positions:,} positions, and the frequencies of {facts.architecture} "
+                f"({facts.rope.type}) are others past {facts.rope.window:,}; take less of local or retrieve, or use self-extend"
+            )
         if self.positions > facts.window:
             raise NotSupported(
                 f"{self.spec} reads at {self.positions:,} positions, and the model's window is {facts.window:,}; take less of "

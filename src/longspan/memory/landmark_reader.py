@@ -20,7 +20,7 @@ from longspan.engine import landmarks
 from longspan.engine.grouped import grouped_attention, wide
 from longspan.errors import NotSupported
 from longspan.facts import text_config
-from longspan.hf.forward import Forward, forward_of
+from longspan.hf.forward import Forward, counts_on, forward_of
 from longspan.memory.landmark_cache import PageLayer, Rows
 from longspan.positions.rotary import rotate
 
@@ -117,11 +117,7 @@ class LandmarkReader:
 
     def _check_positions(self, given: Tensor | None, real: Tensor) -> None:
         """Refuses positions that do not count a row's tokens one by one."""
-        if given is None:
-            return
-        apart = given - real.cumsum(1)
-        high, low = apart.masked_fill(~real, -(2**31)).amax(1), apart.masked_fill(~real, 2**31).amin(1)
-        if bool((high > low).any()):
+        if given is not None and not counts_on(given, real):
             raise NotSupported(
                 "landmark counts positions by itself, one for each token and landmark; leave position_ids out (in a recipe: "
                 "positions.kind=ordinary, and data.packing=plain or none)"

@@ -43,6 +43,7 @@ from longspan.engine.patterns import roll
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts, text_config
 from longspan.hf import compat
+from longspan.hf.forward import counts_on
 from longspan.lm.state import MixerState
 from longspan.method import Method
 
@@ -237,11 +238,12 @@ class RMTModel(RMTPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """attention_mask (B, all tokens so far): padding, on either side. position_ids are not looked at: within a segment
-        tokens stand behind the memory, and that is all the model has ever seen."""
+        """attention_mask (B, all tokens so far): padding, on either side. position_ids may only count a text's tokens: within a
+        segment these stand behind the memory, and that is all the model has ever seen."""
         compat.refuse_unknown(self, kwargs)
         past_key_values = compat.one_cache(cache, past_key_values)
         embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        self._check_positions(position_ids, attention_mask, embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if past_key_values is None:
@@ -251,6 +253,19 @@ class RMTModel(RMTPreTrainedModel):
         hidden = self._going_on(embeds, mask, state)
         state.seen += embeds.shape[1]
         return BaseModelOutputWithPast(last_hidden_state=hidden, **compat.output_cache(past_key_values))
+
+    @staticmethod
+    def _check_positions(given: Tensor | None, mask: Tensor | None, embeds: Tensor) -> None:
+        """Refuses several documents in one row, and positions that jump."""
+        new = embeds.shape[1]
+        if given is None or new == 1:
+            return
+        real = torch.ones_like(given, dtype=torch.bool) if mask is None else mask[:, -new:].bool()
+        if not counts_on(given, real):
+            raise NotSupported(
+                "rmt counts positions by itself, from the memory on; leave position_ids out, and give each document a row of its "
+                "own (in a recipe: positions.kind=ordinary, and data.packing=plain or none)"
+            )
 
     # A text at once
 
@@ -376,6 +391,7 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             cache=compat.one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,

@@ -75,7 +75,6 @@ class Learned(Scheme):
     title: ClassVar[str] = "Learned absolute positions"
     also: ClassVar[tuple[str, ...]] = ("learned-positions",)
     paper: ClassVar[str] = "Gehring 2017, arXiv 1705.03122"
-    already_in: ClassVar[tuple[str, ...]] = ("gpt2", "opt", "gpt_neo", "biogpt")
 
     def __post_init__(self) -> None:
         self.require(self.size is None or self.size >= 1, f"size must be at least 1, not {self.size}")

@@ -44,7 +44,6 @@ class ALiBi(Scheme):
     title: ClassVar[str] = "ALiBi: attention with linear biases"
     also: ClassVar[tuple[str, ...]] = ("linear-biases",)
     paper: ClassVar[str] = "Press 2022, arXiv 2108.12409"
-    already_in: ClassVar[tuple[str, ...]] = ("bloom", "mpt", "falcon")
 
     def build(self, shape: Shape) -> Place:
         return ALiBiPlace(shape.heads)

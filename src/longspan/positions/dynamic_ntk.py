@@ -53,7 +53,7 @@ class DynamicNTK(Method):
             raise NotSupported(
                 f"dynamic-ntk needs plain rotary positions; {facts.architecture} has "
                 + (
-                    f"{facts.rope.type} scaling already. Use none, or streaming"
+                    f"{facts.rope.type} scaling already. Use none, or {facts.rope.beyond}"
                     if facts.rope
                     else "none that can be rescaled. Use none, or a model with RoPE (Llama, Mistral, Qwen, Phi-3, Gemma, …)"
                 )
@@ -121,7 +121,7 @@ class DynamicNTK(Method):
         """Attention of the queries start … end of a row, or of all rows, under the base of `length`."""
         rows = slice(None) if row is None else slice(row, row + 1)
         offset = call.key.shape[2] - call.query.shape[2]
-        seen = offset + end  # causal: later keys are invisible to these queries
+        seen = min(call.key.shape[2], offset + end + call.ahead)  # later keys are invisible to these queries
         query, key, value = heads[0][rows, :, start:end], heads[1][rows, :, :seen], heads[2][rows, :, :seen]
         pick = (lambda p: p[rows]) if call.position_ids.shape[0] > 1 else (lambda p: p)
         query_positions, key_positions = pick(call.position_ids)[:, start:end], pick(call.key_positions)[:, :seen]

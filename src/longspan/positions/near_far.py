@@ -78,11 +78,13 @@ class NearFar(Method):
 
     def _turned(self, site: Site, call: Attend, name: str, x: Tensor, positions: Tensor) -> Pair:
         """x rotated for near and for far distances. Both tables are of one call: rotary modules that choose their
-        frequencies by the largest position would choose others for the far places alone."""
+        frequencies by the largest position would choose others for the far places alone. Nor is a far place, where one is
+        used, past its text's end; those that are not used must not pass for a longer text."""
         layer_type, length = site.layer_type(call.module), positions.shape[-1]
 
         def tables() -> Pair:
-            places = torch.cat((positions, self.far(positions, query=name == "queries")), dim=-1)
+            far = self.far(positions, query=name == "queries").minimum(positions.max())
+            places = torch.cat((positions, far), dim=-1)
             return site.rotary.tables(places, x, layer_type)
 
         # Layers that cache a sliding window only have fewer keys than the others.
@@ -108,7 +110,7 @@ class NearFar(Method):
     ) -> Tensor:
         """Attention of one block of queries over keys of double width."""
         end = min(start + QUERIES_AT_ONCE, call.query.shape[2])
-        seen = call.key.shape[2] - call.query.shape[2] + end
+        seen = min(call.key.shape[2], call.key.shape[2] - call.query.shape[2] + end + call.ahead)
         queries = call.position_ids[:, start:end]
         keys = call.key_positions[:, :seen]
         is_near = (queries[:, None, :, None] - keys[:, None, None, :]) < (self.window or 0)

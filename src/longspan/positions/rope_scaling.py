@@ -54,7 +54,8 @@ class RopeScaling(Method):
         if facts.rope.type != "default":
             raise NotSupported(
                 f"{self.name}: this checkpoint's positions are scaled already ({facts.rope.type}, window {facts.window:,}); "
-                "a second scaling would not be the paper's. Its window is the longer one: use none, or streaming beyond it"
+                "a second scaling would not be the paper's. Its window is the longer one: use none, or "
+                f"{facts.rope.beyond} beyond it"
             )
 
     def resolve(self, facts: ModelFacts, length: int | None) -> Self:

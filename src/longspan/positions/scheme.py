@@ -113,8 +113,6 @@ class Scheme(Method):
     works_on: ClassVar[str] = "from scratch"
     cost: ClassVar[str] = "time n², cache n"
     why_not_exportable: ClassVar[str] = "a model is trained with its positions; longspan train makes one"
-    already_in: ClassVar[tuple[str, ...]] = ()
-    """Model types of transformers that were trained with this scheme."""
 
     def build(self, shape: Shape) -> Place:
         """The scheme's part of a model. Raises `NotSupported` for a model that cannot have it."""
@@ -128,7 +126,7 @@ class Scheme(Method):
         self._refuse(facts)
 
     def _refuse(self, facts: ModelFacts) -> NoReturn:
-        if facts.model_type in self.already_in:
+        if self.name in facts.schemes:
             raise NotSupported(f"{facts.architecture} was trained with {self.name} and has it already; use none")
         raise NotSupported(
             f"{self.name} is trained into a model and {facts.architecture} was trained without it: train one with "

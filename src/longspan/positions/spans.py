@@ -78,7 +78,7 @@ class Span(Method):
         parts = []
         for start, left in zip(range(0, new, QUERIES_AT_ONCE), columns, strict=True):
             end = min(start + QUERIES_AT_ONCE, new)
-            right = held - new + end  # causal: later keys are invisible to these queries
+            right = min(held, held - new + end + call.ahead)  # later keys are invisible to these queries
             rows, seen = slice(start, end), slice(left, right)
             part = call.part(rows, seen)
             part = replace(part, query=query[:, :, rows], key=key[:, :, seen], value=value[:, :, seen])
