@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -66,7 +67,9 @@ def gradients(model: PreTrainedModel, losses: Sequence[Callable[[], Tensor]]) ->
 
 def assert_checkpoints_change_no_gradient(model: PreTrainedModel, *losses: Callable[[], Tensor]) -> None:
     """Layers that run again in the backward pass, when other forwards have been."""
+    state = copy.deepcopy(model.state_dict())  # what is drawn anew in training is drawn from here both times
     wanted = gradients(model, losses)
+    model.load_state_dict(state)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         got = gradients(model, losses)
