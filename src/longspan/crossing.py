@@ -9,9 +9,10 @@ own code (LED), a forward hook puts our answer in the place of the module's.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,14 @@ from transformers import AttentionInterface
 
 from longspan.apply import Site
 from longspan.errors import LongspanError, NotSupported
+from longspan.hf import compat
 
 CROSS = "longspan_cross"
 """The attention implementation of cross-attention modules alone."""
-_CROSSING = "_longspan_cross"
+_GIVEN = "_longspan_given"
+"""On a tensor: what `give` hands along with it."""
+_CALL = "longspan_cross"
+"""The keyword argument by which a module of cross-attention tells the attention function of this call."""
 
 _LAYOUTS = {
     "encoder_attn": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -31,8 +36,8 @@ _LAYOUTS = {
 """Cross-attention modules by the name that they have in their layer, and their projections: of BART's kind and of T5's."""
 
 Arguments = dict[str, Any]
-Attend = Callable[["Projections", Tensor, Any, float, float], Tensor]
-"""(projections, query (B, H, T, D), what was given with the states, scale, dropout) -> (B, H, T, D)."""
+Attend = Callable[["Projections", Any, Tensor, float, float], Tensor]
+"""(projections, what was given with the states, query (B, H, T, D), scale, dropout) -> (B, H, T, D)."""
 
 
 class Projections:
@@ -68,42 +73,66 @@ class Projections:
 
 
 def around_encoder(
-    site: Site, before: Callable[[nn.Module, Arguments], Arguments], after: Callable[[Any], Any]
+    site: Site,
+    before: Callable[[nn.Module, Arguments], Arguments],
+    after: Callable[[Arguments, Any], Any],
 ) -> None:
     """Calls `before` with the encoder and the arguments of each of its calls, to get those that it runs with, and `after`
-    with its output, to get the one that it returns."""
+    with these and its output, to get the one that it returns. What `after` must know of this call is on those arguments."""
     encoder = site.model.get_encoder()
-    names = list(inspect.signature(encoder.forward).parameters)
-
-    def pre(module: nn.Module, args: tuple, kwargs: Arguments) -> tuple[tuple, Arguments]:
-        return (), before(module, {**dict(zip(names, args, strict=False)), **kwargs})
-
+    enter = partial(_enter_encoder, before, compat.parameters(encoder.forward))
     for handle in (
-        encoder.register_forward_pre_hook(pre, with_kwargs=True),
-        encoder.register_forward_hook(lambda module, args, output: after(output)),
+        encoder.register_forward_pre_hook(enter, with_kwargs=True),
+        encoder.register_forward_hook(partial(_leave_encoder, after), with_kwargs=True),
     ):
         site.keep_for_undo(handle.remove)
 
 
-def around_model(site: Site, before: Callable[[Arguments], None], after: Callable[[], None]) -> None:
-    """Calls `before` with the keyword arguments of each forward of the whole model, and `after` when it ends, however."""
-    names = list(inspect.signature(site.model.forward).parameters)
+def _enter_encoder(
+    before: Callable[[nn.Module, Arguments], Arguments],
+    names: list[str],
+    module: nn.Module,
+    args: tuple,
+    kwargs: Arguments,
+) -> tuple[tuple, Arguments]:
+    return (), before(module, {**dict(zip(names, args, strict=False)), **kwargs})
 
-    def pre(module: nn.Module, args: tuple, kwargs: Arguments) -> None:
-        before({**dict(zip(names, args, strict=False)), **kwargs})
 
-    for handle in (
-        site.model.register_forward_pre_hook(pre, with_kwargs=True),
-        site.model.register_forward_hook(lambda *call: after(), always_call=True),
-    ):
-        site.keep_for_undo(handle.remove)
+def _leave_encoder(
+    after: Callable[[Arguments, Any], Any], module: nn.Module, args: tuple, kwargs: Arguments, output: Any
+) -> Any:
+    return after(kwargs, output)
+
+
+def before_model(site: Site, before: Callable[[Arguments], None]) -> None:
+    """Calls `before` with the keyword arguments of each forward of the whole model."""
+    enter = partial(_enter_model, before, compat.parameters(site.model.forward))
+    site.keep_for_undo(site.model.register_forward_pre_hook(enter, with_kwargs=True).remove)
+
+
+def _enter_model(
+    before: Callable[[Arguments], None], names: list[str], module: nn.Module, args: tuple, kwargs: Arguments
+) -> None:
+    before({**dict(zip(names, args, strict=False)), **kwargs})
 
 
 def give(states: Tensor, what: Any) -> Tensor:
-    """`states` (B, 1, d), to be handed to the decoder as the encoder's, with `what` for `cross_attention`'s function on it: it
-    goes with them through layers and through layers computed again."""
-    setattr(states, _CROSSING, what)
+    """`states` with `what` on it, which goes with them through layers and through layers computed again. The decoder's
+    `encoder_hidden_states` carry what `cross_attention`'s function is given."""
+    setattr(states, _GIVEN, what)
     return states
+
+
+def given(states: Any) -> Any:
+    """What `give` put on a tensor; None where there is nothing."""
+    return getattr(states, _GIVEN, None)
+
+
+def taken(states: Tensor) -> Any:
+    """What `give` put on a tensor, which then is let go of: the graph of a training keeps tensors for long."""
+    what = given(states)
+    delattr(states, _GIVEN)
+    return what
 
 
 def cross_attention(site: Site, attend: Attend) -> None:
@@ -113,7 +142,7 @@ def cross_attention(site: Site, attend: Attend) -> None:
     for name, module in site.model.get_decoder().named_modules():
         names = _LAYOUTS.get(name.rpartition(".")[2])
         if names and all(isinstance(getattr(module, part, None), nn.Module) for part in names):
-            _take_over(site, module, Projections(module, names), attend)
+            _TakenOver(site, Projections(module, names), attend).attach(module)
             layers += 1
     if layers != site.facts.layers:
         raise NotSupported(
@@ -122,44 +151,47 @@ def cross_attention(site: Site, attend: Attend) -> None:
         )
 
 
-def _take_over(site: Site, module: nn.Module, projections: Projections, attend: Attend) -> None:
-    def before(module: nn.Module, args: tuple, kwargs: Arguments) -> None:
-        given = next((getattr(x, _CROSSING) for x in (*args, *kwargs.values()) if hasattr(x, _CROSSING)), None)
-        if given is None:
-            _lost(site)
-        object.__setattr__(module, _CROSSING, lambda *call: attend(projections, call[0], given, *call[1:]))
+@dataclass(frozen=True)
+class _TakenOver:
+    """One module of cross-attention whose answer is `attend`'s. Nothing of a call is kept here: the attention function gets
+    it as a keyword argument, which the module passes on."""
 
-    def after(module: nn.Module, args: tuple, kwargs: Arguments, output: Any) -> Any:
-        if site.facts.attention_interface:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        query = projections.query(hidden).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
-        dropout = module.dropout if module.training else 0.0
-        out = getattr(module, _CROSSING)(query, module.scaling, dropout)
-        return projections.out(out.transpose(1, 2).flatten(2)), None, *output[2:]
+    site: Site
+    projections: Projections
+    attend: Attend
 
-    def forget(*call: Any) -> None:
-        module.__dict__.pop(_CROSSING, None)
-
-    for handle in (
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, with_kwargs=True),
-        module.register_forward_hook(forget, always_call=True),
-    ):
-        site.keep_for_undo(handle.remove)
-    if site.facts.attention_interface:
+    def attach(self, module: nn.Module) -> None:
+        undo = self.site.keep_for_undo
+        if not (self.site.facts.attention_interface and compat.takes_keywords(module.forward)):
+            undo(module.register_forward_hook(self._instead, with_kwargs=True).remove)
+            return
+        undo(module.register_forward_pre_hook(self._hand_on, with_kwargs=True).remove)
         own: Any = module.config
         ours = copy.copy(own)
         ours._attn_implementation = CROSS
         module.config = ours
-        site.keep_for_undo(lambda: setattr(module, "config", own))
+        undo(partial(setattr, module, "config", own))
 
+    def _hand_on(self, module: nn.Module, args: tuple, kwargs: Arguments) -> tuple[tuple, Arguments]:
+        return args, {**kwargs, _CALL: partial(self.attend, self.projections, self._given(args, kwargs))}
 
-def _lost(site: Site) -> NoReturn:
-    raise NotSupported(
-        f"{site.methods.spec}: a decoder layer was given other states than the decoder. With gradient checkpointing use "
-        'gradient_checkpointing_kwargs={"use_reentrant": False}; else run the whole decoder'
-    )
+    def _instead(self, module: nn.Module, args: tuple, kwargs: Arguments, output: Any) -> Any:
+        """The module's output with our answer in the place of its own, where it computes attention in code of its own."""
+        projections, what = self.projections, self._given(args, kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        heads, scale = cast(int, module.num_heads), cast(float, module.scaling)
+        query = projections.query(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
+        out = self.attend(projections, what, query, scale, cast(float, module.dropout) if module.training else 0.0)
+        return projections.out(out.transpose(1, 2).flatten(2)), None, *output[2:]
+
+    def _given(self, args: tuple, kwargs: Arguments) -> Any:
+        found = next((what for x in (*args, *kwargs.values()) if (what := given(x)) is not None), None)
+        if found is None:
+            raise NotSupported(
+                f"{self.site.methods.spec}: a decoder layer was given other states than the decoder. With gradient checkpointing "
+                'use gradient_checkpointing_kwargs={"use_reentrant": False}; else run the whole decoder'
+            )
+        return found
 
 
 def _run_cross_attention(
@@ -173,7 +205,7 @@ def _run_cross_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers. The key and value are of the stand-in, and not used."""
-    attend = module.__dict__.get(_CROSSING)
+    attend: Callable[[Tensor, float, float], Tensor] | None = kwargs.get(_CALL)
     if attend is None:
         raise LongspanError(f"the attention implementation {CROSS!r} runs only on a model that a method was applied to")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

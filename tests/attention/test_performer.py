@@ -21,10 +21,12 @@ import tiny
 from longspan.apply import applied, apply, remove
 from longspan.attention.performer import Performer, PerformerAttention
 from longspan.attention.random_features import Draw, Errors, RandomFeatures, draw_errors, errors
+from longspan.engine import linear
 from longspan.engine.linear import bidirectional, causal
 from longspan.errors import NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.method import parse
+from shared_model import gradients
 from ties import UndefinedAtTies
 
 SCRIPT = Path(__file__).parents[2] / "reproductions" / "performer_error.py"
@@ -237,6 +239,17 @@ class TestModel:
         self.step(twin, 2)
         assert all(map(torch.equal, before, self.projections(model)))
         assert not torch.equal(before[0], self.projections(twin)[0])
+
+    def test_segments_that_run_again_after_another_forward(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A long text's features are made again in the backward pass, when the next forward has drawn others."""
+        model = LongspanForCausalLM(config(attention="performer:features=8,redraw=1")).train()
+        state, texts = copy.deepcopy(model.state_dict()), [torch.randint(2, 90, (1, n)) for n in (40, 50)]
+        found = []
+        for segment in (1024, 16):
+            monkeypatch.setattr(linear, "SEGMENT", segment)
+            model.load_state_dict(state)
+            found.append(gradients(model, [lambda ids=ids: model(ids, labels=ids).loss for ids in texts]))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
     def test_weights_of_softmax_attention_are_taken(self, tmp_path: Path) -> None:
         """A checkpoint without random features: they are drawn from the seed."""

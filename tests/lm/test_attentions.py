@@ -17,6 +17,7 @@ from longspan.engine.patterns import Call, attend
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForMaskedLM
 from longspan.method import catalogue, parse
+from shared_model import assert_checkpoints_change_no_gradient, assert_threads_get_what_each_gets_alone
 from ties import UndefinedAtTies
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -256,6 +257,54 @@ def test_mixers_keep_a_state_of_one_size(line: Line) -> None:
             model(tokens(1, length), past_key_values=cache)
             sizes.append([sum(x.numel() for x in layer.tensors.values()) for layer in cache.layers])
     assert sizes[0] == sizes[1]
+
+
+# In several hands: one line of each name, and one in which each forward of a training has other features.
+
+ONE_EACH = [
+    *{line.spec.partition(":")[0]: line for line in reversed(LINES)}.values(),
+    Line("full"),
+    Line("performer:features=16,redraw=1"),
+]
+one_each = pytest.mark.parametrize("line", ONE_EACH, ids=lambda line: line.spec)
+
+
+def shared(line: Line) -> PreTrainedModel:
+    return build(line) if line.causal else build(line, cls=LongspanForMaskedLM, kind="encoder")
+
+
+def padded_text(number: int, length: int) -> dict[str, Tensor]:
+    """Two rows of tokens, others for each number, and a mask that hides the beginning of the first."""
+    ids = (tokens(2, length) + 7 * number) % 90 + 2
+    mask = torch.ones_like(ids)
+    mask[0, : 3 + 2 * number] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@one_each
+def test_threads_share_a_model(line: Line) -> None:
+    """Each reads a text of its own, whole, in pieces and a token at a time."""
+    model = shared(line)
+
+    @torch.no_grad()
+    def answer(number: int) -> Tensor:
+        text = padded_text(number, 24 + 5 * number)
+        parts = [model(**text).logits[:, -4:]]
+        cache = DynamicCache()
+        for begin, end in ((0, 15), (15, 20), (20, 21), (21, 22)) if line.causal else ():
+            ids, mask = text["input_ids"][:, begin:end], text["attention_mask"][:, :end]
+            parts.append(model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1:])
+        return torch.cat(parts, dim=1)
+
+    assert_threads_get_what_each_gets_alone(answer)
+
+
+@one_each
+def test_checkpoints_after_another_forward(line: Line) -> None:
+    model, texts = shared(line).train(), [padded_text(n, 32) for n in (0, 1)]
+    assert_checkpoints_change_no_gradient(
+        model, *(lambda text=text: model(**text, labels=text["input_ids"], use_cache=False).loss for text in texts)
+    )
 
 
 def test_what_is_no_attention_is_refused() -> None:

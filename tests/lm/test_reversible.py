@@ -21,6 +21,7 @@ from longspan.errors import NotSupported
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration, LongspanForMaskedLM
 from longspan.lm.modeling import LongspanModel
 from longspan.lm.reversible import reversible
+from shared_model import gradients as both_at_once
 
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
 MODELS = [
@@ -67,6 +68,17 @@ def test_every_attention_runs_alike_both_times(line: Line, monkeypatch: pytest.M
         wanted, kept = step(model, ids)
     torch.testing.assert_close(logits, wanted, rtol=0, atol=0)
     torch.testing.assert_close(gradients, kept, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_run_again_after_another_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each forward of a training has other features here."""
+    model, texts = build("performer:features=16,redraw=1").train(), [tokens(2, 32), tokens(2, 32).flip(1)]
+    losses = [lambda ids=ids: model(ids, labels=ids, use_cache=False).loss for ids in texts]
+    state = copy.deepcopy(model.state_dict())
+    got = both_at_once(model, losses)
+    model.load_state_dict(state)
+    with everything_kept(monkeypatch):
+        torch.testing.assert_close(got, both_at_once(model, losses), rtol=1e-4, atol=1e-5)
 
 
 @contextmanager

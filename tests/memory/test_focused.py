@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from longspan.apply import Attend, Site, layer_number
 from longspan.engine import memories
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import facts_of
-from longspan.memory.focused import Focused
+from longspan.memory.focused import Focused, reader_of
 from longspan.memory.focused_memory import Memory
 from longspan.method import combination, parse
 from longspan.positions.rotary import rotate
+from shared_model import assert_checkpoints_change_no_gradient
 
 LOCAL = 8
 SPEC = f"focused:local={LOCAL},layers=1/2"
@@ -438,3 +440,20 @@ def test_refusals() -> None:
         made(ids(1, 8), attention_mask=mask, past_key_values=DynamicCache())
     with pytest.raises(NotSupported, match="meets as many documents"):
         crossed(made, ids(2, 2 * LOCAL), 3)
+
+
+def test_a_forward_that_runs_again_is_at_its_own_step() -> None:
+    """The number of contexts grows between two forwards whose backward passes come later."""
+    made = ls.apply(model(), f"{SPEC},d=1,late=2,after=1").train()
+    reader = reader_of(made)
+
+    def loss(step: int) -> Tensor:
+        reader.step = step
+        return made(ids(2, 24, seed=step), labels=ids(2, 24, seed=step)).loss
+
+    assert_checkpoints_change_no_gradient(made, partial(loss, 0), partial(loss, 1))
+    reader.step = 0
+    with torch.no_grad():
+        one, two = loss(0), made(ids(2, 24, seed=0), labels=ids(2, 24, seed=0)).loss
+        reader.step = 1
+        assert one == two != made(ids(2, 24, seed=0), labels=ids(2, 24, seed=0)).loss

@@ -30,9 +30,15 @@ import tiny
 from longspan.apply import applied, apply, current, remove
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.lm import LongspanConfig
-from longspan.memory import gist
+from longspan.memory import gist, gist_encoder
 from longspan.memory.gist_decoder import GistCache
 from longspan.memory.gist_encoder import GistStates
+from shared_model import (
+    THREADS,
+    assert_checkpoints_change_no_gradient,
+    assert_threads_get_what_each_gets_alone,
+    in_the_midst,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 270,
@@ -364,6 +370,76 @@ def test_controls_of_an_encoder(family: str) -> None:
     model.train()(ids, labels=said).loss.backward()
     grad = model.get_input_embeddings().weight.grad
     assert bool(grad[70 if not same else int(ids[0, 2])].any())
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_copy_of_an_encoder_has_the_method_on_it(family: str) -> None:
+    """It runs by itself, compresses prompts, and comes back to the plain model."""
+    model, tokenizer = prepared(encoder_decoder(family))
+    ids, said = torch.tensor([gist.joined(model, tokenizer, PROMPTS[0], TEXTS[0])]), torch.tensor([[0, 50, 60]])
+    changed, twin = logits(model, ids, decoder_input_ids=said), copy.deepcopy(model)
+    states = gist.compress(model, tokenizer, PROMPTS).states
+    remove(model)
+    plain = logits(model, ids, decoder_input_ids=said)
+    assert not torch.allclose(plain, changed, atol=1e-3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(twin, ids, decoder_input_ids=said), changed), "the copy asks the original"
+    assert torch.equal(gist.compress(twin, tokenizer, PROMPTS).states, states)
+    remove(twin)
+    assert current(twin) is None and torch.equal(logits(twin, ids, decoder_input_ids=said), plain)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in twin.modules())
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "llama"])
+def test_threads_share_a_model(family: str) -> None:
+    """Some read a prompt, some go on after it, some read both together, all on one model."""
+    model, tokenizer = prepared(encoder_decoder(family) if family != "llama" else decoder())
+    asked = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    prompts = [PROMPTS[n % 2] + "!" * n for n in range(THREADS)]
+
+    def answer(number: int) -> Tensor:
+        ids = torch.tensor([gist.joined(model, tokenizer, prompts[number], TEXTS[number % 2])])
+        whole = logits(model, ids, **({} if family == "llama" else {"decoder_input_ids": ids[:, :6]}))
+        made = []
+        for text in TEXTS:
+            held = gist.compress(model, tokenizer, prompts[number])
+            made.append(model.generate(**held.inputs(model, tokenizer, text), **asked)[:, -6:])
+        return torch.cat((whole[0, -6:].flatten(), torch.cat(made).flatten()))
+
+    assert_threads_get_what_each_gets_alone(answer)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_forward_in_the_midst_of_another(family: str) -> None:
+    """Of a prompt that is being compressed, and of a text that has gist tokens."""
+    model, tokenizer = prepared(encoder_decoder(family))
+    layer = gist_encoder.layers_of(model.get_encoder())[0]
+    ids, said = torch.tensor([gist.joined(model, tokenizer, PROMPTS[0], TEXTS[0])]), torch.tensor([[0, 50, 60]])
+    plain = ids.masked_fill(ids == gist.method_on(model).id, 7)
+    held, wanted = gist.compress(model, tokenizer, PROMPTS[0]).states, logits(model, ids, decoder_input_ids=said)
+
+    def other() -> Tensor:
+        return logits(model, plain, decoder_input_ids=said)
+
+    assert torch.equal(in_the_midst(layer, lambda: logits(model, ids, decoder_input_ids=said), other), wanted)
+    got = in_the_midst(layer, other, lambda: gist.compress(model, tokenizer, PROMPTS[0]))
+    assert torch.equal(got, other())
+    assert torch.equal(gist.compress(model, tokenizer, PROMPTS[0]).states, held)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_checkpoints_after_another_forward(family: str) -> None:
+    model, tokenizer = prepared(encoder_decoder(family))
+    texts = [torch.tensor([gist.joined(model, tokenizer, PROMPTS[0] + "!" * n, TEXTS[n])]) for n in (0, 1)]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train()
+    assert_checkpoints_change_no_gradient(
+        model, *(lambda ids=ids: model(input_ids=ids, labels=ids[:, :9]).loss for ids in texts)
+    )
 
 
 # The token, and what is saved

@@ -26,6 +26,12 @@ from longspan.apply import applied, apply, current, remove
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.memory import landmark
 from longspan.memory.landmark_cache import PageLayer
+from shared_model import (
+    THREADS,
+    assert_checkpoints_change_no_gradient,
+    assert_threads_get_what_each_gets_alone,
+    in_the_midst,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 270,
@@ -307,6 +313,52 @@ def test_hidden_states_are_the_callers() -> None:
         states = out.hidden_states if form else out[1]
         assert all(s.shape == (2, 30, 32) for s in states)
     assert model(ids, use_cache=False, logits_to_keep=1).logits.shape == (2, 1, 270)
+
+
+def test_threads_share_a_model() -> None:
+    """Each generates after a text of its own, read whole or before; padding differs."""
+    model, tokenizer = model_of(), tiny.tokenizer()
+    asked = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    books = [landmark.read(model, tokenizer, "a" * (20 + 9 * n)) for n in range(THREADS)]
+
+    def answer(number: int) -> Tensor:
+        ids = some(2, 30 + 7 * number, seed=number)
+        mask = torch.ones_like(ids)
+        mask[0, : 2 + 3 * number] = 0
+        whole = model.generate(ids, attention_mask=mask, **asked)[:, -6:]
+        return torch.cat((whole, model.generate(**books[number].inputs(model, tokenizer, "b?"), **asked)[:, -6:]))
+
+    assert_threads_get_what_each_gets_alone(answer)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_in_the_midst_of_another(training: bool) -> None:
+    model = model_of().train(training)
+
+    @torch.no_grad()
+    def logits(length: int) -> Tensor:
+        return model(some(1, length, seed=length), use_cache=False).logits
+
+    layer = model.model.layers[1].self_attn.q_proj
+    assert torch.equal(in_the_midst(layer, lambda: logits(33), lambda: logits(21)), logits(33))
+
+
+def test_checkpoints_after_another_forward() -> None:
+    """With other padding, and the backward pass in evaluation mode, where blocks are retrieved."""
+    model, ids = model_of().train(), [some(2, 33), some(2, 41, seed=1)]
+    masks = [torch.ones_like(x) for x in ids]
+    masks[0][0, :5] = masks[1][1, :11] = 0
+
+    def loss(number: int) -> Tensor:
+        labels = ids[number].masked_fill(masks[number] == 0, -100)
+        return model.train()(ids[number], attention_mask=masks[number], labels=labels).loss
+
+    def last() -> Tensor:
+        found = loss(1)
+        model.eval()
+        return found
+
+    assert_checkpoints_change_no_gradient(model, lambda: loss(0), last)
 
 
 def test_removed_bit_for_bit() -> None:

@@ -24,6 +24,7 @@ from longspan.facts import facts_of
 from longspan.lm import LongspanConfig
 from longspan.memory.rmt import RMT, RMTForCausalLM, around
 from longspan.method import parse
+from shared_model import assert_checkpoints_change_no_gradient, assert_threads_get_what_each_gets_alone, in_the_midst
 
 SIZES: dict[str, Any] = {
     "vocab_size": 90,
@@ -95,6 +96,41 @@ def test_pieces_equal_the_whole(family: str) -> None:
             parts.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits)
     assert cache.get_seq_length() == 37
     torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, ids, use_cache=False), **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "ours"])
+def test_threads_share_a_model(family: str) -> None:
+    model = build(family=family)
+
+    def answer(number: int) -> Tensor:
+        ids, mask = (tokens(2, 20 + 7 * number) + number) % 87 + 3, torch.ones(2, 20 + 7 * number, dtype=torch.long)
+        mask[0, : 3 + 2 * number] = 0
+        made = model.generate(ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        return torch.cat((logits(model, ids, attention_mask=mask, use_cache=False)[:, -1], made[:, -6:]), dim=1)
+
+    assert_threads_get_what_each_gets_alone(answer)
+
+
+def test_a_forward_in_the_midst_of_another() -> None:
+    model, ids = build(), tokens(2, 37)
+    inner = model.model.base.layers[1].self_attn.q_proj
+    wanted = logits(model, ids[:1], use_cache=True)
+    got = in_the_midst(inner, lambda: logits(model, ids[:1], use_cache=True), lambda: logits(model, ids[1:, :20]))
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "ours"])
+@pytest.mark.parametrize("depth", [-1, 1])
+def test_checkpoints_after_another_forward(family: str, depth: int) -> None:
+    model, ids = build(f"rmt:tokens=3,segment=8,depth={depth}", family).train(), tokens(2, 37)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    mask = torch.ones_like(ids)
+    mask[0, :11] = 0
+    texts = {"input_ids": ids, "attention_mask": mask}, {"input_ids": ids.flip(1)[:, :29]}
+    losses = [lambda text=text: model(**text, labels=text["input_ids"], use_cache=False).loss for text in texts]
+    assert_checkpoints_change_no_gradient(model, *losses)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -26,10 +26,17 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import longspan as ls
 from longspan import crossing
+from longspan.apply import current
 from longspan.engine import retrieval
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.facts import facts_of
 from longspan.memory.unlimiformer import Encoded, Given, windows
+from shared_model import (
+    THREADS,
+    assert_checkpoints_change_no_gradient,
+    assert_threads_get_what_each_gets_alone,
+    in_the_midst,
+)
 
 WINDOW = 16
 BART = {
@@ -537,7 +544,77 @@ def test_short_inputs_stay_and_nothing_stays(family: str) -> None:
         torch.testing.assert_close(logits(), before, rtol=1e-4, atol=1e-5)
     assert torch.equal(logits(), before) and model.config.to_dict() == config
     assert {name: m.__dict__.keys() - {"training"} for name, m in model.named_modules()} == modules
-    copy.deepcopy(model)
+
+
+@each_family
+def test_a_copy_has_the_method_on_it(family: str) -> None:
+    """It runs by itself, on weights of its own, and comes back to the plain model."""
+    model, ids, asked = build(family), text(1, 40), text(1, 6, seed=1)
+    short = text(1, WINDOW)
+
+    def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids, decoder_input_ids=asked, use_cache=False).logits
+
+    plain = logits(model, short)
+    ls.apply(model, "unlimiformer:k=3")
+    changed = logits(model, ids)
+    twin = copy.deepcopy(model)
+    ls.remove(model)
+    assert torch.equal(logits(model, short), plain)
+    assert torch.equal(logits(twin, ids), changed)
+    assert torch.equal(logits(copy.deepcopy(twin), ids), changed)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+        for module in cross_modules(model):
+            parts(module)[1].weight.zero_()
+    assert torch.equal(logits(twin, ids), changed), "the copy asks the original"
+    ls.remove(twin)
+    assert current(twin) is None and torch.equal(logits(twin, short), plain)
+    assert all(vars(m).keys() == vars(n).keys() for m, n in zip(twin.modules(), build(family).modules(), strict=True))
+
+
+# In several hands.
+
+
+@each_family
+def test_threads_share_a_model(family: str) -> None:
+    """Each has a text and a length of its own; some read, some ask a text that was read."""
+    model = ls.apply(build(family), "unlimiformer:k=5,batch=2")
+    books = [Encoded.of(model, text(1, 30 + 5 * n, seed=n)) for n in range(THREADS)]
+
+    def answer(number: int) -> Tensor:
+        how = {"max_new_tokens": 5, "num_beams": 1 + number % 2, "no_repeat_ngram_size": 1, "min_new_tokens": 5}
+        read = model.generate(text(2, 30 + 9 * number, seed=10 + number), **how)
+        return torch.cat((read, model.generate(encoder_outputs=books[number].outputs(), **how)))
+
+    assert_threads_get_what_each_gets_alone(answer)
+
+
+@each_family
+@pytest.mark.parametrize("where", ["encoder", "decoder"])
+def test_a_forward_in_the_midst_of_another(family: str, where: str) -> None:
+    model = ls.apply(build(family), "unlimiformer:k=5")
+    layer = next(m for name, m in model.get_encoder().named_modules() if name.endswith(("layers.0", "block.0")))
+    module = layer if where == "encoder" else parts(cross_modules(model)[0])[0]
+
+    @torch.no_grad()
+    def logits(seed: int) -> Tensor:
+        return model(input_ids=text(1, 40 + seed, seed=seed), decoder_input_ids=text(1, 5, seed=7)).logits
+
+    assert torch.equal(in_the_midst(module, lambda: logits(1), lambda: logits(2)), logits(1))
+    assert not torch.equal(logits(1), logits(2))
+
+
+@each_family
+@pytest.mark.parametrize("training", ["retrieval", "random", "alternating"])
+def test_checkpoints_after_another_forward(family: str, training: str) -> None:
+    model = build(family, torch.float64).train()
+    losses = [
+        lambda n=n: model(input_ids=text(2, 40 + 9 * n, seed=n), labels=text(2, 5 + n, seed=1)).loss for n in (0, 1)
+    ]
+    ls.apply(model, f"unlimiformer:k=7,training={training}")
+    assert_checkpoints_change_no_gradient(model, *losses)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -613,8 +690,12 @@ IMPOSSIBLE: dict[str, Callable[[PreTrainedModel], Any]] = {
     "no other mask": lambda m: m.get_encoder()(input_ids=IDS, attention_mask=HOLE[:, None]),
     "last layer's states": lambda m: m(input_ids=IDS, decoder_input_ids=ASKED, output_hidden_states=True),
     "lost the states": lambda m: m(encoder_outputs=LOST, decoder_input_ids=ASKED),
-    "evenly": lambda m: m.get_decoder()(
+    "have lost the states": lambda m: m.get_decoder()(
         input_ids=text(3, 4), encoder_hidden_states=m.get_encoder()(input_ids=IDS)[0][[0, 0, 1]]
+    ),
+    "evenly": lambda m: m.get_decoder()(
+        input_ids=text(3, 4),
+        encoder_hidden_states=crossing.give(crossing.stand_in(3, torch.zeros(1, 32)), Encoded.of(m, IDS)),
     ),
 }
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from longspan.lm.layers import LongspanAttention
     from longspan.lm.modeling import LongspanModel
 
+HANDED = "longspan_handed"
+"""The keyword under which what a method's modules need of one forward travels to them: a dictionary by method."""
 SAMPLED = 256
 """Queries whose keys are counted in a text that has more."""
 

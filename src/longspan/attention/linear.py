@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from longspan.attention.base import Mixer
+from longspan.attention.base import HANDED, Mixer
 from longspan.engine.linear import Kernel, State, bidirectional, causal
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention, rotated
 from longspan.lm.state import state_of
+from longspan.method import Method
 from longspan.positions.scheme import Place
 
 
 class KernelAttention(LongspanAttention):
     """Attention by the features that `kernel` makes, of the heads and projections of softmax attention."""
 
-    def kernel(self) -> Kernel:
+    def kernel(self, handed: dict[Method, Any]) -> Kernel:
+        """The features of one forward. handed: what belongs to that forward, by method."""
         raise NotImplementedError
 
     def forward(
@@ -43,7 +45,7 @@ class KernelAttention(LongspanAttention):
         key, value = self._keys(hidden_states, None, None)
         if rotation is not None:
             query, key = rotated(query, rotation), rotated(key, rotation)
-        new, kernel = query.shape[2], self.kernel()
+        new, kernel = query.shape[2], self.kernel(kwargs.get(HANDED, {}))
         real = None if padding is None else padding[:, -new:]
         if not self.is_causal:
             out = bidirectional(query, key, value, kernel, real)
@@ -80,7 +82,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
 
 
 class LinearAttention(KernelAttention):
-    def kernel(self) -> Kernel:
+    def kernel(self, handed: dict[Method, Any]) -> Kernel:
         return Kernel(elu_plus_one)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from longspan.attention.base import HANDED
 from longspan.attention.linear import KernelAttention, KernelMixer
 from longspan.attention.random_features import Draw, RandomFeatures
 from longspan.engine.linear import Kernel, causal, read
@@ -25,6 +26,7 @@ from longspan.facts import ModelFacts
 from longspan.hf.forward import forward_of
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.modeling import LongspanModel
+from longspan.method import Method
 from longspan.positions.scheme import Place
 
 if TYPE_CHECKING:
@@ -37,8 +39,9 @@ class PerformerAttention(KernelAttention):
         self.method = method
         self.features = method.random_features(self.head_dim, layer)
 
-    def kernel(self) -> Kernel:
-        return self.features.kernel(self.scaling)
+    def kernel(self, handed: dict[Method, Any]) -> Kernel:
+        drawn: dict[int, Tensor] = handed.get(self.method, {})
+        return self.features.kernel(self.scaling, drawn.get(self.layer_idx))
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,15 @@ class Performer(KernelMixer):
     def join(self, stack: LongspanModel) -> None:
         """Forwards are counted where gradient checkpointing does not run them twice."""
         if self.redraw:
-            stack.register_forward_pre_hook(self._count)
+            stack.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, stack: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if stack.training and torch.is_grad_enabled():
-            for module in stack.modules():
-                if isinstance(module, PerformerAttention) and module.method == self:
-                    module.features.count()
+    def _count(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Each forward is handed its features: when it runs again, the stack may have drawn others."""
+        if not (stack.training and torch.is_grad_enabled()):
+            return None
+        own = [m for m in stack.modules() if isinstance(m, PerformerAttention) and m.method == self]
+        drawn = {module.layer_idx: module.features.count() for module in own}
+        return args, {**kwargs, HANDED: {**kwargs.get(HANDED, {}), self: drawn}}
 
     def check(self, facts: ModelFacts) -> None:
         if self.redraw:

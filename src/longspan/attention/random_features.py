@@ -81,26 +81,29 @@ class RandomFeatures(nn.Module):
         if self.redraw:
             self.steps.zero_()
 
-    def forward(self, x: Tensor, *, scale: float) -> Tensor:
+    def forward(self, x: Tensor, *, scale: float, projection: Tensor | None = None) -> Tensor:
         """x (…, D) → (…, m): logarithms of the features of the softmax kernel, or features of the ReLU kernel. `scale` is what
-        scores are multiplied by."""
+        scores are multiplied by; `projection` a W that is no longer the last one."""
         x = x * math.sqrt(scale)
-        projected = x @ self.projection.to(x.dtype).mT
+        projected = x @ (self.projection if projection is None else projection).to(x.dtype).mT
         if self.kind == "relu":
             return projected.masked_fill(projected <= 0, 0) + RELU_FLOOR  # relu, with a slope of 0 at 0 by our own rule
         return projected - x.square().sum(-1, keepdim=True) / 2 - math.log(self.draw.features) / 2
 
-    def kernel(self, scale: float) -> Kernel:
-        return Kernel(partial(self, scale=scale), logarithms=self.kind == "softmax")
+    def kernel(self, scale: float, projection: Tensor | None = None) -> Kernel:
+        """With one W, the last one or `projection`, also where features are made again after another was drawn."""
+        projection = self.projection if projection is None else projection
+        return Kernel(partial(self, scale=scale, projection=projection), logarithms=self.kind == "softmax")
 
     @torch.compiler.disable
-    def count(self) -> None:
-        """Another step of training begins."""
+    def count(self) -> Tensor:
+        """Another step of training begins: the W of this step."""
         number, step = divmod(int(self.steps), self.redraw)
         if number and not step:
             new = self.draw.matrix(self.width, *self.seeds, number)
             self.projection = new.to(self.projection)  # a new tensor: a backward may still need the old one
         self.steps += 1
+        return self.projection
 
 
 @dataclass(frozen=True)

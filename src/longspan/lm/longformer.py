@@ -64,10 +64,12 @@ class LongformerAttention(LongspanAttention):
 
     def _shown(self, hidden: Tensor, given: Tensor | None, padding: Tensor | None) -> Tensor | None:
         """Which tokens are global, boolean (B, T); None where none is."""
-        if given is not None and self.is_causal:
-            raise NotSupported(
-                "a decoder has no global tokens: what they see lies ahead; leave global_attention_mask out"
-            )
+        if self.is_causal:
+            if given is not None:
+                raise NotSupported(
+                    "a decoder has no global tokens: what they see lies ahead; leave global_attention_mask out"
+                )
+            return None
         if given is not None and given.shape != hidden.shape[:2]:
             raise NotSupported(
                 f"global_attention_mask says for every token whether it is global, {tuple(hidden.shape[:2])}; this one is "

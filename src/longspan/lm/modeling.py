@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from longspan.attention.base import Full
+from longspan.attention.base import HANDED, Full
 from longspan.errors import NotSupported
 from longspan.hf import compat
 from longspan.hf.compat import FORWARD
@@ -124,7 +124,7 @@ class LongspanModel(LongspanPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Final states (B, T, hidden). The KV cache goes by either name, `cache` or `past_key_values`."""
-        compat.refuse_unknown(self, kwargs, "global_attention_mask", LED)
+        compat.refuse_unknown(self, kwargs, "global_attention_mask", LED, HANDED)
         kwargs.pop(LED, None)
         past_key_values = compat.one_cache(cache, past_key_values)
         if self._checkpointing:

@@ -188,6 +188,8 @@ class Pass:
     """Tokens of its shortest row."""
     shift: Tensor | None = None
     """The pads as a tensor, in training."""
+    step: int = 0
+    """Of the training."""
 
 
 class Reader:
@@ -223,7 +225,7 @@ class Reader:
         shortest = new if real is None else int(real.sum(1).min())
         for layer in layers or ():
             layer.pads = pads
-        forward_of(arguments).keep(self, Pass(layers, pads, training, real, shortest, shift))
+        forward_of(arguments).keep(self, Pass(layers, pads, training, real, shortest, shift, self.step))
         arguments["attention_mask"] = None
         self._positions(arguments, start, new, mask, given.device)
 
@@ -443,7 +445,7 @@ class Reader:
             others = crossbatch.Others(
                 self._first(call, keys[:, :, earlier]),
                 values[:, :, earlier],
-                self.method.contexts(self.step) if start else 1,
+                self.method.contexts(now.step) if start else 1,
                 None if real is None else real[:, earlier],
             )
             here = None if real is None else real[:, part]

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from longspan import crossing
 from longspan.apply import Site
-from longspan.engine.gist_masks import Mode, kept, visible
+from longspan.engine.gist_masks import kept, visible
 from longspan.errors import LongspanError, NotSupported
 from longspan.tasks.base import bos_id, encode_all
 
@@ -37,8 +38,6 @@ class EncoderReader:
 
     def __init__(self, method: Gist, site: Site):
         self.method, self.site = method, site
-        self._mode: Mode = method.mode
-        self._kept: Tensor | None = None
 
     def attach(self) -> None:
         encoder = self.site.model.get_encoder()
@@ -47,10 +46,13 @@ class EncoderReader:
                 f"gist hands the encoder a mask of pairs, which {encoder.config._attn_implementation!r} attention does not "
                 'take; load the model with attn_implementation="sdpa"'
             )
-        layers_of(encoder)
+        self._prove(encoder)
         crossing.around_encoder(self.site, self._before, self._after)
         self.site.before_forward(self._before_decoder)
-        self._prove(encoder)
+        for layer in layers_of(encoder):
+            self.site.keep_for_undo(layer.register_forward_pre_hook(_into_layer).remove)
+        if (table := _table_of(encoder)) is not None:
+            self.site.keep_for_undo(table.register_forward_hook(_out_of_table).remove)
 
     @torch.no_grad()
     def _prove(self, encoder: nn.Module) -> None:
@@ -58,11 +60,13 @@ class EncoderReader:
         ids = torch.arange(1, 9, device=self.site.model.device)[None].repeat(2, 1)
         ids[1, :4] += 4
         ids[:, 4] = int(self.method.id or 0)
-        training, self._mode = encoder.training, "negative"
+        training, trial = encoder.training, Site(self.site.model, self.site.methods, self.site.facts)
+        hiding = EncoderReader(replace(self.method, mode="negative"), trial)
+        crossing.around_encoder(trial, hiding._before, hiding._after)
         try:
             states = encoder.eval()(input_ids=ids).last_hidden_state
         finally:
-            self._mode = self.method.mode
+            trial.undo()
             encoder.train(training)
         if not torch.allclose(states[0, 5:], states[1, 5:], rtol=1e-2, atol=1e-3):
             raise NotSupported(
@@ -76,17 +80,18 @@ class EncoderReader:
             raise NotSupported("gist finds its tokens by their ids: give the model input_ids, not inputs_embeds")
         if mask is not None and mask.ndim != 2:
             raise NotSupported("gist takes a mask of padding, (texts, tokens), for the encoder, and no other mask")
-        gist = ids == self.method.id
-        self._kept = None
-        if self._mode == "positive" or not bool(gist.any()):
-            return arguments
-        self._kept = kept(gist, self._mode)
-        return {**arguments, "attention_mask": self._numbers(gist, mask)}
+        gist = self._hiding(ids)
+        return arguments if gist is None else {**arguments, "attention_mask": self._numbers(gist, mask)}
+
+    def _hiding(self, ids: Tensor) -> Tensor | None:
+        """Which tokens are gist tokens, (B, T); None where nothing is hidden."""
+        gist: Tensor = ids == self.method.id  # type: ignore[assignment]
+        return gist if self.method.mode != "positive" and bool(gist.any()) else None
 
     def _numbers(self, gist: Tensor, mask: Tensor | None) -> Tensor:
         """(B, 1, T, T), to be added to the scores. Every token sees itself, so padding stays numbers."""
         count = gist.shape[1]
-        sees = visible(gist, count, self._mode)
+        sees = visible(gist, count, self.method.mode)
         if mask is not None:
             sees = sees & mask[:, None, :].bool()
         sees = sees | torch.eye(count, dtype=torch.bool, device=gist.device)
@@ -94,10 +99,11 @@ class EncoderReader:
         dtype = table.weight.dtype
         return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
-    def _after(self, output: Any) -> Any:
-        if self._kept is None:
+    def _after(self, arguments: dict[str, Any], output: Any) -> Any:
+        gist = self._hiding(arguments["input_ids"])
+        if gist is None:
             return output
-        states = output[0] * self._kept[..., None].to(output[0])
+        states = output[0] * kept(gist, self.method.mode)[..., None].to(output[0])
         if isinstance(output, tuple):
             return (states, *output[1:])
         output.last_hidden_state = states
@@ -153,7 +159,7 @@ class GistStates:
         ids, mask = torch.cat((lead, ids), dim=1), torch.cat((torch.ones_like(lead), mask.to(lead)), dim=1)
         states = self.states.expand(-1, len(ids), -1, -1)
         encoder: Any = model.get_encoder()
-        with _standing(encoder, self.shift, ids.shape[1]), _put_back(encoder, states):
+        with _doing(_Doing(_put_back(states), _places(encoder, self.shift, ids.shape[1]))):
             output = encoder(input_ids=ids, attention_mask=mask)[0]
         last = torch.cat((states[-1], output[:, self.tokens :]), dim=1)
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=last), "attention_mask": mask}
@@ -171,7 +177,7 @@ def compressed(model: PreTrainedModel, ids: Tensor, mask: Tensor, first: Tensor,
         return states
 
     encoder: Any = model.get_encoder()
-    with _at_layers(encoder, take):
+    with _doing(_Doing(take)):
         take(encoder(input_ids=ids, attention_mask=mask)[0])
     return GistStates(torch.stack([states.to(taken[-1].device) for states in taken]), first)
 
@@ -186,51 +192,68 @@ def layers_of(encoder: nn.Module) -> nn.ModuleList:
     return found
 
 
+@dataclass(frozen=True)
+class _Doing:
+    """What one call of an encoder does besides. change: is handed what goes into each layer, (B, T, d), to get what shall;
+    places (B, T): the rows of the table of positions that are added to its tokens, where not the usual ones."""
+
+    change: Callable[[Tensor], Tensor]
+    places: Tensor | None = None
+
+
+# Of this thread's call: an encoder asks its table of positions with a shape alone, on which nothing can be handed along. No
+# gradient is wanted, so nothing runs again later.
+_now: ContextVar[_Doing | None] = ContextVar("gist", default=None)
+
+
 @contextlib.contextmanager
-def _at_layers(encoder: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Hands `change` what goes into each layer, (B, T, d), to get what shall."""
-
-    def before(module: nn.Module, args: tuple) -> tuple:
-        return (change(args[0]), *args[1:])
-
-    handles = [layer.register_forward_pre_hook(before) for layer in layers_of(encoder)]
+def _doing(what: _Doing) -> Iterator[None]:
+    token = _now.set(what)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        _now.reset(token)
 
 
-@contextlib.contextmanager
-def _put_back(encoder: nn.Module, states: Tensor) -> Iterator[None]:
-    """Puts states (L + 1, B, k, d) in the place of the first k tokens, layer by layer."""
+def _into_layer(module: nn.Module, args: tuple) -> tuple | None:
+    """The hook before each layer."""
+    now = _now.get()
+    return None if now is None else (now.change(args[0]), *args[1:])
+
+
+def _out_of_table(table: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    """The hook after a table of positions."""
+    now = _now.get()
+    return None if now is None or now.places is None else F.embedding(now.places, cast(Tensor, table.weight))
+
+
+def _put_back(states: Tensor) -> Callable[[Tensor], Tensor]:
+    """What puts states (L + 1, B, k, d) in the place of the first k tokens, layer by layer."""
     left = iter(states)
 
     def change(hidden: Tensor) -> Tensor:
         own = next(left)
         return torch.cat((own.to(hidden), hidden[:, own.shape[1] :]), dim=1)
 
-    with _at_layers(encoder, change):
-        yield
+    return change
 
 
-@contextlib.contextmanager
-def _standing(encoder: nn.Module, shift: Tensor, count: int) -> Iterator[None]:
-    """Lets `count` tokens stand `shift` (B,) places further, where the encoder adds a table of positions to them."""
-    table = getattr(encoder, "embed_positions", None)
+def _table_of(encoder: nn.Module) -> nn.Module | None:
+    """The table of positions that an encoder adds to its tokens, if it has one."""
+    return getattr(encoder, "embed_positions", None)
+
+
+def _places(encoder: nn.Module, shift: Tensor, count: int) -> Tensor | None:
+    """(B, T): where `count` tokens stand in the table of positions that are `shift` (B,) places further than usual."""
+    table: Any = _table_of(encoder)
     if table is None:
-        yield
-        return
+        return None
     at = torch.arange(count, device=shift.device) + shift[:, None] + getattr(table, "offset", 0)
     if int(at.max()) >= len(table.weight):
         raise NotSupported(
             f"the prompt and the text are longer together than the {len(table.weight):,} places of this encoder"
         )
-    handle = table.register_forward_hook(lambda *call: F.embedding(at, table.weight))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return at
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -58,6 +58,7 @@ class Pass:
     rows: Rows
     ids: Tensor
     real: Tensor
+    training: bool
 
 
 class LandmarkReader:
@@ -176,7 +177,7 @@ class LandmarkReader:
         own = number + number // block + ((number + 1) % block == 0)
         out = (own - begin).clamp(min=0)
         pieces, order = self._pieces(start, width, device)
-        return Pass(start, filled, width, slot, out, pieces, order, layers, rows, ids, real)
+        return Pass(start, filled, width, slot, out, pieces, order, layers, rows, ids, real, self.site.model.training)
 
     def _pieces(self, start: Tensor, width: int, device: torch.device) -> tuple[list[Piece], Tensor | None]:
         """Queries by their chunks; a row that has no more of them repeats its last one."""
@@ -232,10 +233,10 @@ class LandmarkReader:
     # Attention
 
     def _attend(self, call: Attend) -> Tensor:
-        if self.site.model.training:
+        now: Pass = call.forward.state(self)
+        if now.training:
             return self._all_in_sight(call)
         alone = PageLayer(Rows(self.layout.block), self.layout)
-        now: Pass = call.forward.state(self)
         layer = alone if now.layers is None else now.layers[layer_number(call.module)]
         with torch.autocast(call.query.device.type, enabled=False):
             return self._retrieving(call, now, layer).to(call.query.dtype)

@@ -182,9 +182,13 @@ class Encoded:
 
     def outputs(self) -> BaseModelOutput:
         """What `generate` and the model take as `encoder_outputs`. A call of its own for each of them: they change it."""
-        output = BaseModelOutput(last_hidden_state=crossing.stand_in(len(self.rows), self.rows[0]))
+        output = BaseModelOutput(last_hidden_state=self.stand_in())
         setattr(output, _ENCODED, self)
         return output
+
+    def stand_in(self) -> Tensor:
+        """(texts, 1, d) that stands where a decoder expects the states, with these on it."""
+        return crossing.give(crossing.stand_in(len(self.rows), self.rows[0]), self)
 
     def __add__(self, other: Encoded) -> Encoded:
         """The texts of both, joined row by row; one row joins every row. Which comes first makes no difference."""
@@ -231,6 +235,14 @@ class Encoded:
         return functools.partial(self._indexes[key], k=k)
 
 
+def _text_of(arguments: dict[str, Any]) -> Tensor:
+    """What the encoder reads, in whichever of its two forms."""
+    given = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments.get("inputs_embeds")
+    if not isinstance(given, Tensor):
+        raise NotSupported("unlimiformer reads input_ids or inputs_embeds, and the encoder was given neither")
+    return given
+
+
 class Piece(NamedTuple):
     row: int
     window: Window
@@ -240,9 +252,7 @@ class Reading:
     """One call of the encoder, cut into batches of windows, and what they gave."""
 
     def __init__(self, arguments: dict[str, Any], method: Unlimiformer):
-        given = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments.get("inputs_embeds")
-        if not isinstance(given, Tensor):
-            raise NotSupported("unlimiformer reads input_ids or inputs_embeds, and the encoder was given neither")
+        given = _text_of(arguments)
         assert method.window, "resolve() has filled it in"
         by_token = {
             name: x for name, x in arguments.items() if isinstance(x, Tensor) and x.shape[:2] == given.shape[:2]
@@ -315,24 +325,23 @@ class Reader:
     def __init__(self, method: Unlimiformer, site: Site):
         self.method, self.model = method, site.model
         self._site = site
-        self._reading: tuple[Reading, Sequence[Piece]] | None = None
-        self._now: Encoded | None = None
         self._forwards = 0
-        """In training, for `alternating`."""
+        """Begun in training so far, for `alternating`; which of the two a forward does is handed along with it."""
 
     def attach(self) -> None:
-        crossing.around_model(self._site, self._begin, self._end)
+        crossing.before_model(self._site, self._begin)
         crossing.around_encoder(self._site, self._before_encoder, self._after_encoder)
         self._site.before_forward(self._before_decoder)
         crossing.cross_attention(self._site, self._attend)
 
-    # One forward: the model begins, the encoder reads, the decoder is handed what was read.
+    # One forward: the encoder reads, and what was read goes to the decoder on the tensor that stands for it.
 
     def _begin(self, arguments: dict[str, Any]) -> None:
-        self._now = getattr(arguments.get("encoder_outputs"), _ENCODED, None)
-
-    def _end(self) -> None:
-        self._now = None
+        """`generate` makes more rows of the stand-in for beams, and leaves the output that holds it as it was."""
+        outputs = arguments.get("encoder_outputs")
+        encoded = getattr(outputs, _ENCODED, None)
+        if encoded is not None:
+            crossing.give(outputs[0], encoded)  # type: ignore[index]
 
     def _before_encoder(self, encoder: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """Encodes all batches of windows but the last, which the running call is given."""
@@ -346,8 +355,9 @@ class Reader:
         *before, last = reading.batches
         for batch in before:
             reading.take(batch, self._encode(encoder, reading.arguments(batch)))
-        self._reading = reading, last
-        return reading.arguments(last)
+        running = reading.arguments(last)
+        crossing.give(_text_of(running), (reading, last))  # a tensor of this call alone
+        return running
 
     def _encode(self, encoder: nn.Module, arguments: dict[str, Any]) -> Tensor:
         """The last layer's states of one batch: through `forward`, since hooks are for the whole text."""
@@ -355,20 +365,19 @@ class Reader:
             return encoder.forward(**arguments)[0]
         return checkpoint(lambda: encoder.forward(**arguments)[0], use_reentrant=False)
 
-    def _after_encoder(self, output: Any) -> Any:
-        assert self._reading is not None, "the encoder's call began with _before_encoder"
-        (reading, last), self._reading = self._reading, None
+    def _after_encoder(self, arguments: dict[str, Any], output: Any) -> Any:
+        reading, last = crossing.taken(_text_of(arguments))
         reading.take(last, output[0])
-        self._now = reading.encoded()
-        output.last_hidden_state = crossing.stand_in(len(self._now.rows), self._now.rows[0])
-        setattr(output, _ENCODED, self._now)
+        encoded = reading.encoded()
+        output.last_hidden_state = encoded.stand_in()
+        setattr(output, _ENCODED, encoded)
         return output
 
     def _before_decoder(self, arguments: dict[str, Any]) -> None:
         states = arguments.get("encoder_hidden_states")
         if states is None:
             raise NotSupported(f"{self.method.spec} needs the encoder's states; give input_ids or encoder_outputs")
-        encoded = self._now if crossing.is_stand_in(states) else None
+        encoded: Encoded | None = crossing.given(states)
         if encoded is None and crossing.is_stand_in(states):
             raise NotSupported(
                 f"{self.method.spec}: these encoder outputs have lost the states that belong to them; hand on what the encoder "
@@ -402,7 +411,7 @@ class Reader:
     # The cross-attention of one layer.
 
     def _attend(
-        self, projections: crossing.Projections, query: Tensor, given: Given, scale: float, dropout: float
+        self, projections: crossing.Projections, given: Given, query: Tensor, scale: float, dropout: float
     ) -> Tensor:
         """(B, H, T, D). The rows of a text stand together: beams and samples of one share its store."""
         key, value = projections.key, projections.value
