@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from longspan.compare.stats import Scale, bootstrap, difference, newcombe, score, wilson
+from longspan.compare.stats import Scale, bootstrap, difference, independent, newcombe, score, wilson
 
 LOSS = Scale(higher_is_better=False, worst=5.0)
 SHARE = Scale(higher_is_better=True, worst=0.0)
@@ -112,6 +112,63 @@ def test_the_interval_by_position_shrinks_with_the_noise_and_cancels_in_differen
     assert high - low < 0.02
     wide = score(bare, LOSS).interval
     assert wide[1] - wide[0] > 0.1
+
+
+def windows(text, starts, length, buckets=64):
+    """Samples as perplexity stores them: windows of a ring of token losses."""
+    made = []
+    for number, start in enumerate(starts):
+        losses = text[(start + np.arange(length)) % len(text)]
+        parts = np.array_split(losses, buckets)
+        detail = {"nll_by_position": [float(p.mean()) for p in parts], "tokens_by_position": [len(p) for p in parts]}
+        detail |= {"start": int(start), "text_tokens": len(text)}
+        made.append({"id": str(number), "score": float(losses.mean()), "failed": False, "detail": detail})
+    return made
+
+
+def golden(count, tokens, first=0.0):
+    return [int((first + i * (5**0.5 - 1) / 2) % 1 * tokens) for i in range(count)]
+
+
+def width(estimate):
+    return estimate.interval[1] - estimate.interval[0]
+
+
+def test_independent_windows_are_those_without_overlap():
+    def known(starts, length, tokens=1000):
+        return independent([{"detail": {"start": s, "text_tokens": tokens}} for s in starts], length)
+
+    assert known([0, 100, 950], 50) == pytest.approx(3)
+    assert known([0, 0, 0], 50) == pytest.approx(1)
+    assert known([980, 0], 40) == pytest.approx(4 / 3)  # 40 tokens once and 20 twice
+    assert known([10, 500, 900], 1000) == pytest.approx(1)
+    assert known(golden(40, 1000), 100) <= 1000 / 100
+    assert independent([{"detail": None}, {"detail": {}}], 50) == 2
+
+
+def test_a_text_read_forty_times_is_known_no_better_than_one_read_six_times():
+    text = np.random.default_rng(5).normal(3, 1.5, size=863)
+    many, few = (score(windows(text, golden(n, 863), 863), LOSS, 863) for n in (40, 6))
+    assert (many.n, few.n) == (40, 6)
+    assert many.independent == pytest.approx(1) and few.independent == pytest.approx(1)
+    assert many.overlapping
+    assert 0.75 < width(many) / width(few) < 1.33
+    once = score(windows(text, [0], 863), LOSS, 863)
+    assert 0.75 < width(many) / width(once) < 1.33
+    other = windows(text + np.random.default_rng(6).normal(0, 0.2, size=863), golden(40, 863), 863)
+    alone = difference(other[:1], windows(text, [0], 863), LOSS, 863)
+    assert 0.75 < width(difference(other, windows(text, golden(40, 863), 863), LOSS, 863)) / width(alone) < 1.33
+
+
+def test_intervals_of_overlapping_windows_hold_the_truth_as_often_as_they_say():
+    generator, held = np.random.default_rng(7), {True: 0, False: 0}
+    for _ in range(300):
+        made = windows(generator.normal(3, 1, size=3000), golden(60, 3000, generator.random()), 250)
+        for aware in held:
+            estimate = score(made, LOSS, 250 if aware else None)
+            held[aware] += estimate.interval[0] <= 3 <= estimate.interval[1]
+    assert 0.88 < held[True] / 300 < 0.99
+    assert held[False] / 300 < 0.75
 
 
 def test_buckets_count_by_their_tokens_and_empty_ones_do_not():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from longspan.compare import report
 from longspan.compare.advice import advise
 from longspan.compare.results import Results
 
@@ -29,6 +30,37 @@ def test_up_to_leaves_longer_lengths_out(results):
     shorter = results.up_to(16384)
     assert shorter.target == 16384 and shorter.lengths == [4096, 8192, 16384]
     assert {c["length"] for c in shorter.cells()} == {4096, 8192, 16384}
+
+
+def test_overlapping_windows_are_said_and_counted_as_fewer(results):
+    loss, passkey = results.tasks
+    assert results.overlaps(loss) == {
+        32768: (20, pytest.approx(18.0, abs=0.1)),
+        65536: (20, pytest.approx(11.2, abs=0.1)),
+    }
+    assert not results.overlaps(passkey)
+    for method in results.methods:
+        stored, made = results.ok(method, loss, 65536)["interval"], results.estimate(method, loss, 65536).interval
+        assert 1.2 < (made[1] - made[0]) / (stored[1] - stored[0]) < 1.45  # stored as if all 20 were independent
+        assert results.estimate(method, loss, 16384).interval == tuple(results.ok(method, loss, 16384)["interval"])
+    (note,) = (n for n in advise(results).notes if "overlap" in n)
+    assert "20 at 65,536 tokens count as 11.2" in note
+    assert "20 samples a cell, which overlap and count as 11.2;" in results.protocol_line(loss, 65536)
+    assert "overlap" not in results.protocol_line(loss, 16384)
+
+
+def test_the_stored_page_is_what_report_makes_of_the_cells():
+    cells = [json.loads(line) for line in (RUN / "cells.jsonl").read_text().splitlines()]
+    manifest = json.loads((RUN / "run.json").read_text())
+    rows = [
+        r for r in report.table_json(manifest, cells)["rows"] if r["length"] == 65536 and r["task"].startswith("ppl")
+    ]
+    assert [round(r["independent"], 1) for r in rows] == [11.2] * 5 and {r["n"] for r in rows} == {20}
+    page = (RUN / "report.html").read_text()
+    for row in rows:
+        assert "–".join(f"{x:.3f}" for x in row["interval"]) in page
+    assert page.count("n 11.2 of 20") == 5
+    assert "20 at 65,536\u00a0tokens count as 11.2" in page
 
 
 def test_the_readme_quotes_the_stored_scores(results):

@@ -11,9 +11,10 @@ import pytest
 import torch
 from tasks_tiny import FakeMeter, KnownModel, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from longspan.errors import NotSupported, SpecError
+from longspan.models import ready_folder
 from longspan.tasks.base import encode, parse_task
 from longspan.tasks.passkey import (
     FILLER,
@@ -92,6 +93,15 @@ def test_keys_and_depths_are_the_same_at_every_length() -> None:
             assert [a.meta[k] for k in ("key", "depth")] == [b.meta[k] for k in ("key", "depth")]
             assert a.id == b.id
         assert [s.meta["key"] for s in task.samples(tokenizer, 500, 5, 4)] != [s.meta["key"] for s in short]
+
+
+def test_k_is_the_tokens_from_the_key_to_the_end() -> None:
+    samples = Passkey(protocol="pi").samples(AutoTokenizer.from_pretrained(ready_folder("longspan-7m")), 4096, 20, 0)
+    assert (samples[0].meta["k"], samples[-1].meta["k"]) == (4039, 40)
+    tokenizer = byte_tokenizer()
+    for sample in Passkey().samples(tokenizer, 701, 4, 0):
+        end = str(tokenizer.decode(sample.tokens[-sample.meta["k"] :]))
+        assert end.startswith(f"The pass key is {sample.meta['key']}.")
 
 
 def test_landmark_depths_cover_every_part() -> None:

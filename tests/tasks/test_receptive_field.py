@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tasks_tiny import FakeMeter, llama
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from longspan.compare.stats import independent
 from longspan.errors import SpecError
 from longspan.tasks.base import parse_task
 from longspan.tasks.receptive_field import field, gradient_norms
@@ -55,6 +57,16 @@ def test_task(tokenizer: Any, meter: FakeMeter) -> None:
     assert meter.calls == [("prefill", 128)]
     longer = task.samples(tokenizer, 256, 3, 0)
     assert longer[1].tokens[-120:] == samples[1].tokens[-120:]
+
+
+@pytest.mark.parametrize("spec", ["field", "resolution", "ppl"])
+def test_windows_that_overlap_count_as_fewer(spec: str, tokenizer: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 25) for i in range(998)))
+    task = parse_task(f"{spec}:text={text}")
+    for length, known in ((100, 5.0), (400, 2.5), (1000, 1.0)):
+        samples = [{"detail": s.meta} for s in task.samples(tokenizer, length, 5, 0)]
+        assert independent(samples, length) == pytest.approx(known, abs=0.4 if known == 2.5 else 0.01)
 
 
 @pytest.mark.parametrize("spec", ["field:share=1", "field:directions=0", "field:text=nowhere.txt"])

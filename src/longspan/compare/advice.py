@@ -319,7 +319,19 @@ def _notes(results: Results, chosen: str | None, telling: Sequence[TaskFacts]) -
     ]
     if ended:
         notes.append(f"Out of memory at {results.target:,} tokens: {_and([_named(m) for m in ended])}.")
-    return notes + _few_notes(results, telling)
+    return notes + _overlap_notes(results) + _few_notes(results, telling)
+
+
+def _overlap_notes(results: Results) -> list[str]:
+    notes = []
+    for task in results.tasks:
+        if overlaps := results.overlaps(task):
+            counted = [f"{n} at {length:,} tokens count as {known:.1f}" for length, (n, known) in overlaps.items()]
+            notes.append(
+                f"{task.spec}: the text is too short for windows that do not overlap: {_and(counted)}, and intervals are made "
+                "for so many."
+            )
+    return notes
 
 
 def _few_notes(results: Results, telling: Sequence[TaskFacts]) -> list[str]:

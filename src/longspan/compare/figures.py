@@ -385,8 +385,7 @@ def _steps(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _bar(results: Results, method: str, task: TaskFacts) -> tuple[float, float] | None:
     """The interval of a score at the target length."""
-    record = results.ok(method, task, results.target)
-    return (record["interval"][0], record["interval"][1]) if record and record["interval"] else None
+    return results.estimate(method, task, results.target).interval
 
 
 # Harm at the native length

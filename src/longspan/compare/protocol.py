@@ -68,7 +68,7 @@ def task_protocol(results: Results, task: TaskFacts) -> Facts:
         ("Decoding", _decoding(done)),
         ("Samples in a cell", " or ".join(f"{n:,}" for n in counts) or "none finished"),
         ("Failed samples", f"{failed:,}, each counted as {task.number(task.worst)}, the worst score"),
-        ("Intervals", _interval_kind(task, done)),
+        ("Intervals", _interval_kind(results, task, done)),
         ("Published figures", "none beside these: a paper's figure compares only where all of the lines above agree"),
     ]
 
@@ -99,15 +99,21 @@ def _decoding(done: list[dict[str, Any]]) -> str:
     return "none: the tokens of the text itself are scored"
 
 
-def _interval_kind(task: TaskFacts, done: list[dict[str, Any]]) -> str:
+def _interval_kind(results: Results, task: TaskFacts, done: list[dict[str, Any]]) -> str:
     """Which intervals the scores have; `stats` says why."""
     scores = {s["score"] for c in done for s in c["samples"]}
     paired = "differences are to the plain model on the same samples"
     if task.higher_is_better and scores <= {0, 1, None}:
         return f"95 %, Wilson's of a share; {paired}, with Newcombe's interval for paired shares"
-    few = any(c["n"] < FEW_WINDOWS and (c["samples"][0]["detail"] or {}).get("nll_by_position") for c in done)
-    over = "positions within eight strata, since the windows are few" if few else "samples"
-    return f"95 %, bootstrap over {over}, {RESAMPLES:,} resamples with a fixed seed; {paired}"
+    known = [
+        results.estimate(c["method"], task, c["length"]).independent
+        for c in done
+        if (c["samples"][0]["detail"] or {}).get("nll_by_position")
+    ]
+    few, many = any(n < FEW_WINDOWS for n in known), any(n >= FEW_WINDOWS for n in known) or not known
+    over = " or ".join(["samples"] * many + ["positions within eight strata, where independent windows are few"] * few)
+    drawn = ", each of as many draws as windows are independent" if results.overlaps(task) else ""
+    return f"95 %, bootstrap over {over}, {RESAMPLES:,} resamples with a fixed seed{drawn}; {paired}"
 
 
 def _spent(results: Results) -> str:

@@ -34,10 +34,12 @@ MOST_FAILURES = 20
 
 @dataclass(frozen=True)
 class Score:
-    """A cell of the table, ready to be shown. `best`: the best of its column; `near`: not measurably worse than that."""
+    """A cell of the table, ready to be shown. `best`: the best of its column; `near`: not measurably worse than that;
+    `independent`: how many samples count, where windows overlap."""
 
     score: str
     interval: str = ""
+    independent: str = ""
     difference: str = ""
     failed: int = 0
     best: bool = False
@@ -128,6 +130,7 @@ def render(manifest: dict[str, Any], cells: Sequence[Record]) -> str:
     return page.get_template("report.html").render(
         results=results,
         advice=advice,
+        overlap=any(results.overlaps(t) for t in results.tasks),
         columns=[(t, n) for t in results.tasks for n in results.lengths],
         rows=[
             {"method": m, "scores": scores, "costs": costs}
@@ -171,12 +174,15 @@ def _units(text: str) -> str:
 def _row(results: Results, method: str, task: TaskFacts, length: int) -> dict[str, Any]:
     record = results.cell(method, task, length) or {}
     change = results.difference(method, BARE, task, length)
+    own = results.estimate(method, task, length)
     return {
         "method": method,
         "task": task.spec,
         "length": length,
         "status": results.status(method, task, length),
-        **{key: record.get(key) for key in ("error", "score", "interval", "n")},
+        **{key: record.get(key) for key in ("error", "score", "n")},
+        "interval": list(own.interval) if own.interval else None,
+        "independent": own.independent,
         "failed": sum(bool(s["failed"]) for s in record.get("samples") or []),
         "difference": change.value,
         "difference_interval": list(change.interval) if change.interval else None,
@@ -197,10 +203,12 @@ def _score(results: Results, method: str, task: TaskFacts, length: int) -> Score
     best = results.best(task, length)
     assert best is not None, "this cell has a score"
     change = results.difference(method, BARE, task, length)
+    own = results.estimate(method, task, length)
     scores = not task.higher_is_better or record["score"] > 0  # nought is not a best score where more is better
     return Score(
         score=task.number(record["score"]),
-        interval=_interval(task, record["interval"]),
+        interval=_interval(task, own.interval),
+        independent=f"n {own.independent:.1f} of {own.n}" if own.overlapping else "",
         difference=task.number(change.value, signed=True) if change.value is not None else "",
         failed=failed_samples(record),
         best=scores and record["score"] == results.score(best, task, length),
@@ -307,6 +315,8 @@ def _score_text(score: Score) -> Text:
     text = _marked(score.score, score.best, "*" if score.best else "~" if score.near else "")
     if score.interval:
         text.append(f"\n[{score.interval}]", style="dim")
+    if score.independent:
+        text.append(f"\n{score.independent}", style="dim")
     if score.failed:
         text.append(f"\n{score.failed} failed", style="red")
     return text

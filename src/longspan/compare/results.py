@@ -83,6 +83,7 @@ class Results:
         self.lengths = sorted(int(n) for n in manifest["lengths"])
         self._cells = {(c["method"], c["task_spec"], c["length"]): c for c in cells}
         self._differences: dict[tuple[str, str, str, int], stats.Estimate] = {}
+        self._estimates: dict[tuple[str, str, int], stats.Estimate] = {}
         finished = [c["length"] for c in self.cells() if c["status"] == "ok"]
         if not finished:
             raise LongspanError(_nothing(self.cells()))
@@ -123,13 +124,33 @@ class Results:
         record = self.ok(method, task, length)
         return record["score"] if record else None
 
+    def estimate(self, method: str, task: TaskFacts, length: int) -> stats.Estimate:
+        """The score with its interval, which is made from the stored samples: what an older version stored may not know that
+        windows overlap. Empty where the cell did not finish."""
+        key = (method, task.spec, length)
+        if key not in self._estimates:
+            record = self.ok(method, task, length)
+            made = stats.score(record["samples"], task.scale, length) if record else stats.Estimate(None, None, 0)
+            self._estimates[key] = made
+        return self._estimates[key]
+
+    def overlaps(self, task: TaskFacts) -> dict[int, tuple[int, float]]:
+        """The lengths at which a task's windows overlap, with how many there are and how many independent ones they count
+        as; of the method with the most samples."""
+        found = {}
+        for length in self.lengths:
+            made = max((self.estimate(m, task, length) for m in self.methods), key=lambda e: e.n)
+            if made.overlapping:
+                found[length] = made.n, made.independent
+        return found
+
     def difference(self, method: str, other: str, task: TaskFacts, length: int) -> stats.Estimate:
         """Score of `method` minus score of `other` on the samples that both have; empty where one did not finish."""
         key = (method, other, task.spec, length)
         if key not in self._differences:
             a, b = self.ok(method, task, length), self.ok(other, task, length)
             there = a is not None and b is not None and method != other
-            made = stats.difference(a["samples"], b["samples"], task.scale) if there else None  # type: ignore[index]
+            made = stats.difference(a["samples"], b["samples"], task.scale, length) if there else None  # type: ignore[index]
             self._differences[key] = made or stats.Estimate(None, None, 0)
         return self._differences[key]
 
@@ -189,7 +210,10 @@ class Results:
         """What a reader has to know of a task's figures, in one line."""
         most = max((c["n"] for m in self.methods if (c := self.ok(m, task, length))), default=0)
         said = self.protocol(task)
-        parts = [f"{task.spec}, version {task.version}", f"{most:,} {'sample' if most == 1 else 'samples'} a cell"]
+        number = f"{most:,} {'sample' if most == 1 else 'samples'} a cell"
+        if known := self.overlaps(task).get(length):
+            number += f", which overlap and count as {known[1]:.1f}"
+        parts = [f"{task.spec}, version {task.version}", number]
         parts += [f"seed {self.manifest['seed']}", *(f"{k} {said[k]}" for k in ("protocol", "template") if k in said)]
         parts += [f"mean of {said['mean_of']}"] if "mean_of" in said else []
         return "; ".join([*parts, task.source] if task.source else parts) + "."

@@ -5,6 +5,8 @@ A sample that failed counts as the worst score and stays in the denominator. Whi
 - a share (every sample is right or wrong, more is better): Wilson's interval; the difference of two shares on the same
   samples: Newcombe's interval for paired shares (1998, method 10), which stays open where all samples agree;
 - a mean of many samples: the bootstrap over samples, 2,000 resamples with a fixed seed;
+- windows of one text that overlap: the same, with as many draws in a resample as `independent` windows are in them. A text
+  read twice says no more than once, so neither does an interval;
 - a mean of few long windows that carry their loss by position (`nll_by_position`, perplexity): the windows are too
   few to resample, so positions are. The buckets of all windows are cut into eight strata by position, and buckets are
   resampled within each stratum: the trend over positions stays fixed and only the scatter around it widens the
@@ -33,11 +35,18 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score, or a difference of scores, over `n` samples; the interval is None where nothing could be counted."""
+    """A score, or a difference of scores, over `n` samples that say as much as `independent` ones; the interval is None where
+    nothing could be counted."""
 
     value: float | None
     interval: Interval | None
     n: int
+    independent: float = 0.0
+
+    @property
+    def overlapping(self) -> bool:
+        """True where samples share so much text that they count as fewer, by a twentieth of a sample or more."""
+        return self.independent < self.n - 0.05
 
 
 @dataclass(frozen=True)
@@ -48,23 +57,28 @@ class Scale:
     worst: float
 
 
-def score(samples: Sequence[dict[str, Any]], scale: Scale) -> Estimate:
-    """The mean score of a cell's samples, records with `score`, `failed` and `detail`, with its interval."""
+def score(samples: Sequence[dict[str, Any]], scale: Scale, length: int | None = None) -> Estimate:
+    """The mean score of a cell's samples, with its interval.
+
+    samples: records with `score`, `failed` and `detail`. length: of a sample, in tokens; None where they cannot overlap.
+    """
     if not samples:
         return Estimate(None, None, 0)
-    values = _values(samples, scale)
+    values, known = _values(samples, scale), independent(samples, length)
     if _is_share(values, scale):
-        return Estimate(float(values.mean()), wilson(float(values.sum()), len(values)), len(values))
+        return Estimate(float(values.mean()), wilson(float(values.sum()), len(values)), len(values), known)
     curves = _curves(samples)
-    if curves is not None and len(samples) < FEW_WINDOWS:
-        low, high = _bootstrap_positions(*curves)
+    if curves is not None and known < FEW_WINDOWS:
+        low, high = _bootstrap_positions(*curves, known / len(values))
     else:
-        low, high = bootstrap(values)
+        low, high = bootstrap(values, known)
     mean = float(values.mean())
-    return Estimate(mean, (min(low, mean), max(high, mean)), len(values))
+    return Estimate(mean, (min(low, mean), max(high, mean)), len(values), known)
 
 
-def difference(samples: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], scale: Scale) -> Estimate:
+def difference(
+    samples: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], scale: Scale, length: int | None = None
+) -> Estimate:
     """Mean of score minus baseline's score over the samples that both have, by id, with its interval."""
     others = {s["id"]: s for s in baseline}
     mine = [s for s in samples if s["id"] in others]
@@ -72,15 +86,40 @@ def difference(samples: Sequence[dict[str, Any]], baseline: Sequence[dict[str, A
     if not mine:
         return Estimate(None, None, 0)
     a, b = _values(mine, scale), _values(theirs, scale)
-    mean = float((a - b).mean())
+    mean, known = float((a - b).mean()), independent(mine, length)
     if _is_share(np.concatenate([a, b]), scale):
-        return Estimate(mean, newcombe(a, b), len(mine))
+        return Estimate(mean, newcombe(a, b), len(mine), known)
     curves, other_curves = _curves(mine), _curves(theirs)
-    if curves is not None and other_curves is not None and len(mine) < FEW_WINDOWS:
-        low, high = _bootstrap_positions(curves[0] - other_curves[0], curves[1])
+    if curves is not None and other_curves is not None and known < FEW_WINDOWS:
+        low, high = _bootstrap_positions(curves[0] - other_curves[0], curves[1], known / len(mine))
     else:
-        low, high = bootstrap(a - b)
-    return Estimate(mean, (min(low, mean), max(high, mean)), len(mine))
+        low, high = bootstrap(a - b, known)
+    return Estimate(mean, (min(low, mean), max(high, mean)), len(mine), known)
+
+
+def independent(samples: Sequence[dict[str, Any]], length: int | None) -> float:
+    """How many windows without overlap say as much as these samples: their effective number (Kish).
+
+    With c(t) the number of windows that hold token t of the text, (Σ c)² / Σ c² tokens, in windows of `length`: the number
+    of samples where none overlap, and at most the text's tokens over `length`. A window says in its detail where it starts
+    (`start`) in a text read as a ring of `text_tokens` tokens; samples of another kind are all independent.
+    """
+    details = [s["detail"] or {} for s in samples]
+    if length is None or not all("start" in d and "text_tokens" in d for d in details):
+        return float(len(samples))
+    changes: dict[int, int] = {}
+    for detail in details:
+        total = int(detail["text_tokens"])
+        start, rest = int(detail["start"]) % total, min(length, total)
+        while rest:  # past the end a window goes on at the beginning
+            end = min(start + rest, total)
+            changes[start] = changes.get(start, 0) + 1
+            changes[end] = changes.get(end, 0) - 1
+            start, rest = 0, rest - (end - start)
+    places = sorted(changes)
+    covers, sizes = np.cumsum([changes[p] for p in places])[:-1], np.diff(places)
+    covered = float((covers * sizes).sum())
+    return covered / float((covers**2 * sizes).sum()) * len(samples)
 
 
 def wilson(hits: float, n: int) -> Interval:
@@ -112,16 +151,19 @@ def newcombe(a: np.ndarray, b: np.ndarray) -> Interval:
     return max(-1.0, p - q - reach(p - low_p, high_q - q)), min(1.0, p - q + reach(high_p - p, q - low_q))
 
 
-def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
-    """Percentile interval of the mean of `values` (n,); a single value has no scatter, so its interval is the value."""
-    draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+def bootstrap(values: np.ndarray, known: float | None = None, seed: int = 0) -> Interval:
+    """Percentile interval of the mean of `values` (n,), of which `known` are independent (None: all); a single value has no
+    scatter, so its interval is the value."""
+    size = len(values) if known is None else max(1, round(known))
+    draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, size))
     low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
 
 
-def _bootstrap_positions(means: np.ndarray, counts: np.ndarray, seed: int = 0) -> Interval:
+def _bootstrap_positions(means: np.ndarray, counts: np.ndarray, share: float, seed: int = 0) -> Interval:
     """Interval of the mean over all tokens of `means` (windows, buckets), weighted by `counts` of the same shape.
-    Buckets are resampled within strata of neighbouring positions, over all windows together."""
+    Buckets are resampled within strata of neighbouring positions, over all windows together; as many are drawn as
+    `share` of them, which are independent."""
     generator = np.random.default_rng(seed)
     total = np.zeros(RESAMPLES)
     for part_means, part_counts in zip(
@@ -130,7 +172,7 @@ def _bootstrap_positions(means: np.ndarray, counts: np.ndarray, seed: int = 0) -
         values, weights = part_means[part_counts > 0], part_counts[part_counts > 0]
         if not len(values):
             continue
-        draws = generator.integers(len(values), size=(RESAMPLES, len(values)))
+        draws = generator.integers(len(values), size=(RESAMPLES, max(1, round(share * len(values)))))
         drawn = (values[draws] * weights[draws]).sum(axis=1) / weights[draws].sum(axis=1)
         total += drawn * weights.sum() / counts.sum()
     low, high = np.percentile(total, [2.5, 97.5])

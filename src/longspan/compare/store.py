@@ -209,9 +209,9 @@ class Run:
         return [c for c in self.manifest["cells"] if not is_finished(self._latest.get(c["key"]), memory)]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row for each planned cell, in the plan's order: what it is, its status (`missing` where it has not
-        run), score with interval, number of samples and failures, the paired difference to the bare model on the same
-        samples with its interval, and the cost. Figures that there are none of are None."""
+        """One row for each planned cell, in the plan's order: what it is, its status (`missing` where it has not run), score
+        with interval, number of samples, of independent ones among them and of failures, the paired difference to the bare
+        model on the same samples with its interval, and the cost. Figures that there are none of are None."""
         planned = self.manifest["cells"]
         bare = {(c["task_spec"], c["length"]): c["key"] for c in planned if c["method"] == "none"}
         return [self._row(c, self._latest.get(bare[c["task_spec"], c["length"]])) for c in planned]
@@ -224,8 +224,12 @@ class Run:
         row |= {k: record.get(k) for k in ("error", "score", "interval", "n")}
         task = self.manifest["tasks"][cell["task_spec"]]
         scale = stats.Scale(task["higher_is_better"], task["worst"])
+        own = stats.score(samples, scale, cell["length"])
+        row["interval"], row["independent"] = list(own.interval) if own.interval else None, own.independent
         to_compare = baseline is not None and cell["method"] != "none" and samples
-        change = stats.difference(samples, baseline["samples"], scale) if to_compare and baseline else None
+        change = (
+            stats.difference(samples, baseline["samples"], scale, cell["length"]) if to_compare and baseline else None
+        )
         row["difference"] = change.value if change else None
         row["difference_interval"] = list(change.interval) if change and change.interval else None
         row["pairs"] = change.n if change else 0

@@ -91,7 +91,7 @@ def measure(cell: Cell, device: str, pipe: Connection) -> dict[str, Any]:
             records.append(sample_record(sample, cell.task.run(model, tokenizer, sample, meter)))
             pipe.send(("sample", number, len(samples), meter.tokens))
     scale = scale_of(cell.task, text_config(model.config).vocab_size)
-    estimate = stats.score(records, scale)
+    estimate = stats.score(records, scale, cell.length)
     return clean(
         {
             "score": estimate.value,

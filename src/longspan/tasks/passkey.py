@@ -163,7 +163,7 @@ class Passkey(Task):
             "template": self.template,
             "key": key,
             "depth": depth,
-            "k": round((1 - depth) * length),
+            "k": len(ids) - needle,
             "prompt_tokens": len(ids),
             "needle_token": needle,
         }

@@ -82,8 +82,10 @@ def windows(
     samples = []
     for number in range(count):
         end = int((0.5 + seed / 7 + number * _GOLDEN) % 1 * len(text.ids))
-        ids = before + text.take(end - (length - len(before)), length - len(before), task.name)
-        samples.append(Sample(f"end-{number}", ids, {"text": text.name, "text_sha256": text.sha256, "end": end}))
+        start = end - (length - len(before))
+        meta = {"text": text.name, "text_sha256": text.sha256, "text_tokens": len(text.ids)}
+        ids = before + text.take(start, length - len(before), task.name)
+        samples.append(Sample(f"end-{number}", ids, meta | {"start": start % len(text.ids), "end": end}))
     return check_fits(samples, length)
 
 
