@@ -304,7 +304,7 @@ def test_a_rotary_module_that_is_never_called() -> None:
     model, ids = falcon(alibi=True), dense.tokens(1, 20)
     before, config = model(ids).logits, model.config.to_dict()
     for spec in ("yarn:factor=4", "ntk:factor=2", "llama3:factor=2"):
-        with pytest.raises(NotSupported, match="changes nothing here.*does not use it for its attention"):
+        with pytest.raises(NotSupported, match=r"changes nothing here.*does not use it for its attention"):
             apply(model, spec)
     assert torch.equal(model(ids).logits, before) and model.config.to_dict() == config
     rotary = falcon(alibi=False)

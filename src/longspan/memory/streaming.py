@@ -189,10 +189,9 @@ class Streaming:
             arguments["position_ids"] = positions
         arguments["attention_mask"] = None
         now = Pass(start, new, pad, layers)
-        if layers and self.method.sinks and start >= max(self.method.sinks, layers[0].settled):
-            held = self._sink_keys(layers)  # as soon as they are there, so that a cache's size stays what it is
-            if new == 1 and start >= self.method.sinks + self.method.recent:
-                now.sink_keys.update(self._turned(held, now, layers, arguments["position_ids"].device))
+        full = start >= self.method.sinks + self.method.recent
+        if layers and new == 1 and self.method.sinks and full and start >= layers[0].settled:
+            now.sink_keys.update(self._turned(now, layers, arguments["position_ids"].device))
         forward_of(arguments).keep(self, now)
 
     @staticmethod
@@ -207,15 +206,10 @@ class Streaming:
                 "its own (in a recipe: data.packing=plain or none)"
             )
 
-    def _sink_keys(self, layers: list[StreamingLayer]) -> SinkKeys:
+    def _turned(self, now: Pass, layers: list[StreamingLayer], device: torch.device) -> dict[int, Tensor]:
         held = self._sinks.get(layers[0])
         if held is None or not held.belong_to(layers):
             held = self._sinks[layers[0]] = SinkKeys(self.site, layers)
-        return held
-
-    def _turned(
-        self, held: SinkKeys, now: Pass, layers: list[StreamingLayer], device: torch.device
-    ) -> dict[int, Tensor]:
         evicted = self._evicted(now, torch.tensor([now.start], device=device))
         return {
             number: keys
