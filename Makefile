@@ -18,6 +18,14 @@ MAKEFLAGS += --jobs=2
 # Packages are compiled when they are first imported, and kept so, in whatever shell: without that every import takes twice as long.
 unexport PYTHONDONTWRITEBYTECODE
 
+define run_tests
+OMP_NUM_THREADS=1 $(1)/pytest -n $(WORKERS) --dist worksteal $(2)
+endef
+# Kernels without a GPU: Triton reads the variable when a kernel is defined, so their tests have a process of their own.
+define run_kernels
+$(if $(filter Linux,$(shell uname -s)),TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(1)/pytest -n $(WORKERS) --dist worksteal -m kernels --every-kernel tests/engine,@echo "no Triton on this system: the tests of kernels are skipped")
+endef
+
 BIN := $(abspath $(VENV))/bin
 BARE := $(VENV)/.bare
 READY := $(VENV)/.ready
@@ -30,7 +38,8 @@ demo: $(READY)
 	PATH="$(BIN):$$PATH" $(DEMO)
 
 test: $(READY) $(BROWSER) lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+	$(call run_tests,$(BIN),)
+	$(call run_kernels,$(BIN))
 
 # The tests with the newest releases of everything, in an environment of its own, whatever pyproject.toml allows: it tells what the
 # next bounds need, and keeps no change from landing.
@@ -39,7 +48,8 @@ test-newest: $(BROWSER)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --upgrade $$($(NEWEST)/bin/python tools/unbounded.py)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -e .
 	$(NEWEST)/bin/python -c "import torch, transformers, triton, accelerate as a; print('newest: torch', torch.__version__, 'transformers', transformers.__version__, 'triton', triton.__version__, 'accelerate', a.__version__)"
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -n $(WORKERS) --dist worksteal $(TESTS)
+	$(call run_tests,$(NEWEST)/bin,$(TESTS))
+	$(call run_kernels,$(NEWEST)/bin)
 
 lint: $(READY)
 	$(BIN)/ruff check .

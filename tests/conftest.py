@@ -7,6 +7,8 @@ import gc
 import pytest
 import torch
 
+from longspan.engine.kernels import INTERPRETED
+
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time() -> None:
@@ -22,3 +24,5 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if item.get_closest_marker("kernels") and not (INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("no CUDA device, nor Triton's interpreter (TRITON_INTERPRET=1)")

@@ -179,7 +179,7 @@ def test_backward_on_a_gpu() -> None:
     """Where it took a thousand forward passes."""
     script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "gated_backward.py"))
     rows = script["main"](["-l", "8k", "--heads", "4", "--units", "gau"])
-    assert all(row["over_forward"] < 4 for row in rows)
+    assert all(row["over_forward"] < 10 for row in rows)
 
 
 def test_rows_of_the_script() -> None:

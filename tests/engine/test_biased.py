@@ -11,13 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.engine import biased
+from longspan.engine import biased, kernels
 from longspan.engine.bias import Bias
 from longspan.engine.biased import biased_attention, reference, serves
+from longspan.engine.kernels import INTERPRETED
 from longspan.errors import SpecError
 
-INTERPRETED = biased.kernels is not None and biased.kernels.INTERPRETED
-needs_kernels = pytest.mark.skipif(False, reason="interpreted") if INTERPRETED else pytest.mark.cuda
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TIMES = 1 if INTERPRETED else 8
 """Blocks are 16 or 32 wide in the interpreter and up to 128 on a GPU: lengths grow with them."""
@@ -165,7 +164,7 @@ def test_what_does_not_go_together() -> None:
 
 def test_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a kernel the reference answers, in the dtype of the queries."""
-    monkeypatch.setattr(biased, "kernels", None)
+    monkeypatch.setattr(kernels, "refusal", lambda device: "there are none")
     query, key = torch.randn(1, 4, 3, 32).bfloat16(), torch.randn(1, 2, 5, 32).bfloat16()
     assert not serves(query, key, Bias())
     out = biased_attention(query, key, key, Bias("linear", torch.ones(4)), scale=0.2)
@@ -219,7 +218,7 @@ def compare(
         assert error < allowed, f"{name}: {float(error.detach()):.1e}"
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_in_float32(case: str, kind: str) -> None:
@@ -229,7 +228,7 @@ def test_kernels_in_float32(case: str, kind: str) -> None:
     compare(shape, some_bias(kind, heads, **table), torch.float32, 5e-5, **grown(settings))
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("table", TABLES)
 def test_tables(table: str, causal: bool) -> None:
@@ -237,7 +236,7 @@ def test_tables(table: str, causal: bool) -> None:
     compare(shape, some_bias("table", 2, **grown(TABLES[table])), torch.float32, 5e-5, causal=causal)
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize(("dtype", "width"), SHORT)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_in_16_bit(kind: str, width: int, dtype: torch.dtype) -> None:
@@ -246,7 +245,7 @@ def test_kernels_in_16_bit(kind: str, width: int, dtype: torch.dtype) -> None:
         compare((1, 2, 1, 40 * TIMES, 70 * TIMES, width), some_bias(kind, 2, **table), dtype, 3e-2, **settings)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_strides_are_followed() -> None:
     """Queries, keys and values as slices of one projection, and a gradient that is one number for all."""
     packed = torch.randn(1, 40, 3, 2, 32, device=DEVICE, requires_grad=True)
@@ -259,7 +258,7 @@ def test_strides_are_followed() -> None:
     torch.testing.assert_close(got, torch.autograd.grad(want.sum(), packed)[0], rtol=1e-4, atol=1e-4)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_a_parameter_that_asks_for_no_gradient_gets_none() -> None:
     query, key, value = (leaf(x.to(DEVICE), torch.float32) for x in inputs(1, 2, 2, 20, 20, 32))
     learned, fixed = torch.ones(2, device=DEVICE, requires_grad=True), torch.ones(2, device=DEVICE)
@@ -279,7 +278,7 @@ def loss_of(kind: str, heads: int) -> tuple[Callable[..., Tensor], list[Tensor]]
     return loss, [*tensors, *leaves(bias)]
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", ["linear", "table"])
 def test_compiles_as_one_graph(kind: str) -> None:
     loss, tensors = loss_of(kind, 2)
@@ -290,7 +289,7 @@ def test_compiles_as_one_graph(kind: str) -> None:
         torch.testing.assert_close(x, y)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_under_torch_func() -> None:
     loss, tensors = loss_of("log", 2)
     numbers = tuple(range(len(tensors)))
@@ -299,7 +298,7 @@ def test_under_torch_func() -> None:
         torch.testing.assert_close(x, y)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_no_second_derivative() -> None:
     loss, tensors = loss_of("linear", 2)
     (first,) = torch.autograd.grad(loss(*tensors), tensors[:1], create_graph=True)
@@ -307,7 +306,7 @@ def test_no_second_derivative() -> None:
         first.sum().backward()
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("learn", [True, False])
 def test_operators_say_what_they_are(learn: bool) -> None:
     query, key, value = (x.detach().float().to(DEVICE) for x in inputs(1, 2, 1, 20, 20, 32))

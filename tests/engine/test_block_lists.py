@@ -13,11 +13,10 @@ from longspan.attention.bigbird import BigBird, _lists
 from longspan.engine import block_lists
 from longspan.engine.block_lists import listed_attention, refusal
 from longspan.engine.core import reference_attention
+from longspan.engine.kernels import INTERPRETED
 from longspan.engine.patterns import Call
 from longspan.errors import SpecError
 
-INTERPRETED = block_lists.INTERPRETED
-needs_kernels = pytest.mark.skipif(False, reason="interpreted") if INTERPRETED else pytest.mark.cuda
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TIMES = 1 if INTERPRETED else 4
 CASES = {  # batch, heads, key heads, tokens, pattern
@@ -57,20 +56,20 @@ def compare(name: str, width: int, dtype: torch.dtype, tolerance: float) -> None
         assert error < tolerance, f"{what}: {float(error.detach()):.1e}"
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", CASES)
 def test_in_float32(name: str) -> None:
     compare(name, 32, torch.float32, 5e-5)
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize(("dtype", "width"), WIDTHS)
 @pytest.mark.parametrize("name", ["itc", "a short last block"])
 def test_in_16_bit(name: str, dtype: torch.dtype, width: int) -> None:
     compare(name, width, dtype, 2e-2)
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", ["itc", "a short last block"])
 @pytest.mark.parametrize("longest", [1, 3])
 def test_lists_in_parts(name: str, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +81,7 @@ def test_lists_in_parts(name: str, longest: int, monkeypatch: pytest.MonkeyPatch
         _lists.cache_clear()
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_parts_of_a_list_of_all_blocks_of_a_long_text() -> None:
     """The last of 8,192 parts of a list of 262,144 blocks, all of which are one and the same here."""
     size, parts = 2**18, 2**13
@@ -90,7 +89,9 @@ def test_parts_of_a_list_of_all_blocks_of_a_long_text() -> None:
     tables = torch.tensor([[0, parts - 1, parts, 0]]), torch.tensor([0, size]), torch.zeros(size)
     work, starts, index = (x.to(DEVICE, torch.int32) for x in tables)
     got, lse = torch.empty(1, 1, 1, 16, 32, device=DEVICE), torch.empty(1, 1, 1, 16, device=DEVICE)
-    block_lists.kernels.forward[(1, 1)](
+    from longspan.engine.kernels.block_lists import forward
+
+    forward[(1, 1)](
         *(query, key, value, query, lse, got, lse, work, starts, index, 1, 16, 1, 1, 0.2),
         *block_lists._strides(query, key, value, query),
         **block_lists._choices(query, key, 16),
@@ -99,7 +100,7 @@ def test_parts_of_a_list_of_all_blocks_of_a_long_text() -> None:
     torch.testing.assert_close(got[:, :, 0], want, rtol=1e-4, atol=1e-4)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_rows_of_several_lengths() -> None:
     pattern, lengths = BigBird(block=16, random=1), torch.tensor([96, 50, 9])
     x = [torch.randn(3, 2, 96, 32, device=DEVICE) for _ in range(3)]
@@ -111,7 +112,7 @@ def test_rows_of_several_lengths() -> None:
         torch.testing.assert_close(got[row : row + 1, :, :length], want)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_operators_say_what_they_are() -> None:
     tensors = [torch.randn(1, h, 70, 32, device=DEVICE) for h in (2, 1, 1)]
     lists = _lists(BigBird(block=16, random=1), 5, 2, 0, torch.device(DEVICE))

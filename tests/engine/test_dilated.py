@@ -9,13 +9,11 @@ from torch import Tensor
 
 from longspan.attention.base import Grid
 from longspan.attention.longnet import LongNet
-from longspan.engine import dilated
 from longspan.engine.core import expand_heads
 from longspan.engine.dilated import dilated_attention, refusal
+from longspan.engine.kernels import INTERPRETED
 from longspan.errors import SpecError
 
-INTERPRETED = dilated.INTERPRETED
-needs_kernels = pytest.mark.skipif(False, reason="interpreted") if INTERPRETED else pytest.mark.cuda
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TIMES = 1 if INTERPRETED else 16
 CASES = {  # batch, heads, key heads, tokens, patterns, causal, ends, zero key
@@ -74,20 +72,20 @@ def compare(case: str, width: int, dtype: torch.dtype, tolerance: float) -> None
         assert error < tolerance, f"{name}: {float(error.detach()):.1e}"
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("case", CASES)
 def test_in_float32(case: str) -> None:
     compare(case, 32, torch.float32, 5e-5)
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize(("dtype", "width"), WIDTHS)
 @pytest.mark.parametrize("case", ["the paper's form", "both ways, padded"])
 def test_in_16_bit(case: str, dtype: torch.dtype, width: int) -> None:
     compare(case, width, dtype, 2e-2)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_strides_are_followed() -> None:
     packed = torch.randn(1, 40, 3, 2, 32, device=DEVICE, requires_grad=True)
     query, key, value = packed.transpose(1, 3).unbind(2)
@@ -98,7 +96,7 @@ def test_strides_are_followed() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_rows_of_a_tile_may_lie_far_apart() -> None:
     """Heads beside one another and a large dilation: an index past 2³¹ within one tile. Little of the memory is touched."""
     tile, row, width = 32 if INTERPRETED else 128, 4096, 32
@@ -121,7 +119,7 @@ def test_rows_of_a_tile_may_lie_far_apart() -> None:
         assert (x[:, :, ::step].double() - y).abs().max() < 2e-2 * y.abs().max()
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_operators_say_what_they_are() -> None:
     tensors = [torch.randn(1, h, 20, 32, device=DEVICE) for h in (2, 1, 1)]
     settings = [16, 2, 8, 1]

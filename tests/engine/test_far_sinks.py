@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longspan.engine import window_sinks
 from longspan.engine.core import reference_attention
 from longspan.engine.far_sinks import with_sinks
+from longspan.engine.kernels import INTERPRETED
 
-INTERPRETED = window_sinks.INTERPRETED
+pytestmark = pytest.mark.kernels
 DEVICE = "cpu" if INTERPRETED else "cuda"
-if not INTERPRETED:
-    pytestmark = pytest.mark.cuda
 CASES = {  # batch, heads, key heads, queries, keys, window, sinks
     "square": (1, 2, 2, 70, 70, 20, 4),
     "grouped": (2, 4, 2, 53, 53, 17, 3),

@@ -13,8 +13,9 @@ from transformers import DynamicCache
 
 from longspan.attention.base import Full, Grid, Pattern
 from longspan.attention.window import Window
-from longspan.engine import routes, window_sinks
+from longspan.engine import routes
 from longspan.engine.core import reference_attention
+from longspan.engine.kernels import INTERPRETED
 from longspan.engine.patterns import Call, attend
 from longspan.engine.routes import choose, through
 from longspan.errors import NotSupported, SpecError
@@ -76,7 +77,7 @@ def test_flex_trains(pattern: Pattern, causal: bool) -> None:
 def test_what_is_chosen_and_why() -> None:
     here, grid = call(), Grid(4, 300, 0, True)
     route = choose(Window(40, 3), here, grid)
-    if window_sinks.INTERPRETED:
+    if INTERPRETED:
         assert route.way == "kernel" and not route.why
         return
     assert route.way == "masks" and "kernel: " in route.why and "flex: the device is no CUDA device" in route.why
@@ -195,7 +196,7 @@ def test_a_whole_model_gives_the_same_every_way() -> None:
     mask = torch.ones_like(ids)
     mask[0, :19] = 0
     results = []
-    for way in ("masks", "flex", "kernel") if window_sinks.INTERPRETED else ("masks", "flex"):
+    for way in ("masks", "flex", "kernel") if INTERPRETED else ("masks", "flex"):
         cache = DynamicCache()
         with through(way):
             results.append(model(ids, attention_mask=mask).logits * mask[..., None])

@@ -13,13 +13,12 @@ from longspan.engine import routes, window_sinks
 from longspan.engine.bias import Bias
 from longspan.engine.biased import serves
 from longspan.engine.core import reference_attention, with_zero_key
+from longspan.engine.kernels import INTERPRETED
 from longspan.engine.patterns import Call, attend, masked_attention
 from longspan.engine.routes import choose
 from longspan.engine.window_sinks import attention, described, refusal
 from longspan.errors import SpecError
 
-INTERPRETED = window_sinks.INTERPRETED
-needs_kernels = pytest.mark.skipif(False, reason="interpreted") if INTERPRETED else pytest.mark.cuda
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TIMES = 1 if INTERPRETED else 8
 """Blocks are 16 or 32 wide in the interpreter and up to 128 on a GPU: lengths grow with them."""
@@ -73,7 +72,7 @@ def grown(case: str) -> tuple[int, ...]:
     return batch, heads, kv_heads, queries if queries == 1 else queries * TIMES, keys * TIMES, window * TIMES, sinks
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_wide_heads_are_read_through_descriptors_where_memory_allows() -> None:
     query, key, value = (x.detach() for x in inputs((1, 2, 1, 60, 60), 128, torch.float16))
     assert described(query, key, value) == (INTERPRETED or torch.cuda.get_device_capability() >= (9, 0))
@@ -85,27 +84,27 @@ def test_wide_heads_are_read_through_descriptors_where_memory_allows() -> None:
     )
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("case", CASES)
 def test_in_float32(case: str) -> None:
     compare(grown(case), 32, torch.float32, 5e-5)
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize(("dtype", "width"), WIDTHS)
 @pytest.mark.parametrize("case", ["ragged, grouped", "no sinks", "many sinks", "last queries"])
 def test_in_16_bit(case: str, dtype: torch.dtype, width: int) -> None:
     compare(grown(case), width, dtype, 2e-2)
 
 
-@needs_kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize(("dtype", "width", "tolerance"), [(torch.float32, 32, 5e-5), (torch.float16, 128, 2e-2)])
 @pytest.mark.parametrize("case", ["ragged, grouped", "no sinks", "last queries"])
 def test_a_key_of_zeros(case: str, dtype: torch.dtype, width: int, tolerance: float) -> None:
     compare(grown(case), width, dtype, tolerance, zero_key=True)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_windows_of_a_model_with_a_zero_sink_go_there(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = (x.detach() for x in inputs((1, 2, 1, 40, 40), 32, torch.float32))
     call, grid = Call(query, key, value, 0.2, zero_key=True), Grid(2, 40, 0, True)
@@ -115,7 +114,7 @@ def test_windows_of_a_model_with_a_zero_sink_go_there(monkeypatch: pytest.Monkey
     torch.testing.assert_close(attend(Window(9, 2), call, grid), want, rtol=1e-4, atol=1e-4)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_sinks_hear_from_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients to the sinks, added up in several parts."""
     monkeypatch.setattr(window_sinks, "LEAST_PART", 64)
@@ -123,14 +122,14 @@ def test_sinks_hear_from_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
     compare((1, 2, 1, 230, 230, 12, 5), 32, torch.float32, 5e-5)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_more_rows_than_a_launch_has() -> None:
     x = torch.zeros(1, 1, 1, 32, device=DEVICE).expand(2**14, 4, 1, 32)
     assert refusal(x[1:], x[1:], x[1:]) is None
     assert "65,535" in str(refusal(x, x, x)) and not serves(x, x, Bias()) and serves(x[1:], x[1:], Bias())
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_strides_are_followed() -> None:
     packed = torch.randn(1, 40, 3, 2, 32, device=DEVICE, requires_grad=True)
     query, key, value = packed.transpose(1, 3).unbind(2)
@@ -141,7 +140,7 @@ def test_strides_are_followed() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-@needs_kernels
+@pytest.mark.kernels
 def test_operators_compile_and_say_what_they_are() -> None:
     tensors = [x.detach() for x in inputs((1, 2, 1, 20, 20), 32, torch.float32)]
     torch.library.opcheck(torch.ops.longspan.windowed_forward, (*tensors, 7, 2, True, 0.2))

@@ -14,23 +14,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from longspan.engine import kernels
 from longspan.engine.bias import Bias
 from longspan.engine.core import expand_heads, reference_mix
 from longspan.engine.device import on_device
 from longspan.errors import SpecError
-
-try:
-    from longspan.engine.kernels import biased as kernels
-    from longspan.engine.kernels import biased_backward as backward_kernels
-    from longspan.engine.kernels import biased_table as table_kernels
-except ImportError:  # no Triton
-    kernels = backward_kernels = table_kernels = None  # type: ignore[assignment]
 
 LOG2E = 1.4426950408889634
 MOST_SCORES = 2**24
 """Scores that the reference holds at once."""
 MOST_PAIRS = 2**16 - 1
 """Rows times heads of one launch: what CUDA allows a grid in its second dimension."""
+PAD = 256
+"""Numbers past either end of a table that a kernel's tile of at most 128 × 128 may read."""
 LONG = 4096
 """Queries from which block sizes are chosen anew: short inputs want other ones."""
 
@@ -63,8 +59,7 @@ def serves(query: Tensor, key: Tensor, bias: Bias) -> bool:
     """Whether the kernels can answer: 16-bit or float32 on CUDA, heads of 32, 64 or 128."""
     width = query.shape[-1]
     return (
-        kernels is not None
-        and (query.device.type == "cuda" or kernels.INTERPRETED)
+        kernels.refusal(query.device) is None
         and query.dtype == key.dtype
         and query.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and key.shape[-1] == width
@@ -182,10 +177,10 @@ def _layout(kind: str, a: Tensor | None, offset: int, queries: int, keys: int, c
         return _Layout(kind, 0, 0, 0, 0)
     if kind == "table" and a is not None:
         nearest, farthest = -offset, a.shape[1] - 1 - offset
-        return _Layout(kind, a.shape[1] + 2 * kernels.PAD, farthest + kernels.PAD, nearest, farthest)
+        return _Layout(kind, a.shape[1] + 2 * PAD, farthest + PAD, nearest, farthest)
     most = min(window, keys) if window else keys
-    span = most + (0 if causal else queries) + 1 + 2 * kernels.PAD
-    return _Layout("none" if kind == "none" else "curve", span, most + kernels.PAD, -(2**30), 2**30)
+    span = most + (0 if causal else queries) + 1 + 2 * PAD
+    return _Layout("none" if kind == "none" else "curve", span, most + PAD, -(2**30), 2**30)
 
 
 def _numbers(
@@ -195,10 +190,12 @@ def _numbers(
     a, b = parameters
     if layout.kind in ("none", "linear"):
         return a, a
+    from longspan.engine.kernels.biased import fill
+
     numbers = torch.empty(heads, layout.span, dtype=torch.float32, device=a.device)
     slopes = torch.empty_like(numbers) if unit and layout.kind == "curve" else numbers
     grid = (-(-layout.span // 1024), heads)
-    kernels.fill[grid](a, numbers, slopes, a, b, a.shape[-1], offset, *layout[1:], KIND=kind, UNIT=unit)
+    fill[grid](a, numbers, slopes, a, b, a.shape[-1], offset, *layout[1:], KIND=kind, UNIT=unit)
     return numbers, slopes
 
 
@@ -246,13 +243,15 @@ def _forward(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and each row's log-sum-exp to base 2 (B, H, Tq)."""
+    from longspan.engine.kernels.biased import forward
+
     query, key, value = _rows_whole(query, key, value)
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     layout = _layout(kind, a, offset, queries, keys, causal, window or 0)
     with on_device(query.device):
         numbers, _ = _numbers(layout, kind, _parameters(a, b, lse), offset, heads)
-        kernels.forward[lambda config: (-(-queries // config["BM"]), batch * heads)](
+        forward[lambda config: (-(-queries // config["BM"]), batch * heads)](
             *(query, key, value, out, lse, numbers, lse if starts is None else starts),
             *(heads, queries, keys, window or 0, *layout[1:], scale),
             *_strides(query, key, value, out),
@@ -281,6 +280,8 @@ def _backward(
     learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Derivatives by query, key, value, a and b; the last two are empty unless `learn`."""
+    from longspan.engine.kernels.biased_backward import backward_keys, backward_queries
+
     query, key, value, out, d_out = _rows_whole(query, key, value, out, d_out)
     (batch, heads, queries, _), (_, kv_heads, keys, _) = query.shape, key.shape
     layout = _layout(kind, a, offset, queries, keys, causal, window or 0)
@@ -296,13 +297,13 @@ def _backward(
     long = int(queries >= LONG)
     with on_device(query.device):
         numbers, slopes = _numbers(layout, kind, (a32, b32), offset, heads, unit=kind != "table")
-        backward_kernels.backward_queries[lambda config: (-(-queries // config["BM"]), batch * heads)](
+        backward_queries[lambda config: (-(-queries // config["BM"]), batch * heads)](
             *(query, key, value, out, d_out, dq, lse, delta, numbers, factors, first, *sizes),
             *_strides(query, key, value, out, d_out, dq),
             long,
             **choices,
         )
-        backward_kernels.backward_keys[lambda config: (-(-keys // config["BN"]), batch * kv_heads)](
+        backward_keys[lambda config: (-(-keys // config["BN"]), batch * kv_heads)](
             *(query, key, value, d_out, dk, dv, lse, delta, numbers, slopes, factors, sums, first, *sizes),
             *_strides(query, key, value, d_out, dk, dv),
             long,
@@ -311,9 +312,11 @@ def _backward(
         )
         da, db = _learned(kind, a32, sums.sum((1, 3))) if learn else (lse.new_empty(0), lse.new_empty(0))
         if learn and kind == "table":
+            from longspan.engine.kernels.biased_table import backward_table
+
             del choices["KIND"]
             side = 32 if query.dtype == torch.float32 else 64
-            table_kernels.backward_table[(-(-queries // side), batch * heads)](
+            backward_table[(-(-queries // side), batch * heads)](
                 *(query, key, value, d_out, da, lse, delta, numbers, first, heads, a32.shape[1], *sizes[1:]),
                 *_strides(query, key, value, d_out),
                 S=side,

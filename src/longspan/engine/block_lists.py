@@ -19,13 +19,6 @@ from longspan.engine.biased import _rows_whole, _strides
 from longspan.engine.device import on_device
 from longspan.errors import SpecError
 
-try:
-    from longspan.engine.kernels import block_lists as kernels
-    from longspan.engine.kernels.biased import INTERPRETED
-except ImportError:  # no Triton
-    kernels = None  # type: ignore[assignment]
-    INTERPRETED = False
-
 SIZES = (16, 32, 64, 128)
 """Tokens of a block that the kernels know."""
 LONGEST = 32
@@ -147,6 +140,8 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and each row's log-sum-exp to base 2 (B, H, T)."""
+    from longspan.engine.kernels.block_lists import forward, join_forward
+
     query, key, value = _rows_whole(query, key, value)
     batch, heads, tokens, width = query.shape
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -154,13 +149,13 @@ def _forward(
     count, slots = (len(starts) - 1) // heads, part_out.shape[2]
     choices = _choices(query, key, block)
     with on_device(query.device):
-        kernels.forward[(len(work), batch * heads)](
+        forward[(len(work), batch * heads)](
             *(query, key, value, out, lse, part_out, part_lse, work, starts, index, heads, tokens, count, slots, scale),
             *_strides(query, key, value, out),
             **choices,
         )
         if len(owners):
-            kernels.join_forward[(len(owners), batch * heads)](
+            join_forward[(len(owners), batch * heads)](
                 *(part_out, part_lse, out, lse, owners, heads, tokens, slots), *_strides(out), WIDTH=width, BLOCK=block
             )
     return out, lse
@@ -186,6 +181,8 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives by query, key and value."""
+    from longspan.engine.kernels.block_lists import backward_keys, backward_queries, join_gradients
+
     query, key, value, d_out = _rows_whole(query, key, value, d_out)
     (batch, heads, tokens, width), kv_heads = query.shape, key.shape[1]
     dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
@@ -194,13 +191,13 @@ def _backward(
     part_key, part_value = (_room(key, key_work, key_starts, key_owners, heads, block, width) for _ in range(2))
     count = (len(starts) - 1) // heads
     with on_device(query.device):
-        kernels.backward_queries[(len(work), batch * heads)](
+        backward_queries[(len(work), batch * heads)](
             *(query, key, value, d_out, dq, part_query, lse, delta, work, starts, index),
             *(heads, tokens, count, part_query.shape[2], scale),
             *_strides(query, key, value, d_out, dq),
             **_choices(query, key, block),
         )
-        kernels.backward_keys[(len(key_work), batch * kv_heads)](
+        backward_keys[(len(key_work), batch * kv_heads)](
             *(query, key, value, d_out, dk, dv, part_key, part_value, lse, delta, key_work, key_starts, key_index),
             *(heads, tokens, count, part_key.shape[2], scale),
             *_strides(query, key, value, d_out, dk, dv),
@@ -208,7 +205,7 @@ def _backward(
         )
         for sums, gradient, of in ((part_query, dq, owners), (part_key, dk, key_owners), (part_value, dv, key_owners)):
             if len(of):
-                kernels.join_gradients[(len(of), batch * gradient.shape[1])](
+                join_gradients[(len(of), batch * gradient.shape[1])](
                     *(sums, gradient, of, gradient.shape[1], tokens, sums.shape[2]),
                     *_strides(gradient),
                     WIDTH=width,

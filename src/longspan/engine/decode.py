@@ -17,7 +17,6 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation.streamers import BaseStreamer
 
 from longspan.apply import Site
-from longspan.engine import one_query
 from longspan.engine.device import on_device
 from longspan.engine.rolling import StreamingLayer
 from longspan.errors import NotSupported
@@ -157,8 +156,6 @@ class StreamDecoder:
             if self._token_on_device != self.layers[0].seen:
                 self.token.fill_(self.layers[0].seen)
             return
-        if self.token.device.type == "cuda":
-            one_query.load()
         self.token.fill_(self.layers[0].seen)
         with torch.inference_mode(False):  # the cache goes on after the decoder, in whatever mode
             self.keys = torch.stack([layer.keys for layer in self.layers])

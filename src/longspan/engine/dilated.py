@@ -17,15 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from longspan.engine.biased import _rows_whole, _strides
 from longspan.engine.device import on_device
+from longspan.engine.kernels import INTERPRETED
 from longspan.engine.window_sinks import refusal as refusal
 from longspan.errors import SpecError
-
-try:
-    from longspan.engine.kernels import dilated as kernels
-    from longspan.engine.kernels.biased import INTERPRETED
-except ImportError:  # no Triton
-    kernels = None  # type: ignore[assignment]
-    INTERPRETED = False
 
 TILES = {  # BM, BN, warps, stages, for heads of up to 64 and for larger ones
     "forward": ((128, 64, 4, 3), (64, 64, 4, 3)),
@@ -122,6 +116,8 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and each row's log-sum-exp to base 2 (B, H, T)."""
+    from longspan.engine.kernels.dilated import forward
+
     query, key, value = _rows_whole(query, key, value)
     out = torch.empty_like(query)
     lse = query.new_full(query.shape[:3], 0.0 if zero_key else float("-inf"), dtype=torch.float32)
@@ -134,7 +130,7 @@ def _forward(
     with on_device(query.device):
         for number, (size, step) in enumerate(pairs):
             blocks, grid = _grid(query, size, step, choices["BM"])
-            kernels.forward[grid](
+            forward[grid](
                 *(query, key, value, sums, out, lse, lse if ends is None else ends),
                 *(query.shape[1], query.shape[2], size, step, blocks, scale),
                 *strides,
@@ -159,6 +155,8 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives by query, key and value."""
+    from longspan.engine.kernels.dilated import backward_keys, backward_queries
+
     query, key, value, d_out = _rows_whole(query, key, value, d_out)
     delta = (out.float() * d_out.float()).sum(-1)
     dq, dk, dv = (query.new_zeros(query.shape, dtype=torch.float32) for _ in range(3))
@@ -169,14 +167,14 @@ def _backward(
         for size, step in _pairs(patterns):
             numbers = query.shape[1], query.shape[2], size, step
             blocks, grid = _grid(query, size, step, for_queries["BM"])
-            kernels.backward_queries[grid](
+            backward_queries[grid](
                 *(query, key, value, d_out, dq, lse, delta, lines, *numbers, blocks, scale),
                 *strides,
                 FAR=_far(step, strides, for_queries),
                 **for_queries,
             )
             blocks, grid = _grid(query, size, step, for_keys["BN"])
-            kernels.backward_keys[grid](
+            backward_keys[grid](
                 *(query, key, value, d_out, dk, dv, lse, delta, lines, *numbers, blocks, scale),
                 *strides,
                 FAR=_far(step, strides, for_keys),

@@ -15,14 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from longspan.engine.biased import _rows_whole, _strides
 from longspan.engine.device import on_device
+from longspan.engine.kernels import INTERPRETED
 from longspan.engine.window_sinks import choices_for, far_gradients
-
-try:
-    from longspan.engine.kernels import far_sinks as kernels
-    from longspan.engine.kernels.biased import INTERPRETED
-except ImportError:  # no Triton
-    kernels = None  # type: ignore[assignment]
-    INTERPRETED = False
 
 Near = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(query, key, value) → the result over the window (B, H, Tq, D) and its log-sum-exp to base e (B, H, Tq), in float32, both of
@@ -107,11 +101,13 @@ def _join(
     query: Tensor, key: Tensor, value: Tensor, near: Tensor, near_lse: Tensor, window: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output, and each row's log-sum-exp to base 2 (B, H, Tq)."""
+    from longspan.engine.kernels.far_sinks import join
+
     query, key, value, near = _rows_whole(query, key, value, near)
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     out, lse = torch.empty_like(near), near_lse.new_empty(near_lse.shape)
     with on_device(query.device):
-        kernels.join[(-(-queries // ROWS), batch * heads)](
+        join[(-(-queries // ROWS), batch * heads)](
             *(query, key, value, near, near_lse.contiguous(), out, lse, heads, queries, keys, window, sinks, scale),
             *_strides(query, key, value, near, out),
             **choices_for(query, key, sinks),
@@ -122,11 +118,13 @@ def _join(
 
 def _split(near: Tensor, near_lse: Tensor, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives by `near` and `near_lse`, and each row's sum of out · d_out."""
+    from longspan.engine.kernels.far_sinks import split
+
     near, out, d_out = _rows_whole(near, out, d_out)
     (batch, heads, queries, width) = near.shape
     d_near, d_near_lse, delta = torch.empty_like(near), torch.empty_like(lse), torch.empty_like(lse)
     with on_device(near.device):
-        kernels.split[(-(-queries // ROWS), batch * heads)](
+        split[(-(-queries // ROWS), batch * heads)](
             *(near, near_lse.contiguous(), out, lse, d_out, d_near, d_near_lse, delta, heads, queries),
             *_strides(near, out, d_out, d_near),
             WIDTH=width,
@@ -148,12 +146,14 @@ def _add(
     scale: float,
 ) -> None:
     """Adds to the derivatives by query, key and value what comes by way of the sinks."""
+    from longspan.engine.kernels.far_sinks import add_queries
+
     d_query, d_key, d_value = grads
     query, key, value, d_out = _rows_whole(query, key, value, d_out)
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     sizes, choices = (heads, queries, keys, window, sinks), choices_for(query, key, sinks)
     with on_device(query.device):
-        kernels.add_queries[(-(-queries // ROWS), batch * heads)](
+        add_queries[(-(-queries // ROWS), batch * heads)](
             *(query, key, value, d_out, d_query, lse, delta, *sizes, scale),
             *_strides(query, key, value, d_out, d_query),
             **choices,

@@ -2,17 +2,14 @@
 
 One query leaves a fused kernel little to do at once, so the keys are split: each program takes a run of keys of one key-value
 head, with all the query heads that share it, and the last one to finish joins the parts, which is one softmax over them.
-Triton is imported when the kernel is first asked for, so machines without it, or without a GPU, never do.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from longspan.engine import kernels
 from longspan.engine.device import on_device
 
 KEYS = 64
@@ -21,41 +18,25 @@ PROGRAMS = 256
 """As many as a large GPU runs side by side, twice."""
 
 
-_kernels: Any = None
-_asked = False
-"""Whether Triton was looked for."""
-
-
-def load() -> bool:
-    """Imports the kernel, once, and says whether there is one. What torch.compile traces cannot import: call it before."""
-    global _kernels, _asked
-    if not _asked and not torch.compiler.is_compiling():
-        _asked = True
-        try:
-            _kernels = importlib.import_module("longspan.engine.kernels.one_query")
-        except ImportError:  # no Triton
-            _kernels = None
-    return _kernels is not None
-
-
 def serves(query: Tensor, key: Tensor, softcap: float | None = None) -> bool:
     """Whether the kernel can answer: one query (B, H, 1, D) on CUDA, 16-bit, heads of a power-of-two width."""
     width = query.shape[-1]
     return (
-        query.device.type == "cuda"
-        and query.shape[2] == 1
+        query.shape[2] == 1
         and query.dtype in (torch.bfloat16, torch.float16)
         and softcap is None
         and key.shape[-1] == width
         and 16 <= width <= 256
         and width & (width - 1) == 0
-        and load()
+        and kernels.refusal(query.device) is None
     )
 
 
 def one_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """(B, H, 1, D) from query (B, H, 1, D) over all of key and value (B, Hkv, S, D): nothing is masked. Calls on one device
     follow one another, on one stream: they share the counters by which a program knows that it is the last."""
+    from longspan.engine.kernels.one_query import attend
+
     batch, heads, _, width = query.shape
     kv_heads, size = key.shape[1], key.shape[2]
     blocks = -(-size // KEYS)
@@ -68,7 +49,7 @@ def one_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float)
     partial = torch.empty(batch * kv_heads * parts * rows * width, dtype=torch.float32, device=query.device)
     weight = torch.empty(batch * kv_heads * parts * rows * 2, dtype=torch.float32, device=query.device)
     with on_device(query.device):
-        _kernels.attend[(batch * kv_heads, parts)](
+        attend[(batch * kv_heads, parts)](
             query,
             key,
             value,

@@ -13,23 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longspan.engine import kernels
 from longspan.engine.biased import LONG, MOST_PAIRS, _rows_whole, _strides
 from longspan.engine.device import on_device
+from longspan.engine.kernels import INTERPRETED
 from longspan.errors import SpecError
-
-try:
-    from longspan.engine.kernels import windowed as kernels
-    from longspan.engine.kernels import windowed_backward as backward_kernels
-    from longspan.engine.kernels.biased import INTERPRETED
-except ImportError:  # no Triton
-    kernels = backward_kernels = None  # type: ignore[assignment]
-    INTERPRETED = False
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from longspan.engine.kernels import windowed_tma as tma_kernels
-except ImportError:  # none, or one that has no descriptors
-    tma_kernels = None  # type: ignore[assignment]
 
 MOST_PARTS = 128
 """Parts of a text whose gradients to the sinks are added up apart."""
@@ -39,10 +27,8 @@ LEAST_PART = 1024
 
 def refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why the kernels cannot answer, or None."""
-    if kernels is None:
-        return "Triton is not installed"
-    if not (query.is_cuda or INTERPRETED):
-        return "the device is no CUDA device"
+    if reason := kernels.refusal(query.device):
+        return reason
     width, dtypes = query.shape[-1], (torch.bfloat16, torch.float16, torch.float32)
     if query.dtype not in dtypes or width not in (32, 64, 128):
         return f"it runs heads of 32, 64 or 128 in 16 bits or float32, not of {width} in {query.dtype}"
@@ -78,7 +64,7 @@ def choices_for(query: Tensor, key: Tensor, sinks: int) -> dict[str, Any]:
 
 def described(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether keys and values can be read through tensor descriptors, and are the faster for it."""
-    if tma_kernels is None or query.shape[-1] != 128 or query.element_size() != 2:
+    if query.shape[-1] != 128 or query.element_size() != 2:
         return False
     if not INTERPRETED and torch.cuda.get_device_capability(query.device) < (9, 0):
         return False
@@ -98,11 +84,15 @@ def _forward_described(
     scale: float,
 ) -> None:
     """Writes `out` and `lse`. Tiles are those that were the fastest on an H200 at 32,768 tokens and a window of 1,024: 12 %
-    less time than `kernels.forward`. Sinks want a mask on every tile."""
+    less time than `windowed.forward`. Sinks want a mask on every tile."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from longspan.engine.kernels.windowed_tma import forward
+
     (batch, heads, queries, width), keys = query.shape, key.shape[2]
     rows, columns = (32, 16) if INTERPRETED else (128, 64)
     tiles = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, columns, width]) for x in (key, value)]
-    tma_kernels.forward[(-(-queries // rows) * batch * heads,)](
+    forward[(-(-queries // rows) * batch * heads,)](
         *(query, key, value, *tiles, out, lse, batch * heads, heads, queries, keys, window, sinks, scale),
         *_strides(query, key, value, out),
         **choices_for(query, key, sinks),
@@ -131,7 +121,9 @@ def _forward(
         if described(query, key, value):
             _forward_described(query, key, value, out, lse, window, sinks, zero_key, scale)
             return out, lse
-        kernels.forward[lambda config: (-(-queries // config["BM"]), batch * heads)](
+        from longspan.engine.kernels.windowed import forward
+
+        forward[lambda config: (-(-queries // config["BM"]), batch * heads)](
             *(query, key, value, out, lse, heads, queries, keys, window, sinks, scale),
             *_strides(query, key, value, out),
             _bucket(queries, window),
@@ -154,20 +146,22 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives by query, key and value."""
+    from longspan.engine.kernels.windowed_backward import backward_keys, backward_queries
+
     query, key, value, out, d_out = _rows_whole(query, key, value, out, d_out)
     (batch, heads, queries, _), (_, kv_heads, keys, _) = query.shape, key.shape
     dq, dk, dv, delta = (torch.empty_like(x) for x in (query, key, value, lse))
     sizes, choices = (heads, queries, keys, window, sinks), choices_for(query, key, sinks)
     bucket = _bucket(queries, window)
     with on_device(query.device):
-        backward_kernels.backward_queries[lambda config: (-(-queries // config["BM"]), batch * heads)](
+        backward_queries[lambda config: (-(-queries // config["BM"]), batch * heads)](
             *(query, key, value, out, d_out, dq, lse, delta, *sizes, scale),
             *_strides(query, key, value, out, d_out, dq),
             bucket,
             **choices,
         )
         far = far_gradients(query, key, value, d_out, lse, delta, sizes, scale, choices) if sinks else lse
-        backward_kernels.backward_keys[lambda config: (-(-keys // config["BN"]), batch * kv_heads)](
+        backward_keys[lambda config: (-(-keys // config["BN"]), batch * kv_heads)](
             *(query, key, value, d_out, dk, dv, far, lse, delta, *sizes, scale),
             *_strides(query, key, value, d_out, dk, dv),
             bucket,
@@ -188,11 +182,13 @@ def far_gradients(
     choices: dict[str, Any],
 ) -> Tensor:
     """What queries give to sinks that they are far from, (2, B, H_kv, sinks, D) float32, for keys without the scale."""
+    from longspan.engine.kernels.windowed_backward import backward_sinks
+
     (batch, heads, queries, width), sinks, rows = query.shape, sizes[-1], 32 if query.element_size() == 4 else 64
     part = max(LEAST_PART, -(-queries // (MOST_PARTS * rows)) * rows)
     sums = lse.new_empty(2, -(-queries // part), batch, heads, sinks, width)
     grid = (sums.shape[1], batch * heads, -(-sinks // choices["SINK"]))
-    backward_kernels.backward_sinks[grid](
+    backward_sinks[grid](
         *(query, key, value, d_out, sums, lse, delta, *sizes, part, scale),
         *_strides(query, key, value, d_out),
         **choices,

@@ -15,16 +15,14 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton import knobs
 
-INTERPRETED = knobs.runtime.interpret
-"""Whether kernels run as plain Python, where no inline assembly can."""
+from longspan.engine.kernels import INTERPRETED
+
 DIRECT = tl.constexpr(INTERPRETED)
+"""Whether kernels run as plain Python, where no inline assembly can."""
 LOG2E = tl.constexpr(1.4426950408889634)
-PAD = 256
-"""Numbers past either end of a table that a tile of at most 128 × 128 may read."""
 
-UNSPECIALISED = ["heads", "queries", "keys", "window", "span", "zero", "nearest", "farthest", "bucket"]
+UNSPECIALISED = ["heads", "queries", "keys", "window", "span", "zero", "nearest", "farthest"]
 """Numbers that say nothing about alignment: a kernel compiled for one length serves all."""
 
 
@@ -222,11 +220,18 @@ def _forward_tiles(
     return acc, total, top
 
 
+def tuning_key(kernel: Any) -> list[str]:
+    """Those of a kernel's arguments that block sizes are chosen anew for. From 3.9 on Triton refuses names of no argument."""
+    return [
+        name for name in ("bucket", "KIND", "GRAD", "WIDTH", "CAUSAL", "WINDOW", "GROUP") if name in kernel.arg_names
+    ]
+
+
 def tuned(narrow: list[tuple[int, ...]], wide: list[tuple[int, ...]]) -> Callable:
     """Autotuning among (BM, BN, warps, stages): `narrow` for heads of up to 64, `wide` for larger. They are those
     whose inner loops keep to the registers on compute capability 9.0. For float32 there is one, which always fits."""
     if INTERPRETED:
-        return triton.autotune([triton.Config({"BM": 32, "BN": 16})], key=[])
+        return lambda kernel: triton.autotune([triton.Config({"BM": 32, "BN": 16})], key=tuning_key(kernel))(kernel)
     shapes: dict[str, list[tuple[int, ...]]] = {"narrow": narrow, "wide": wide, "single": [(32, 32, 4, 1)]}
     plans = {
         name: [triton.Config({"BM": m, "BN": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in shape]
@@ -238,15 +243,15 @@ def tuned(narrow: list[tuple[int, ...]], wide: list[tuple[int, ...]]) -> Callabl
             return plans["single"]
         return plans["wide" if constants["WIDTH"] > 64 else "narrow"]
 
-    return triton.autotune(
+    return lambda kernel: triton.autotune(
         [config for plan in plans.values() for config in plan],
-        key=["bucket", "KIND", "GRAD", "WIDTH", "CAUSAL", "WINDOW", "GROUP"],
+        key=tuning_key(kernel),
         prune_configs_by={"early_config_prune": fitting},
-    )
+    )(kernel)
 
 
 @tuned(narrow=[(128, 64, 4, 3), (128, 128, 8, 2)], wide=[(128, 64, 8, 3), (128, 128, 8, 2)])
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=[*UNSPECIALISED, "bucket"])
 def forward(
     query,
     key,

@@ -12,7 +12,7 @@ import triton.language as tl
 from longspan.engine.kernels.biased import LOG2E, UNSPECIALISED, read_clamped, read_rows, visible
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALISED[:-1], "size"])
+@triton.jit(do_not_specialize=[*UNSPECIALISED, "size"])
 def backward_table(
     query,
     key,

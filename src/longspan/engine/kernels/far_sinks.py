@@ -72,7 +72,7 @@ def join(
     tl.store(lse + line, top + tl.log2(total), mask=rows < queries)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=["heads", "queries"])
 def split(
     near,
     near_lse,

@@ -55,7 +55,7 @@ def query_tiles(
 
 
 @tuned(narrow=[(64, 64, 4, 3), (128, 64, 8, 3)], wide=[(128, 64, 8, 2), (64, 64, 4, 2)])
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=[*UNSPECIALISED, "bucket"])
 def backward_queries(
     query,
     key,
@@ -258,7 +258,7 @@ def near_queries(n, shift, queries, window, BM: tl.constexpr, BN: tl.constexpr):
 @tuned(
     narrow=[(64, 128, 8, 3), (32, 64, 4, 3), (64, 64, 4, 3)], wide=[(32, 128, 8, 3), (64, 128, 8, 2), (32, 64, 4, 3)]
 )
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=[*UNSPECIALISED, "bucket"])
 def backward_keys(
     query,
     key,
