@@ -153,3 +153,25 @@ def test_no_old_name_comes_from_here(name: str, caplog: pytest.LogCaptureFixture
                 assert compat.OLD in caplog.messages[-1]
     finally:
         logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("name", ["causal", "rmt", "encoder-decoder", "masked"])
+def test_losses_of_batches_that_are_accumulated(name: str) -> None:
+    """A Trainer says how many labels all of them have, and adds the losses."""
+    model, ids = (DECODERS | OTHERS)[name](), tokens(2, 9)
+    labels = ids.masked_fill(torch.arange(9) < torch.tensor([[0], [4]]), -100)
+    count = int((labels if name in ("encoder-decoder", "masked") else labels[:, 1:]).ne(-100).sum())
+    asked = {**inputs(model, ids), "labels": labels}
+    mean, part = model(**asked).loss, model(**asked, num_items_in_batch=torch.tensor(20)).loss
+    torch.testing.assert_close(part, mean * count / 20)
+    assert LongspanForSequenceClassification.accepts_loss_kwargs is False
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_gives_what_it_is_asked_for() -> None:
+    model = DECODERS["encoder-decoder"]()
+    out = model(**inputs(model, tokens(2, 7)), output_hidden_states=True)
+    assert [len(out.encoder_hidden_states), len(out.decoder_hidden_states)] == [3, 3]
+    assert out.encoder_hidden_states[-1].shape[1] == 9 and out.decoder_hidden_states[-1].shape[1] == 7
+    said = model.generate(tokens(1, 9), max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True)
+    assert len(said.decoder_hidden_states) == len(said.sequences[0]) - 1 and len(said.encoder_hidden_states) == 3
