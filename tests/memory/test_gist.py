@@ -29,6 +29,7 @@ import longspan as ls
 import tiny
 from longspan.apply import applied, apply, current, remove
 from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.hf.compat import CACHE
 from longspan.lm import LongspanConfig
 from longspan.memory import gist, gist_encoder
 from longspan.memory.gist_decoder import GistCache
@@ -230,7 +231,7 @@ def test_a_second_prompt_in_the_same_conversation() -> None:
     with torch.no_grad():
         held = gist.compress(model, tokenizer, PROMPTS[0])
         first = held.inputs(model, tokenizer, TEXTS[0])
-        cache = first["past_key_values"]
+        cache = first[CACHE]
         model(first["input_ids"][:, 3:], past_key_values=cache, use_cache=True)
         after = model(torch.tensor([turns[1]]), past_key_values=cache, use_cache=True).logits
     assert torch.allclose(after, whole[:, len(turns[0]) :], **CLOSE)
@@ -248,7 +249,7 @@ def test_cache_of_gist_tokens_gives_what_the_mask_gives(family: str) -> None:
     given = held.inputs(model, tokenizer, TEXTS)
     new = given["input_ids"][:, 3:]
     with torch.no_grad():
-        out = model(new, attention_mask=given["attention_mask"], past_key_values=given["past_key_values"]).logits
+        out = model(new, attention_mask=given["attention_mask"], past_key_values=given[CACHE]).logits
     for row, (prompt, text) in enumerate(zip(PROMPTS, TEXTS, strict=True)):
         whole = logits(model, torch.tensor([gist.joined(model, tokenizer, prompt, text)]))
         count = len(text)

@@ -17,6 +17,7 @@ from longspan.apply import applied, apply
 from longspan.engine.rolling import StreamingLayer, streaming_cache
 from longspan.errors import NotSupported, SpecError
 from longspan.facts import facts_of
+from longspan.hf.compat import CACHE
 from longspan.memory import streaming
 from longspan.memory.streaming import StreamingLLM
 from longspan.method import parse
@@ -283,7 +284,7 @@ def test_other_caches(model: LlamaForCausalLM) -> None:
     filled = DynamicCache()
     model(ids, past_key_values=filled)
     apply(model, StreamingLLM(SINKS, WINDOW))
-    with pytest.raises(NotSupported, match=r"DynamicCache with tokens in it.*Pass past_key_values=None"):
+    with pytest.raises(NotSupported, match=rf"DynamicCache with tokens in it.*Pass {CACHE}=None"):
         model(ids, past_key_values=filled)
     with pytest.raises(NotSupported, match=r"StaticCache.*DynamicCache"):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))

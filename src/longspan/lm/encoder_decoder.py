@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from longspan.errors import NotSupported
 from longspan.hf import compat
 from longspan.lm.configuration import LongspanConfig
-from longspan.lm.modeling import LongspanModel, LongspanPreTrainedModel
+from longspan.lm.modeling import LongspanModel, LongspanPreTrainedModel, label_loss
 
 
 class LongspanEncoder(LongspanModel):
@@ -82,11 +82,13 @@ class LongspanForConditionalGeneration(LongspanPreTrainedModel, GenerationMixin)
         global_attention_mask (B, T): the encoder's global tokens, where its attention has such."""
         past_key_values = compat.one_cache(cache, past_key_values)
         if encoder_outputs is None:
+            both = {k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs}
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
                 global_attention_mask=global_attention_mask,
+                **both,
             )
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -106,10 +108,14 @@ class LongspanForConditionalGeneration(LongspanPreTrainedModel, GenerationMixin)
         logits = self.lm_head(out.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+            loss = label_loss(logits, labels, **kwargs)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
+            decoder_hidden_states=out.hidden_states,
+            decoder_attentions=out.attentions,
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
             encoder_last_hidden_state=encoder_outputs[0],
             **compat.output_cache(compat.cache_of(out)),
         )

@@ -376,6 +376,20 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):
         )
 
 
+def label_loss(
+    logits: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> Tensor:
+    """Cross-entropy of logits (B, T, vocabulary) and labels (B, T): the mean, or the sum over the labels of several batches that
+    a Trainer accumulates."""
+    sums = {"ignore_index": ignore_index, "reduction": "mean" if num_items_in_batch is None else "sum"}
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), **sums)  # type: ignore[arg-type]
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
 class LongspanForMaskedLM(LongspanPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -402,12 +416,15 @@ class LongspanForMaskedLM(LongspanPreTrainedModel):
         logits = self.lm_head(out.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+            loss = label_loss(logits, labels, **kwargs)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions)
 
 
 class LongspanForSequenceClassification(LongspanPreTrainedModel):
     """One label for a text, from the mean of its states in an encoder, from the last real token's in a decoder."""
+
+    accepts_loss_kwargs = False
+    """Tells the Trainer that the loss is the mean over a batch's texts, whatever else it accumulates."""
 
     def __init__(self, config: LongspanConfig):
         super().__init__(config)

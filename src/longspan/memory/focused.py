@@ -277,7 +277,7 @@ class Reader:
             raise NotSupported(
                 f"focused keeps its own kind of cache; a {type(cache).__name__} "
                 + ("with tokens in it " if cache.get_seq_length() > 0 else "")
-                + "cannot be turned into it. Pass past_key_values=None or an empty DynamicCache"
+                + f"cannot be turned into it. Pass {CACHE}=None or an empty DynamicCache"
             )
         cache.layer_class_to_replicate = None
         cache.layers = self.empty_cache().layers

@@ -20,6 +20,7 @@ from longspan.engine import landmarks
 from longspan.engine.grouped import grouped_attention, wide
 from longspan.errors import NotSupported
 from longspan.facts import text_config
+from longspan.hf.compat import CACHE
 from longspan.hf.forward import Forward, counts_on, forward_of
 from longspan.memory.landmark_cache import PageLayer, Rows
 from longspan.positions.rotary import rotate
@@ -150,7 +151,7 @@ class LandmarkReader:
             raise NotSupported(
                 f"landmark keeps its own kind of cache; a {type(cache).__name__} "
                 + ("with tokens in it " if cache.get_seq_length() > 0 else "")
-                + "cannot be turned into it. Pass past_key_values=None or an empty DynamicCache"
+                + f"cannot be turned into it. Pass {CACHE}=None or an empty DynamicCache"
             )
         return self.fill(cache)
 

@@ -32,6 +32,7 @@ from longspan.engine.rolling import StreamingLayer, streaming_cache
 from longspan.engine.slices import Slices
 from longspan.errors import NotSupported
 from longspan.facts import ModelFacts, text_config
+from longspan.hf.compat import CACHE
 from longspan.hf.forward import forward_of
 from longspan.method import Method
 from longspan.positions.rotary import rotate
@@ -242,7 +243,7 @@ class Streaming:
             raise NotSupported(
                 f"streaming keeps its own kind of cache; a {type(cache).__name__} "
                 + ("with tokens in it " if cache.get_seq_length() > 0 else "")
-                + "cannot be turned into it. Pass past_key_values=None or an empty DynamicCache"
+                + f"cannot be turned into it. Pass {CACHE}=None or an empty DynamicCache"
             )
         cache.layer_class_to_replicate = None
         cache.layers = streaming_cache(self.site.facts.layers, *own).layers
