@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from longspan.apply import Attend, Site, applied
+from longspan.apply import Attend, applied
 from longspan.hf import compat
-from longspan.positions.near_far import NearFar
+from longspan.positions.near_far import NearFar, Pair
 
 CASES = [(torch.float16, 300), (torch.float16, 100), (torch.bfloat16, 60)]
 in_16_bits = pytest.mark.parametrize(("dtype", "bias"), CASES, ids=["float16-300", "float16-100", "bfloat16-60"])
@@ -66,17 +64,19 @@ def test_as_near_as_the_model_itself(dtype: torch.dtype, bias: float, spec: str)
 @in_16_bits
 @pytest.mark.parametrize("spec", ["self-extend:group=4,window=6", "rerope:window=6"])
 def test_far_distances(dtype: torch.dtype, bias: float, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Far keys that share a distance differ in what 16-bit queries and keys have rounded off already: no nearer to float32 than
-    all that comes after them in float32."""
+    """Far keys that share a distance differ by little more than what 16-bit queries and keys round off, so float32 throughout is
+    no judge: both scores and one softmax in float32, over the same queries and keys, are."""
     model, exact = pair(dtype, bias)
-    with applied(model, spec), applied(exact, spec):
-        got = distance(model, exact)
-    attend = NearFar.attend
+    own = distance(model, exact)
+    with applied(model, spec), torch.no_grad():
+        got, by_steps = model(tokens()).logits, model(tokens()[:, :-1])
+        last = model(tokens()[:, -1:], past_key_values=compat.cache_of(by_steps)).logits
+        monkeypatch.setattr(NearFar, "_block", _by_the_definition)
+        expected = model(tokens()).logits
+    for logits, wanted in ((got, expected), (last, expected[:, -1:])):
+        assert logits.isfinite().all()
+        assert (logits - wanted).float().norm() / wanted.float().norm() < max(own, 1e-3)
 
-    def wide(self: NearFar, site: Site, call: Attend) -> Tensor:
-        in_float32 = replace(call, query=call.query.float(), key=call.key.float(), value=call.value.float())
-        return attend(self, site, in_float32).to(call.query.dtype)
 
-    monkeypatch.setattr(NearFar, "attend", wide)
-    with applied(model, spec), applied(exact, spec):
-        assert got < 1.5 * distance(model, exact)
+def _by_the_definition(self: NearFar, call: Attend, near: Pair, far: Pair, start: int) -> Tensor:
+    return self.merged(call, near, far)
