@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,14 +12,26 @@ from typing import ClassVar
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForQuestionAnswering,
+    FalconConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 import dense
 import odd_attention
 from longspan.apply import Attend, Site, applied, apply, current, remove
 from longspan.engine.core import attention
 from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.hf import compat
 from longspan.method import Method
 
 OWN_DISTANCES = ["dynamic-ntk", "self-extend:group=2,window=4", "rerope:window=4", "streaming:sinks=2,window=6"]
@@ -338,3 +351,116 @@ def test_a_scheme_that_a_model_was_trained_with(build: Callable, has: str, has_n
 
 def of_type(kind: str, **settings: object) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=96, **settings)).eval()
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": None, "bos_token_id": None}
+
+
+def everything(model: PreTrainedModel) -> tuple:
+    modules = {name: (id(m), type(m), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    tensors = [t.clone() for t in (*model.parameters(), *model.buffers())]
+    return model.config.to_dict(), modules, tensors
+
+
+def unchanged(model: PreTrainedModel, before: tuple) -> bool:
+    config, modules, tensors = everything(model)
+    return (config, modules) == before[:2] and all(map(torch.equal, tensors, before[2]))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "minimax", "phimoe"])
+def test_frequencies_that_transformers_cannot_make(kind: str, tmp_path: Path) -> None:
+    """Its rotary module fails on a `head_dim` or an `mscale` of None, when the configuration has been changed already."""
+    (tmp_path / "factors.json").write_text(json.dumps([2.0] * 8))
+    more = {} if kind == "phimoe" else {"head_dim": None}
+    model = of_type(kind, **SMALL, num_local_experts=2, **more)
+    ids, before = dense.tokens(1, 20), everything(model)
+    logits = model(ids, use_cache=False).logits
+    for spec in ("yarn:factor=2", f"longrope:factor=2,factors={tmp_path}/factors.json"):
+        with pytest.raises(NotSupported, match=r"does not run on .*TypeError"):
+            apply(model, spec)
+        assert unchanged(model, before) and torch.equal(model(ids, use_cache=False).logits, logits)
+    apply(model, "ntk:factor=2")  # has a name in the configuration, and runs
+    remove(model)
+    assert unchanged(model, before)
+
+
+def test_a_cache_of_the_models_own_kind() -> None:
+    """MiniMax makes one that no other may stand in for; it knows the method that filled it."""
+    model, ids = of_type("minimax", **SMALL, num_local_experts=2, head_dim=None), dense.tokens(1, 20)
+    apply(model, "ntk:factor=2")
+    whole = model(ids, use_cache=False).logits
+    first = model(ids[:, :12])
+    second = model(ids[:, 12:], past_key_values=compat.cache_of(first)).logits
+    torch.testing.assert_close(torch.cat((first.logits, second), dim=1), whole, rtol=1e-4, atol=1e-5)
+    apply(model, "pi:factor=2")
+    with pytest.raises(NotSupported, match="was filled under ntk:factor=2"):
+        model(ids[:, 12:], past_key_values=compat.cache_of(first))
+
+
+def with_images(kind: str) -> PreTrainedModel:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    eye = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "intermediate_size": 48}
+    if kind == "qwen2_vl":
+        eye |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 1}
+        rope |= {"mrope_section": [2, 3, 3]}
+    elif kind == "qwen3_vl":
+        eye |= {"out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+        rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    else:
+        eye = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        eye |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4, "head_dim": 16}
+    text = {**SMALL, "vocab_size": 96, "head_dim": 16, "rope_parameters": rope}
+    text |= {"model_type": "mistral"} if kind == "mistral3" else {}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=eye)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "mistral3"])
+def test_only_the_decoders_rotary_module(kind: str) -> None:
+    """The image encoder's has a configuration of its own, and what the model knows of its positions besides stays."""
+    model, ids = with_images(kind), dense.tokens(1, 40)
+    rope, before = dict(model.config.get_text_config().rope_parameters), everything(model)
+    logits = model(input_ids=ids).logits
+    apply(model, "yarn:factor=2")
+    changed = {name for name, m in model.named_modules() if before[1].get(name, (0,))[0] != id(m)}
+    assert changed == {"model.language_model.rotary_emb"}
+    now = model.config.get_text_config().rope_parameters
+    assert now["rope_type"] == "yarn" and now["factor"] == 2.0
+    assert all(now[key] == value for key, value in rope.items() if key != "rope_type")
+    assert (model(input_ids=ids).logits - logits).abs().max() > 1e-4
+    remove(model)
+    assert unchanged(model, before) and torch.equal(model(input_ids=ids).logits, logits)
+
+
+@pytest.mark.parametrize("spec", [*EVERY_KIND, "focused:local=8", "performer:features=32"])
+def test_a_model_with_another_head_or_none(spec: str) -> None:
+    """Or whose weights accelerate keeps elsewhere, and which is on the meta device itself."""
+    config, ids = LlamaConfig(**SMALL, vocab_size=96), dense.tokens(1, 20)
+    torch.manual_seed(0)
+    whole = LlamaForCausalLM(config).eval()
+    kinds = (AutoModel, AutoModelForQuestionAnswering)
+    bare, asked = (kind.from_config(copy.deepcopy(config)).eval() for kind in kinds)
+    bare.load_state_dict(whole.model.state_dict())
+    getattr(asked, asked.base_model_prefix).load_state_dict(whole.model.state_dict())
+    twin = cpu_offload(copy.deepcopy(whole), execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in twin.parameters())
+    plain = twin(ids).logits
+    for model in (whole, bare, asked, twin):
+        apply(model, spec)
+    states = whole.model(ids).last_hidden_state
+    torch.testing.assert_close(bare(ids).last_hidden_state, states)
+    torch.testing.assert_close(asked(ids).start_logits, asked.qa_outputs(states)[..., 0])
+    torch.testing.assert_close(twin(ids).logits, whole(ids).logits)
+    remove(twin)
+    assert torch.equal(twin(ids).logits, plain)
+
+
+def test_a_model_on_the_disk(tmp_path: Path) -> None:
+    ids = dense.tokens(1, 20)
+    torch.manual_seed(0)
+    whole = LlamaForCausalLM(LlamaConfig(**SMALL, vocab_size=96)).eval()
+    twin = disk_offload(copy.deepcopy(whole), str(tmp_path), execution_device=torch.device("cpu"))
+    for spec in ("yarn:factor=2", "self-extend:group=2,window=4"):
+        torch.testing.assert_close(apply(twin, spec)(ids).logits, apply(whole, spec)(ids).logits)

@@ -21,7 +21,14 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import flash_attention_mask, flex_attention_mask
 
 from longspan.engine.core import attention, causal_mask, with_zero_key
@@ -30,7 +37,7 @@ from longspan.facts import ModelFacts, facts_of, rope_parameters, rotary_modules
 from longspan.hf import compat
 from longspan.hf.compat import FORWARD, decoder_of
 from longspan.hf.forward import Forward, forward_of, handed, tag
-from longspan.hf.ownership import claim
+from longspan.hf.ownership import claim, mark
 from longspan.method import Combination, Method, combination
 from longspan.positions.rotary import Rotary, angles, rotate, unrotated_copy
 from longspan.positions.scheme import ending_at
@@ -144,6 +151,10 @@ class Site:
         self._takes_cache = getattr(self.decoder.config, "use_cache", None) is not None
         self._keywords = compat.takes_keywords(self.decoder.forward)
         self._opened = False
+        self.makes_dynamic_caches = True
+        """Whether the decoder makes itself a `DynamicCache` where it is given none; MiniMax has a kind of its own."""
+        self._rotates = False
+        """Whether a method turns queries or keys by itself."""
         self._tags_positions = False
         """Whether the record of a forward travels on `position_ids`, since the architecture's layers drop keyword arguments."""
 
@@ -203,6 +214,7 @@ class Site:
     def unrotate(self) -> None:
         """Lets queries and keys reach the attention function, and the cache, without rotation. `rotary` still gives the
         true angles, and the method rotates by itself."""
+        self._rotates = True
         name, module = self._only_rotary()
         self._rotary = Rotary(module)
         self._replace(name, unrotated_copy(module))
@@ -210,6 +222,7 @@ class Site:
     def prove_rotation(self) -> None:
         """For methods that turn only some queries or keys by themselves, and none in a short input: proves that `rotate`
         turns as this architecture does, by plain attention over what it has turned."""
+        self._rotates = True
         trial = Site(self.model, self.methods, self.facts)
 
         def attend(call: Attend) -> Tensor:
@@ -351,18 +364,25 @@ class Site:
         """Gives every forward of the decoder its record, and its cache an owner."""
         if not self._opened:
             self._opened = True
-            handle = self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True)
             self._undo.append(partial(setattr, self, "_opened", False))
-            self._undo.append(handle.remove)
+            for handle in (
+                self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
+                self.decoder.register_forward_hook(self._mark),
+            ):
+                self._undo.append(handle.remove)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = arguments["cache"] = compat.given_cache(arguments)
         mask = arguments.get("attention_mask")
         causal = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-        forward = arguments[FORWARD] = Forward(arguments.get("position_ids"), _length(cache), causal=causal)
+        forward = arguments[FORWARD] = Forward(
+            self._positions(arguments, _length(cache)), _length(cache), causal=causal
+        )
         for hook in self._before:
             hook(arguments)
+        if (positions := arguments.get("position_ids")) is not None and positions.ndim == 2:
+            forward.given = positions
         if not self.facts.encoder_decoder:
             self._claim(arguments)
         if self._tags_positions:
@@ -374,15 +394,42 @@ class Site:
             del arguments[FORWARD]
         return (), arguments
 
+    def _positions(self, arguments: dict[str, Any], start: int) -> Tensor | None:
+        """One position for each token, (B or 1, T), or None where they follow the cache. Qwen-VL's models count in time, height
+        and width, in which tokens of an image differ: for methods that rotate by themselves that is refused, the others count
+        tokens."""
+        given = arguments.get("position_ids")
+        if given is None or given.ndim == 2 or self._attend is None:
+            return given
+        time, *others = given[-3:]
+        if self._rotates:
+            if not all(torch.equal(time, other) for other in others):
+                raise NotSupported(
+                    f"{self.methods.spec} rotates by itself, along one line, and tokens of an image have positions in time, "
+                    f"height and width in {self.facts.architecture}; use window, logn or yarn with images, or texts without"
+                )
+            arguments["position_ids"] = time
+            return time
+        mask, new = arguments.get("attention_mask"), given.shape[-1]
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        return torch.arange(start, start + new, device=given.device)[None]
+
     def _claim(self, arguments: dict[str, Any]) -> None:
         """Makes the forward's cache this method's. One that the decoder would make is made here, as it would."""
         cache, use = arguments["cache"], arguments.get("use_cache")
         config = self.decoder.config
         wanted = getattr(config, "use_cache", False) if use is None else use
-        if cache is None and wanted and not self.model.training and getattr(self.decoder, "causal", True):
+        made = self.makes_dynamic_caches and not self.model.training and getattr(self.decoder, "causal", True)
+        if cache is None and wanted and made:
             cache = arguments["cache"] = DynamicCache(config=config)
         if cache is not None:
             claim(cache, self.methods.spec, checked="cache" in self._slots)
+
+    def _mark(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Makes a cache of the decoder's own kind, which it has just filled, this method's."""
+        if not self.facts.encoder_decoder and isinstance(cache := compat.cache_of(output), Cache):
+            mark(cache, self.methods.spec)
 
     def _tag(self, arguments: dict[str, Any], forward: Forward) -> None:
         positions = arguments.get("position_ids")
@@ -488,7 +535,7 @@ def _run_attention(
         mask=attention_mask,
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         dropout=dropout,
-        position_ids=forward.positions(query) if position_ids is None else position_ids,
+        position_ids=forward.positions(query) if position_ids is None or position_ids.ndim > 2 else position_ids,
         softcap=softcap,
         sliding_window=sliding_window,
         forward=forward,
@@ -523,6 +570,7 @@ def apply(
     try:
         facts = facts_of(model)
         site = Site(model, methods.resolve(facts, length), facts)
+        site.makes_dynamic_caches = facts.encoder_decoder or not site._slots or _makes_dynamic_caches(model)
         _attach(site)
     except BaseException:
         if previous is not None:
@@ -768,6 +816,16 @@ def _reads_in_pieces(model: PreTrainedModel, whole: Tensor) -> bool:
         )
     except Exception:
         return False
+
+
+@torch.no_grad()
+def _makes_dynamic_caches(model: PreTrainedModel) -> bool:
+    with _evaluating(model):
+        try:
+            cache = compat.cache_of(model(input_ids=_short_input(model, 1), use_cache=True))
+        except Exception:  # whatever it is, the method's own trial says it
+            return True
+    return cache is None or type(cache) is DynamicCache
 
 
 @contextlib.contextmanager

@@ -32,6 +32,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 
 from longspan.apply import apply, remove
@@ -349,11 +351,30 @@ def _gemma3(text: PreTrainedModel) -> PreTrainedModel:
     )
 
 
+def _qwen2_vl(text: PreTrainedModel) -> PreTrainedModel:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    eye = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "mlp_ratio": 1}
+    special = {"image_token_id": IMAGE, "vision_start_token_id": 124, "vision_end_token_id": 123, "video_token_id": 122}
+    settings = {**text.config.to_dict(), "model_type": "qwen2_vl_text", "rope_parameters": rope}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(vision_config=eye, text_config=settings, **special))
+
+
+def _sight(family: str, ids: Tensor) -> dict[str, Tensor]:
+    """A picture of four tokens, as each family is given it."""
+    image = torch.randn(1, 3, 16, 16)
+    if family == "qwen2":
+        marks = {"mm_token_type_ids": (ids == IMAGE).long(), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        return {"pixel_values": image.view(16, -1).repeat(1, 2), **marks}
+    if family == "gemma3_text":
+        return {"pixel_values": image, "token_type_ids": (ids == IMAGE).long()}
+    return {"pixel_values": image[:, :, :8, :8]}
+
+
 @functools.cache
 def wrapped(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     torch.manual_seed(0)
     text = build(family)
-    model = (_gemma3 if family == "gemma3_text" else _llava)(text)
+    model = {"gemma3_text": _gemma3, "qwen2": _qwen2_vl, "llama": _llava}[family](text)
     _wide(model)
     model.get_decoder().load_state_dict(text.base_model.state_dict())
     model.lm_head.load_state_dict(text.lm_head.state_dict())
@@ -388,9 +409,8 @@ def image(line: Line, family: str) -> None:
     before = _implementations(model)
     ids = tokens(1, 12, gist=False)
     ids[0, 1:5] = IMAGE
-    sight: dict[str, Any] = {"pixel_values": torch.randn(1, 3, *(2 * [8 if family == "llama" else 16]))}
-    if family != "llama":
-        sight["token_type_ids"] = (ids == IMAGE).long()
+    ids[0, 0] = 124
+    sight = _sight(family, ids)
     stock = logits(model, input_ids=ids, **sight)
     state = {n: v.clone() for n, v in model.state_dict().items()}
     if line.neutral:
@@ -409,7 +429,7 @@ def image(line: Line, family: str) -> None:
         seen = _embeddings(model, more, sight)
         same(logits(model, input_ids=more, **sight), logits(text, inputs_embeds=seen))
     else:
-        longer = {**sight, "token_type_ids": (more == IMAGE).long()}
+        longer = {**_sight(family, more), "pixel_values": sight["pixel_values"]}
         whole = logits(model, input_ids=more, **longer)
         with _few_queries_at_once():
             same(logits(model, input_ids=more, **longer), whole)
@@ -562,6 +582,12 @@ COLUMNS = (
         _one_model,
     ),
     Column(
+        "Qwen2-VL",
+        "the same where tokens have positions in time, height and width",
+        lambda line: image(line, "qwen2"),
+        _one_model,
+    ),
+    Column(
         "packed",
         "documents in one row, told apart by positions that begin again",
         lambda line: packed(line.spec),
@@ -598,7 +624,8 @@ def outcome(line: Line, column: Column) -> str:
     except LongspanError as error:
         said = " ".join(str(error).split())
         said = re.sub(r"\b\w+For(CausalLM|ConditionalGeneration)\b", "the model", said)
-        return re.sub(rf"^({'|'.join(catalogue())})(:\S+?)?(?=:? )", "the method", said)
+        one = rf"({'|'.join(catalogue())})(:[^ :]+)?"
+        return re.sub(rf"^{one}( \+ {one})*(?=:? )", "the method", said)
     return "equal"
 
 

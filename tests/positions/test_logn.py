@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, Llama4ForCausalLM, Llama4TextConfig, LlamaForCausalLM
 
 import dense
 from longspan.apply import Attend, apply, remove
@@ -119,3 +119,36 @@ def test_settings_and_refusals() -> None:
             parse(f"logn + {bounded}")
     for other in ("ntk:factor=2", "dynamic-ntk", "self-extend:group=2", "rerope", "leaky-rerope:factor=2"):
         assert parse(f"{other} + logn").spec.endswith(" + logn")
+
+
+@pytest.mark.parametrize("spec", ["logn:window=8", "window:size=9", "yarn:factor=2"])
+def test_a_model_that_hands_its_attention_no_positions(spec: str) -> None:
+    """Llama 4, whose chunked layers keep fewer keys than they have seen: positions are the forward's, in pieces and padded."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "intermediate_size_mlp": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96}
+    kinds = {
+        "layer_types": ["chunked_attention", "full_attention"],
+        "attention_chunk_size": 12,
+        "no_rope_layers": [1, 0],
+    }
+    torch.manual_seed(0)
+    config = Llama4TextConfig(**sizes, **kinds, moe_layers=[], num_local_experts=2, pad_token_id=0, eos_token_id=None)
+    model = Llama4ForCausalLM(config).eval()
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=1.5 * weight.shape[1] ** -0.5)
+    apply(model, spec)
+    ids, mask = dense.tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :7] = 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        alone = model(ids[:1, 7:], use_cache=False).logits[0], model(ids[1:], use_cache=False).logits[0]
+        cache, parts, at = DynamicCache(config=config), [], 0
+        for size in (9, 1, 1, 5, 1, 13):
+            part = {"attention_mask": mask[:, : at + size], "position_ids": places[:, at : at + size]}
+            parts.append(model(ids[:, at : at + size], past_key_values=cache, **part).logits)
+            at += size
+        whole = model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+    for got in (whole, torch.cat(parts, dim=1)):
+        torch.testing.assert_close(got[0, 7:], alone[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[1], alone[1], rtol=1e-4, atol=1e-4)

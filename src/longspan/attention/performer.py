@@ -130,6 +130,8 @@ class Swap:
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise NotSupported("performer sums over all tokens: a mask may only hide padding, (batch, tokens)")
+        if positions is not None and positions.ndim == 3:  # Qwen-VL's; this one never goes back within a text
+            positions = positions[0]
         if mask is None and positions is not None and bool((positions.diff() < 0).any()):
             raise NotSupported(
                 "several texts are packed into one row, and performer would sum across them; use data.packing=plain or none"

@@ -20,18 +20,19 @@ T = TypeVar("T")
 
 
 class Forward:
-    """One forward of a decoder. given: the positions that its caller gave; start: tokens in the cache before it; causal: whether
-    it is known that no query sees later keys, as it is unless masks were made around the decoder."""
+    """One forward of a decoder. given: the positions (B or 1, T) of its tokens, where they were given; start: tokens in the
+    cache before it; causal: whether it is known that no query sees later keys, as it is unless masks were made around the
+    decoder."""
 
     def __init__(self, given: Tensor | None = None, start: int = 0, *, causal: bool = True):
-        self._given, self._start, self.causal = given, start, causal
+        self.given, self._start, self.causal = given, start, causal
         self._made: dict[str, Any] = {}
         self._state: dict[int, Any] = {}
 
     def positions(self, queries: Tensor) -> Tensor:
         """Positions (B or 1, Tq) of the queries (B, H, Tq, D): those that the caller gave, or the ones that follow the cache."""
-        if self._given is not None:
-            return self._given
+        if self.given is not None:
+            return self.given
         return torch.arange(self._start, self._start + queries.shape[2], device=queries.device)[None]
 
     def once(self, name: str, make: Callable[[], T]) -> T:
@@ -58,7 +59,7 @@ class Forward:
 def counts_on(positions: Tensor, real: Tensor) -> bool:
     """Whether positions (B or 1, T) count each row's tokens, those that are `real` (B, T), one by one."""
     apart = positions - real.cumsum(1)
-    high, low = apart.masked_fill(~real, -(2**31)).amax(1), apart.masked_fill(~real, 2**31).amin(1)
+    high, low = apart.masked_fill(~real, -(2**31)).amax(-1), apart.masked_fill(~real, 2**31).amin(-1)
     return not bool((high > low).any())
 
 

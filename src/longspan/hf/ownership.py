@@ -65,6 +65,12 @@ def claim(cache: Cache, spec: str, *, checked: bool) -> None:
             layer.filled_by, layer.expected = spec, True
 
 
+def mark(cache: Cache, spec: str) -> None:
+    """Makes a cache the method's that a forward of it has made and filled."""
+    if getattr(cache, _FILLED_BY, None) is None:
+        setattr(cache, _FILLED_BY, spec)
+
+
 def _own_layers(cache: DynamicCache) -> None:
     """Replaces the layers of an empty cache by those that know their owner."""
     if cache.layer_class_to_replicate is DynamicLayer:

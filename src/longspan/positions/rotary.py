@@ -47,13 +47,14 @@ class Rotary:
 
 
 def angles(module: nn.Module, positions: Tensor) -> Tensor:
-    """cos and sin (2, B, T, channels) of a rotary module in float32, of all its kinds of layers side by side."""
+    """cos and sin (2, B, T, channels) of a rotary module in float32, of all its kinds of layers side by side. Llama 4's gives
+    complex numbers."""
     device = next(module.buffers()).device
     like, at = torch.zeros(1, device=device), positions.to(device)
     kinds: Any = module.rope_type
-    if not isinstance(kinds, dict):
-        return torch.stack(module(like, at))
-    return torch.cat([torch.stack(module(like, at, kind)) for kind in kinds], dim=-1)
+    made = [module(like, at, kind) for kind in kinds] if isinstance(kinds, dict) else [module(like, at)]
+    pairs = [torch.stack(x) if isinstance(x, tuple) else torch.view_as_real(x).movedim(-1, 0) for x in made]
+    return torch.cat(pairs, dim=-1)
 
 
 def rotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
