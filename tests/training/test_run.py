@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import recipes_tiny
 import torch
@@ -21,8 +22,9 @@ import longspan as ls
 import tiny
 from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.tasks.base import parse_task
+from longspan.training import run as run_module
 from longspan.training.data import task_tokens
-from longspan.training.metrics import describe, read_metrics
+from longspan.training.metrics import describe, read_metrics, work
 from longspan.training.recipe import read_recipe
 from longspan.training.samples import IGNORE, TextWindows
 from longspan.training.trainer import COMPLETE, clear_broken, newest_checkpoint
@@ -143,6 +145,47 @@ def test_another_recipe_in_the_same_folder_is_refused(unbroken: tuple[dict[str, 
     recipe, _ = unbroken
     with pytest.raises(SpecError, match=r"training\.learning_rate: 0\.003 → 0\.002"):
         ls.train(recipe, **{"training.learning_rate": 0.002})
+
+
+def test_tokens_are_those_that_are_read(have: Have, tmp_path: Path) -> None:
+    """Samples of 64 places that hold one letter each: what pads them is no token, for speed and operations neither."""
+    (tmp_path / "letters").mkdir()
+    for name in "abcde":
+        (tmp_path / "letters" / f"{name}.txt").write_text(name)
+    data = {"train": str(tmp_path / "letters"), "length": 64, "packing": "none"}
+    done = ls.train(recipes_tiny.recipe(have, tmp_path / "out", data=data, training={"steps": 8, "log_every": 4}))
+    size = only_size(tmp_path / "out")
+    assert size < 6 and done.tokens == 8 * 4 * size
+    records = [r for r in read_metrics(tmp_path / "out") if "seconds" in r]
+    assert [r["tokens_per_s"] * r["seconds"] for r in records] == [pytest.approx(4 * 4 * size)] * 2
+    assert done.tokens_per_s == pytest.approx(records[1]["tokens_per_s"])
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_mfu_is_by_the_tokens_that_are_read(
+    have: Have, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None
+) -> None:
+    monkeypatch.setattr(run_module, "peak_flops", lambda device, dtype: 1e12)
+    (tmp_path / "letters").mkdir()
+    for name in "abcde":
+        (tmp_path / "letters" / f"{name}.txt").write_text(name * 7)
+    data = {"train": str(tmp_path / "letters"), "length": 64, "packing": "none"}
+    done = ls.train(
+        recipes_tiny.recipe(
+            have, tmp_path / "out", data=data, training={"steps": 8, "log_every": 4, "loss_chunk": chunk}
+        )
+    )
+    size = only_size(tmp_path / "out")
+    model, _ = ls.load(done.model, device="cpu")
+    labelled = 1.0 if chunk is None else (size - 1) / size
+    assert done.mfu == pytest.approx(done.tokens_per_s * work(model, size, labelled).total / 1e12)
+
+
+def only_size(out: Path) -> int:
+    """The tokens of a document, which all have the same."""
+    (ends,) = (np.load(p) for p in (out / "tokens").glob("*/ends.npy"))
+    (size,) = set(np.diff(ends, prepend=0).tolist())
+    return int(size)
 
 
 def test_a_mistake_before_the_first_step_does_not_hold_the_folder(have: Have, tmp_path: Path) -> None:

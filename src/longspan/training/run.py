@@ -15,21 +15,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from longspan import models
 from longspan.compare.results import duration
@@ -74,7 +77,8 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 @dataclass(frozen=True)
 class TrainResult:
     """What a training came to. Losses are means in nats a token, the last that were measured; `seconds` and `tokens_per_s`
-    leave validation and saving out, and the speed the first record of every start too. `resumed_from` is a step."""
+    leave validation and saving out, and the speed the first record of every start too. `tokens`, and what follows from them,
+    are tokens that were read: padding does not count. `resumed_from` is a step."""
 
     out: str
     model: str
@@ -327,7 +331,8 @@ def _carry_out(job: _Job) -> TrainResult:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         live.stop()
-    return _finish(job, model, causal)
+    assert isinstance(trainer.train_dataset, Course)
+    return _finish(job, model, causal, int(trainer.train_dataset.read(0, len(trainer.train_dataset)).sum()))
 
 
 def _prove(job: _Job, model: nn.Module) -> None:
@@ -367,12 +372,10 @@ def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
         validation = Validation(ordinary, data.valid_samples)
     peak = peak_flops(job.arguments.device, job.dtype)
     course = Course(windows, steps.steps * steps.batch, recipe.seed)
-    labelled = 1.0 if steps.loss_chunk is None else labelled_share(course, min(_LOOKED_AT, len(course)))
     recorder = Recorder(
         Journal(job.out),
         live,
-        tokens=steps.batch * data.length,
-        flops=work(causal_model(model), data.length, labelled).total,
+        read=_reading(job, course, causal_model(model)),
         peak=peak and peak * job.arguments.world_size,
     )
     return RecipeTrainer(
@@ -386,7 +389,27 @@ def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
     )
 
 
-def _finish(job: _Job, model: nn.Module, causal: nn.Module) -> TrainResult:
+def _reading(job: _Job, course: Course, causal: PreTrainedModel) -> Callable[[int, int], tuple[int, float]]:
+    """Tokens and operations of the steps after one and up to another, by the tokens of each sample without its padding."""
+    steps, length = job.recipe.training, job.recipe.data.length
+    labelled = 1.0
+    if steps.loss_chunk is not None:
+        looked_at = min(_LOOKED_AT, len(course))
+        labelled = labelled_share(course, looked_at) * length * looked_at / int(course.read(0, looked_at).sum())
+
+    @functools.cache
+    def per_token(tokens: int) -> float:
+        return work(causal, tokens, labelled).total
+
+    def read(first: int, last: int) -> tuple[int, float]:
+        sizes, counts = np.unique(course.read(first * steps.batch, last * steps.batch), return_counts=True)
+        total = math.fsum(n * size * per_token(size) for size, n in zip(sizes.tolist(), counts.tolist(), strict=True))
+        return int(sizes @ counts), total
+
+    return read
+
+
+def _finish(job: _Job, model: nn.Module, causal: nn.Module, tokens: int) -> TrainResult:
     """Writes the result; other processes wait for it."""
     if job.arguments.process_index == 0:
         lora = job.recipe.lora
@@ -396,7 +419,7 @@ def _finish(job: _Job, model: nn.Module, causal: nn.Module) -> TrainResult:
             save_folder(final, job.tokenizer, job.recipe, folder)
         records = read_metrics(job.out)
         plot(records, job.out / "loss.png", job.out.resolve().name)
-        result = _result(job, records, parameters)
+        result = _result(job, records, parameters, tokens)
         write_atomically(job.out / _RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
     with job.arguments.main_process_first(local=False):
         done = _finished(job.out)
@@ -404,13 +427,13 @@ def _finish(job: _Job, model: nn.Module, causal: nn.Module) -> TrainResult:
     return done
 
 
-def _result(job: _Job, records: list[dict[str, Any]], parameters: int) -> TrainResult:
+def _result(job: _Job, records: list[dict[str, Any]], parameters: int, tokens: int) -> TrainResult:
     def last(key: str) -> Any:
         return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
 
     timed = [(before, r) for before, r in itertools.pairwise(records) if "seconds" in r]
     warm = [r for before, r in timed if before.get("event") != "start"]
-    steps, data = job.recipe.training, job.recipe.data
+    steps = job.recipe.training
     speeds = [r["tokens_per_s"] * r["seconds"] for r in warm]
     seconds = sum(r["seconds"] for r in warm)
     shares = [r["mfu"] * r["seconds"] for r in warm if r.get("mfu") is not None]
@@ -419,7 +442,7 @@ def _result(job: _Job, records: list[dict[str, Any]], parameters: int) -> TrainR
         out=str(job.out),
         model=str(job.out / "model"),
         steps=steps.steps,
-        tokens=steps.steps * steps.batch * data.length,
+        tokens=tokens,
         parameters=parameters,
         loss=last("loss"),
         valid_loss=last("valid_loss"),
