@@ -312,8 +312,11 @@ def test_adapters(have: Have, base: Path, tmp_path: Path, save: str) -> None:
     (out / "result.json").unlink()
     assert (out / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors").is_file()
     shutil.rmtree(out / "checkpoints" / "checkpoint-8")
-    assert ls.train(recipe).resumed_from == 4
+    done = ls.train(recipe)
+    assert done.resumed_from == 4
     assert losses(out) == once
+    saved = out / "model" / ("model" if save == "merged" else "adapter_model")
+    assert done.parameters == sum(t.numel() for t in load_file(saved.with_suffix(".safetensors")).values())
     before = tiny.model(window=32)
     ids = torch.arange(20)[None]
     if save == "merged":

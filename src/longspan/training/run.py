@@ -78,7 +78,8 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 class TrainResult:
     """What a training came to. Losses are means in nats a token, the last that were measured; `seconds` and `tokens_per_s`
     leave validation and saving out, and the speed the first record of every start too. `tokens`, and what follows from them,
-    are tokens that were read: padding does not count. `resumed_from` is a step."""
+    are tokens that were read: padding does not count. `parameters` are those in the folder `model`: adapters that were merged
+    are none of their own, and adapters saved as such are alone. `resumed_from` is a step."""
 
     out: str
     model: str
@@ -332,7 +333,7 @@ def _carry_out(job: _Job) -> TrainResult:
     finally:
         live.stop()
     assert isinstance(trainer.train_dataset, Course)
-    return _finish(job, model, causal, int(trainer.train_dataset.read(0, len(trainer.train_dataset)).sum()))
+    return _finish(job, model, int(trainer.train_dataset.read(0, len(trainer.train_dataset)).sum()))
 
 
 def _prove(job: _Job, model: nn.Module) -> None:
@@ -344,10 +345,14 @@ def _prove(job: _Job, model: nn.Module) -> None:
 
 
 def _announce(job: _Job, live: Live, causal: nn.Module, checkpoint: Path | None) -> None:
-    count, devices = sum(p.numel() for p in causal.parameters()), job.arguments.world_size
+    devices, adapters = job.arguments.world_size, 0
+    if job.recipe.lora is not None:  # all that trains then, and nothing else
+        adapters = sum(p.numel() for p in causal.parameters() if p.requires_grad)
+    count = f"{(sum(p.numel() for p in causal.parameters()) - adapters) / 1e6:,.1f} M parameters"
+    count += f" and {adapters / 1e6:,.3g} M of adapters" if adapters else ""
     what = job.recipe.model if isinstance(job.recipe.model, str) else f"a new {job.config.model_type}"
     where = f"{devices} device{'s' * (devices > 1)} ({job.arguments.device.type}, {job.dtype})"
-    live.say(f"{what}, {count / 1e6:,.1f} M parameters, {len(job.tokens.ids):,} tokens of text, on {where}")
+    live.say(f"{what}, {count}, {len(job.tokens.ids):,} tokens of text, on {where}")
     if devices == 1 and torch.cuda.is_available() and torch.cuda.device_count() > 1:
         live.say(
             f"{torch.cuda.device_count()} GPUs are here and one is used: torchrun --nproc-per-node=gpu -m longspan train …"
@@ -409,17 +414,16 @@ def _reading(job: _Job, course: Course, causal: PreTrainedModel) -> Callable[[in
     return read
 
 
-def _finish(job: _Job, model: nn.Module, causal: nn.Module, tokens: int) -> TrainResult:
+def _finish(job: _Job, model: nn.Module, tokens: int) -> TrainResult:
     """Writes the result; other processes wait for it."""
     if job.arguments.process_index == 0:
         lora = job.recipe.lora
-        parameters = sum(p.numel() for p in causal.parameters())
         final = model.merge_and_unload() if lora and lora.save == "merged" else model  # type: ignore[operator]
         with _filling(job.out / "model") as folder:
             save_folder(final, job.tokenizer, job.recipe, folder)
         records = read_metrics(job.out)
         plot(records, job.out / "loss.png", job.out.resolve().name)
-        result = _result(job, records, parameters, tokens)
+        result = _result(job, records, build.saved_parameters(final), tokens)
         write_atomically(job.out / _RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
     with job.arguments.main_process_first(local=False):
         done = _finished(job.out)
