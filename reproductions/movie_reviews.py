@@ -116,7 +116,7 @@ def precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def train(model: LongspanForSequenceClassification, rows: Data, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds, tokens and the mean loss of the last epoch."""
+    """Seconds, tokens (without padding) and the mean loss of the last epoch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01)
     set_apart(optimizer, own_settings(model))
     steps = options.epochs * -(-len(rows) // options.batch)
@@ -138,7 +138,7 @@ def train(model: LongspanForSequenceClassification, rows: Data, options: argpars
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())
-            tokens += given["input_ids"].numel()
+            tokens += sum(len(ids) for ids, _ in shuffled[start : start + options.batch])
         mean = torch.stack(losses).mean().item()
         print(f"  {model.config.attention}: epoch {epoch + 1} of {options.epochs}, loss {mean:.3f}", flush=True)
     return {"seconds": time.perf_counter() - begin, "tokens": tokens, "loss": torch.stack(losses).mean().item()}

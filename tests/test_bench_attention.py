@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -21,6 +23,7 @@ from longspan.bench_contenders import Contender, Work, contenders
 from longspan.cli import run
 from longspan.engine.core import reference_attention
 from longspan.errors import SpecError
+from longspan.growth import Point, growth
 from longspan.method import catalogue
 
 SHAPE = shape_of(2, 1, 16, None, "cpu")
@@ -50,7 +53,10 @@ def test_everything_in_the_catalogue_takes_part() -> None:
 
 def test_growth_and_rates() -> None:
     made = AttentionBench({}, [Row("a", "layer", "causal", n, forward_s=1e-9 * n**2) for n in (2, 4, 8, 16)])
-    assert made.growth("a", "forward_s") == pytest.approx(2) and made.growth("a", "backward_s") is None
+    grows = made.growth("a", "forward_s")
+    assert grows is not None and grows.exponent == pytest.approx(2) and made.growth("a", "backward_s") is None
+    assert (grows.low, grows.high, grows.lengths) == (pytest.approx(2), pytest.approx(2), 4)
+    assert made.to_dict()["growth"]["a"] == {"forward_s": asdict(grows), "backward_s": None, "peak_bytes": None}
     made = attention(lengths=[32, 64, 128], specs=["window:size=8,sinks=2"], shape=SHAPE, peers=False)
     assert made.names() == ["dense SDPA", "full, layer", "window:size=8,sinks=2"]
     assert all(row.forward_s and row.backward_s and not row.note for row in made.rows)
@@ -58,6 +64,33 @@ def test_growth_and_rates() -> None:
     assert dense.forward_tflops == pytest.approx(4 * 16 * 2 * 128 * 129 / 2 / dense.forward_s / 1e12)
     assert window.way == "masks" and "CUDA" in window.why and window.mask_share is not None
     json.dumps(made.to_dict())
+
+
+def test_growth_has_an_interval_or_is_not_told() -> None:
+    """Student's interval of the slope, by the formula; three lengths, or a busy machine, tell no exponent."""
+    few = [Point(n, float(n)) for n in (1024, 2048, 4096)]
+    assert growth(few) is None and growth([*few, Point(8192, 8192.0)]) is not None
+    noise = np.array([0.03, -0.04, 0.01, 0.05, -0.05])
+    x = np.log([1024, 2048, 4096, 8192, 16384])
+    found = growth([Point(round(np.exp(a)), float(np.exp(1.3 * a + e))) for a, e in zip(x, noise, strict=True)])
+    x, noise = x[1:], noise[1:]  # the longer half, and four at least
+    slope = ((x - x.mean()) * noise).sum() / ((x - x.mean()) ** 2).sum()
+    rest = noise - noise.mean() - slope * (x - x.mean())
+    half = 4.303 * np.sqrt((rest**2).sum() / 2 / ((x - x.mean()) ** 2).sum())
+    assert found is not None and found.exponent == pytest.approx(1.3 + slope)
+    assert (found.low, found.high) == (pytest.approx(1.3 + slope - half), pytest.approx(1.3 + slope + half))
+    busy = [Point(n, t) for n, t in ((1024, 4.0), (2048, 1.0), (4096, 3.0), (8192, 2.0), (16384, 2.5))]
+    assert growth(busy) is None
+
+
+def test_intervals_of_growth_hold_the_truth_as_often_as_they_say() -> None:
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(500):
+        points = [Point(2**n, float(2.0**n * np.exp(generator.normal(0, 0.02)))) for n in range(10, 18)]
+        found = growth(points)
+        assert found is not None and found.lengths == 4
+        held += found.low <= 1 <= found.high
+    assert 0.92 < held / 500 < 0.98
 
 
 def test_who_is_too_slow_or_too_large_stops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,13 +272,29 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "attention", "-p", "window:size=8", *sizes, "--out", str(out)]) == 0
     said = capsys.readouterr()
     assert "window:size=8" in said.out and "grows as length" in said.out and "window:size=8, 128" in said.err
-    assert json.loads(out.read_text())["growth"]["window:size=8"]["forward_s"]
+    assert "left open (needs 4 lengths" in said.out  # and not three short ones on a busy CPU
+    assert json.loads(out.read_text())["growth"]["window:size=8"]["forward_s"] is None
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert run(["bench", "attention", "-p", "window:size=8", *sizes, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["heads"] == 2
     for wrong in (["-p", "yarn:factor=2"], ["--heads", "3", "--kv-heads", "2"], ["--dtype", "int8"], ["-l", "1"]):
         assert run(["bench", "attention", "-p", "window:size=8", *sizes, *wrong]) == 2
         assert capsys.readouterr().err.count("error:") == 1
+
+
+def test_command_tells_growth_with_its_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(row: Row, *rest: Any) -> bool:
+        row.forward_s = 1e-9 * row.length**2
+        return False
+
+    monkeypatch.setattr(bench_attention, "_measure", measure)
+    lengths = [part for n in (32, 64, 128, 256) for part in ("-l", str(n))]
+    out = ["--device", "cpu", "--no-peers", "--out", f"{tmp_path}/b.json"]
+    assert run(["bench", "attention", "-p", "linear", *lengths, *out]) == 0
+    assert "2.00 [2.00–2.00]" in capsys.readouterr().out
+    assert json.loads((tmp_path / "b.json").read_text())["growth"]["linear"]["forward_s"]["high"] == pytest.approx(2)
 
 
 def test_masks_of_another_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
@@ -29,6 +28,7 @@ from longspan.compare.store import write_atomically
 from longspan.compare.worker import is_out_of_memory, one_line
 from longspan.engine.routes import forget_compiled
 from longspan.errors import LongspanError, SpecError, writing
+from longspan.growth import Growth, growth_of
 
 LENGTHS = {"cuda": tuple(2**n for n in range(10, 25)), "cpu": (1024, 2048, 4096, 8192, 16384)}
 RUN_S = 0.2
@@ -81,18 +81,14 @@ class AttentionBench:
         longer = [number for number in own if self.rows[number].length > row.length]
         self.rows.insert(longer[0] if longer else own[-1] + 1 if own else len(self.rows), row)
 
-    def growth(self, name: str, what: str) -> float | None:
-        """The exponent e of what ~ length^e, fitted to the longer half of the lengths; None for fewer than three."""
-        points = [(row.length, value) for row in self.rows if row.name == name and (value := getattr(row, what))]
-        points = points[-max(3, -(-len(points) // 2)) :]
-        if len(points) < 3:
-            return None
-        x, y = np.log([length for length, _ in points]), np.log([value for _, value in points])
-        return float(np.polyfit(x, y, 1)[0])
+    def growth(self, name: str, what: str) -> Growth | None:
+        """How a figure grows with the length; None where too few lengths or too much scatter leave that open."""
+        return growth_of([asdict(row) for row in self.rows], name, what)
 
     def to_dict(self) -> dict[str, Any]:
         measured = ("forward_s", "backward_s", "peak_bytes")
-        growth = {name: {what: self.growth(name, what) for what in measured} for name in self.names()}
+        found = {name: {what: self.growth(name, what) for what in measured} for name in self.names()}
+        growth = {name: {what: made and asdict(made) for what, made in of.items()} for name, of in found.items()}
         rows = [asdict(row) for row in self.rows]
         made = {"what": "attention", "settings": self.settings, "rows": rows, "growth": growth, "skipped": self.skipped}
         return {**made, "targets": self.targets()}

@@ -131,6 +131,8 @@ def _cell(value: Any) -> str:
 
 def print_attention(made: AttentionBench, out: Path | None, as_json: bool) -> None:
     """The rows of `bench attention` as a table or as JSON; into the file `out` and a picture beside it."""
+    from longspan.growth import UNTOLD
+
     if out is not None:
         from longspan.bench_attention import draw
 
@@ -142,9 +144,11 @@ def print_attention(made: AttentionBench, out: Path | None, as_json: bool) -> No
     columns = ["attention", "timed as", "tokens", "way", "forward ms", "backward ms", "peak MB", "TFLOP/s", "backward"]
     print_table([*columns, "mask share"], [_attention_row(row) for row in made.rows])
     measured = ("forward_s", "backward_s", "peak_bytes")
-    growth = [[name, *(_figure(made.growth(name, what)) for what in measured)] for name in made.names()]
-    if growth := [line for line in growth if any(line[1:])]:
-        print_table(["grows as length to the power of", "forward", "backward", "peak"], growth)
+    growth = [[name, *(str(made.growth(name, what) or "") for what in measured)] for name in made.names()]
+    if told := [line for line in growth if any(line[1:])]:
+        print_table(["grows as length to the power of [95 %]", "forward", "backward", "peak"], told)
+    if untold := [name for name, forward, *_ in growth if not forward]:
+        typer.echo(f"grows as length to a power that is left open ({UNTOLD}): {'; '.join(untold)}")
     for what, rows in made.targets().items():
         if what.startswith("at_") and rows:
             columns = [f"{int(what[3:]):,} tokens", "forward ms", "backward / forward", "TFLOP/s on visited blocks"]

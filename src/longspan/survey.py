@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from longspan.growth import UNTOLD, Growth, growth_of
+
 MEASURED = Path(__file__).parents[2] / "reproductions" / "speed" / "attention.json"
 """Where the stored result lies in a checkout."""
 UNKNOWN = "not measured yet"
@@ -139,37 +141,39 @@ OTHERS = (
 """What is here and not in the survey, put into its classes by us."""
 
 
-def measured(path: Path = MEASURED) -> dict[str, float]:
-    """Exponents of the forward's time by method, from what `longspan bench attention` wrote; empty where there is no file. Of a
-    method that was measured several times (other settings, other ways) the first counts; dense SDPA stands for `full`."""
+def measured(path: Path = MEASURED) -> dict[str, Growth]:
+    """How the forward's time grows, by method, from the rows that `longspan bench attention` wrote; empty where there is no
+    file. Of a method that was measured several times (other settings, other ways) the first counts that has an exponent;
+    dense SDPA stands for `full`."""
     if not path.exists():
         return {}
-    found: dict[str, float] = {}
-    for name, grows in json.loads(path.read_text(encoding="utf-8"))["growth"].items():
+    found: dict[str, Growth] = {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for name in dict.fromkeys(row["name"] for row in rows):
         method = "full" if name == DENSE else name.partition(":")[0]
-        if grows["forward_s"] is not None:
-            found.setdefault(method, float(grows["forward_s"]))
+        if (grows := growth_of(rows, name, "forward_s")) is not None:
+            found.setdefault(method, grows)
     return found
 
 
-def _row(entry: Entry, exponents: Mapping[str, float]) -> str:
+def _row(entry: Entry, exponents: Mapping[str, Growth]) -> str:
     here = "" if entry.method is None else f"`{entry.method}`" + (f" ({entry.note})" if entry.note else "")
     promised, found = "", ""
     if entry.method is not None:
         promised = f"{entry.grows:g}"
-        found = f"{exponents[entry.method]:.2f}" if entry.method in exponents else UNKNOWN
+        found = str(exponents[entry.method]) if entry.method in exponents else UNKNOWN
     classes, decodes = " + ".join(entry.classes), "yes" if entry.decodes else "no"
     cells = entry.model, str(entry.year), entry.complexity, decodes, classes, here, promised, found
     return "| " + " | ".join(cells) + " |"
 
 
-def _table(entries: tuple[Entry, ...], exponents: Mapping[str, float]) -> list[str]:
+def _table(entries: tuple[Entry, ...], exponents: Mapping[str, Growth]) -> list[str]:
     head = "model", "year", "complexity", "decodes", "class", "here", "exponent promised", "exponent measured"
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return lines + [_row(entry, exponents) for entry in entries]
 
 
-def page(exponents: Mapping[str, float]) -> str:
+def page(exponents: Mapping[str, Growth]) -> str:
     """The page in Markdown; exponents: log-log slope of time over length, by method."""
     here = sum(entry.method is not None for entry in SURVEY)
     return "\n".join(
@@ -182,7 +186,7 @@ def page(exponents: Mapping[str, float]) -> str:
             "",
             "The exponent is the slope of time over length, both as logarithms: 1 where twice the text takes twice the time, 2 "
             "where it takes four times. Promised is that of the complexity for long texts, a factor log N left out; measured is "
-            "that of `longspan bench attention`.",
+            f"that of `longspan bench attention`, with its 95 % interval; it {UNTOLD}.",
             "",
             *_table(SURVEY, exponents),
             "",

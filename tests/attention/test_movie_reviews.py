@@ -37,6 +37,9 @@ def test_every_text_is_tested_once_and_told(archive: Path, tmp_path: Path, capsy
         assert len(result["right"]) == 32 and result["accuracy"] == sum(result["right"]) / 32 == 1
         assert result["interval"][0] < 1 and result["tokens_per_s"] > 0
     assert json.loads((out / "results.json").read_text()) == results
+    parts = [json.loads((out / f"longformer-window-8-{fold}.json").read_text()) for fold in (0, 1)]
+    read = 2 * sum(1 + len("dull ") * (6 + n % 5) for n in range(16) if n % 5 < 4) + 2 * 3 * 48  # padding is not read
+    assert sum(part["tokens"] for part in parts) == 8 * read  # each text in one of two parts, eight times
     assert capsys.readouterr().out.count("holds: ") == 3
     (out / "longformer-window-8-1.json").unlink()  # the first part alone, while the second is not there
     collected = script["collect"](script["arguments"]().parse_args([*options, *chosen]))

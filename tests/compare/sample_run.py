@@ -208,6 +208,7 @@ def _passkey_sample(method: str, length: int, number: int, count: int, draw: np.
         "found": found,
         "answer": f"{key}." if found else "<b>The grass is green</b>",
         "key": str(key),
+        "needle_token": 30 + round((length - 80) * number / max(1, count - 1)),
         "prompt_tokens": length - 12,
         "protocol": "landmark",
         "template": "none",

@@ -229,6 +229,30 @@ def test_what_a_score_is_the_mean_of_stands_in_the_protocol_line():
     assert "mean of" not in Results(*sample_run()).protocol_line(Results(*sample_run()).tasks[0], 32768)
 
 
+def test_the_effective_window_stands_in_terminal_page_and_json():
+    manifest, cells = sample_run(("none", STREAMING, "ntk:factor=8"), tasks=[PPL, PASSKEY])
+    for number, sample in enumerate(cell(cells, "ntk:factor=8", "passkey", 32768)["samples"]):
+        sample["detail"]["found"] = number >= 3  # of 8, evenly spaced from the beginning to the end
+    for number, sample in enumerate(cell(cells, STREAMING, "passkey", 32768)["samples"]):
+        sample["detail"]["found"] = number == 7
+    data = report.table_json(manifest, cells)
+    rows = {(r["method"], r["task"], r["length"]): r["effective_window"] for r in data["rows"]}
+    at_three = 32768 - 12 - 30 - round((32768 - 80) * 3 / 7)
+    assert rows["ntk:factor=8", "passkey", 32768] == at_three
+    assert rows[STREAMING, "passkey", 32768] == 38
+    assert (rows["none", "passkey", 32768], rows["none", "ppl", 32768]) == (0, None)
+    assert "at least 20 % of the trials find the key" in data["definitions"]["effective_window"]
+    console = Console(file=io.StringIO(), width=1000)
+    report.terminal(manifest, cells, console)
+    said = console.file.getvalue()
+    assert f"passkey, effective window: {data['definitions']['effective_window']}; 8 distances, 1 trial at each" in said
+    assert f"{at_three:,} of 32,768" in said
+    page = report.render(manifest, cells).replace("\u00a0", " ")
+    assert data["definitions"]["effective_window"] in page
+    assert f"At 32,768 tokens it is {at_three:,} with ntk, 38 with streaming, 0 with all others" in page
+    assert f"<td>effective window</td><td>{rows['ntk:factor=8', 'passkey', 8192]:,}</td>" in page
+
+
 def test_json_is_json():
     data = report.table_json(*sample_run())
     assert json.loads(json.dumps(data, allow_nan=False))["advice"]["method"] == "ntk:factor=8"
@@ -341,9 +365,11 @@ def test_copies_are_no_stream():
 
 def test_depths_of_thousands_of_samples_are_gathered():
     picture = figures.pictures(Results(*sample_run(["none"], tasks=[PASSKEY], samples=3000)))[0]
-    assert len(picture.table.rows) == figures.DEPTH_ROWS
-    assert picture.table.rows[0][1] == "0–10 %"
-    assert sum(int(row[2].split(" of ")[1]) for row in picture.table.rows) == 3000
+    *rows, window = picture.table.rows
+    assert len(rows) == figures.DEPTH_ROWS
+    assert rows[0][1] == "0–10 %"
+    assert sum(int(row[2].split(" of ")[1]) for row in rows) == 3000
+    assert window[1] == "effective window"
 
 
 def test_a_sliding_window_has_positions_of_its_own():

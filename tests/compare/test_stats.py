@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from longspan.compare.stats import Scale, bootstrap, difference, independent, newcombe, score, wilson
+from longspan.compare.stats import Scale, bootstrap, difference, effective_window, independent, newcombe, score, wilson
 
 LOSS = Scale(higher_is_better=False, worst=5.0)
 SHARE = Scale(higher_is_better=True, worst=0.0)
@@ -169,6 +169,22 @@ def test_intervals_of_overlapping_windows_hold_the_truth_as_often_as_they_say():
             held[aware] += estimate.interval[0] <= 3 <= estimate.interval[1]
     assert 0.88 < held[True] / 300 < 0.99
     assert held[False] / 300 < 0.75
+
+
+def test_effective_window_ends_at_the_first_distance_that_fails():
+    def trials(k, hits):
+        return [(1 - k / 1000, k, i < hits) for i in range(10)]
+
+    assert effective_window(trials(100, 10) + trials(200, 2) + trials(300, 1) + trials(400, 10)) == 200
+    assert effective_window(trials(400, 9) + trials(100, 3)) == 400
+    assert effective_window(trials(100, 1) + trials(200, 10)) == 0
+    assert effective_window([]) == 0
+
+
+def test_trials_at_one_depth_are_one_distance_of_the_effective_window():
+    """Keys of different tokens lie at one depth and end a token or two apart: one miss among them is no end."""
+    trials = [(1.0, 40, True), (1.0, 38, False), (1.0, 38, True), (0.0, 4039, True), (0.0, 4040, False)]
+    assert effective_window(trials) == 4039
 
 
 def test_buckets_count_by_their_tokens_and_empty_ones_do_not():

@@ -77,6 +77,14 @@ def test_the_readme_quotes_the_stored_scores(results):
         assert f"| {name} | {' | '.join(losses)} | {shares} |" in readme
 
 
+def test_the_stored_passkeys_have_an_effective_window(results):
+    loss, passkey = results.tasks
+    found = [results.effective_window("ntk:factor=8", passkey, n) for n in results.lengths]
+    assert found[:3] == [4056, 8152, 16344]  # every key is found, the first of them at the prompt's beginning
+    assert 0 < found[3] < 32768 and found[4] == 0
+    assert results.effective_window("ntk:factor=8", loss, 4096) is None
+
+
 def test_the_readme_quotes_the_stored_speeds():
     rows = json.loads((ROOT / "reproductions" / "speed" / "decode.json").read_text())["rows"]
     ms = {row["name"]: 1e3 * row["seconds"] for row in rows}

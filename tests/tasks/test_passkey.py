@@ -22,7 +22,6 @@ from longspan.tasks.passkey import (
     TASK,
     Passkey,
     build_prompt,
-    effective_window,
     landmark_prompt,
     read_key,
 )
@@ -142,16 +141,6 @@ def test_key_ranges() -> None:
 )
 def test_the_first_number_counts(answer: str, key: int | None) -> None:
     assert read_key(answer) == key
-
-
-def test_effective_window_ends_at_the_first_distance_that_fails() -> None:
-    def trials(k: int, hits: int) -> list[tuple[int, bool]]:
-        return [(k, i < hits) for i in range(10)]
-
-    assert effective_window(trials(100, 10) + trials(200, 2) + trials(300, 1) + trials(400, 10)) == 200
-    assert effective_window(trials(400, 9) + trials(100, 3)) == 400
-    assert effective_window(trials(100, 1) + trials(200, 10)) == 0
-    assert effective_window([]) == 0
 
 
 def answering(tokenizer: Any, text: str, prompt: int) -> KnownModel:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import recipes_tiny
 import torch
@@ -27,9 +28,10 @@ from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.memory import gist, landmark
 from longspan.printing import console
 from longspan.tasks.base import encode, parse_task
+from longspan.training import run as run_module
 from longspan.training import trainer
 from longspan.training.data import rows_needed, task_tokens, tokenise
-from longspan.training.metrics import describe, read_metrics
+from longspan.training.metrics import describe, read_metrics, work
 from longspan.training.recipe import read_recipe
 from longspan.training.run import terminal
 from longspan.training.samples import IGNORE, TextWindows
@@ -152,6 +154,47 @@ def test_another_recipe_in_the_same_folder_is_refused(unbroken: tuple[dict[str, 
     recipe, _ = unbroken
     with pytest.raises(SpecError, match=r"training\.learning_rate: 0\.003 → 0\.002"):
         ls.train(recipe, **{"training.learning_rate": 0.002})
+
+
+def test_tokens_are_those_that_are_read(have: Have, tmp_path: Path) -> None:
+    """Samples of 64 places that hold one letter each: what pads them is no token, for speed and operations neither."""
+    (tmp_path / "letters").mkdir()
+    for name in "abcde":
+        (tmp_path / "letters" / f"{name}.txt").write_text(name)
+    data = {"train": str(tmp_path / "letters"), "length": 64, "packing": "none"}
+    done = ls.train(recipes_tiny.recipe(have, tmp_path / "out", data=data, training={"steps": 8, "log_every": 4}))
+    size = only_size(tmp_path / "out")
+    assert size < 6 and done.tokens == 8 * 4 * size
+    records = [r for r in read_metrics(tmp_path / "out") if "seconds" in r]
+    assert [r["tokens_per_s"] * r["seconds"] for r in records] == [pytest.approx(4 * 4 * size)] * 2
+    assert done.tokens_per_s == pytest.approx(records[1]["tokens_per_s"])
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_mfu_is_by_the_tokens_that_are_read(
+    have: Have, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None
+) -> None:
+    monkeypatch.setattr(run_module, "peak_flops", lambda device, dtype: 1e12)
+    (tmp_path / "letters").mkdir()
+    for name in "abcde":
+        (tmp_path / "letters" / f"{name}.txt").write_text(name * 7)
+    data = {"train": str(tmp_path / "letters"), "length": 64, "packing": "none"}
+    done = ls.train(
+        recipes_tiny.recipe(
+            have, tmp_path / "out", data=data, training={"steps": 8, "log_every": 4, "loss_chunk": chunk}
+        )
+    )
+    size = only_size(tmp_path / "out")
+    model, _ = ls.load(done.model, device="cpu")
+    labelled = 1.0 if chunk is None else (size - 1) / size
+    assert done.mfu == pytest.approx(done.tokens_per_s * work(model, size, labelled).total / 1e12)
+
+
+def only_size(out: Path) -> int:
+    """The tokens of a document, which all have the same."""
+    (ends,) = (np.load(p) for p in (out / "tokens").glob("*/ends.npy"))
+    (size,) = set(np.diff(ends, prepend=0).tolist())
+    return int(size)
 
 
 def test_a_mistake_before_the_first_step_does_not_hold_the_folder(have: Have, tmp_path: Path) -> None:
@@ -432,8 +475,11 @@ def test_adapters(have: Have, base: Path, tmp_path: Path, save: str) -> None:
     (out / "result.json").unlink()
     assert (out / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors").is_file()
     shutil.rmtree(out / "checkpoints" / "checkpoint-8")
-    assert ls.train(recipe).resumed_from == 4
+    done = ls.train(recipe)
+    assert done.resumed_from == 4
     assert losses(out) == once
+    saved = out / "model" / ("model" if save == "merged" else "adapter_model")
+    assert done.parameters == sum(t.numel() for t in load_file(saved.with_suffix(".safetensors")).values())
     before = tiny.model(window=32)
     ids = torch.arange(20)[None]
     if save == "merged":

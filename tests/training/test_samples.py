@@ -107,6 +107,20 @@ def test_batches_are_integers_of_one_shape() -> None:
     assert labelled_share(Validation(windows("none"), 3), 2) == 10 / 16
 
 
+def test_what_is_read_leaves_padding_out() -> None:
+    apart = windows("none")
+    order = np.random.default_rng((3, 0)).permutation(3), np.random.default_rng((3, 1)).permutation(3)
+    held = [int(apart.sample(int(i), 0)["attention_mask"].sum()) for part in order for i in part]
+    course = Course(apart, 6, seed=3)
+    assert course.read(0, 6).tolist() == held and course.read(2, 5).tolist() == held[2:5]
+    assert sorted(held[:3]) == [5, 7, 8] and course.read(4, 4).tolist() == []
+    assert [course[i]["attention_mask"].sum() for i in range(6)] == held
+    assert Course(windows("plain"), 9, seed=3).read(1, 9).tolist() == [8] * 8
+    short = TextWindows(Tokens(np.arange(100, 116), np.array([3, 9, 16]), ""), 8, "none", 99)
+    mixed = Mixture(windows("plain"), short, 1 / 3)  # whose samples of the task have no mask
+    assert [mixed.read(np.array([0, 4, 5]), epoch).tolist() for epoch in (0, 1)] == [[8, 3, 6], [8, 7, 3]]
+
+
 def test_of_a_task_only_the_answer_is_learned() -> None:
     learned = np.isin(TOKENS.ids, [3, 4, 10, 11])
     made = TextWindows(Tokens(TOKENS.ids, ENDS, "", learned), 30, "none", 99)

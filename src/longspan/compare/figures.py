@@ -186,16 +186,48 @@ def by_depth(results: Results, task: TaskFacts) -> Picture | None:
             [method, name, *(f"{h} of {t}" if t else "–" for h, t in zip(hits[i], tried[i], strict=True))]
             for i, name in enumerate(names)
         ]
+    windows = _effective_windows(results, task)
     return Picture(
         name=f"depth-{task.spec}",
         title=f"What is found where: {task.spec}",
         caption="Each square is a place in the input: how long the input is, from left to right, and how deep in it the "
         "key lies, from its beginning at the top to its end at the bottom. Dark is found, pale is missed. A method that "
-        "only keeps the end of the input finds the key in the bottom row alone.",
+        "only keeps the end of the input finds the key in the bottom row alone."
+        + _said_of_windows(results, task, windows),
         protocol=results.protocol_line(task, max(n for _, n in found)),
         panels=panels,
-        table=Table(["method", "depth", *(f"{n:,}" for n in results.lengths)], rows),
+        table=Table(["method", "depth", *(f"{n:,}" for n in results.lengths)], rows + _window_rows(windows)),
     )
+
+
+Windows = dict[str, list[int | None]]
+"""The effective window of each method, by length; None where there is none."""
+
+
+def _effective_windows(results: Results, task: TaskFacts) -> Windows:
+    found = {m: [results.effective_window(m, task, n) for n in results.lengths] for m in results.methods}
+    return {m: row for m, row in found.items() if any(w is not None for w in row)}
+
+
+def _said_of_windows(results: Results, task: TaskFacts, windows: Windows) -> str:
+    """The effective windows at the longest length, after their definition, for the caption."""
+    last = [(results.labels[m], row[-1]) for m, row in windows.items() if row[-1] is not None]
+    if not last:
+        return f" Effective window: the {results.effective_window_words(task)}." if windows else ""
+    reached = sorted((-w, label) for label, w in last if w)
+    said = [f"{-w:,} with {label}" for w, label in reached]
+    if len(reached) < len(last):
+        said.append("0 with all others" if reached else "0 with every method")
+    return (
+        f" Effective window: the {results.effective_window_words(task)}. At {results.lengths[-1]:,} tokens it is "
+        f"{', '.join(said)}; the numbers below have those of every length."
+    )
+
+
+def _window_rows(windows: Windows) -> list[list[str]]:
+    return [
+        [method, "effective window", *("–" if w is None else f"{w:,}" for w in row)] for method, row in windows.items()
+    ]
 
 
 def _depth_rows(values: Sequence[float]) -> tuple[list[str], np.ndarray]:

@@ -24,7 +24,17 @@ from longspan.compare import figures
 from longspan.compare.advice import Advice, advise
 from longspan.compare.drawing import styles, swatch, with_own_names
 from longspan.compare.protocol import environment, first_prompt, methods_asked, task_protocol
-from longspan.compare.results import BARE, COSTS, STATUS, Record, Results, TaskFacts, by_reason, failed_samples
+from longspan.compare.results import (
+    BARE,
+    COSTS,
+    EFFECTIVE_WINDOW,
+    STATUS,
+    Record,
+    Results,
+    TaskFacts,
+    by_reason,
+    failed_samples,
+)
 from longspan.compare.shares import terminal_lines
 from longspan.compare.store import write_atomically
 
@@ -90,6 +100,8 @@ def terminal(manifest: dict[str, Any], cells: Sequence[Record], console: Console
         console.print(Text(results.protocol_line(task, results.target), style="dim"))
     for said in (line for t in results.tasks for line in terminal_lines(results, t)):
         console.print(Text(said))
+    for said in (line for t in results.tasks for line in _window_lines(results, t)):
+        console.print(Text(said))
     for line in _endings(results):
         console.print(Text(f"{line['status']}: {line['what']}: {line['error']}", style="dim"))
     for name, reason in by_reason(manifest["left_out"]).items():
@@ -106,6 +118,7 @@ def table_json(manifest: dict[str, Any], cells: Sequence[Record]) -> dict[str, A
         "target_length": results.target,
         "advice": advise(results).data(),
         "rows": [_row(results, m, t, n) for t in results.tasks for n in results.lengths for m in results.methods],
+        "definitions": {"effective_window": EFFECTIVE_WINDOW},
         "left_out": manifest["left_out"],
         "environment": manifest["environment"],
     }
@@ -183,6 +196,7 @@ def _row(results: Results, method: str, task: TaskFacts, length: int) -> dict[st
         **{key: record.get(key) for key in ("error", "score", "n")},
         "interval": list(own.interval) if own.interval else None,
         "independent": own.independent,
+        "effective_window": results.effective_window(method, task, length),
         "failed": sum(bool(s["failed"]) for s in record.get("samples") or []),
         "difference": change.value,
         "difference_interval": list(change.interval) if change.interval else None,
@@ -246,6 +260,16 @@ def _figure(value: float | None, factor: float) -> str:
         return "–"
     value *= factor
     return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
+def _window_lines(results: Results, task: TaskFacts) -> list[str]:
+    """The effective window of each method at each length, after its definition; none where nothing is hidden."""
+    lines = []
+    for method in results.methods:
+        known = [(n, w) for n in results.lengths if (w := results.effective_window(method, task, n)) is not None]
+        if known:
+            lines.append(f"  {results.labels[method]}: {', '.join(f'{w:,} of {n:,}' for n, w in known)}")
+    return [f"{task.spec}, effective window: {results.effective_window_words(task)}", *lines] if lines else []
 
 
 def _endings(results: Results) -> list[dict[str, str]]:

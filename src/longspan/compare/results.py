@@ -19,6 +19,13 @@ BARE = "none"
 """The spec of the model as it is, beside which every method is read."""
 COSTS = ("prefill_s", "decode_s_per_token", "peak_prefill_bytes", "peak_decode_bytes", "cache_bytes")
 STATUS = {"ok": "finished", "out_of_memory": "out of memory", "failed": "failed", "missing": "not run"}
+EFFECTIVE_WINDOW = (
+    f"largest distance, in tokens from the key to the end of the prompt, such that at it and at every shorter one that was tried "
+    f"at least {stats.FOUND:.0%} of the trials find the key, 0 where already the shortest fails (Chen 2023)".replace(
+        "%", " %"
+    )
+)
+"""What `Results.effective_window` says, in words."""
 _OUTCOMES = ("found", "answer", "key", "reason")
 """What samples say of their results, which may chance to be the same in all."""
 
@@ -133,6 +140,20 @@ class Results:
             made = stats.score(record["samples"], task.scale, length) if record else stats.Estimate(None, None, 0)
             self._estimates[key] = made
         return self._estimates[key]
+
+    def effective_window(self, method: str, task: TaskFacts, length: int) -> int | None:
+        """Tokens, by the definition of `EFFECTIVE_WINDOW`; None where the cell did not finish, or hides nothing."""
+        record = self.ok(method, task, length)
+        trials = distances(record) if record else []
+        return stats.effective_window(trials) if trials else None
+
+    def effective_window_words(self, task: TaskFacts) -> str:
+        """The definition, and from how many trials the figures are: one trial a distance ends at its first miss."""
+        cells = [d for c in self.cells() if c["task_spec"] == task.spec and (d := distances(c))]
+        places = max((len({round(depth, 6) for depth, *_ in d}) for d in cells), default=1)
+        trials = max(map(len, cells), default=0) // places
+        number = f"{places:,} distance{'s' * (places != 1)}, {trials:,} trial{'s' * (trials != 1)} at each"
+        return f"{EFFECTIVE_WINDOW}; {number}"
 
     def overlaps(self, task: TaskFacts) -> dict[int, tuple[int, float]]:
         """The lengths at which a task's windows overlap, with how many there are and how many independent ones they count
@@ -250,6 +271,17 @@ def depths(record: Record) -> list[tuple[float, bool]]:
     """(depth from 0 to 1, found) of each sample of a task that hides something at a depth; a failed one was not found."""
     found = [(s["detail"] or {}, s["failed"]) for s in record["samples"]]
     return [(float(d["depth"]), bool(d.get("found")) and not failed) for d, failed in found if "depth" in d]
+
+
+def distances(record: Record) -> list[tuple[float, int, bool]]:
+    """(depth from 0 to 1, tokens from the key to the prompt's end, found) of each sample that says where its key lies. The
+    distance is counted from what was stored as tokens: `k` was once the nominal length's share."""
+    found = [(s["detail"] or {}, s["failed"]) for s in record["samples"]]
+    return [
+        (float(d["depth"]), int(d["prompt_tokens"]) - int(d["needle_token"]), bool(d.get("found")) and not failed)
+        for d, failed in found
+        if "depth" in d and "prompt_tokens" in d and "needle_token" in d
+    ]
 
 
 def shares_right(record: Record) -> tuple[list[float], list[int]] | None:

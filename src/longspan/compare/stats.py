@@ -19,7 +19,7 @@ A difference is always taken sample by sample (or bucket by bucket), so that wha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ import numpy as np
 RESAMPLES = 2000
 FEW_WINDOWS = 10
 STRATA = 8
+FOUND = 0.2
+"""Share of the trials at a distance that must find what is hidden there, for the effective window to reach it."""
 _Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 
 Interval = tuple[float, float]
@@ -120,6 +122,23 @@ def independent(samples: Sequence[dict[str, Any]], length: int | None) -> float:
     covers, sizes = np.cumsum([changes[p] for p in places])[:-1], np.diff(places)
     covered = float((covers * sizes).sum())
     return covered / float((covers**2 * sizes).sum()) * len(samples)
+
+
+def effective_window(trials: Iterable[tuple[float, int, bool]]) -> int:
+    """PI's k_max (Chen 2023): the largest distance up to which at least a share `FOUND` of the trials finds, at every depth.
+
+    trials: (depth, distance in tokens from what is hidden to the end, found) of each trial. Keys differ in tokens, so the
+    trials at one depth may differ in distance by a few; the shortest stands for them. 0 where already the shortest fails.
+    """
+    places: dict[float, list[tuple[int, bool]]] = {}
+    for depth, distance, hit in trials:
+        places.setdefault(round(depth, 6), []).append((distance, hit))
+    reached = 0
+    for distance, hits in sorted((min(k for k, _ in place), [hit for _, hit in place]) for place in places.values()):
+        if sum(hits) < FOUND * len(hits):
+            break
+        reached = distance
+    return reached
 
 
 def wilson(hits: float, n: int) -> Interval:

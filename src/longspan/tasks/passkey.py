@@ -3,8 +3,8 @@
 The prompt is the one of Landmark Attention, and PI's paper uses it too; they differ in the rest:
 
     landmark  a key of 1 to 50,000 at a random depth
-    pi        a key of five digits at evenly spaced depths, several trials each; the effective window is the largest
-              distance up to which at least 20 % are found
+    pi        a key of five digits at evenly spaced depths, several trials each; from them follows the effective window
+              (`compare.stats.effective_window`), which reports give for both
 
 Both measure the filler in characters. Here the length is in tokens: the filler is made as long as fits.
 """
@@ -14,8 +14,6 @@ from __future__ import annotations
 import random
 import re
 from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -64,20 +62,6 @@ def read_key(answer: str) -> int | None:
     """The first whole number in an answer."""
     found = re.search(r"\d+", answer)
     return int(found[0]) if found else None
-
-
-def effective_window(found: Iterable[tuple[int, bool]], threshold: float = 0.2) -> int:
-    """PI's k_max from (distance k, found) of each trial: the largest k such that at every distance up to k the share found
-    is at least `threshold`; 0 where already the shortest distance fails."""
-    trials: dict[int, list[bool]] = defaultdict(list)
-    for k, hit in found:
-        trials[k].append(hit)
-    reached = 0
-    for k in sorted(trials):
-        if sum(trials[k]) < threshold * len(trials[k]):
-            break
-        reached = k
-    return reached
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,13 @@ def _with_method(model: PreTrainedModel, method: Combination) -> PreTrainedModel
     return apply(model, method)
 
 
+def saved_parameters(model: nn.Module) -> int:
+    """How many parameters `save_pretrained` writes: the model's, or of a model with adapters these alone."""
+    if isinstance(model, PreTrainedModel):
+        return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in _peft().get_peft_model_state_dict(model).values())
+
+
 def rebuild(recipe: Recipe, checkpoint: Path, method: Combination | None, dtype: torch.dtype) -> nn.Module:
     """The model as it was when `checkpoint` was written."""
     if recipe.lora is not None:

@@ -36,7 +36,8 @@ _OPS = 3 * 60
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Estimates, in bytes and seconds; `micro_batch` sequences pass through a device at once."""
+    """Estimates, in bytes and seconds; `micro_batch` sequences pass through a device at once. `tokens` are all places of the
+    samples; where these are documents that may be shorter (`padded`), padding is among them, and takes its memory and time."""
 
     out: str
     parameters: int
@@ -44,6 +45,7 @@ class TrainPlan:
     steps: int
     tokens_per_step: int
     tokens: int
+    padded: bool
     micro_batch: int
     devices: int
     device: str
@@ -93,6 +95,7 @@ def plan_training(recipe: Recipe) -> TrainPlan:
         steps=wanted.steps,
         tokens_per_step=wanted.batch * length,
         tokens=tokens,
+        padded=recipe.data.packing == "none",
         micro_batch=micro,
         devices=devices,
         device=cost.machine(device)["device_name"],
@@ -175,7 +178,8 @@ def terminal(made: TrainPlan, console: Console) -> None:
     """Prints the plan for people."""
     with_method = f" with {made.method}" if made.method else ""
     console.print(f"model    {made.parameters:,} parameters{with_method}, {made.trained:,} of them trained")
-    console.print(f"data     {made.steps:,} steps of {made.tokens_per_step:,} tokens: {made.tokens:,} in all")
+    padding = ", the padding of shorter documents included" if made.padded else ""
+    console.print(f"data     {made.steps:,} steps of {made.tokens_per_step:,} tokens: {made.tokens:,} in all{padding}")
     console.print(
         f"memory   {size(made.memory)} of {size(made.available)} a device: weights {size(made.weights)}, gradients "
         f"{size(made.gradients)}, AdamW {size(made.optimiser)}, activations {size(made.activations)} "

@@ -17,21 +17,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import itertools
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from longspan import models
 from longspan.compare.results import duration, size
@@ -81,7 +84,9 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 @dataclass(frozen=True)
 class TrainResult:
     """What a training came to. Losses are means in nats a token, the last that were measured; `seconds` and `tokens_per_s`
-    leave validation and saving out, and the speed the first record of every start too. `resumed_from` is a step."""
+    leave validation and saving out, and the speed the first record of every start too. `tokens`, and what follows from them,
+    are tokens that were read: padding does not count. `parameters` are those in the folder `model`: adapters that were merged
+    are none of their own, and adapters saved as such are alone. `resumed_from` is a step."""
 
     out: str
     model: str
@@ -380,7 +385,8 @@ def _carry_out(job: _Job) -> TrainResult:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         live.stop()
-    return _finish(job, model, causal)
+    assert isinstance(trainer.train_dataset, Course)
+    return _finish(job, model, int(trainer.train_dataset.read(0, len(trainer.train_dataset)).sum()))
 
 
 @contextlib.contextmanager
@@ -433,10 +439,14 @@ def _prove(job: _Job, model: nn.Module) -> None:
 
 
 def _announce(job: _Job, live: Live, causal: nn.Module, checkpoint: Path | None) -> None:
-    count, devices = sum(p.numel() for p in causal.parameters()), job.arguments.world_size
+    devices, adapters = job.arguments.world_size, 0
+    if job.recipe.lora is not None:  # all that trains then, and nothing else
+        adapters = sum(p.numel() for p in causal.parameters() if p.requires_grad)
+    count = f"{(sum(p.numel() for p in causal.parameters()) - adapters) / 1e6:,.1f} M parameters"
+    count += f" and {adapters / 1e6:,.3g} M of adapters" if adapters else ""
     what = job.recipe.model if isinstance(job.recipe.model, str) else f"a new {job.config.model_type}"
     where = f"{devices} device{'s' * (devices > 1)} ({job.arguments.device.type}, {job.dtype})"
-    live.say(f"{what}, {count / 1e6:,.1f} M parameters, {len(job.tokens.ids):,} tokens of text, on {where}")
+    live.say(f"{what}, {count}, {len(job.tokens.ids):,} tokens of text, on {where}")
     if devices == 1 and torch.cuda.is_available() and torch.cuda.device_count() > 1:
         live.say(
             f"{torch.cuda.device_count()} GPUs are here and one is used: torchrun --nproc-per-node=gpu -m longspan train …"
@@ -461,12 +471,10 @@ def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
         validation = Validation(ordinary, data.valid_samples)
     peak = peak_flops(job.arguments.device, job.dtype)
     course = Course(windows, steps.steps * steps.batch, recipe.seed)
-    labelled = 1.0 if steps.loss_chunk is None else labelled_share(course, min(_LOOKED_AT, len(course)))
     recorder = Recorder(
         Journal(job.out),
         live,
-        tokens=steps.batch * data.length,
-        flops=work(causal_model(model), data.length, labelled).total,
+        read=_reading(job, course, causal_model(model)),
         peak=peak and peak * job.arguments.world_size,
     )
     return RecipeTrainer(
@@ -480,17 +488,36 @@ def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
     )
 
 
-def _finish(job: _Job, model: nn.Module, causal: nn.Module) -> TrainResult:
+def _reading(job: _Job, course: Course, causal: PreTrainedModel) -> Callable[[int, int], tuple[int, float]]:
+    """Tokens and operations of the steps after one and up to another, by the tokens of each sample without its padding."""
+    steps, length = job.recipe.training, job.recipe.data.length
+    labelled = 1.0
+    if steps.loss_chunk is not None:
+        looked_at = min(_LOOKED_AT, len(course))
+        labelled = labelled_share(course, looked_at) * length * looked_at / int(course.read(0, looked_at).sum())
+
+    @functools.cache
+    def per_token(tokens: int) -> float:
+        return work(causal, tokens, labelled).total
+
+    def read(first: int, last: int) -> tuple[int, float]:
+        sizes, counts = np.unique(course.read(first * steps.batch, last * steps.batch), return_counts=True)
+        total = math.fsum(n * size * per_token(size) for size, n in zip(sizes.tolist(), counts.tolist(), strict=True))
+        return int(sizes @ counts), total
+
+    return read
+
+
+def _finish(job: _Job, model: nn.Module, tokens: int) -> TrainResult:
     """Writes the result; other processes wait for it."""
     if job.arguments.process_index == 0:
         lora = job.recipe.lora
-        parameters = sum(p.numel() for p in causal.parameters())
         final = model.merge_and_unload() if lora and lora.save == "merged" else model  # type: ignore[operator]
         with _filling(job.out / "model") as folder:
             save_folder(final, job.tokenizer, job.recipe, folder)
         records = read_metrics(job.out)
         plot(records, job.out / "loss.png", job.out.resolve().name)
-        result = _result(job, records, parameters)
+        result = _result(job, records, build.saved_parameters(final), tokens)
         write_atomically(job.out / _RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
     with job.arguments.main_process_first(local=False):
         done = _finished(job.out)
@@ -498,13 +525,13 @@ def _finish(job: _Job, model: nn.Module, causal: nn.Module) -> TrainResult:
     return done
 
 
-def _result(job: _Job, records: list[dict[str, Any]], parameters: int) -> TrainResult:
+def _result(job: _Job, records: list[dict[str, Any]], parameters: int, tokens: int) -> TrainResult:
     def last(key: str) -> Any:
         return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
 
     timed = [(before, r) for before, r in itertools.pairwise(records) if "seconds" in r]
     warm = [r for before, r in timed if before.get("event") != "start"]
-    steps, data = job.recipe.training, job.recipe.data
+    steps = job.recipe.training
     speeds = [r["tokens_per_s"] * r["seconds"] for r in warm]
     seconds = sum(r["seconds"] for r in warm)
     shares = [r["mfu"] * r["seconds"] for r in warm if r.get("mfu") is not None]
@@ -513,7 +540,7 @@ def _result(job: _Job, records: list[dict[str, Any]], parameters: int) -> TrainR
         out=str(job.out),
         model=str(job.out / "model"),
         steps=steps.steps,
-        tokens=steps.steps * steps.batch * data.length,
+        tokens=tokens,
         parameters=parameters,
         loss=last("loss"),
         valid_loss=last("valid_loss"),

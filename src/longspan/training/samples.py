@@ -37,6 +37,10 @@ class Windows(Protocol):
 
     def sample(self, index: int, epoch: int) -> Sample: ...
 
+    def read(self, indices: np.ndarray, epoch: int) -> np.ndarray:
+        """How many tokens these samples hold, padding left out, (samples,)."""
+        ...
+
 
 @dataclass(frozen=True)
 class TextWindows:
@@ -71,6 +75,12 @@ class TextWindows:
         if self.packing == "plain":
             return {"input_ids": ids[:-1], "labels": ids[1:]}
         return self._bounded(ids, start)
+
+    def read(self, indices: np.ndarray, epoch: int) -> np.ndarray:
+        if self.packing != "none":
+            return np.full(len(indices), self.length)
+        sizes = np.diff(self.tokens.ends, prepend=0)[self._documents[indices]]  # type: ignore[attr-defined]
+        return np.minimum(sizes, self.length)
 
     def _bounded(self, ids: np.ndarray, start: int) -> Sample:
         """Documents apart: transformers reads positions that start anew, without a mask, as documents to keep apart."""
@@ -144,6 +154,15 @@ class Mixture:
         found = self.task.sample(number % len(self.task), number // len(self.task))
         return {name: found[name] for name in self.text.sample(0, epoch)}
 
+    def read(self, indices: np.ndarray, epoch: int) -> np.ndarray:
+        """Of a task's samples too, whose padding no mask shows here."""
+        texts = len(self.text)
+        numbers = epoch * self.extra + indices[indices >= texts] - texts
+        found = np.empty(len(indices), dtype=np.int64)
+        found[indices < texts] = self.text.read(indices[indices < texts], epoch)
+        found[indices >= texts] = self.task.read(numbers % len(self.task), epoch)
+        return found
+
 
 class Course(Dataset[Sample]):
     """Every sample of a training, in its order: `total` of them, through the windows again and again, shuffled anew each time
@@ -158,9 +177,22 @@ class Course(Dataset[Sample]):
 
     def __getitem__(self, place: int) -> Sample:
         epoch, rest = divmod(place, len(self.windows))
+        return self.windows.sample(int(self._permutation(epoch)[rest]), epoch)
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """How many tokens each of the samples first … last - 1 holds, padding left out, (last - first,)."""
+        size, parts = len(self.windows), [np.empty(0, dtype=np.int64)]
+        while first < last:
+            epoch, rest = divmod(first, size)
+            some = self._permutation(epoch)[rest : rest + last - first]
+            parts.append(self.windows.read(some, epoch))
+            first += len(some)
+        return np.concatenate(parts)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
             self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.windows))
-        return self.windows.sample(int(self._order[1][rest]), epoch)
+        return self._order[1]
 
 
 class Validation(Dataset[Sample]):

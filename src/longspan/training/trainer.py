@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,13 @@ class RecipeTrainer(Trainer):
 class Recorder(TrainerCallback):
     """Writes what the Trainer logs into the run's metrics and onto the screen. Times leave validation and saving out."""
 
-    def __init__(self, journal: Journal, live: Live, *, tokens: int, flops: float, peak: float | None):
-        """tokens: of one step over all devices. flops: operations a token. peak: what all devices can do in a second."""
+    def __init__(
+        self, journal: Journal, live: Live, *, read: Callable[[int, int], tuple[int, float]], peak: float | None
+    ):
+        """read: tokens read, and their operations, from after one step to another, on all devices together; padding is not
+        read. peak: what all devices can do in a second."""
         self.journal, self.live = journal, live
-        self.tokens, self.flops, self.peak = tokens, flops, peak
+        self.read, self.peak = read, peak
         self._since, self._step = 0.0, 0
 
     def on_train_begin(
@@ -188,16 +192,16 @@ class Recorder(TrainerCallback):
         """The record of the steps since the last one. The loss has been read from the device, so all work is done."""
         now, steps = time.perf_counter(), state.global_step - self._step
         seconds = now - self._since
+        tokens, flops = self.read(self._step, state.global_step)
         self._since, self._step = now, state.global_step
-        speed = steps * self.tokens / seconds
         return {
             "step": state.global_step,
             "loss": logs["loss"],
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs.get("learning_rate"),
             "seconds": seconds,
-            "tokens_per_s": speed,
-            "mfu": None if self.peak is None else speed * self.flops / self.peak,
+            "tokens_per_s": tokens / seconds,
+            "mfu": None if self.peak is None else flops / seconds / self.peak,
             "peak_bytes": cost.read_peak(args.device),
             "left_s": (state.max_steps - state.global_step) * seconds / steps,
         }
