@@ -23,9 +23,8 @@ class Rotary:
     def tables(self, positions: Tensor, like: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (B, T, rotated channels), for `positions` (B, T), in the dtype and on the device of `like`,
         with the attention factor that scaled models carry in them."""
-        if layer_type is None:
-            return self.module(like, positions)
-        return self.module(like, positions, layer_type)
+        at = _in_its_form(self.module, positions)
+        return self.module(like, at) if layer_type is None else self.module(like, at, layer_type)
 
     def with_frequencies(self, inverse: list[float], layer_type: str | None = None) -> Rotary:
         """The same with other inverse frequencies, for layers of full attention; this one's module stays as it is."""
@@ -50,11 +49,17 @@ def angles(module: nn.Module, positions: Tensor) -> Tensor:
     """cos and sin (2, B, T, channels) of a rotary module in float32, of all its kinds of layers side by side. Llama 4's gives
     complex numbers."""
     device = next(module.buffers()).device
-    like, at = torch.zeros(1, device=device), positions.to(device)
+    like, at = torch.zeros(1, device=device), _in_its_form(module, positions.to(device))
     kinds: Any = module.rope_type
     made = [module(like, at, kind) for kind in kinds] if isinstance(kinds, dict) else [module(like, at)]
     pairs = [torch.stack(x) if isinstance(x, tuple) else torch.view_as_real(x).movedim(-1, 0) for x in made]
     return torch.cat(pairs, dim=-1)
+
+
+def _in_its_form(module: nn.Module, positions: Tensor) -> Tensor:
+    """positions (B, T) as a rotary module takes them: Qwen-VL's in time, height and width, (3, B, T), here all the same."""
+    settings = getattr(module.config, "rope_parameters", None) or {}
+    return positions[None].expand(3, -1, -1) if "mrope_section" in settings else positions
 
 
 def rotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
