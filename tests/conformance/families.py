@@ -10,6 +10,8 @@ import functools
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY, WINDOW, SLIDING = 128, 32, 10
@@ -56,6 +58,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"max_position_embeddings": 64, "ffn_dim": 96, "word_embed_proj_dim": 64},
 }
 """What each family's configuration has beside the common sizes."""
+
+SINCE = {"gptj": ("5.24", "its attention goes through transformers' AttentionInterface")}
+"""Families of which some methods run only from a version of transformers on, and why."""
+
+
+def installed(family: str) -> bool:
+    """Whether the installed transformers is new enough for all that the page says of `family`."""
+    return Version(transformers.__version__) >= Version(SINCE.get(family, ("0",))[0])
 
 
 @functools.cache

@@ -118,7 +118,10 @@ def table() -> str:
                 cells.append("runs" if reason is None else f"no ({reasons.index(reason) + 1})")
             rows.append(f"| {family} | {' | '.join(cells)} |")
     notes = [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]
-    return "\n".join([HEAD, *rows, "", *notes])
+    since = [
+        f"{family}: from transformers {version} on, where {why}." for family, (version, why) in families.SINCE.items()
+    ]
+    return "\n".join([HEAD, *rows, "", *notes, "", *since])
 
 
 @functools.cache
@@ -132,9 +135,10 @@ def _documented() -> dict[str, list[str]]:
 
 
 def documented(family: str, line: Line) -> str:
-    """What the page says of a cell: `runs`, or `no` with the number of the reason."""
+    """What the page says of a cell: `runs`, or `no` with the number of the reason, or that transformers is too old."""
     row = _documented().get(family, [])
-    return row[LINES.index(line)] if len(row) == len(LINES) else "nothing: write the page again"
+    said = row[LINES.index(line)] if len(row) == len(LINES) else "nothing: write the page again"
+    return said if said != "runs" or families.installed(family) else "no (the installed transformers is too old)"
 
 
 if __name__ == "__main__":

@@ -241,4 +241,8 @@ def test_other_ways_to_decode_are_right_or_refused(cell: Cell) -> None:
             got = generate(cell.model, prompt, **arguments)
         except LongspanError:
             continue
+        except ValueError as refused:  # transformers 5.24 asks a cache before it guesses
+            if "requires a cache that can be cropped" not in str(refused):
+                raise
+            continue
         assert torch.equal(got, expected), arguments

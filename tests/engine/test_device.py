@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +77,7 @@ def test_kernels_that_torch_knows_nothing_of(monkeypatch: pytest.MonkeyPatch) ->
         return q, None
 
     monkeypatch.setattr(one_query, "on_device", entered)
-    monkeypatch.setattr(kernels, "one_query", SimpleNamespace(attend={(1, 1): attend}), raising=False)
+    monkeypatch.setitem(sys.modules, f"{kernels.__name__}.one_query", SimpleNamespace(attend={(1, 1): attend}))
     monkeypatch.setattr(fa4, "on_device", entered)
     monkeypatch.setattr(fa4, "_function", lambda: flash)
     query = torch.zeros(1, 1, 1, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,15 @@ def test_a_models_own_signature_says_what_its_cache_is_called() -> None:
         compat.with_cache(Unknown(), cache)
     with pytest.raises(ValueError, match="given twice"):
         compat.given_cache({"cache": cache, "past_key_values": cache})
+
+
+@pytest.mark.parametrize("name", compat.CACHE_NAMES)
+def test_the_cache_of_an_output_is_found_by_either_name(name: str) -> None:
+    """A model's own output class may have the other name than the installed transformers."""
+    cache = DynamicCache()
+    assert compat.cache_of(SimpleNamespace(**{name: cache})) is cache
+    assert compat.cache_of({name: cache}) is cache
+    assert compat.cache_of(SimpleNamespace(logits=None)) is None
 
 
 def test_installed_transformers_takes_and_gives_the_cache_by_these_names() -> None:

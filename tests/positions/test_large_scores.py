@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from longspan.apply import Attend, applied
+from longspan.engine.slices import Slices
 from longspan.hf import compat
-from longspan.positions.near_far import NearFar, Pair
+from longspan.positions.near_far import NearFar
 
 CASES = [(torch.float16, 300), (torch.float16, 100), (torch.bfloat16, 60)]
 in_16_bits = pytest.mark.parametrize(("dtype", "bias"), CASES, ids=["float16-300", "float16-100", "bfloat16-60"])
@@ -78,5 +79,8 @@ def test_far_distances(dtype: torch.dtype, bias: float, spec: str, monkeypatch: 
         assert (logits - wanted).float().norm() / wanted.float().norm() < max(own, 1e-3)
 
 
-def _by_the_definition(self: NearFar, call: Attend, near: Pair, far: Pair, start: int) -> Tensor:
-    return self.merged(call, near, far)
+def _by_the_definition(
+    self: NearFar, call: Attend, near: tuple[Slices, Slices], far: tuple[Slices, Slices], values: Slices, start: int
+) -> Tensor:
+    """In the place of one block, of which there is only one."""
+    return self.merged(call, (near[0].x, near[1].x), (far[0].x, far[1].x))

@@ -82,7 +82,10 @@ def with_cache(module: nn.Module, cache: Cache | None) -> dict[str, Any]:
 
 def cache_of(output: Any) -> Any:
     """The KV cache of a model's output, or None."""
-    return output.get(CACHE) if hasattr(output, "get") else getattr(output, CACHE, None)
+    # The installed transformers' name first: it deprecates the other one where it has both.
+    names = (CACHE, *(name for name in CACHE_NAMES if name != CACHE))
+    found = (output.get(name) if hasattr(output, "get") else getattr(output, name, None) for name in names)
+    return next((cache for cache in found if cache is not None), None)
 
 
 def output_cache(cache: Any) -> dict[str, Any]:
