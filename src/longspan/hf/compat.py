@@ -82,10 +82,13 @@ def with_cache(module: nn.Module, cache: Cache | None) -> dict[str, Any]:
 
 def cache_of(output: Any) -> Any:
     """The KV cache of a model's output, or None."""
-    # The installed transformers' name first: it deprecates the other one where it has both.
-    names = (CACHE, *(name for name in CACHE_NAMES if name != CACHE))
-    found = (output.get(name) if hasattr(output, "get") else getattr(output, name, None) for name in names)
-    return next((cache for cache in found if cache is not None), None)
+    # The installed transformers' name first, and alone where it is there: the other one is deprecated where there are both.
+    for name in (CACHE, *CACHE_NAMES):
+        if hasattr(output, name):
+            return getattr(output, name)
+        if isinstance(output, dict) and name in output:
+            return output[name]
+    return None
 
 
 def output_cache(cache: Any) -> dict[str, Any]:
