@@ -42,11 +42,12 @@ test: $(READY) $(BROWSER) lint
 	$(call run_kernels,$(BIN))
 
 # The tests with the newest releases of everything, in an environment of its own, whatever pyproject.toml allows: it tells what the
-# next bounds need, and keeps no change from landing.
+# next bounds need, and keeps no change from landing. `make demo VENV=.venv-newest` afterwards runs the demo with them.
 test-newest: $(BROWSER)
 	$(MAKE) VENV=$(NEWEST) $(NEWEST)/.bare
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --upgrade $$($(NEWEST)/bin/python tools/unbounded.py)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -e .
+	@touch $(NEWEST)/.ready
 	$(NEWEST)/bin/python -c "import torch, transformers, triton, accelerate as a; print('newest: torch', torch.__version__, 'transformers', transformers.__version__, 'triton', triton.__version__, 'accelerate', a.__version__)"
 	$(call run_tests,$(NEWEST)/bin,$(TESTS))
 	$(call run_kernels,$(NEWEST)/bin)
