@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from longspan.engine.bias import Bias
-from longspan.engine.biased import biased_attention, reference
+from longspan.engine.biased.attention import biased_attention, reference
+from longspan.engine.biased.bias import Bias
 
 HEADS = 16
 KINDS = ["none", "linear", "linear learned", "log learned", "power learned", "t5 learned", "sandwich"]

@@ -26,7 +26,7 @@ import torch
 import transformers
 
 from longspan.compare.worker import is_out_of_memory
-from longspan.engine.routes import dense_first
+from longspan.engine.backends import dense_first
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 
 

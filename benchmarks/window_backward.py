@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from longspan.attention.base import Grid
-from longspan.engine.banded import banded_attention
+from longspan.core.method import parse, read_size
+from longspan.engine.backends import through
 from longspan.engine.patterns import Call, attend
-from longspan.engine.routes import through
-from longspan.method import parse, read_size
+from longspan.engine.window.banded import banded_attention
+from longspan.lm.base import Grid
 from longspan.positions.alibi import ALiBi
 from longspan.positions.scheme import Shape
 

@@ -36,8 +36,8 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 import longspan as ls
 from longspan.compare import cost
 from longspan.compare.cost import Meter
-from longspan.compare.stats import Scale, difference, score
-from longspan.memory.focused_memory import Memory
+from longspan.compare.statistics import Scale, difference, score
+from longspan.memory.focused.document import Memory
 from longspan.tasks.answers import WORDS
 from longspan.tasks.base import parse_task
 

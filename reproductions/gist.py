@@ -31,10 +31,10 @@ from torch import Tensor
 
 import longspan as ls
 from longspan.compare import cost
-from longspan.compare.stats import Scale, difference, score
-from longspan.memory import gist
-from longspan.memory.gist_decoder import compressed
-from longspan.memory.gist_encoder import padded
+from longspan.compare.statistics import Scale, difference, score
+from longspan.memory.gist import method as gist
+from longspan.memory.gist.decoder import compressed
+from longspan.memory.gist.encoder import padded
 from longspan.tasks.base import Sample, parse_task
 from longspan.training.data import load_tokenizer
 from longspan.training.recipe import read_recipe

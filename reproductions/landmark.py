@@ -33,7 +33,7 @@ import longspan as ls
 from longspan.apply import current
 from longspan.compare import cost
 from longspan.compare.cost import Meter
-from longspan.memory import landmark
+from longspan.memory.landmark import method as landmark
 from longspan.tasks.base import Sample, chunked_prefill, parse_task
 from longspan.tasks.passkey import read_key
 from longspan.training.recipe import read_recipe

@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
-from longspan.compare.stats import newcombe, wilson
+from longspan.compare.statistics import newcombe, wilson
 from longspan.lm import LongspanConfig, LongspanForSequenceClassification
 from longspan.training.trainer import own_settings, set_apart
 

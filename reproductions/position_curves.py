@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.compare.drawing import COLOURS, DASHES, save_png
-from longspan.method import parse
+from longspan.core.method import parse
 from longspan.positions.absolute import sinusoid
 from longspan.positions.pose import PoSE, sampler
 from longspan.positions.scheme import Place, Shape
+from longspan.util.drawing import COLOURS, DASHES, save_png
 
 FAR = 2 ** np.arange(0, 14.01, 0.25)
 """Distances drawn, 1 to 16,384 tokens."""

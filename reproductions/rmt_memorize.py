@@ -35,9 +35,9 @@ from transformers import DynamicCache
 
 import longspan as ls
 from longspan.compare import cost
-from longspan.compare.stats import wilson
+from longspan.compare.statistics import wilson
+from longspan.core.method import read_size
 from longspan.memory.rmt import RMTConfig
-from longspan.method import read_size
 from longspan.models import read_config
 from longspan.tasks.base import Sample, parse_task
 from longspan.tasks.facts import Memorize

@@ -34,7 +34,7 @@ import transformers
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from longspan.compare.stats import newcombe, wilson
+from longspan.compare.statistics import newcombe, wilson
 from longspan.lm import LongspanConfig, LongspanForSequenceClassification
 from longspan.tasks.listops import WORDS, Trees, value, words
 from longspan.training.trainer import own_settings, set_apart

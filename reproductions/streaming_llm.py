@@ -39,12 +39,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import longspan as ls
-from longspan.bench import generate_row
+from longspan.bench.timings import generate_row
 from longspan.compare.worker import is_out_of_memory
-from longspan.engine.decode import StreamDecoder
-from longspan.facts import facts_of
+from longspan.core.facts import facts_of
+from longspan.core.method import combination, read_size
 from longspan.memory.streaming import StreamingLLM
-from longspan.method import combination, read_size
+from longspan.reading.stream_decoder import StreamDecoder
 
 SEGMENTS = 10
 PROMPT = 4096

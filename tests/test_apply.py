@@ -29,10 +29,10 @@ from transformers import (
 import dense
 import odd_attention
 from longspan.apply import Attend, Site, applied, apply, current, remove
+from longspan.core.method import Method
 from longspan.engine.core import attention
-from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.hf import compat
-from longspan.method import Method
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 OWN_DISTANCES = ["dynamic-ntk", "self-extend:group=2,window=4", "rerope:window=4", "streaming:sinks=2,window=6"]
 EVERY_KIND = ["yarn:factor=2", *OWN_DISTANCES, "bca:size=6", "logn:window=6"]

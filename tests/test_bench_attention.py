@@ -15,16 +15,17 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from longspan import bench_attention, bench_contenders
-from longspan.attention.base import Attention, Full, Grid, Pattern
 from longspan.attention.window import Window
-from longspan.bench_attention import AttentionBench, Row, attention, shape_of
-from longspan.bench_contenders import Contender, Work, contenders
-from longspan.cli import run
+from longspan.bench import attention as bench_attention
+from longspan.bench import contenders as bench_contenders
+from longspan.bench.attention import AttentionBench, Row, attention, shape_of
+from longspan.bench.contenders import Contender, Work, contenders
+from longspan.cli.main import run
+from longspan.core.method import catalogue
 from longspan.engine.core import reference_attention
-from longspan.errors import SpecError
-from longspan.growth import Point, growth
-from longspan.method import catalogue
+from longspan.lm.base import Attention, Full, Grid, Pattern
+from longspan.util.errors import SpecError
+from longspan.util.growth import Point, growth
 
 SHAPE = shape_of(2, 1, 16, None, "cpu")
 

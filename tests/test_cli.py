@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM
 
 import longspan as ls
 import tiny
-from longspan import method, printing
-from longspan.cli import _default_out, run
+from longspan.cli import printing
+from longspan.cli.main import _default_out, run
 from longspan.compare.cost import Meter
+from longspan.core import method
 from longspan.generation import generate_text
-from longspan.include import include, load_user_file
+from longspan.plugins import include, load_user_file
 from longspan.tasks import base
 from longspan.tasks.base import parse_task
 
@@ -80,13 +81,13 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 class TestStart:
     def test_help_needs_neither_torch_nor_transformers(self) -> None:
         done = python(
-            "import sys; from longspan.cli import run; code = run(['--help']) or run(['compare', '--help']); "
+            "import sys; from longspan.cli.main import run; code = run(['--help']) or run(['compare', '--help']); "
             "print({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules), file=sys.stderr); sys.exit(code)"
         )
         assert (done.returncode, done.stderr.strip()) == (0, "set()")
 
     def test_a_report_needs_neither_torch_nor_transformers(self) -> None:
-        done = python("import sys, longspan.compare.report; print({'torch', 'transformers'} & set(sys.modules))")
+        done = python("import sys, longspan.compare.report.pages; print({'torch', 'transformers'} & set(sys.modules))")
         assert done.stdout.strip() == "set()"
 
     def test_help_names_what_there_is(self, command: Command) -> None:
@@ -113,7 +114,7 @@ class TestStart:
     def test_a_reader_that_stops_reading_is_no_error(self) -> None:
         read, write = os.pipe()
         os.close(read)
-        code = "from longspan.cli import run; run(['--help'])"
+        code = "from longspan.cli.main import run; run(['--help'])"
         done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, timeout=120)
         os.close(write)
         assert done.stderr == b""
@@ -128,7 +129,7 @@ class TestEnds:
             def raise_it() -> None:
                 raise error
 
-            monkeypatch.setattr(sys.modules["longspan.method"], "catalogue", raise_it)
+            monkeypatch.setattr(sys.modules["longspan.core.method"], "catalogue", raise_it)
 
         return fail
 

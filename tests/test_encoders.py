@@ -25,10 +25,10 @@ from transformers import (
 )
 
 import tiny
-from longspan.cli import run
+from longspan.cli.main import run
 from longspan.encoders import longer_encoder
-from longspan.errors import NotSupported, SpecError
 from longspan.export import export
+from longspan.util.errors import NotSupported, SpecError
 
 SIZES: dict[str, Any] = {
     "vocab_size": 264,

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 import tiny
-from longspan.cli import run
+from longspan.cli.main import run
 from longspan.compare.store import write_atomically
-from longspan.errors import NotSupported, writing
 from longspan.training.metrics import append_line
+from longspan.util.errors import NotSupported, writing
 
 
 @pytest.fixture

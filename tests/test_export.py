@@ -22,8 +22,8 @@ from transformers import (
 
 import tiny
 from longspan import models
-from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.export import ExportReport, export
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 IDS = torch.arange(300)[None] * 37 % 264
 SIZES = {

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from longspan.cli import run
+from longspan.cli.main import run
 
 GENERATE = ["generate", "{model}", "--prompt", "hello"]
 COMPARE = ["compare", "{model}", "--out", "{empty}/run"]
@@ -409,7 +409,7 @@ def break_files(bad: Path) -> None:
         "raises.py": "import longspan\n1 / 0\n",
         "imports.py": "import no_such_module_of_longspan\n",
         "none.py": "x = 1\n",
-        "same-name.py": "from longspan.method import Method\nclass Mine(Method):\n    name = 'yarn'\n",
+        "same-name.py": "from longspan.core.method import Method\nclass Mine(Method):\n    name = 'yarn'\n",
     }
     for name, text in texts.items():
         (bad / name).write_text(text)
@@ -563,6 +563,6 @@ def test_is_refused_with_a_clear_message(
 )
 def test_and_so_by_the_command_itself(arguments: list[str], places: dict[str, Path]) -> None:
     texts = filled([a if isinstance(a, str) else os.fsdecode(a) for a in arguments], places)
-    command = [sys.executable, "-c", "from longspan.cli import main; main()", *texts]
+    command = [sys.executable, "-c", "from longspan.cli.main import main; main()", *texts]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
     check(done.returncode, done.stdout, done.stderr)

@@ -17,11 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dense
-from longspan import method as method_module
-from longspan.errors import LongspanError, NotSupported, SpecError
-from longspan.facts import facts_of
-from longspan.method import Combination, Method, NoMethod, catalogue, combination, find, parse, read_settings, read_size
+from longspan.core import method as method_module
+from longspan.core.facts import facts_of
+from longspan.core.method import (
+    Combination,
+    Method,
+    NoMethod,
+    catalogue,
+    combination,
+    find,
+    parse,
+    read_settings,
+    read_size,
+)
 from longspan.positions.rope_scaling import YaRN
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 CLOSEST = {
     "yarm:factor=4": 'did you mean "yarn"?',

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaModel, T5Config
 
 import tiny
-from longspan import fetching, models
+from longspan import models
 from longspan.apply import apply, current, remove
-from longspan.errors import LongspanError, NotSupported, SpecError
+from longspan.util import fetching
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 IDS = torch.arange(3, 40)[None]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from longspan.errors import NotSupported
-from longspan.method import catalogue, parse
-from longspan.partners import partners
+from longspan.combinable import partners
+from longspan.core.method import catalogue, parse
+from longspan.util.errors import NotSupported
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ import tiny
 from longspan import models, plan
 from longspan.apply import apply
 from longspan.compare.cost import Meter, weights_bytes
-from longspan.errors import LongspanError, NotSupported, SpecError
-from longspan.facts import facts_of
-from longspan.method import NoMethod, catalogue, combination
+from longspan.core.facts import facts_of
+from longspan.core.method import NoMethod, catalogue, combination
 from longspan.tasks.base import chunked_prefill
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 MEASURE = plan.measure
 SPEEDS = plan.Speeds(product=1e9, attention=1e9, copying=1e9, reading=1e9, operation=1e-5)

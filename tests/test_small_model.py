@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import longspan as ls
-from longspan import fetching, models
+from longspan import models
 from longspan.compare.cost import Meter
 from longspan.tasks.base import parse_task
+from longspan.util import fetching
 
 NAME = "longspan-7m"
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from longspan import bench_contenders
-from longspan.attention.base import Attention
-from longspan.bench_attention import AttentionBench, Row
-from longspan.method import catalogue
+from longspan.bench import contenders as bench_contenders
+from longspan.bench.attention import AttentionBench, Row
+from longspan.core.method import catalogue
+from longspan.lm.base import Attention
 from longspan.survey import CLASSES, DENSE, OTHERS, SURVEY, UNKNOWN, measured, page
 
 PAGE = Path(__file__).parents[1] / "docs" / "survey.md"

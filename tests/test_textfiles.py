@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 import tiny
-from longspan import textfiles
-from longspan.cli import run
-from longspan.method import parse
+from longspan.cli.main import run
+from longspan.core.method import parse
 from longspan.tasks.questions import read_questions
 from longspan.tasks.text import read_text, tokenised
 from longspan.tasks.triples import read_triples
 from longspan.training.recipe import read_recipe
+from longspan.util import textfiles
 
 MARK = b"\xef\xbb\xbf"
 STORED = {

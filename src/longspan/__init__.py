@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from longspan.apply import remove as remove
     from longspan.compare import Run as Run
     from longspan.compare import compare as compare
-    from longspan.engine.decode import StreamDecoder as StreamDecoder
-    from longspan.engine.decode import stream_generate as stream_generate
-    from longspan.errors import LongspanError as LongspanError
-    from longspan.errors import NotSupported as NotSupported
-    from longspan.errors import SpecError as SpecError
+    from longspan.core.method import Method as Method
+    from longspan.core.method import catalogue as methods  # noqa: F401
     from longspan.generation import Chat as Chat
     from longspan.generation import generate_text as generate_text
-    from longspan.memory.focused_memory import Memory as Memory
+    from longspan.memory.focused.document import Memory as Memory
     from longspan.memory.unlimiformer import Encoded as Encoded
-    from longspan.method import Method as Method
-    from longspan.method import catalogue as methods  # noqa: F401
     from longspan.models import load as load
+    from longspan.reading.stream_decoder import StreamDecoder as StreamDecoder
+    from longspan.reading.stream_decoder import stream_generate as stream_generate
     from longspan.tasks.base import Task as Task
     from longspan.training.run import TrainResult as TrainResult
     from longspan.training.run import train as train
+    from longspan.util.errors import LongspanError as LongspanError
+    from longspan.util.errors import NotSupported as NotSupported
+    from longspan.util.errors import SpecError as SpecError
 
 __version__ = "0.1.0"
 
@@ -46,17 +46,17 @@ _WHERE = {
     "remove": "longspan.apply:remove",
     "Run": "longspan.compare:Run",
     "compare": "longspan.compare:compare",
-    "StreamDecoder": "longspan.engine.decode:StreamDecoder",
-    "stream_generate": "longspan.engine.decode:stream_generate",
+    "StreamDecoder": "longspan.reading.stream_decoder:StreamDecoder",
+    "stream_generate": "longspan.reading.stream_decoder:stream_generate",
     "Encoded": "longspan.memory.unlimiformer:Encoded",
-    "Memory": "longspan.memory.focused_memory:Memory",
-    "LongspanError": "longspan.errors:LongspanError",
-    "NotSupported": "longspan.errors:NotSupported",
-    "SpecError": "longspan.errors:SpecError",
+    "Memory": "longspan.memory.focused.document:Memory",
+    "LongspanError": "longspan.util.errors:LongspanError",
+    "NotSupported": "longspan.util.errors:NotSupported",
+    "SpecError": "longspan.util.errors:SpecError",
     "Chat": "longspan.generation:Chat",
     "generate_text": "longspan.generation:generate_text",
-    "Method": "longspan.method:Method",
-    "methods": "longspan.method:catalogue",
+    "Method": "longspan.core.method:Method",
+    "methods": "longspan.core.method:catalogue",
     "load": "longspan.models:load",
     "Task": "longspan.tasks.base:Task",
     "TrainResult": "longspan.training.run:TrainResult",
@@ -72,7 +72,7 @@ def __getattr__(name: str) -> Any:
         value = globals()[name] = getattr(importlib.import_module(module), attribute)
         return value
     if name[0].isupper():  # classes; anything else would import the whole catalogue to look for a submodule
-        from longspan.method import catalogue
+        from longspan.core.method import catalogue
 
         for cls in catalogue().values():
             if cls.__name__ == name:
@@ -81,7 +81,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from longspan.method import catalogue
+    from longspan.core.method import catalogue
 
     return sorted({*__all__, *(cls.__name__ for cls in catalogue().values())})
 

@@ -31,16 +31,16 @@ from transformers import (
 )
 from transformers.masking_utils import flash_attention_mask, flex_attention_mask
 
+from longspan.core.facts import ModelFacts, facts_of, rope_parameters, rotary_modules, text_config
+from longspan.core.method import Combination, Method, combination
 from longspan.engine.core import attention, causal_mask, with_zero_key
-from longspan.errors import LongspanError, NotSupported
-from longspan.facts import ModelFacts, facts_of, rope_parameters, rotary_modules, text_config
 from longspan.hf import compat
+from longspan.hf.caches import claim, mark
 from longspan.hf.compat import FORWARD, decoder_of
 from longspan.hf.forward import Forward, forward_of, handed, tag
-from longspan.hf.ownership import claim, mark
-from longspan.method import Combination, Method, combination
-from longspan.positions.rotary import Rotary, angles, rotate, unrotated_copy
+from longspan.hf.rotary import Rotary, angles, rotate, unrotated_copy
 from longspan.positions.scheme import ending_at
+from longspan.util.errors import LongspanError, NotSupported
 
 ATTENTION = "longspan"
 """Attention implementation whose masks are made as for SDPA: None where plainly causal, else boolean (B, 1, Tq, Tk)."""

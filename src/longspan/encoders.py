@@ -32,11 +32,11 @@ from transformers import (
 
 from longspan import models
 from longspan.attention.bigbird import BigBird
-from longspan.attention.longformer import Longformer
-from longspan.errors import NotSupported, SpecError
+from longspan.attention.longformer.pattern import Longformer
+from longspan.core.method import Combination, Method, combination
 from longspan.export import ExportReport, copy_tokenizer, filling, free_place
-from longspan.fetching import check_whole, quiet, reading
-from longspan.method import Combination, Method, combination
+from longspan.util.errors import NotSupported, SpecError
+from longspan.util.fetching import check_whole, quiet, reading
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 _SAME = (

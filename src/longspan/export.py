@@ -22,10 +22,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from longspan import models
-from longspan.errors import LongspanError, NotSupported, writing
-from longspan.facts import ModelFacts, rope_parameters, text_config
-from longspan.fetching import quiet
-from longspan.method import Combination, Method, NoMethod, catalogue, combination
+from longspan.core.facts import ModelFacts, rope_parameters, text_config
+from longspan.core.method import Combination, Method, NoMethod, catalogue, combination
+from longspan.util.errors import LongspanError, NotSupported, writing
+from longspan.util.fetching import quiet
 
 _TOKENIZER = (
     "tokenizer*",

@@ -28,14 +28,14 @@ from transformers import (
 )
 
 from longspan.apply import _SITE, current
-from longspan.chat_template import Messages, encode_rendered, render
 from longspan.compare.cost import cache_bytes
-from longspan.engine.decode import StreamDecoder, steps_are_faster, stream_generate
-from longspan.errors import LongspanError, NotSupported, SpecError
-from longspan.facts import ModelFacts, facts_of, text_config
+from longspan.core.facts import ModelFacts, facts_of, text_config
+from longspan.core.method import combination
 from longspan.hf.compat import cache_of, with_cache
-from longspan.method import combination
+from longspan.reading.chat_template import Messages, encode_rendered, render
+from longspan.reading.stream_decoder import StreamDecoder, steps_are_faster, stream_generate
 from longspan.tasks.base import chunk_size, encode, with_bos
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 CHUNK = 1024
 """Tokens of a chat's turn that go through the model at once, so that a long turn needs no more memory than a short one."""

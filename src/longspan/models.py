@@ -1,6 +1,6 @@
 """Where models come from: a built-in name, a folder, a hub id or a GGUF file.
 
-Whatever it is becomes a folder of safetensors with a tokenizer (`longspan.fetching`); from then on there is one way to load.
+Whatever it is becomes a folder of safetensors with a tokenizer (`longspan.util.fetching`); from then on there is one way to load.
 Weights are read as safetensors only, and code that comes with a model is never run.
 """
 
@@ -16,13 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan import fetching
-from longspan.errors import LongspanError, NotSupported, nearest
-from longspan.facts import ModelFacts, facts_of, text_config
-from longspan.fetching import ALIASES, Alias, Fetched, Shipped, check_whole, digest, reading, reason
+from longspan.core.facts import ModelFacts, facts_of, text_config
+from longspan.util import fetching
+from longspan.util.errors import LongspanError, NotSupported, nearest
+from longspan.util.fetching import ALIASES, Alias, Fetched, Shipped, check_whole, digest, reading, reason
 
 if TYPE_CHECKING:
-    from longspan.method import Combination, Method
+    from longspan.core.method import Combination, Method
 
 Name = str | Path
 """A built-in name, a folder, a hub id (`owner/name`) or a path that ends in .gguf."""
@@ -265,7 +265,7 @@ def _facts(config: PreTrainedConfig) -> ModelFacts:
 def _wanted(config: PreTrainedConfig, method: Any) -> Combination | None:
     """What to put on the model: `method`, or what it was saved with. Scaling of frequencies is part of the saved
     configuration, so only the rest is put on again."""
-    from longspan.method import Combination, combination
+    from longspan.core.method import Combination, combination
 
     text = text_config(config)
     saved = vars(text).pop("longspan", None)

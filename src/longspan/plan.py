@@ -24,10 +24,10 @@ from transformers import PreTrainedConfig
 
 from longspan import models
 from longspan.compare import cost
-from longspan.errors import LongspanError, SpecError
-from longspan.facts import ModelFacts, text_config
-from longspan.method import Combination, Method, NoMethod, catalogue, combination
+from longspan.core.facts import ModelFacts, text_config
+from longspan.core.method import Combination, Method, NoMethod, catalogue, combination
 from longspan.tasks.base import chunk_size
+from longspan.util.errors import LongspanError, SpecError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -343,7 +343,7 @@ def terminal(made: Plan, console: Console | None = None) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from longspan.compare.results import duration, size
+    from longspan.compare.report.results import duration, size
 
     console = console or Console(width=None if sys.stdout.isatty() else 160)
     verdict = "fits" if made.fits else "does not fit"
@@ -382,7 +382,7 @@ def _table(made: Plan, remarks: bool) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from longspan.compare.results import duration, size
+    from longspan.compare.report.results import duration, size
 
     table = Table("method", "cache", "memory", "fits", "reading", "writing a token", *(["remark"] if remarks else []))
     for column in table.columns:

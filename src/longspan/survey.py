@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from longspan.growth import UNTOLD, Growth, growth_of
+from longspan.util.growth import UNTOLD, Growth, growth_of
 
 MEASURED = Path(__file__).parents[2] / "reproductions" / "speed" / "attention.json"
 """Where the stored result lies in a checkout."""

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, BigBirdConfig, BigBirdModel
 
 from growth import growth
-from longspan.attention.base import Grid
 from longspan.attention.bigbird import BigBird
-from longspan.engine import blocks
+from longspan.engine.blocks import gathered as blocks
 from longspan.engine.core import reference_attention
 from longspan.engine.patterns import Call, attend
-from longspan.errors import NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration, LongspanForMaskedLM
+from longspan.lm.base import Grid
+from longspan.util.errors import NotSupported, SpecError
 
 SIZES = {
     "vocab_size": 100,

@@ -16,10 +16,10 @@ from transformers import DynamicCache
 
 from growth import Written
 from longspan.attention.gau import ChunkedUnit, GatedUnit
-from longspan.engine import gated
-from longspan.errors import NotSupported, SpecError
+from longspan.core.method import parse
+from longspan.engine.linear import gated
 from longspan.lm import LongspanConfig, LongspanForCausalLM
-from longspan.method import parse
+from longspan.util.errors import NotSupported, SpecError
 
 WIDTH, SIZE, TRAINED = 12, 8, 48
 SIZES = {"vocab_size": 100, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -229,7 +229,7 @@ def test_one_chunk_is_the_quadratic_unit() -> None:
 def test_long_texts_go_through_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     made, x = unit("gau:size=8"), random(1, 30, WIDTH, seed=25)
     whole = made(x)[0]
-    monkeypatch.setattr("longspan.engine.gated.QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr("longspan.engine.linear.gated.QUERIES_AT_ONCE", 7)
     with torch.no_grad():
         torch.testing.assert_close(made(x)[0], whole)
         torch.testing.assert_close(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from longspan.attention.linear import elu_plus_one
-from longspan.errors import NotSupported
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration
 from longspan.lm.modeling import LongspanModel
+from longspan.util.errors import NotSupported
 from ties import UndefinedAtTies
 
 

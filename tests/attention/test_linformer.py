@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from longspan.attention.linformer import Linformer, LinformerAttention, Projection
-from longspan.errors import NotSupported, SpecError
 from longspan.lm import (
     LongspanConfig,
     LongspanForCausalLM,
     LongspanForConditionalGeneration,
     LongspanForMaskedLM,
 )
+from longspan.util.errors import NotSupported, SpecError
 
 SHARES = ("none", "headwise", "kv", "layerwise")
 

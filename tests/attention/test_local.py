@@ -11,14 +11,14 @@ from torch import Tensor
 import dense
 from longspan.apply import apply, remove
 from longspan.attention import local
-from longspan.attention.base import Grid
 from longspan.attention.local import Blockwise, Local, Overlap
+from longspan.core.facts import facts_of
+from longspan.core.method import parse
 from longspan.engine.core import reference_attention
 from longspan.engine.patterns import Call, attend
-from longspan.errors import NotSupported, SpecError
-from longspan.facts import facts_of
 from longspan.lm import LongspanConfig, LongspanForCausalLM
-from longspan.method import parse
+from longspan.lm.base import Grid
+from longspan.util.errors import NotSupported, SpecError
 
 PATTERNS = [Local(8), Local(8, 0), Local(7, 5), Overlap(8), Overlap(6, 0), Overlap(8, 4), Local(1, 0), Overlap(2)]
 each = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.spec)

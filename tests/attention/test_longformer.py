@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, LongformerConfig, LongformerModel
 
 from growth import growth
-from longspan.attention.base import Grid
-from longspan.attention.longformer import Longformer
+from longspan.attention.longformer.layer import LongformerAttention
+from longspan.attention.longformer.pattern import Longformer
 from longspan.engine.patterns import Call, attend, masked_attention
-from longspan.errors import NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration, LongspanForMaskedLM
-from longspan.lm.longformer import LongformerAttention
+from longspan.lm.base import Grid
+from longspan.util.errors import NotSupported, SpecError
 
 SIZES = {
     "vocab_size": 100,

@@ -9,13 +9,13 @@ from torch import Tensor
 import dense
 from longspan.apply import apply
 from longspan.attention import longnet
-from longspan.attention.base import Grid
 from longspan.attention.longnet import LongNet
+from longspan.core.facts import facts_of
+from longspan.core.method import parse
 from longspan.engine.patterns import Call, attend, masked_attention
-from longspan.errors import NotSupported, SpecError
-from longspan.facts import facts_of
 from longspan.lm import LongspanConfig, LongspanForCausalLM
-from longspan.method import parse
+from longspan.lm.base import Grid
+from longspan.util.errors import NotSupported, SpecError
 
 SPECS = [("8/16/32", "1/2/4"), ("9/20/35", "1/2/7"), ("6", "1"), ("5/10/50", "1/5/6")]
 each = pytest.mark.parametrize(("segments", "dilations"), SPECS)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from longspan.attention.lsh import Lsh, LshAttention, hashed_attention, newest_attention
-from longspan.errors import NotSupported, SpecError
+from longspan.core.method import parse
 from longspan.lm import LongspanConfig, LongspanForCausalLM
-from longspan.method import parse
+from longspan.util.errors import NotSupported, SpecError
 
 SIZES = {
     "vocab_size": 100,

@@ -21,11 +21,11 @@ import tiny
 from longspan.apply import applied, apply, remove
 from longspan.attention.performer import Performer, PerformerAttention
 from longspan.attention.random_features import Draw, Errors, RandomFeatures, draw_errors, errors
-from longspan.engine import linear
-from longspan.engine.linear import bidirectional, causal
-from longspan.errors import NotSupported, SpecError
+from longspan.core.method import parse
+from longspan.engine.linear import attention as linear
+from longspan.engine.linear.attention import bidirectional, causal
 from longspan.lm import LongspanConfig, LongspanForCausalLM
-from longspan.method import parse
+from longspan.util.errors import NotSupported, SpecError
 from shared_model import gradients
 from ties import UndefinedAtTies
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from longspan.attention.s4 import StateSpaceLayer
-from longspan.engine import state_space
-from longspan.engine.state_space import (
+from longspan.core.method import parse
+from longspan.engine.state_space import attention as state_space
+from longspan.engine.state_space.attention import (
     DiagonalRecurrence,
     LowRankRecurrence,
     Modes,
@@ -30,9 +31,8 @@ from longspan.engine.state_space import (
     starting_poles,
     vandermonde_kernel,
 )
-from longspan.errors import NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForMaskedLM
-from longspan.method import parse
+from longspan.util.errors import NotSupported, SpecError
 
 SIZES = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "position": "nope"}
 STEPS = (0.1, 0.01, 0.001)

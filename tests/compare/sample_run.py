@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from longspan.compare import stats
+from longspan.compare import statistics as stats
 
 WINDOW = 8192
 BUCKETS = 64
@@ -299,7 +299,7 @@ def _manifest(
 
 
 if __name__ == "__main__":
-    from longspan.compare.report import html
+    from longspan.compare.report.pages import html
 
     target = Path(sys.argv[1])
     made = json.loads(json.dumps(sample_run()))

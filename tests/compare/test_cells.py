@@ -10,22 +10,15 @@ import torch
 from compare_tiny import TinyHit, TinyLoss, TinyTrouble
 
 import tiny as tiny_model
-from longspan import method
-from longspan.compare import cells, cost
-from longspan.compare.cells import (
-    Cell,
-    Request,
-    choose_lengths,
-    make_plan,
-    read_lengths,
-    read_methods,
-    scale_of,
-)
-from longspan.compare.results import by_reason
+from longspan.compare import cost
+from longspan.compare import planning as cells
+from longspan.compare.planning import Cell, Request, choose_lengths, make_plan, read_lengths, read_methods, scale_of
+from longspan.compare.report.results import by_reason
 from longspan.compare.store import canonical, clean
-from longspan.errors import LongspanError, NotSupported, SpecError
-from longspan.facts import facts_of
-from longspan.method import Method, combination
+from longspan.core import method
+from longspan.core.facts import facts_of
+from longspan.core.method import Method, combination
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 FACTS = facts_of(tiny_model.model(window=128))
 
@@ -97,16 +90,16 @@ def test_the_key_changes_with_versions_and_code(monkeypatch):
 
 
 def test_the_code_digest_covers_the_files_that_decide_results(tmp_path, monkeypatch):
-    for name in ("method.py", "cli.py", "positions/a.py", "compare/worker.py", "compare/store.py"):
+    for name in ("core/method.py", "cli/main.py", "positions/a.py", "compare/worker.py", "compare/store.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
     monkeypatch.setattr(cells, "__file__", str(tmp_path / "compare" / "cells.py"))
     digests = {}
-    for name in ("nothing", "cli.py", "compare/store.py", "method.py", "positions/a.py", "compare/worker.py"):
+    for name in ("nothing", "cli/main.py", "compare/store.py", "core/method.py", "positions/a.py", "compare/worker.py"):
         with open(tmp_path / name, "a") as file:
             file.write("# changed\n")
         digests[name] = cells.code_digest.__wrapped__()
-    assert digests["nothing"] == digests["cli.py"] == digests["compare/store.py"]
+    assert digests["nothing"] == digests["cli/main.py"] == digests["compare/store.py"]
     assert len(set(digests.values())) == 4
 
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import tiny as tiny_model
 from longspan.compare import cost
 from longspan.compare.cost import Meter, cache_bytes, weights_bytes
-from longspan.facts import facts_of
+from longspan.core.facts import facts_of
 
 MB = 10**6
 

@@ -8,7 +8,7 @@ import pytest
 
 import tiny as tiny_model
 from longspan.compare import Run, compare
-from longspan.compare.report import html
+from longspan.compare.report.pages import html
 
 TASKS = {
     "copy": 1 / 8,

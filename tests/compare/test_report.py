@@ -19,13 +19,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from sample_run import METHODS, PASSKEY, PPL, STREAM, sample_run, write_run
 
-from longspan import cli
-from longspan.compare import figures, report, stats
-from longspan.compare.advice import advise
-from longspan.compare.drawing import name_points, spread, styles, swatch
-from longspan.compare.results import Results, curve, duration, pareto, size, tokens
+from longspan.cli import main as cli
+from longspan.compare import statistics as stats
+from longspan.compare.report import figures
+from longspan.compare.report import pages as report
+from longspan.compare.report.advice import advise
+from longspan.compare.report.results import Results, curve, duration, pareto, size, tokens
 from longspan.compare.store import Run
-from longspan.errors import LongspanError
+from longspan.util.drawing import name_points, spread, styles, swatch
+from longspan.util.errors import LongspanError
 
 STREAMING = "streaming:sinks=4,window=1020"
 SELF_EXTEND = "self_extend:group=8,neighbours=1024"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sample_run import METHODS, sample_run
 
-from longspan.compare import report
+from longspan.compare.report import pages as report
 
 pytestmark = pytest.mark.browser
 

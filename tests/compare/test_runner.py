@@ -19,7 +19,7 @@ import tiny as tiny_model
 from longspan.compare import Run, compare, runner, worker
 from longspan.compare.screen import result_line
 from longspan.compare.store import CELLS, LOGS, Store
-from longspan.errors import LongspanError
+from longspan.util.errors import LongspanError
 
 HERE = Path(__file__).parent
 
@@ -308,7 +308,7 @@ from longspan.compare import compare
 """
 OWN = """
 from dataclasses import dataclass
-from longspan.method import Method
+from longspan.core.method import Method
 @dataclass(frozen=True)
 class Mine(Method):
     name = "mine"
@@ -324,7 +324,7 @@ class Mine(Method):
         (OWN, "Mine()", "if __name__ == '__main__': ", True),
         (OWN, "Mine()", "", False),
         (
-            "from longspan.include import include; include([{folder!r} + '/own.py'])",
+            "from longspan.plugins import include; include([{folder!r} + '/own.py'])",
             "'mine'",
             "",
             True,

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from longspan.compare.stats import Scale, bootstrap, difference, effective_window, independent, newcombe, score, wilson
+from longspan.compare.statistics import (
+    Scale,
+    bootstrap,
+    difference,
+    effective_window,
+    independent,
+    newcombe,
+    score,
+    wilson,
+)
 
 LOSS = Scale(higher_is_better=False, worst=5.0)
 SHARE = Scale(higher_is_better=True, worst=0.0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longspan.compare.store import CELLS, MANIFEST, TORN, Run, Store, clean, digest, is_finished, write_atomically
-from longspan.errors import LongspanError
+from longspan.util.errors import LongspanError
 
 
 def record(key: str, status: str = "ok", **more) -> dict:

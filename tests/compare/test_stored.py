@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from longspan.compare import report
-from longspan.compare.advice import advise
-from longspan.compare.results import Results
+from longspan.compare.report import pages as report
+from longspan.compare.report.advice import advise
+from longspan.compare.report.results import Results
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "reproductions" / "rope-scaling"

@@ -12,9 +12,10 @@ from compare_tiny import TinyLoss
 from rich.console import Console
 
 import longspan as ls
-from longspan.compare import Run, compare, report
+from longspan.compare import Run, compare
+from longspan.compare.report import pages as report
 from longspan.compare.trained import is_folder, training_cost
-from longspan.errors import LongspanError, NotSupported
+from longspan.util.errors import LongspanError, NotSupported
 
 COST = {"seconds": 90.0, "tokens": 1_000_000, "steps": 50, "peak_bytes": 3_000_000_000}
 

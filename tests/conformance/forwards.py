@@ -38,13 +38,13 @@ from transformers import (
 
 from longspan.apply import apply, remove
 from longspan.attention import trained
-from longspan.errors import LongspanError, NotSupported
-from longspan.facts import facts_of
+from longspan.core.facts import facts_of
+from longspan.core.method import catalogue, combination, parse
 from longspan.hf import compat
 from longspan.memory import streaming
 from longspan.memory.rmt import RMT, around
-from longspan.method import catalogue, combination, parse
 from longspan.positions import near_far, spans
+from longspan.util.errors import LongspanError, NotSupported
 
 INTRODUCTION = """
 On tiny random models, each cell tested (`tests/conformance/test_forwards.py`): equal to the same forwards by themselves, or

@@ -18,9 +18,9 @@ import families
 from transformers import PreTrainedModel
 
 from longspan.apply import applied
-from longspan.errors import NotSupported
-from longspan.facts import facts_of
-from longspan.method import parse
+from longspan.core.facts import facts_of
+from longspan.core.method import parse
+from longspan.util.errors import NotSupported
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 FORWARDS = "## Forwards at once, within one another, and around an image"

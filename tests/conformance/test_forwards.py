@@ -13,7 +13,7 @@ from forwards import COLUMNS, ROWS, Column
 from matrix import Line
 
 from longspan.apply import apply
-from longspan.method import catalogue
+from longspan.core.method import catalogue
 
 
 def test_every_method_has_a_row() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from longspan.apply import apply, remove
-from longspan.errors import LongspanError, NotSupported
-from longspan.method import NoMethod, catalogue, parse
+from longspan.core.method import NoMethod, catalogue, parse
+from longspan.util.errors import LongspanError, NotSupported
 
 LENGTH = 40
 CUTS = (1, 1, 3, 9, 1, 1, 2, 1, 13, 1, 1, 1, 1, 4)

@@ -15,18 +15,21 @@ import longspan as ls
 import tiny
 from growth import Written, backward_growth
 from longspan.attention import trained
-from longspan.attention.base import Grid, Pattern
 from longspan.attention.bigbird import BigBird
 from longspan.attention.local import Local, Overlap
-from longspan.attention.longformer import Longformer
+from longspan.attention.longformer.pattern import Longformer
 from longspan.attention.longnet import LongNet
 from longspan.attention.window import Window
-from longspan.engine import banded, blocks, grouped, masks
+from longspan.engine import masks
+from longspan.engine.blocks import gathered as blocks
 from longspan.engine.core import reference_mix
-from longspan.engine.grouped import grouped_attention, grouped_weights
 from longspan.engine.joint import by_row
 from longspan.engine.masks import masked_attention
 from longspan.engine.patterns import Call, attend
+from longspan.engine.retrieval import grouped
+from longspan.engine.retrieval.grouped import grouped_attention, grouped_weights
+from longspan.engine.window import banded
+from longspan.lm.base import Grid, Pattern
 from longspan.memory import streaming
 from longspan.positions import near_far, spans
 from longspan.positions.kerple import Kerple

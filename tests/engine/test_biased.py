@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.engine import biased, kernels
-from longspan.engine.bias import Bias
-from longspan.engine.biased import biased_attention, reference, serves
+from longspan.engine import kernels
+from longspan.engine.biased import attention as biased
+from longspan.engine.biased.attention import biased_attention, reference, serves
+from longspan.engine.biased.bias import Bias
 from longspan.engine.kernels import INTERPRETED
-from longspan.errors import SpecError
+from longspan.util.errors import SpecError
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TIMES = 1 if INTERPRETED else 8

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.attention.base import Grid
 from longspan.attention.bigbird import BigBird, _lists
-from longspan.engine import block_lists
-from longspan.engine.block_lists import listed_attention, refusal
+from longspan.engine.blocks import lists as block_lists
+from longspan.engine.blocks.lists import listed_attention, refusal
 from longspan.engine.core import reference_attention
 from longspan.engine.kernels import INTERPRETED
 from longspan.engine.patterns import Call
-from longspan.errors import SpecError
+from longspan.lm.base import Grid
+from longspan.util.errors import SpecError
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TIMES = 1 if INTERPRETED else 4
@@ -89,7 +89,7 @@ def test_parts_of_a_list_of_all_blocks_of_a_long_text() -> None:
     tables = torch.tensor([[0, parts - 1, parts, 0]]), torch.tensor([0, size]), torch.zeros(size)
     work, starts, index = (x.to(DEVICE, torch.int32) for x in tables)
     got, lse = torch.empty(1, 1, 1, 16, 32, device=DEVICE), torch.empty(1, 1, 1, 16, device=DEVICE)
-    from longspan.engine.kernels.block_lists import forward
+    from longspan.engine.blocks.kernels import forward
 
     forward[(1, 1)](
         *(query, key, value, query, lse, got, lse, work, starts, index, 1, 16, 1, 1, 0.2),

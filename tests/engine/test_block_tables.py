@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from longspan.attention.base import Full, Grid, Pattern
 from longspan.attention.window import Window
-from longspan.engine import block_tables as module
-from longspan.engine.block_tables import Blocks, band, block_size, bucket
+from longspan.engine.blocks import tables as module
+from longspan.engine.blocks.tables import Blocks, band, block_size, bucket
+from longspan.lm.base import Full, Grid, Pattern
 
 CPU = torch.device("cpu")
 PATTERNS = [Full(), *(Window(w, s) for w, s in itertools.product((1, 5, 16, 40, 500), (0, 1, 4, 8, 21)))]

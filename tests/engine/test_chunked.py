@@ -9,8 +9,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from longspan.engine.chunked import in_chunks
-from longspan.errors import SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM
+from longspan.util.errors import SpecError
 
 SIZES = {
     "vocab_size": 100,

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaFo
 
 import dense
 from longspan.apply import apply
-from longspan.engine.decode import StreamDecoder, steps_are_faster, stream_generate
-from longspan.errors import NotSupported
 from longspan.memory.streaming import StreamingLLM
+from longspan.reading.stream_decoder import StreamDecoder, steps_are_faster, stream_generate
+from longspan.util.errors import NotSupported
 
 LENGTH = 60
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

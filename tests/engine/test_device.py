@@ -15,9 +15,12 @@ from transformers import DynamicCache
 
 import dense
 from longspan.apply import apply
-from longspan.engine import decode, fa4, kernels, one_query
-from longspan.engine.device import on_device
+from longspan.engine import kernels
+from longspan.engine.decode import single_query as one_query
+from longspan.engine.window import fa4
 from longspan.memory.streaming import StreamingLLM
+from longspan.reading import stream_decoder as decode
+from longspan.util.device import on_device
 
 
 class Entered:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.attention.base import Grid
 from longspan.attention.longnet import LongNet
 from longspan.engine.core import expand_heads
-from longspan.engine.dilated import dilated_attention, refusal
+from longspan.engine.dilated.attention import dilated_attention, refusal
 from longspan.engine.kernels import INTERPRETED
-from longspan.errors import SpecError
+from longspan.lm.base import Grid
+from longspan.util.errors import SpecError
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TIMES = 1 if INTERPRETED else 16

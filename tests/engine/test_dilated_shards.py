@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from longspan.attention.base import Grid
 from longspan.attention.longnet import LongNet
 from longspan.compare.runner import _modules_to_preload
-from longspan.engine.dilated_shards import dilated_over_processes
+from longspan.engine.dilated.shards import dilated_over_processes
 from longspan.engine.patterns import Call
-from longspan.errors import NotSupported
+from longspan.lm.base import Grid
+from longspan.util.errors import NotSupported
 
 LENGTH, HEADS, SCALE = 48, 6, 0.4
 SPECS = [("4/12/24/48", "1/2/3/4"), ("6/96", "1/6"), ("24/48", "1/2"), ("12/24", "1/12")]

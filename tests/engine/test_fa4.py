@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.attention.base import Grid
 from longspan.attention.window import Window
-from longspan.engine import fa4, routes
+from longspan.engine import backends as routes
+from longspan.engine.backends import choose, through
 from longspan.engine.core import reference_attention
 from longspan.engine.patterns import Call
-from longspan.engine.routes import choose, through
-from longspan.errors import NotSupported
+from longspan.engine.window import fa4
+from longspan.lm.base import Grid
+from longspan.util.errors import NotSupported
 
 CASES = {  # batch, heads, key heads, queries, keys, window
     "square": (1, 2, 2, 200, 200, 30),

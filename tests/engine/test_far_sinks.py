@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longspan.engine.core import reference_attention
-from longspan.engine.far_sinks import with_sinks
 from longspan.engine.kernels import INTERPRETED
+from longspan.engine.window.sink_correction import with_sinks
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cpu" if INTERPRETED else "cuda"

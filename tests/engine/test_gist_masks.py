@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longspan.engine.gist_masks import kept, pieces, visible
+from longspan.engine.retrieval.gist_masks import kept, pieces, visible
 
 ROWS = ["..GG...", "GG.....", ".......", ".G.GG..", "...G..G", "..GGG.."]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longspan.engine.grouped import QUERIES_AT_ONCE, grouped_attention, grouped_weights
+from longspan.engine.retrieval.grouped import QUERIES_AT_ONCE, grouped_attention, grouped_weights
 
 
 def _loops(q, k, v, block, scale):

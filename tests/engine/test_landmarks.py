@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from longspan.engine.landmarks import _NONE, _ranked
+from longspan.engine.retrieval.landmarks import _NONE, _ranked
 
 
 def test_pages_are_ranked_by_integers_without_ties() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from longspan.engine import linear
-from longspan.engine.linear import Kernel, bidirectional, causal, read
+from longspan.engine.linear import attention as linear
+from longspan.engine.linear.attention import Kernel, bidirectional, causal, read
 from ties import UndefinedAtTies
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

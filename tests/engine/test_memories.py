@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.engine import memories
-from longspan.engine.memories import Earlier, Store
+from longspan.engine.retrieval import memories
+from longspan.engine.retrieval.memories import Earlier, Store
 
 HEADS, KV_HEADS, WIDTH, SCALE = 4, 2, 8, 0.3
 

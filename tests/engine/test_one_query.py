@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from longspan.engine.core import reference_attention
+from longspan.engine.decode.single_query import one_query_attention, serves
 from longspan.engine.kernels import INTERPRETED
-from longspan.engine.one_query import one_query_attention, serves
 
 
 def _in_a_process(code: str, path: Path) -> str:
@@ -29,7 +29,7 @@ def test_a_kernel_file_is_imported_when_a_kernel_is_launched(tmp_path: Path) -> 
     code = (
         "import contextlib, importlib, io, pkgutil, sys\n"
         "import longspan\n"
-        "from longspan.cli import main\n"
+        "from longspan.cli.main import main\n"
         "for module in pkgutil.walk_packages(longspan.__path__, 'longspan.'):\n"
         "    if not module.name.startswith(('longspan.engine.kernels.', 'longspan.__main__')):\n"
         "        importlib.import_module(module.name)\n"
@@ -47,7 +47,7 @@ def test_longspan_streams_on_a_machine_without_triton(tmp_path: Path) -> None:
     code = (
         "import torch, longspan as ls\n"
         "from longspan.engine import kernels\n"
-        "from longspan.method import catalogue\n"
+        "from longspan.core.method import catalogue\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)\n"
         "model = LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=None)).eval()\n"

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from longspan.attention.base import Grid
 from longspan.attention.window import Window
 from longspan.engine import masks
 from longspan.engine.patterns import Call, attend
-from longspan.errors import NotSupported
 from longspan.lm import LongspanConfig, LongspanForCausalLM
+from longspan.lm.base import Grid
+from longspan.util.errors import NotSupported
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 """Tables of angles and biases are float32."""

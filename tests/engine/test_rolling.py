@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longspan.engine.rolling import StreamingLayer, streaming_cache
-from longspan.errors import NotSupported
+from longspan.hf.rolling import StreamingLayer, streaming_cache
+from longspan.util.errors import NotSupported
 
 
 def numbered(start: int, count: int, rows: int = 1) -> Tensor:

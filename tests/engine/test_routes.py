@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from longspan.attention.base import Full, Grid, Pattern
 from longspan.attention.window import Window
-from longspan.engine import routes
+from longspan.engine import backends as routes
+from longspan.engine.backends import choose, through
 from longspan.engine.core import reference_attention
 from longspan.engine.kernels import INTERPRETED
 from longspan.engine.patterns import Call, attend
-from longspan.engine.routes import choose, through
-from longspan.errors import NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM
+from longspan.lm.base import Full, Grid, Pattern
+from longspan.util.errors import NotSupported, SpecError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 

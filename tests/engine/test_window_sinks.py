@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.attention.base import Grid
 from longspan.attention.window import Window
-from longspan.engine import routes, window_sinks
-from longspan.engine.bias import Bias
-from longspan.engine.biased import serves
+from longspan.engine import backends as routes
+from longspan.engine.backends import choose
+from longspan.engine.biased.attention import serves
+from longspan.engine.biased.bias import Bias
 from longspan.engine.core import reference_attention, with_zero_key
 from longspan.engine.kernels import INTERPRETED
 from longspan.engine.patterns import Call, attend, masked_attention
-from longspan.engine.routes import choose
-from longspan.engine.window_sinks import attention, described, refusal
-from longspan.errors import SpecError
+from longspan.engine.window import window_sinks
+from longspan.engine.window.window_sinks import attention, described, refusal
+from longspan.lm.base import Grid
+from longspan.util.errors import SpecError
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TIMES = 1 if INTERPRETED else 8

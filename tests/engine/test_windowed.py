@@ -11,9 +11,9 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import dense
 from longspan.apply import apply
-from longspan.engine import windowed
-from longspan.engine.block_tables import band
+from longspan.engine.blocks.tables import band
 from longspan.engine.core import expand_heads, reference_attention
+from longspan.engine.window import rolling_window as windowed
 from longspan.memory.streaming import StreamingLLM
 
 

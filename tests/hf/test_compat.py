@@ -12,8 +12,8 @@ from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
 
 import dense
 from longspan.apply import apply, current
-from longspan.errors import NotSupported
 from longspan.hf import compat
+from longspan.util.errors import NotSupported
 
 
 def test_a_models_own_signature_says_what_its_cache_is_called() -> None:

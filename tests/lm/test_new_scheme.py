@@ -9,8 +9,8 @@ import pytest
 import test_schemes
 from schemes import Line, build
 
-from longspan import method
-from longspan.include import load_user_file
+from longspan.core import method
+from longspan.plugins import load_user_file
 
 GUIDE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 

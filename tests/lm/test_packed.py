@@ -8,10 +8,10 @@ from attentions import LINES, Line, build
 from schemes import tokens
 from transformers import DynamicCache
 
-from longspan.errors import NotSupported
 from longspan.lm import LongspanConfig, LongspanForConditionalGeneration, LongspanForMaskedLM
 from longspan.lm.packed import put_back, texts_in
 from longspan.training.proofs import prove_boundaries
+from longspan.util.errors import NotSupported
 
 SIZES = ((7, 1, 1, 18, 3), (30,))
 """Of the texts of two rows of 30 tokens."""

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from longspan.attention.lsh import LshAttention
-from longspan.engine.choices import decided, keeping, repeating
-from longspan.errors import NotSupported
+from longspan.engine.recorded_choices import decided, keeping, repeating
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration, LongspanForMaskedLM
 from longspan.lm.modeling import LongspanModel
 from longspan.lm.reversible import reversible
+from longspan.util.errors import NotSupported
 from shared_model import gradients as both_at_once
 
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.1}

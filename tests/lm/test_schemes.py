@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from longspan.apply import applied, apply
-from longspan.errors import NotSupported
+from longspan.core.method import NoMethod, catalogue
 from longspan.lm import LongspanForConditionalGeneration, LongspanForMaskedLM, LongspanForSequenceClassification
 from longspan.lm import attention as lm_attention
-from longspan.method import NoMethod, catalogue
 from longspan.positions.scheme import Scheme
+from longspan.util.errors import NotSupported
 from ties import UndefinedAtTies
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import longspan as ls
-from longspan.attention.base import Grid, Pattern
+from longspan.core.method import parse
 from longspan.engine.core import attention, expand_heads, with_zero_key
-from longspan.engine.decode import StreamDecoder
 from longspan.engine.patterns import Call, attend
-from longspan.errors import NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
-from longspan.method import parse
+from longspan.lm.base import Grid, Pattern
+from longspan.reading.stream_decoder import StreamDecoder
+from longspan.util.errors import NotSupported, SpecError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 LONGNET = "longnet:segments=8/16,dilations=1/2"

@@ -24,14 +24,14 @@ from transformers import (
 
 import longspan as ls
 from longspan.apply import Attend, Site, layer_number
-from longspan.engine import memories
-from longspan.errors import LongspanError, NotSupported, SpecError
-from longspan.facts import facts_of
+from longspan.core.facts import facts_of
+from longspan.core.method import combination, parse
+from longspan.engine.retrieval import memories
 from longspan.hf.compat import CACHE
-from longspan.memory.focused import Focused, reader_of
-from longspan.memory.focused_memory import Memory
-from longspan.method import combination, parse
-from longspan.positions.rotary import rotate
+from longspan.hf.rotary import rotate
+from longspan.memory.focused.document import Memory
+from longspan.memory.focused.method import Focused, reader_of
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 from shared_model import assert_checkpoints_change_no_gradient
 
 LOCAL = 8
@@ -309,7 +309,7 @@ def test_another_process_reads_it(tmp_path: Path) -> None:
     code = (
         "import sys, torch, longspan as ls\n"
         "from transformers import AutoModelForCausalLM\n"
-        "from longspan.memory.focused_memory import Memory\n"
+        "from longspan.memory.focused.document import Memory\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         f"ls.apply(model, '{SPEC}')\n"
         "memory = Memory.load(sys.argv[2], model)\n"
@@ -368,7 +368,7 @@ def test_gradients_reach_the_negatives_and_no_other_row() -> None:
 
 def test_crossbatch_by_its_formula() -> None:
     """The attention of one layer: own context at its places, d earlier contexts at place 0."""
-    from longspan.engine import crossbatch
+    from longspan.engine.retrieval import crossbatch
 
     g = torch.Generator().manual_seed(0)
     q = torch.randn(3, 4, 5, 16, dtype=torch.float64, generator=g)

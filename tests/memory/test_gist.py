@@ -28,12 +28,13 @@ from transformers import (
 import longspan as ls
 import tiny
 from longspan.apply import applied, apply, current, remove
-from longspan.errors import LongspanError, NotSupported, SpecError
 from longspan.hf.compat import CACHE
 from longspan.lm import LongspanConfig
-from longspan.memory import gist, gist_encoder
-from longspan.memory.gist_decoder import GistCache
-from longspan.memory.gist_encoder import GistStates
+from longspan.memory.gist import encoder as gist_encoder
+from longspan.memory.gist import method as gist
+from longspan.memory.gist.decoder import GistCache
+from longspan.memory.gist.encoder import GistStates
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 from shared_model import (
     THREADS,
     assert_checkpoints_change_no_gradient,

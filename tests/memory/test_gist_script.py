@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-from longspan.memory import gist as method
+from longspan.memory.gist import method as method
 from longspan.tasks.base import parse_task
 
 PATH = Path(__file__).parents[2] / "reproductions" / "gist.py"

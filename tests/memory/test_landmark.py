@@ -23,9 +23,9 @@ from transformers import (
 import longspan as ls
 import tiny
 from longspan.apply import applied, apply, current, remove
-from longspan.errors import LongspanError, NotSupported, SpecError
-from longspan.memory import landmark
-from longspan.memory.landmark_cache import PageLayer
+from longspan.memory.landmark import method as landmark
+from longspan.memory.landmark.cache import PageLayer
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 from shared_model import (
     THREADS,
     assert_checkpoints_change_no_gradient,

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from longspan.apply import apply
-from longspan.errors import NotSupported, SpecError
-from longspan.facts import facts_of
+from longspan.core.facts import facts_of
+from longspan.core.method import parse
 from longspan.lm import LongspanConfig
 from longspan.memory.rmt import RMT, RMTForCausalLM, around
-from longspan.method import parse
+from longspan.util.errors import NotSupported, SpecError
 from shared_model import assert_checkpoints_change_no_gradient, assert_threads_get_what_each_gets_alone, in_the_midst
 
 SIZES: dict[str, Any] = {

@@ -14,13 +14,13 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
 import dense
 from longspan.apply import applied, apply
-from longspan.engine.rolling import StreamingLayer, streaming_cache
-from longspan.errors import NotSupported, SpecError
-from longspan.facts import facts_of
+from longspan.core.facts import facts_of
+from longspan.core.method import parse
 from longspan.hf.compat import CACHE
+from longspan.hf.rolling import StreamingLayer, streaming_cache
 from longspan.memory import streaming
 from longspan.memory.streaming import StreamingLLM
-from longspan.method import parse
+from longspan.util.errors import NotSupported, SpecError
 
 SINKS, WINDOW, LENGTH = 4, 16, 60
 CLOSE = {"rtol": 0, "atol": 5e-5}

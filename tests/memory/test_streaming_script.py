@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import longspan as ls
 import tiny
-from longspan.bench import Row
+from longspan.bench.timings import Row
 
 GIVEN = ["--method", "streaming:sinks=2,window=30", "--tokens", "500", "--prompt", "50", "--probe", "6"]
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from longspan.errors import NotSupported, SpecError
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.lm.attention import query_scores, relative_scores
 from longspan.positions.scheme import Shape
 from longspan.positions.xl import XL, XLPlace
+from longspan.util.errors import NotSupported, SpecError
 
 SIZES = {
     "vocab_size": 60,

@@ -25,12 +25,12 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 import longspan as ls
-from longspan import crossing
 from longspan.apply import current
-from longspan.engine import retrieval
-from longspan.errors import LongspanError, NotSupported, SpecError
-from longspan.facts import facts_of
+from longspan.core.facts import facts_of
+from longspan.engine.retrieval import top as retrieval
+from longspan.hf import encoder_decoder as crossing
 from longspan.memory.unlimiformer import Encoded, Given, windows
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 from shared_model import (
     THREADS,
     assert_checkpoints_change_no_gradient,

@@ -10,10 +10,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dense
 from longspan.apply import apply
-from longspan.errors import NotSupported, SpecError
-from longspan.facts import RopeFacts
-from longspan.method import parse
+from longspan.core.facts import RopeFacts
+from longspan.core.method import parse
 from longspan.positions.dynamic_ntk import DynamicNTK
+from longspan.util.errors import NotSupported, SpecError
 
 WINDOW = 16
 CLOSE = {"rtol": 0, "atol": 1e-5}

@@ -11,10 +11,10 @@ from transformers import DynamicCache, Llama4ForCausalLM, Llama4TextConfig, Llam
 
 import dense
 from longspan.apply import Attend, apply, remove
-from longspan.errors import NotSupported, SpecError
-from longspan.facts import facts_of
-from longspan.method import parse
+from longspan.core.facts import facts_of
+from longspan.core.method import parse
 from longspan.positions.logn import LogN
+from longspan.util.errors import NotSupported, SpecError
 
 CLOSE = {"rtol": 0, "atol": 5e-5}
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.errors import SpecError
 from longspan.positions.pose import PoSE, sampler
+from longspan.util.errors import SpecError
 
 
 @settings(max_examples=200, deadline=None)

@@ -13,9 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dense
 from longspan.apply import apply, remove
-from longspan.errors import NotSupported, SpecError
-from longspan.facts import RopeFacts, facts_of, rotary_modules
-from longspan.method import parse
+from longspan.core.facts import RopeFacts, facts_of, rotary_modules
+from longspan.core.method import parse
 from longspan.positions.rope_scaling import (
     Llama3,
     LongRoPE,
@@ -26,6 +25,7 @@ from longspan.positions.rope_scaling import (
     YaRN,
     plain_frequencies,
 )
+from longspan.util.errors import NotSupported, SpecError
 
 LLAMA2 = RopeFacts(theta=1e4, dim=128, type="default", window=4096, per_layer_type=False)
 LLAMA3 = RopeFacts(theta=5e5, dim=128, type="default", window=8192, per_layer_type=False)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from longspan.core.method import parse
 from longspan.lm.attention import relative_bias, scheme_attention
-from longspan.method import parse
 from longspan.positions.absolute import sinusoid
 from longspan.positions.alibi import slopes
 from longspan.positions.scheme import Place, Shape

@@ -9,11 +9,11 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import dense
 from longspan.apply import apply, remove
-from longspan.errors import NotSupported, SpecError
-from longspan.facts import facts_of
-from longspan.method import parse
+from longspan.core.facts import facts_of
+from longspan.core.method import parse
 from longspan.positions import near_far
 from longspan.positions.self_extend import SelfExtend
+from longspan.util.errors import NotSupported, SpecError
 
 CLOSE = {"rtol": 0, "atol": 5e-5}
 """Angles are float32 in transformers and float64 in the judge; a key at a wrong distance moves logits by 1e-2 and more."""

@@ -24,12 +24,12 @@ from transformers import (
 import dense
 from longspan.apply import applied, apply, remove
 from longspan.attention.window import Window
-from longspan.errors import NotSupported, SpecError
-from longspan.facts import facts_of
-from longspan.method import parse
+from longspan.core.facts import facts_of
+from longspan.core.method import parse
 from longspan.positions import spans
 from longspan.positions.bca import BlockwiseCausal
 from longspan.positions.spans import Span
+from longspan.util.errors import NotSupported, SpecError
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
 METHODS = [Window(6), Window(1), Window(17), BlockwiseCausal(6), BlockwiseCausal(2), BlockwiseCausal(16)]

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import longspan as ls
-from longspan.errors import LongspanError
 from longspan.tasks.answers import PARTS, WORDS, by_position, check_options, choose, continuation, judge, judge_stream
 from longspan.tasks.base import Prefilled, chunked_prefill, encode, greedy
+from longspan.util.errors import LongspanError
 
 IDS = [(i * 37 + 5) % 250 + 2 for i in range(90)]
 

@@ -8,8 +8,8 @@ import pytest
 from oracles import broken, check_samples, digest, places, run, whole
 from tasks_tiny import FakeMeter, byte_tokenizer, llama
 
-from longspan.errors import SpecError
 from longspan.tasks.base import parse_task
+from longspan.util.errors import SpecError
 
 
 def said(task: Any, tokenizer: Any, sample: Any) -> tuple[str, str]:

@@ -13,10 +13,10 @@ import torch
 from oracles import broken, check_samples, digest, run, whole
 from tasks_tiny import FakeMeter, KnownModel, byte_tokenizer, llama
 
-from longspan.errors import SpecError
 from longspan.tasks import facts
 from longspan.tasks.base import encode, parse_task
 from longspan.tasks.facts import OPPOSITE, PLACES, Reasoning, first_word
+from longspan.util.errors import SpecError
 
 SENTENCES = "".join(f"Sentence {i} has nothing to say.\n" for i in range(400))
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from oracles import broken, check_samples, digest, places, run
 from tasks_tiny import FakeMeter, byte_tokenizer, llama
 
-from longspan.errors import SpecError
 from longspan.tasks.base import parse_task
 from longspan.tasks.triples import SEEN, UNSEEN, Triple, draw
+from longspan.util.errors import SpecError
 
 
 def number_in(text: str) -> int:

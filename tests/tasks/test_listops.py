@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from longspan.errors import SpecError
 from longspan.tasks.listops import OPERATIONS, Node, Tree, Trees, read, value, words
+from longspan.util.errors import SpecError
 
 GOLDEN = {
     "7": 7,

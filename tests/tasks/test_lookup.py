@@ -9,9 +9,9 @@ import pytest
 from oracles import broken, check_samples, digest, places, run, whole
 from tasks_tiny import FakeMeter, byte_tokenizer, llama
 
-from longspan.errors import SpecError
 from longspan.tasks.answers import WORDS
 from longspan.tasks.base import parse_task
+from longspan.util.errors import SpecError
 
 
 def read(tokenizer: Any, ids: list[int]) -> tuple[dict[str, str], list[tuple[str, str]]]:

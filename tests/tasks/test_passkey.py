@@ -13,7 +13,6 @@ from tasks_tiny import FakeMeter, KnownModel, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from longspan.errors import NotSupported, SpecError
 from longspan.models import ready_folder
 from longspan.tasks.base import encode, parse_task
 from longspan.tasks.passkey import (
@@ -25,6 +24,7 @@ from longspan.tasks.passkey import (
     landmark_prompt,
     read_key,
 )
+from longspan.util.errors import NotSupported, SpecError
 
 GOLDEN = [
     (0, 49674, 247, "1e61f62f8f6e74dc"),

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from tasks_tiny import FakeMeter, KnownModel, byte_tokenizer, llama
 from torch import Tensor
 
-from longspan.errors import SpecError
 from longspan.tasks.base import Sample, parse_task
 from longspan.tasks.perplexity import (
     PROTOCOLS,
@@ -31,6 +30,7 @@ from longspan.tasks.perplexity import (
     whole,
     yarn,
 )
+from longspan.util.errors import SpecError
 
 SLIDING = ["nonoverlapping", "sliding", "rolling", "longlora", "yarn"]
 

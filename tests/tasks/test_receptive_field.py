@@ -10,10 +10,10 @@ import torch
 from tasks_tiny import FakeMeter, llama
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from longspan.compare.stats import independent
-from longspan.errors import SpecError
+from longspan.compare.statistics import independent
 from longspan.tasks.base import parse_task
 from longspan.tasks.receptive_field import field, gradient_norms
+from longspan.util.errors import SpecError
 
 
 def windowed(layers: int, window: int) -> Any:

@@ -11,9 +11,9 @@ from tasks_tiny import llama
 from transformers import PreTrainedTokenizerFast
 
 from longspan.apply import applied
-from longspan.errors import NotSupported
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.tasks.resolution import Resolution, mean_scores, resolution
+from longspan.util.errors import NotSupported
 
 SIZES = {
     "vocab_size": 100,

@@ -12,9 +12,9 @@ from oracles import broken, check_samples, digest, places, run, whole
 from tasks_tiny import FakeMeter, byte_tokenizer, llama
 
 import longspan as ls
-from longspan.errors import SpecError
 from longspan.tasks.base import Task, parse_task
 from longspan.tasks.questions import generated, read_questions
+from longspan.util.errors import SpecError
 
 SPECS = ["stream-eval", "stream-eval:every=3,distance=4,digits=2", "stream-qa"]
 

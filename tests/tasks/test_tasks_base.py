@@ -10,7 +10,6 @@ import torch
 from tasks_tiny import FakeMeter, byte_tokenizer, llama
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
-from longspan.errors import LongspanError, SpecError
 from longspan.hf.compat import cache_argument
 from longspan.tasks import base
 from longspan.tasks.base import (
@@ -28,6 +27,7 @@ from longspan.tasks.base import (
     task_catalogue,
     with_bos,
 )
+from longspan.util.errors import LongspanError, SpecError
 
 IDS = [(i * 37 + 5) % 250 + 2 for i in range(60)]
 

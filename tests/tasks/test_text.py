@@ -11,10 +11,10 @@ import pytest
 from tasks_tiny import byte_tokenizer
 
 import tiny
-from longspan.errors import SpecError
 from longspan.tasks.base import encode
 from longspan.tasks.text import Ring, check_text, read_text, tokenised
 from longspan.training.data import tokenise
+from longspan.util.errors import SpecError
 
 
 @pytest.mark.parametrize(("name", "least", "word"), [("prose", 1_000_000, "the"), ("code", 3_000_000, "def ")])

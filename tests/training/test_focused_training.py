@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import longspan as ls
 from longspan.apply import current
-from longspan.errors import SpecError
 from longspan.training.metrics import read_metrics
 from longspan.training.recipe import read_recipe
+from longspan.util.errors import SpecError
 
 Have = dict[str, Path]
 METHOD = "focused:local=16,layers=1"

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 import longspan as ls
 import tiny
-from longspan.errors import SpecError
-from longspan.memory import gist
+from longspan.memory.gist import method as gist
 from longspan.tasks.base import parse_task
 from longspan.training.data import task_tokens
 from longspan.training.metrics import read_metrics
 from longspan.training.recipe import read_recipe
 from longspan.training.samples import IGNORE, TextWindows
+from longspan.util.errors import SpecError
 
 Have = dict[str, Path]
 LENGTH = 200

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 import longspan as ls
 from longspan.apply import current
-from longspan.errors import SpecError
-from longspan.memory import landmark
+from longspan.memory.landmark import method as landmark
 from longspan.training.metrics import read_metrics
 from longspan.training.recipe import read_recipe
+from longspan.util.errors import SpecError
 
 Have = dict[str, Path]
 

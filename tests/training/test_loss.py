@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 import tiny
-from longspan.errors import NotSupported
 from longspan.training import build
 from longspan.training.loss import NextToken
 from longspan.training.proofs import prove_boundaries, prove_jump
+from longspan.util.errors import NotSupported
 
 SIZES = [1, 5, 7, 24, 100]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from longspan.errors import LongspanError, SpecError
 from longspan.training.recipe import Recipe, TokenizerRecipe, differences, read_override, read_overrides, read_recipe
+from longspan.util.errors import LongspanError, SpecError
 
 ROOT = Path(__file__).parent.parent.parent
 SCRATCH: dict[str, Any] = {

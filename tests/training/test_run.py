@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import longspan as ls
 import tiny
+from longspan.cli.printing import console
 from longspan.compare.trained import training_cost
-from longspan.errors import LongspanError, NotSupported, SpecError
-from longspan.memory import gist, landmark
-from longspan.printing import console
+from longspan.memory.gist import method as gist
+from longspan.memory.landmark import method as landmark
 from longspan.tasks.base import encode, parse_task
 from longspan.training import run as run_module
 from longspan.training import trainer
@@ -36,6 +36,7 @@ from longspan.training.recipe import read_recipe
 from longspan.training.run import terminal
 from longspan.training.samples import IGNORE, TextWindows
 from longspan.training.trainer import COMPLETE, clear_broken, newest_checkpoint
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 Have = dict[str, Path]
 SIZES = {k: v for k, v in recipes_tiny.MODEL.items() if k != "type"}

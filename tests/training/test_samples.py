@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from longspan.errors import SpecError
 from longspan.positions.pose import PoSE
 from longspan.training.data import Tokens
 from longspan.training.samples import (
@@ -21,6 +20,7 @@ from longspan.training.samples import (
     collate,
     labelled_share,
 )
+from longspan.util.errors import SpecError
 
 ENDS = np.array([5, 12, 13, 40])
 TOKENS = Tokens(np.arange(40, dtype=np.uint16), ENDS, "")

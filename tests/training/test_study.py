@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from longspan.cli import run
-from longspan.errors import NotSupported, SpecError
+from longspan.cli.main import run
 from longspan.training import study as studies
 from longspan.training.study import Curve, Settings, curves, read_results, study, table
+from longspan.util.errors import NotSupported, SpecError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import recipes_tiny
 import yaml
 
 import longspan as ls
-from longspan.cli import run
+from longspan.cli.main import run
 
 Have = dict[str, Path]
 

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.attention.base import Grid, Pattern
-from longspan.engine.block_lists import BlockLists, block_lists, listed_attention, refusal
-from longspan.engine.blocks import block_sparse_attention
-from longspan.engine.everywhere import Chosen, attend_everywhere
+from longspan.engine.blocks.gathered import block_sparse_attention
+from longspan.engine.blocks.lists import BlockLists, block_lists, listed_attention, refusal
+from longspan.engine.global_tokens import Chosen, attend_everywhere
 from longspan.engine.joint import by_row
 from longspan.engine.patterns import Call
-from longspan.errors import NotSupported
+from longspan.lm.base import Grid, Pattern
+from longspan.util.errors import NotSupported
 
 
 @dataclass(frozen=True)

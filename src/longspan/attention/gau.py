@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from longspan.attention.base import Mixer
-from longspan.engine.gated import Heads, Memory, Rule, mixed_both_ways, mixed_causal, quadratic
+from longspan.engine.linear.gated import Heads, Memory, Rule, mixed_both_ways, mixed_causal, quadratic
 from longspan.engine.patterns import text_lengths
-from longspan.errors import NotSupported
+from longspan.lm.base import Mixer
 from longspan.lm.state import state_of
 from longspan.positions.scheme import Place
 from longspan.positions.t5_bias import buckets
+from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
     from longspan.lm.configuration import LongspanConfig

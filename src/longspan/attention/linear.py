@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from longspan.attention.base import HANDED, Mixer
-from longspan.engine.linear import Kernel, State, bidirectional, causal
+from longspan.core.method import Method
+from longspan.engine.linear.attention import Kernel, State, bidirectional, causal
+from longspan.lm.base import HANDED, Mixer
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention, rotated
 from longspan.lm.state import state_of
-from longspan.method import Method
 from longspan.positions.scheme import Place
 
 

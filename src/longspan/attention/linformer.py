@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from longspan.attention.base import Mixer
 from longspan.engine.core import attention
-from longspan.errors import NotSupported
+from longspan.lm.base import Mixer
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention
 from longspan.lm.modeling import LongspanModel
 from longspan.positions.scheme import Place
+from longspan.util.errors import NotSupported
 
 
 class Projection(nn.Module):

@@ -17,11 +17,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from longspan.attention.base import Grid, Pattern
 from longspan.attention.trained import OnTrained
+from longspan.core.facts import ModelFacts
 from longspan.engine.joint import Chunk, Lane, Part, by_row, joint_attention
 from longspan.engine.patterns import Call, masked_attention
-from longspan.facts import ModelFacts
+from longspan.lm.base import Grid, Pattern
 
 TOKENS_AT_ONCE = 2**17
 """Queries whose sums are held in float32 at once."""

@@ -23,16 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from longspan.apply import Site
-from longspan.attention.base import Grid
 from longspan.attention.trained import OnTrained
-from longspan.engine import dilated
-from longspan.engine.dilated import dilated_attention, refusal
+from longspan.core.facts import ModelFacts
+from longspan.core.method import read_size
+from longspan.engine.dilated import attention as dilated
+from longspan.engine.dilated.attention import dilated_attention, refusal
 from longspan.engine.joint import Chunk, Lane, Part, by_row, joint_attention
 from longspan.engine.patterns import Call, masked_attention
-from longspan.errors import NotSupported
-from longspan.facts import ModelFacts
-from longspan.method import read_size
+from longspan.lm.base import Grid
 from longspan.positions.scheme import Place
+from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
     from longspan.lm.configuration import LongspanConfig

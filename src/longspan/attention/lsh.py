@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from longspan.attention.base import Mixer
-from longspan.engine.choices import decided
 from longspan.engine.core import expand_heads
+from longspan.engine.recorded_choices import decided
+from longspan.lm.base import Mixer
 from longspan.positions.scheme import Place
 
 if TYPE_CHECKING:

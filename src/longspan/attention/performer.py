@@ -1,6 +1,6 @@
 """Performer (FAVOR+, Choromanski 2021): attention by random features whose product estimates e^(q·k), in linear time.
 
-Keys' features are divided by their head's greatest so far (`engine/linear.py`), and nothing is added to them. The authors'
+Keys' features are divided by their head's greatest so far (`engine/linear/attention.py`), and nothing is added to them. The authors'
 code divides by the greatest of the whole text and adds 1e-6: then the causal form changes with tokens that come later, and
 features that sink below 1e-6 give every token the same weight.
 
@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from longspan.attention.base import HANDED
 from longspan.attention.linear import KernelAttention, KernelMixer
 from longspan.attention.random_features import Draw, RandomFeatures
-from longspan.engine.linear import Kernel, causal, read
-from longspan.errors import NotSupported
-from longspan.facts import ModelFacts
+from longspan.core.facts import ModelFacts
+from longspan.core.method import Method
+from longspan.engine.linear.attention import Kernel, causal, read
 from longspan.hf.forward import forward_of
+from longspan.lm.base import HANDED
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.modeling import LongspanModel
-from longspan.method import Method
 from longspan.positions.scheme import Place
+from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
     from longspan.apply import Attend, Site

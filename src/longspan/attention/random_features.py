@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longspan.engine.linear import Kernel, bidirectional
+from longspan.engine.linear.attention import Kernel, bidirectional
 
 RELU_FLOOR = 1e-3
 """Added to the features of the generalised ReLU kernel, as the authors' code does."""
@@ -155,7 +155,7 @@ def errors(
 
 def draw_errors(curves: Sequence[Errors], path: Path) -> None:
     """The curves as a picture: error against the number of features, and the error of equal weights as a dashed line."""
-    from longspan.compare.drawing import save_png, styles
+    from longspan.util.drawing import save_png, styles
 
     looks = styles([str(n) for n in range(len(curves))])
 

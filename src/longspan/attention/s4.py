@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers import initialization as init
 
-from longspan.attention.base import Mixer
-from longspan.engine.state_space import (
+from longspan.engine.state_space.attention import (
     DiagonalRecurrence,
     LowRankRecurrence,
     Modes,
@@ -34,6 +33,7 @@ from longspan.engine.state_space import (
     unpack,
     vandermonde_kernel,
 )
+from longspan.lm.base import Mixer
 from longspan.lm.state import MixerState, state_of
 from longspan.positions.scheme import Place
 

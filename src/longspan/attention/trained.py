@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from longspan.apply import Attend, Site, layer_number
-from longspan.attention.base import Grid, Pattern
+from longspan.core.facts import ModelFacts
 from longspan.engine.patterns import Call
 from longspan.engine.slices import Slices
-from longspan.errors import NotSupported
-from longspan.facts import ModelFacts
+from longspan.lm.base import Grid, Pattern
+from longspan.util.errors import NotSupported
 
 QUERIES_AT_ONCE = 512
 """Queries that share one mask."""

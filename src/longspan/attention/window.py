@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from longspan.attention.base import Grid, Pattern
-from longspan.engine.block_tables import Blocks, band
-from longspan.errors import NotSupported
-from longspan.facts import ModelFacts
+from longspan.core.facts import ModelFacts
+from longspan.engine.blocks.tables import Blocks, band
+from longspan.lm.base import Grid, Pattern
 from longspan.positions.scheme import Place
 from longspan.positions.spans import Span
+from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
     from longspan.lm.configuration import LongspanConfig

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from longspan import __version__
-from longspan.facts import ModelFacts
+from longspan.core.facts import ModelFacts
 
 
 @dataclass

@@ -29,14 +29,14 @@ import torch
 
 import longspan
 from longspan.compare import cost
-from longspan.compare.cells import SOURCES, Cell, MethodLike, Plan, Request, as_list, make_plan
-from longspan.compare.results import by_reason, duration, size
+from longspan.compare.planning import SOURCES, Cell, MethodLike, Plan, Request, as_list, make_plan
+from longspan.compare.report.results import by_reason, duration, size
 from longspan.compare.screen import Screen
 from longspan.compare.store import LOGS, MANIFEST, Record, Run, Store, is_finished, read_manifest
 from longspan.compare.worker import Job, run_job
-from longspan.errors import LongspanError, SpecError
-from longspan.method import Combination, Method
+from longspan.core.method import Combination, Method
 from longspan.tasks.base import Task
+from longspan.util.errors import LongspanError, SpecError
 
 Ending = tuple[str, Any]
 """How a worker ended: `("done", result)`, `("out_of_memory", text)` or `("failed", text)`."""

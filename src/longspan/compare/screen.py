@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from longspan.compare.cells import Cell
-from longspan.compare.results import duration, size
+from longspan.compare.planning import Cell
+from longspan.compare.report.results import duration, size
 
 
 def result_line(record: dict[str, Any], metric: str) -> str:

@@ -17,8 +17,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from longspan.compare import stats
-from longspan.errors import LongspanError, writing
+from longspan.compare import statistics as stats
+from longspan.util.errors import LongspanError, writing
 
 MANIFEST = "run.json"
 CELLS = "cells.jsonl"

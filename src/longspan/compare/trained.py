@@ -11,8 +11,8 @@ from typing import Any
 
 from longspan import models
 from longspan.compare.store import read_object
-from longspan.errors import LongspanError, NotSupported
-from longspan.facts import ModelFacts
+from longspan.core.facts import ModelFacts
+from longspan.util.errors import LongspanError, NotSupported
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs; naïve? 世界!\n    def f(x): return x\n"
 

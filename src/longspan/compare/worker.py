@@ -31,15 +31,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from longspan.apply import current
-from longspan.compare import stats
-from longspan.compare.cells import Cell, scale_of
+from longspan.compare import statistics as stats
 from longspan.compare.cost import Meter
+from longspan.compare.planning import Cell, scale_of
 from longspan.compare.store import clean
-from longspan.errors import LongspanError
-from longspan.facts import text_config
-from longspan.include import load_from_environment
+from longspan.core.facts import text_config
 from longspan.models import load
+from longspan.plugins import load_from_environment
 from longspan.tasks.base import Outcome, Sample
+from longspan.util.errors import LongspanError
 
 _NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "not enough memory")
 

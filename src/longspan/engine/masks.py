@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.engine.bias import bias_rows
+from longspan.engine.biased.bias import bias_rows
 from longspan.engine.core import attention, expand_heads, with_zero_key
 from longspan.engine.slices import Slices
 
 if TYPE_CHECKING:
-    from longspan.attention.base import Grid, Pattern
     from longspan.engine.patterns import Call
+    from longspan.lm.base import Grid, Pattern
 
 BLOCKS = (64, 512)
 """The fewest and the most queries that share one mask."""

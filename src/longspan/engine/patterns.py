@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longspan.engine import routes
+from longspan.engine import backends as routes
 from longspan.engine.core import expand_heads
 from longspan.engine.masks import masked_attention
 
 if TYPE_CHECKING:
-    from longspan.attention.base import Grid, Pattern
+    from longspan.lm.base import Grid, Pattern
 
 
 @dataclass(frozen=True)

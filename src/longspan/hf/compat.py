@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import TransformersKwargs
 
-from longspan.errors import NotSupported
+from longspan.util.errors import NotSupported
 
 NEW, OLD = "cache", "past_key_values"
 CACHE = NEW if NEW in {field.name for field in fields(BaseModelOutputWithPast)} else OLD

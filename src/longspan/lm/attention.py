@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from longspan.attention.base import Grid
-from longspan.engine.bias import bias_rows
-from longspan.engine.biased import biased_attention, serves
+from longspan.engine.biased.attention import biased_attention, serves
+from longspan.engine.biased.bias import bias_rows
 from longspan.engine.core import attention, causal_mask, expand_heads, with_zero_key
 from longspan.engine.joint import Chunk, Lane, Part, joint_attention
 from longspan.engine.patterns import Call, attend, shifted, text_lengths
-from longspan.engine.rolling import WindowLayer
 from longspan.engine.slices import Slices
+from longspan.hf.rolling import WindowLayer
+from longspan.lm.base import Grid
 from longspan.positions.scheme import Place, distances, ending_at
 
 SCHEME = "longspan_scheme"

@@ -7,12 +7,12 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from longspan.attention.base import Attention
-from longspan.errors import NotSupported, SpecError
+from longspan.core.method import parse
 from longspan.hf.compat import CACHE_NAMES
-from longspan.method import parse
+from longspan.lm.base import Attention
 from longspan.positions.logn import LogN, LogNPlace
 from longspan.positions.scheme import Place, Scheme, Shape
+from longspan.util.errors import NotSupported, SpecError
 
 KINDS = ("decoder", "encoder", "encoder-decoder")
 SINKS = ("none", "zero", "learned")

@@ -14,10 +14,10 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMix
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
-from longspan.errors import NotSupported
 from longspan.hf import compat
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.modeling import LongspanModel, LongspanPreTrainedModel, label_loss
+from longspan.util.errors import NotSupported
 
 
 class LongspanEncoder(LongspanModel):

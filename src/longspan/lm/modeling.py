@@ -22,17 +22,17 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from longspan.attention.base import HANDED, Full
-from longspan.errors import NotSupported
 from longspan.hf import compat
 from longspan.hf.compat import FORWARD
 from longspan.lm.attention import SCHEME, consecutive
+from longspan.lm.base import HANDED, Full
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention, LongspanLayer
 from longspan.lm.packed import packed, put_back, texts_in
 from longspan.lm.reversible import reversible
 from longspan.lm.sink import LED, SinkToken
 from longspan.positions.scheme import Place, ending_at
+from longspan.util.errors import NotSupported
 
 
 class LongspanPreTrainedModel(PreTrainedModel):

@@ -7,7 +7,7 @@ norm, reads one and is added to the other, in turn:
 
 Two such steps are equation (9), Y1 = X1 + Attention(X2), Y2 = X2 + FeedForward(Y1). The backward pass has the last
 activations and works its way back, running every branch once more with the random numbers, the precision and the decisions
-(`longspan.engine.choices`) of the first time. So memory is that of one branch, whatever the depth, and time about a third
+(`longspan.engine.recorded_choices`) of the first time. So memory is that of one branch, whatever the depth, and time about a third
 more. The model reads the mean of both streams: so it has as many parameters as the usual one, as the paper says of its own
 (the authors' encoder-decoder takes the mean as well; their language model sets the streams side by side).
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from longspan.engine.choices import keeping, repeating
+from longspan.engine.recorded_choices import keeping, repeating
 
 Branch = Callable[..., Tensor]
 """branch(stream, **inputs): what is added to the other stream, of the same shape."""

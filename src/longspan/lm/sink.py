@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from longspan.errors import NotSupported
 from longspan.hf import compat
+from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
     from longspan.lm.modeling import LongspanModel

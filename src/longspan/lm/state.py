@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from longspan.engine.rolling import WindowLayer
-from longspan.errors import NotSupported
+from longspan.hf.rolling import WindowLayer
+from longspan.util.errors import NotSupported
 
 
 class MixerState(CacheLayerMixin):

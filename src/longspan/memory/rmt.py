@@ -39,13 +39,13 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from longspan.apply import Site
+from longspan.core.facts import ModelFacts, text_config
+from longspan.core.method import Method
 from longspan.engine.patterns import roll
-from longspan.errors import NotSupported
-from longspan.facts import ModelFacts, text_config
 from longspan.hf import compat
 from longspan.hf.forward import counts_on
 from longspan.lm.state import MixerState
-from longspan.method import Method
+from longspan.util.errors import NotSupported
 
 
 @dataclass(frozen=True)

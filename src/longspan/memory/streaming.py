@@ -26,16 +26,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from longspan.apply import Attend, Site, layer_number
-from longspan.engine import one_query, windowed
+from longspan.core.facts import ModelFacts, text_config
+from longspan.core.method import Method
 from longspan.engine.core import attention, expand_heads, with_zero_key
-from longspan.engine.rolling import StreamingLayer, streaming_cache
+from longspan.engine.decode import single_query as one_query
 from longspan.engine.slices import Slices
-from longspan.errors import NotSupported
-from longspan.facts import ModelFacts, text_config
+from longspan.engine.window import rolling_window as windowed
 from longspan.hf.compat import CACHE
 from longspan.hf.forward import forward_of
-from longspan.method import Method
-from longspan.positions.rotary import rotate
+from longspan.hf.rolling import StreamingLayer, streaming_cache
+from longspan.hf.rotary import rotate
+from longspan.util.errors import NotSupported
 
 QUERIES_AT_ONCE = 1024
 """How many queries share one SDPA call when many come at once: bounds the mask."""

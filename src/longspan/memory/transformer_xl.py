@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from longspan.attention.base import Grid, Pattern
 from longspan.engine.core import expand_heads
 from longspan.engine.patterns import roll, shifted
-from longspan.errors import NotSupported
 from longspan.lm.attention import scheme_attention
+from longspan.lm.base import Grid, Pattern
 from longspan.lm.layers import LongspanAttention, rotated
 from longspan.positions.scheme import Place
+from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
     from longspan.lm.configuration import LongspanConfig

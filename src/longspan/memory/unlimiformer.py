@@ -43,12 +43,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from longspan import crossing
 from longspan.apply import Site
-from longspan.engine import retrieval
-from longspan.errors import LongspanError, NotSupported, writing
-from longspan.facts import ModelFacts
-from longspan.method import Method
+from longspan.core.facts import ModelFacts
+from longspan.core.method import Method
+from longspan.engine.retrieval import top as retrieval
+from longspan.hf import encoder_decoder as crossing
+from longspan.util.errors import LongspanError, NotSupported, writing
 
 How = Literal["retrieval", "random"]
 _ENCODED = "longspan_encoded"

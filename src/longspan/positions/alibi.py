@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longspan.engine.bias import Bias
+from longspan.engine.biased.bias import Bias
 from longspan.positions.scheme import Place, Scheme, Shape
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from longspan.facts import ModelFacts
+from longspan.core.facts import ModelFacts
 from longspan.positions.spans import Span
 
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from longspan.apply import Attend, Site
+from longspan.core.facts import ModelFacts, RopeFacts
+from longspan.core.method import Method
 from longspan.engine.core import attention
 from longspan.engine.slices import Slices
-from longspan.errors import NotSupported
-from longspan.facts import ModelFacts, RopeFacts
-from longspan.method import Method
-from longspan.positions.rotary import rotate
+from longspan.hf.rotary import rotate
+from longspan.util.errors import NotSupported
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from longspan.engine.bias import Bias
+from longspan.engine.biased.bias import Bias
 from longspan.positions.scheme import Place, Scheme, Shape
 
 LEAST = 0.01

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from longspan.apply import Attend, Site
-from longspan.engine.bias import Bias
-from longspan.facts import ModelFacts
-from longspan.method import Method
+from longspan.core.facts import ModelFacts
+from longspan.core.method import Method
+from longspan.engine.biased.bias import Bias
 from longspan.positions.scheme import Place
 
 

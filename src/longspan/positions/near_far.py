@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from longspan.apply import Attend, Site
+from longspan.core.facts import ModelFacts
+from longspan.core.method import Method
 from longspan.engine.core import attention, expand_heads, reference_mix
 from longspan.engine.slices import Slices
-from longspan.errors import NotSupported
-from longspan.facts import ModelFacts
-from longspan.method import Method
-from longspan.positions.rotary import rotate
+from longspan.hf.rotary import rotate
+from longspan.util.errors import NotSupported
 
 QUERIES_AT_ONCE = 512
 """How many queries share one SDPA call: bounds the mask and the copies of keys."""

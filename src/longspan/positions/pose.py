@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from longspan.errors import SpecError
+from longspan.util.errors import SpecError
 
 SPAN = 5
 """How many windows of text the chunks are taken from, where there are as many; as in the authors' code."""

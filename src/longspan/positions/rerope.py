@@ -17,9 +17,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from longspan.errors import SpecError
-from longspan.facts import ModelFacts
+from longspan.core.facts import ModelFacts
 from longspan.positions.near_far import NearFar
+from longspan.util.errors import SpecError
 
 _SOURCE = "Su 2023, kexue.fm/archives/9708; github.com/bojone/rerope"
 

@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from longspan.errors import NotSupported, SpecError
-from longspan.facts import ModelFacts, RopeFacts
-from longspan.method import Method
-from longspan.textfiles import read_text
+from longspan.core.facts import ModelFacts, RopeFacts
+from longspan.core.method import Method
+from longspan.util.errors import NotSupported, SpecError
+from longspan.util.textfiles import read_text
 
 Frequencies = np.ndarray
 

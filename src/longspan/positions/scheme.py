@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from longspan.engine.bias import Bias
-from longspan.errors import NotSupported
-from longspan.facts import ModelFacts
-from longspan.method import Method
+from longspan.core.facts import ModelFacts
+from longspan.core.method import Method
+from longspan.engine.biased.bias import Bias
+from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
     from longspan.apply import Site

@@ -14,9 +14,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from longspan.errors import SpecError
-from longspan.facts import ModelFacts
+from longspan.core.facts import ModelFacts
 from longspan.positions.near_far import NearFar
+from longspan.util.errors import SpecError
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from longspan.apply import Attend, Site
+from longspan.core.facts import ModelFacts
+from longspan.core.method import Method
 from longspan.engine.slices import Slices
-from longspan.errors import NotSupported
-from longspan.facts import ModelFacts
-from longspan.method import Method
+from longspan.util.errors import NotSupported
 
 QUERIES_AT_ONCE = 512
 """How many queries share one call of the model's attention: bounds the mask and the copies of keys."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.engine.bias import Bias
+from longspan.engine.biased.bias import Bias
 from longspan.positions.scheme import Place, Scheme, Shape
 
 

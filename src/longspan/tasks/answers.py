@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.errors import LongspanError
 from longspan.tasks.base import Prefilled, chunked_prefill, encode, encode_all, forced
+from longspan.util.errors import LongspanError
 
 if TYPE_CHECKING:
     from longspan.compare.cost import Meter

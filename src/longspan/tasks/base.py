@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.errors import LongspanError, SpecError, nearest
-from longspan.facts import text_config
+from longspan.core.facts import text_config
+from longspan.core.method import _format, read_settings
 from longspan.hf.compat import cache_of, with_cache
-from longspan.method import _format, read_settings
+from longspan.util.errors import LongspanError, SpecError, nearest
 
 if TYPE_CHECKING:
     from longspan.compare.cost import Meter

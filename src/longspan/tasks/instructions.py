@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.errors import SpecError
-from longspan.facts import text_config
+from longspan.core.facts import text_config
 from longspan.tasks.answers import UNSOUND, continuations, judge
 from longspan.tasks.base import Outcome, Sample, Task, check_fits, encode_all, with_bos
 from longspan.tasks.triples import SEEN, UNSEEN, Triple, data_files, draw, read_triples
+from longspan.util.errors import SpecError
 
 if TYPE_CHECKING:
     from longspan.compare.cost import Meter

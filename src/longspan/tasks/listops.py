@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from longspan.errors import SpecError
+from longspan.util.errors import SpecError
 
 OPERATIONS = ("[MIN", "[MAX", "[MED", "[SM")
 END = "]"

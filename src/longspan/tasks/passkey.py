@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.chat_template import encode_rendered, render
-from longspan.errors import NotSupported
+from longspan.reading.chat_template import encode_rendered, render
 from longspan.tasks.base import Outcome, Sample, Task, check_fits, chunked_prefill, encode, greedy, with_bos
+from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
     from longspan.compare.cost import Meter

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.facts import text_config
+from longspan.core.facts import text_config
 from longspan.tasks.base import Outcome, Sample, Task, bos_id, check_fits, chunked_prefill, forced
 from longspan.tasks.text import check_text, read_text, tokenised
 

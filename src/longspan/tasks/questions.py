@@ -8,9 +8,9 @@ import string
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longspan.errors import SpecError
 from longspan.tasks.answers import WORDS
-from longspan.textfiles import read_text
+from longspan.util.errors import SpecError
+from longspan.util.textfiles import read_text
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.errors import NotSupported
 from longspan.tasks.base import Outcome, Sample, Task, bos_id, check_fits
 from longspan.tasks.perplexity import _GOLDEN, SHORTEST
 from longspan.tasks.text import check_text, read_text, tokenised
+from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
     from longspan.compare.cost import Meter

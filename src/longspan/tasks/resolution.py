@@ -22,12 +22,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longspan.engine.core import expand_heads
-from longspan.errors import NotSupported
 from longspan.lm.attention import SCHEME, query_scores, relative_scores
 from longspan.positions.scheme import Place
 from longspan.tasks.base import Outcome, Sample, Task
 from longspan.tasks.receptive_field import POINTS, windows
 from longspan.tasks.text import check_text, read_text
+from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
     from longspan.compare.cost import Meter

@@ -25,9 +25,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from longspan.errors import SpecError, nearest
 from longspan.tasks.base import encode_all
-from longspan.textfiles import decode
+from longspan.util.errors import SpecError, nearest
+from longspan.util.textfiles import decode
 
 BUILT_IN = ("prose", "code", "novel")
 NOVEL = Path(__file__).parents[1] / "texts" / "novel.txt.gz"

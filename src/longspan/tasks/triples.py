@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longspan.errors import SpecError
 from longspan.tasks.answers import WORDS
-from longspan.textfiles import read_text
+from longspan.util.errors import SpecError
+from longspan.util.textfiles import read_text
 
 SUFFIXES = (".json", ".jsonl")
 _SYLLABLES = ("ka", "mo", "ti", "ru", "se", "lo", "na", "vi", "du", "pe", "zo", "fa")

@@ -12,14 +12,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from longspan import models
 from longspan.apply import apply
-from longspan.errors import NotSupported, SpecError, nearest
-from longspan.facts import ModelFacts, text_config
-from longspan.fetching import reading
-from longspan.memory import gist, landmark
+from longspan.core.facts import ModelFacts, text_config
+from longspan.core.method import Combination, NoMethod, parse
+from longspan.memory.gist import method as gist
+from longspan.memory.landmark import method as landmark
 from longspan.memory.rmt import RMT, around
-from longspan.method import Combination, NoMethod, parse
 from longspan.training.data import load_tokenizer, rows_needed
 from longspan.training.recipe import LoraRecipe, Recipe, TokenizerRecipe
+from longspan.util.errors import NotSupported, SpecError, nearest
+from longspan.util.fetching import reading
 
 _NOT_SETTINGS = ("model_type", "transformers_version", "architectures", "name_or_path", "_name_or_path")
 

@@ -24,13 +24,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from longspan.compare.store import write_atomically
-from longspan.errors import NotSupported, SpecError, writing
-from longspan.fetching import reading
-from longspan.memory import gist
+from longspan.memory.gist import method as gist
 from longspan.models import ready_folder
 from longspan.tasks.base import Task, encode_all, parse_task, task_catalogue
 from longspan.tasks.text import BUILT_IN, check_text, read_text
 from longspan.training.recipe import DataRecipe, Recipe, TokenizerRecipe
+from longspan.util.errors import NotSupported, SpecError, writing
+from longspan.util.fetching import reading
 
 _READ_AS = "text without special tokens"
 """Changes when the same texts give other tokens, so that old ones are made again."""

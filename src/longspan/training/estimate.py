@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from longspan import models
 from longspan.compare import cost
-from longspan.compare.results import duration, size
-from longspan.facts import ModelFacts, facts_of, text_config
+from longspan.compare.report.results import duration, size
+from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.plan import available, measure
 from longspan.training import build
 from longspan.training.metrics import work

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from longspan.errors import NotSupported
 from longspan.tasks.base import _plain_head
 from longspan.training.samples import IGNORE
+from longspan.util.errors import NotSupported
 
 
 class NextToken(nn.Module):

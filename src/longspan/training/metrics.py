@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from longspan.attention.base import Grid, Pattern
-from longspan.compare.results import duration, size
-from longspan.errors import writing
-from longspan.facts import ModelFacts, facts_of, text_config
+from longspan.compare.report.results import duration, size
+from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.lm import LongspanConfig
+from longspan.lm.base import Grid, Pattern
+from longspan.util.errors import writing
 
 Record = dict[str, Any]
 

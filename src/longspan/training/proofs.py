@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from longspan.errors import NotSupported
-from longspan.facts import text_config
+from longspan.core.facts import text_config
+from longspan.util.errors import NotSupported
 
 _HALF = 8
 

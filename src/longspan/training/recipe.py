@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 import yaml
 
-from longspan.errors import LongspanError, SpecError, nearest
-from longspan.method import parse, read_size
+from longspan.core.method import parse, read_size
 from longspan.positions.pose import PoSE
-from longspan.textfiles import read_text
+from longspan.util.errors import LongspanError, SpecError, nearest
+from longspan.util.textfiles import read_text
 
 T = typing.TypeVar("T")
 

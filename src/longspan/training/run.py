@@ -37,12 +37,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from longspan import models
-from longspan.compare.results import duration, size
+from longspan.compare.report.results import duration, size
 from longspan.compare.store import read_object, write_atomically
-from longspan.errors import LongspanError, NotSupported, SpecError, writing
-from longspan.facts import facts_of, text_config
-from longspan.memory import focused, gist, landmark
-from longspan.method import Combination
+from longspan.core.facts import facts_of, text_config
+from longspan.core.method import Combination
+from longspan.memory.focused import method as focused
+from longspan.memory.gist import method as gist
+from longspan.memory.landmark import method as landmark
 from longspan.training import build
 from longspan.training.data import (
     Tokens,
@@ -71,6 +72,7 @@ from longspan.training.trainer import (
     save_folder,
     step_of,
 )
+from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
 
 _RUN, _RESULT, _LOCK = "run.json", "result.json", ".lock"
 _LOST = "it says which training the folder holds: bring it back, or name another out"

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from longspan.errors import SpecError
 from longspan.positions.pose import SPAN, PoSE, sampler
 from longspan.training.data import Tokens
+from longspan.util.errors import SpecError
 
 IGNORE = -100
 """The label of a place where no loss is wanted."""

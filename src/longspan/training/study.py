@@ -29,13 +29,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longspan.apply import applied
 from longspan.compare.cost import Meter
 from longspan.compare.store import write_atomically
-from longspan.errors import NotSupported, SpecError
 from longspan.lm.configuration import read_position
 from longspan.models import fingerprint, load, read_config
 from longspan.tasks.base import Task, parse_task
 from longspan.tasks.text import check_text
 from longspan.training.metrics import append_line, read_lines
 from longspan.training.recipe import read_recipe
+from longspan.util.errors import NotSupported, SpecError
 
 SCHEMES = (
     "sinusoidal",
@@ -280,7 +280,7 @@ def curves_of_field(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[f
 
 
 def _draw(path: Path, drawn: dict[str, list[Curve]], fields: dict[str, tuple[list[float], list[float]]]) -> None:
-    from longspan.compare.drawing import save_png, styles
+    from longspan.util.drawing import save_png, styles
 
     names = [c.scheme for c in next(iter(drawn.values()))]
     looks = styles(names)

@@ -32,12 +32,12 @@ from transformers import (
 
 from longspan.compare import cost
 from longspan.compare.store import write_atomically
-from longspan.errors import LongspanError, writing
-from longspan.fetching import quiet
 from longspan.training.loss import NextToken
 from longspan.training.metrics import Journal, Live
 from longspan.training.recipe import Recipe
 from longspan.training.samples import collate
+from longspan.util.errors import LongspanError, writing
+from longspan.util.fetching import quiet
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"

@@ -1,0 +1,305 @@
+"""A method is a frozen dataclass of its settings; a spec string is how it is written in text; a combination is several.
+
+    yarn:factor=4                      one method with one setting
+    ntk:factor=8 + streaming:window=4k two methods that fill different slots
+
+A method states as data what it fills (`slots`), and two methods that fill the same slot cannot be combined. It states as
+code what it needs of a model (`check`), how a target length becomes settings (`resolve`), and how it is put on a model
+(`attach`, through the seams of `longspan.apply`). Subclassing `Method` with a `name` is all the registration there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from longspan.core.facts import ModelFacts
+from longspan.util.errors import NotSupported, SpecError, nearest
+
+if TYPE_CHECKING:
+    from longspan.apply import Site
+
+T = typing.TypeVar("T")
+_REGISTRY: dict[str, type[Method]] = {}
+_FOLDERS = ("positions", "attention", "memory", "prompts")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every method. Class variables describe it; dataclass fields are its settings."""
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Other names that it goes by, its paper's among them: they are read as `name`. The class's own name is one without being
+    listed; capitals and hyphens do not count in them."""
+    near: ClassVar[tuple[str, ...]] = ()
+    """Methods that are not here and that this one is the nearest to: it is named to whoever asks for them."""
+    paper: ClassVar[str] = ""
+    seam: ClassVar[Literal["position", "attention", "memory", "prompt", "training"]] = "position"
+    slots: ClassVar[frozenset[str]] = frozenset()
+    """What the method fills: two methods that share a slot cannot be combined."""
+    cost: ClassVar[str] = ""
+    """Growth of time and cache with length n, for people: `time n², cache n`."""
+    works_on: ClassVar[str] = "pretrained"
+    encoder_decoders: ClassVar[bool] = False
+    """Whether it can work on an encoder with a decoder."""
+    exportable: ClassVar[bool] = False
+    """True where a saved checkpoint holds the whole method, so that plain transformers runs it."""
+    why_not_exportable: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name := cls.__dict__.get("name"):
+            other = _REGISTRY.get(name)
+            if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"two methods are named {name!r}: {other.__module__} and {cls.__module__}")
+            _REGISTRY[name] = cls
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raises `SpecError` with the method's name before `message` unless `condition` holds."""
+        if not condition:
+            raise SpecError(f"{self.name}: {message}")
+
+    def check(self, facts: ModelFacts) -> None:
+        """Raises `NotSupported`, with the reason and what works instead, where this model cannot take the method."""
+
+    def resolve(self, facts: ModelFacts, length: int | None) -> Self:
+        """The same method with every setting filled in for a target of `length` tokens (None: settings must suffice)."""
+        return self
+
+    def reach(self, facts: ModelFacts) -> int | None:
+        """The longest input, in tokens, that these settings are meant for; None where there is no end."""
+        return None if facts.endless else facts.window
+
+    def neutral_length(self) -> int:
+        """The longest input, in tokens, that the resolved method reads exactly as the plain model does."""
+        return 0
+
+    def cache_tokens(self, facts: ModelFacts, length: int) -> int:
+        """How many tokens' keys and values are kept after `length` tokens were read."""
+        return length
+
+    def keys_seen(self, facts: ModelFacts, length: int) -> int:
+        """How many keys the last query of `length` tokens attends to."""
+        return self.cache_tokens(facts, length)
+
+    def attach(self, site: Site) -> None:
+        """Puts the method on a model through the seams of `site`."""
+
+    @property
+    def spec(self) -> str:
+        """The method as text, with the settings that differ from their defaults; `parse` reads it back."""
+        settings = [
+            f"{f.name}={text}"
+            for f in dataclasses.fields(self)
+            if (text := _format(getattr(self, f.name))) != _format(f.default)
+        ]
+        return self.name + (":" + ",".join(settings) if settings else "")
+
+
+@dataclass(frozen=True)
+class NoMethod(Method):
+    """The model as it is: the baseline beside every method."""
+
+    name: ClassVar[str] = "none"
+    title: ClassVar[str] = "The model as it is"
+    also: ClassVar[tuple[str, ...]] = ("baseline",)
+    cost: ClassVar[str] = "time n², cache n"
+    exportable: ClassVar[bool] = True
+    encoder_decoders: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One or more methods applied together, checked when it is made."""
+
+    methods: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        for i, first in enumerate(self.methods):
+            for second in self.methods[i + 1 :]:
+                if shared := first.slots & second.slots:
+                    raise NotSupported(
+                        f"{first.name} and {second.name} cannot be combined: both take the model's "
+                        f"{' and '.join(sorted(shared))}. {_partners(first)}"
+                    )
+
+    @property
+    def spec(self) -> str:
+        return " + ".join(m.spec for m in self.methods) or NoMethod.name
+
+    @property
+    def exportable(self) -> bool:
+        return all(m.exportable for m in self.methods)
+
+    def check(self, facts: ModelFacts) -> None:
+        for method in self.methods:
+            if facts.encoder_decoder and not method.encoder_decoders:
+                raise NotSupported(
+                    f"{method.name} is for a decoder alone, and {facts.architecture} has an encoder too; use unlimiformer, which "
+                    "reads long inputs with it"
+                )
+            method.check(facts)
+
+    def resolve(self, facts: ModelFacts, length: int | None = None) -> Combination:
+        """Checks against the model and fills in every setting that follows from `length` (in tokens)."""
+        self.check(facts)
+        return Combination(tuple(m.resolve(facts, length) for m in self.methods))
+
+    def reach(self, facts: ModelFacts) -> int | None:
+        reaches = [m.reach(facts) for m in self.methods]
+        return None if None in reaches or not reaches else max(r for r in reaches if r is not None)
+
+
+def _partners(method: Method) -> str:
+    from longspan.combinable import partners
+
+    legal = partners(type(method))
+    return f"{method.name} combines with: {', '.join(legal)}" if legal else f"use {method.name} alone"
+
+
+def find(name: str, kind: str, known: Mapping[str, type]) -> str:
+    """The name in `known`, a catalogue of `kind`, of what goes by `name`. Raises `SpecError`, with the nearest that there is."""
+    if name in known:
+        return name
+    wanted = _spelling(name)
+    for own, cls in known.items():
+        others = {_spelling(other) for other in (cls.__name__, *getattr(cls, "also", ()))}
+        if wanted in others - {_spelling(own)}:  # the name itself is written in one way
+            return own
+    for own, cls in known.items():
+        if wanted in map(_spelling, getattr(cls, "near", ())):
+            raise SpecError(f"there is no {kind} {name!r}; the nearest here is {own} ({getattr(cls, 'title', '')})")
+    raise SpecError(f"there is no {kind} {name!r}; {nearest(name, known)}")
+
+
+def _spelling(name: str) -> str:
+    """A name without what is written in one way or another."""
+    return re.sub("[-_ ]", "", name.lower())
+
+
+def catalogue() -> dict[str, type[Method]]:
+    """Every method by name. Files in the method folders are found by themselves; so are subclasses defined elsewhere and
+    packages that name themselves in the entry-point group `longspan.methods`."""
+    _import_methods()
+    return dict(sorted(_REGISTRY.items()))
+
+
+@functools.cache
+def _import_methods() -> None:
+    from importlib.metadata import entry_points
+
+    for folder in _FOLDERS:
+        package = importlib.import_module(f"longspan.{folder}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"longspan.{folder}.{module.name}")
+    for entry in entry_points(group="longspan.methods"):
+        entry.load()
+
+
+def parse(text: str) -> Combination:
+    """Reads a spec string, `name:key=value,key=value + name…`. Raises `SpecError` with the nearest right form."""
+    if not isinstance(text, str) or not text.strip():
+        raise SpecError('a method is written "name:key=value,key=value", for example "yarn:factor=4"')
+    head = text.partition(":")[0].strip().lower()
+    signed = any(head == other for cls in catalogue().values() for other in cls.also if "+" in other)  # favor+
+    methods = [_parse_one(part) for part in ([text] if signed else text.split("+"))]
+    return Combination(tuple(m for m in methods if not isinstance(m, NoMethod) or len(methods) == 1))
+
+
+def combination(method: str | Method | Combination | Iterable[str | Method]) -> Combination:
+    """Whatever a user may hand over as a method, as a checked combination."""
+    if isinstance(method, Combination):
+        return method
+    if isinstance(method, str):
+        return parse(method)
+    if isinstance(method, Method):
+        return Combination((method,))
+    if isinstance(method, Iterable):
+        return Combination(tuple(m for part in method for m in combination(part).methods))
+    raise SpecError(f"a method is a spec string or a Method, not {type(method).__name__}")
+
+
+def _parse_one(text: str) -> Method:
+    name, colon, rest = text.strip().partition(":")
+    name = name.strip()
+    methods = catalogue()
+    if not name:
+        raise SpecError(f'no method name in {text!r}: write "name:key=value", several joined by " + "')
+    name = find(name, "method", methods)
+    if colon and not rest.strip():
+        raise SpecError(f'{name}: nothing after the colon; write "{name}" or "{name}:key=value"')
+    return read_settings(methods[name], name, rest)
+
+
+def read_settings(cls: type[T], name: str, text: str) -> T:
+    """An instance of dataclass `cls` from `key=value,key=value`; methods and tasks are read the same way."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for item in filter(None, (s.strip() for s in text.split(","))):
+        key, equals, value = (s.strip() for s in item.partition("="))
+        if not equals or not value:
+            raise SpecError(f"{name}: {item!r} is not key=value")
+        if key not in fields:
+            known = nearest(key, fields) if fields else "it has no settings"
+            raise SpecError(f"{name} has no setting {key!r}; {known}")
+        if key in values:
+            raise SpecError(f"{name}: {key} is given twice")
+        values[key] = _read_value(f"{name}: {key}", value, hints[key])
+    return cls(**values)
+
+
+def read_size(text: str, what: str = "length") -> int:
+    """A number of tokens: `4096`, `4k` (= 4,096), `1m` (= 1,048,576). Raises `SpecError` for what is no whole number."""
+    units = {"k": 1024, "m": 1024**2}
+    number, unit = (text[:-1], units[text[-1].lower()]) if text and text[-1].lower() in units else (text, 1)
+    try:
+        size = float(number) * unit
+    except ValueError:
+        size = float("nan")
+    if not (size == size and abs(size) < 2**53 and size == int(size)) or "_" in text:
+        raise SpecError(f"{what} must be a whole number such as 4096 or 4k, not {text!r}")
+    return int(size)
+
+
+def _read_value(what: str, text: str, hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if text.lower() == "none" and type(None) in typing.get_args(hint):
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(hint) is Literal:
+        choices = [str(c) for c in typing.get_args(hint)]
+        if text not in choices:
+            raise SpecError(f"{what} must be one of {', '.join(choices)}, not {text!r}")
+        return text
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise SpecError(f"{what} must be true or false, not {text!r}")
+        return text.lower() == "true"
+    if hint is int:
+        return read_size(text, what)
+    if hint is float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not abs(value) < float("inf"):
+            raise SpecError(f"{what} must be a finite number, not {text!r}")
+        return value
+    return text
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.12g}" if isinstance(value, float) else str(value)

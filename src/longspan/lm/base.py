@@ -1,0 +1,246 @@
+"""How tokens mix in a model of ours: what `attention=` of its configuration names.
+
+A pattern is softmax attention in which a query sees some of the keys; it says which (`visible`, the definition), and may
+bring a faster way to the same result (`run`). A mixer is anything else; it builds a module that takes attention's place.
+Both are methods with settings. `docs/adding-a-method.md` shows a pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from longspan.core.facts import ModelFacts
+from longspan.core.method import Method
+from longspan.engine import backends as routes
+from longspan.engine.blocks.tables import SIZE, Blocks, band
+from longspan.engine.patterns import Call
+from longspan.positions.scheme import Place
+from longspan.util.errors import NotSupported
+
+if TYPE_CHECKING:
+    from longspan.apply import Site
+    from longspan.lm.configuration import LongspanConfig
+    from longspan.lm.layers import LongspanAttention
+    from longspan.lm.modeling import LongspanModel
+
+HANDED = "longspan_handed"
+"""The keyword under which what a method's modules need of one forward travels to them: a dictionary by method."""
+SAMPLED = 256
+"""Queries whose keys are counted in a text that has more."""
+
+
+class Attention(Method):
+    """Base of patterns and mixers. What `build` returns is called as
+
+        module(hidden_states, attention_mask, rotation, past_key_values, position_ids=, padding=, **what the model was given)
+
+    hidden_states (B, T, hidden), already normed; rotation (cos, sin) of the new tokens or None; position_ids (B or 1, T);
+    past_key_values the caller's cache or None; padding boolean (B, all tokens so far), True where a token is real, or None
+    where all are. attention_mask is what transformers makes for full attention, and None where `takes_mask` is false.
+    The module returns its output (B, T, hidden), before the residual, and None or the weights of attention.
+    """
+
+    seam: ClassVar[Any] = "attention"
+    slots: ClassVar[frozenset[str]] = frozenset({"attention", "span"})
+    works_on: ClassVar[str] = "from scratch"
+    why_not_exportable: ClassVar[str] = "a model is trained with it; longspan train makes one"
+    takes_mask: ClassVar[bool] = False
+    """Whether it wants the mask of (new tokens × all tokens) that transformers makes."""
+    replaces_mlp: ClassVar[bool] = False
+    """Whether it is a whole layer, so that no feed-forward network follows."""
+    knows_order: ClassVar[bool] = False
+    """Whether it tells the order of tokens apart without a position scheme, in an encoder too."""
+    takes_globals: ClassVar[bool] = False
+    """Whether a call may name global tokens with `global_attention_mask`."""
+    directions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
+    former_defaults: ClassVar[Mapping[str, str]] = {}
+    """Settings whose default is another by now, with what it was: a saved configuration that does not name them means that."""
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        """The module of layer number `layer`. Where a part of it has a `draw_weights()`, that is called in place of the usual
+        drawing; it goes through `transformers.initialization`, so that what a checkpoint holds stays. Raises `NotSupported`
+        for a configuration that it cannot be part of."""
+        raise NotImplementedError
+
+    def join(self, stack: LongspanModel) -> None:
+        """Called once, when all layers of a stack stand: for what its layers share or do together."""
+
+    def check_direction(self, causal: bool) -> None:
+        direction = "causal" if causal else "bidirectional"
+        if direction not in self.directions:
+            kind = "an encoder (kind=encoder)" if causal else "a decoder (kind=decoder)"
+            raise NotSupported(
+                f"attention={self.spec} is not {direction}; it can be part of {kind}"
+                + (", and of kind=encoder-decoder with decoder_attention=full" if causal else "")
+            )
+
+    def check(self, facts: ModelFacts) -> None:
+        self._refuse(facts)
+
+    def _refuse(self, facts: ModelFacts) -> NoReturn:
+        raise NotSupported(
+            f"{self.name} is trained into a model and {facts.architecture} was trained without it: train one with "
+            f"longspan train (model.attention={self.name}). On trained models yarn, self-extend or streaming work"
+        )
+
+    def attach(self, site: Site) -> None:
+        self._refuse(site.facts)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a pattern is asked about: `length` tokens in all, seen by `heads` heads of layer number `layer`."""
+
+    heads: int
+    length: int
+    layer: int
+    causal: bool
+    lengths: Tensor | None = field(default=None, compare=False)
+    """How many tokens each row's text has, (B,), where padding makes them differ."""
+
+
+class Pattern(Attention):
+    """Softmax attention over some of the keys.
+
+    Tokens are known by their number, 0 for a row's first real token, so padding and the cut into chunks change nothing.
+    """
+
+    runs_zero_key: ClassVar[bool] = False
+    """Whether its own `run` knows `Call.zero_key`; masks do otherwise."""
+
+    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+        """Which keys each query sees: boolean (B or 1, H or 1, Tq, Tk); queries (B or 1, Tq), keys (B or 1, Tk) token numbers.
+        Causality and padding are added by the caller, and need not be in the answer."""
+        raise NotImplementedError
+
+    def counts(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor | None:
+        """How often a visible key counts in the softmax: whole numbers, asked for and answered as `visible` is. None: once."""
+        return None
+
+    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
+        """Where the keys are that some query of start … end - 1 sees: ascending, disjoint (first, last + 1)."""
+        return [(0, grid.length)]
+
+    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks | None:
+        """The same as `visible` in blocks of `size` tokens, causality with it, for FlexAttention; None where there are no such
+        blocks. The same object for the same question, made without a mask of pairs."""
+        return None
+
+    def pairs(self, grid: Grid) -> float:
+        """How many pairs of a query and a key that it sees there are, of all heads together; in a long text estimated from one
+        query out of each of SAMPLED parts."""
+        count = min(grid.length, SAMPLED)
+        draw = torch.Generator().manual_seed(0)
+        edges = torch.linspace(0, grid.length, count + 1).long()
+        chosen = edges[:-1] + (torch.rand(count, generator=draw) * edges.diff()).long()
+        seen = 0.0
+        for query in chosen.tolist():
+            keys = torch.cat([torch.arange(low, high) for low, high in self.ranges(query, query + 1, grid)])
+            keys = keys[keys <= query] if grid.causal else keys
+            mask = self.visible(torch.tensor([[query]]), keys[None], grid)
+            seen += float(mask.expand(1, grid.heads, 1, len(keys)).sum())
+        return seen * grid.length / count
+
+    def visited(self, grid: Grid, device: torch.device) -> float | None:
+        """Pairs of the blocks that are gone through, of all heads together: those of `blocks`, or a pattern's own. A pair that
+        two of its blocks hold counts twice. None where it has no blocks."""
+        blocks = self.blocks(grid, SIZE, device)
+        return None if blocks is None else float(grid.heads * blocks.visited())
+
+    def kept(self) -> tuple[int, int] | None:
+        """(sinks, window) where a token of a decoder sees the first `sinks` tokens and the last `window`, itself among them,
+        and no others. None where it sees less of them, or others."""
+        return None
+
+    def cached(self) -> tuple[int, int] | None:
+        """(sinks, window) of the tokens that a decoder's cache keeps: the first `sinks` and the last `window`, itself among them.
+
+        No later token sees another, though it may see fewer. None where any token may be seen again.
+        """
+        return self.kept()
+
+    def run(self, call: Call, grid: Grid) -> Tensor:
+        """Attention of all tokens of a text on themselves, (B, H, T, D), the fastest way that can run it
+        (`longspan.engine.backends`) unless a pattern has one of its own. Rows are aligned at their first real token."""
+        return routes.run(self, call, grid)
+
+    def check_place(self, config: LongspanConfig, place: Place) -> None:
+        """Refuses a scheme that cannot be joined with the pattern."""
+        if place.has("pair_bias"):
+            raise NotSupported(
+                f"position={config.position} scores every pair of places, which {self.spec} is there to avoid; "
+                "use attention=full, or another scheme such as rope, alibi or kerple"
+            )
+
+    def module_class(self) -> type[LongspanAttention]:
+        """What it is part of: ordinary attention, unless it has weights of its own."""
+        from longspan.lm.layers import LongspanAttention
+
+        return LongspanAttention
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        self.check_direction(causal)
+        self.check_place(config, place)
+        return self.module_class()(config, layer, place, causal=causal, pattern=self)
+
+
+@dataclass(frozen=True)
+class Full(Pattern):
+    """Every key: transformers' own implementations run it."""
+
+    name: ClassVar[str] = "full"
+    title: ClassVar[str] = "Full attention"
+    also: ClassVar[tuple[str, ...]] = ("full-attention", "dense-attention", "softmax-attention")
+    paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
+    cost: ClassVar[str] = "time n², cache n"
+    takes_mask: ClassVar[bool] = True
+
+    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+        return torch.ones(1, 1, queries.shape[1], keys.shape[1], dtype=torch.bool, device=queries.device)
+
+    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks:
+        lengths = grid.length, grid.length
+        return band(lengths, window=grid.length, causal=grid.causal, size=size, device=device)
+
+    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+        from longspan.lm.layers import LongspanAttention
+
+        return LongspanAttention(config, layer, place, causal=causal)
+
+    def _refuse(self, facts: ModelFacts) -> NoReturn:
+        raise NotSupported("full attention is what a trained model has; use none")
+
+
+class Mixer(Attention):
+    """Mixing that is no softmax over keys. Its module keeps what it must remember in a `longspan.lm.state.MixerState`, got
+    from the caller's cache by `state_of`; the recurrent form and the parallel form give the same."""
+
+    positions: ClassVar[frozenset[str]] = frozenset({"embed"})
+    """The parts of a position scheme that it has a use for, besides `rotation` for RoPE."""
+
+    def check_place(self, config: LongspanConfig, place: Place) -> None:
+        """Refuses a scheme whose part would be lost."""
+        parts = {p for p in ("embed", "turn", "query_scale", "bias", "pair_bias", "query_scores") if place.has(p)}
+        if config.rope_parameters is not None:
+            parts.add("rotation")
+        if lost := parts - self.positions:
+            fitting = "rope" if "rotation" in self.positions else "sinusoidal or learned"
+            if "rotation" not in self.positions and (self.knows_order or "causal" in self.directions):
+                fitting = "sinusoidal, learned or nope"
+            raise NotSupported(
+                f"position={config.position} acts on {', '.join(sorted(lost))}, which attention={self.spec} has not; "
+                f"use position={fitting}"
+            )
+
+    def check_dropout(self, config: LongspanConfig) -> None:
+        """For what has no weights of attention to drop."""
+        if config.attention_dropout:
+            raise NotSupported(
+                f"attention_dropout={config.attention_dropout} drops weights of attention, which attention={self.spec} does not; "
+                "use hidden_dropout"
+            )

@@ -1,0 +1,416 @@
+"""Landmark attention (Mohtashami & Jaggi 2023): a token after every block stands for the block, and attention retrieves by it.
+
+In training every block of `block` tokens is followed by a landmark, and attention is a grouped softmax: a token of an earlier
+block weighs its share of the block times the share of the block's landmark (section 3.1; `engine/retrieval/grouped.py`). So the landmark's
+key learns to say whether anything in its block is asked for. In use a chunk of `local` tokens is read with the `retrieve` blocks
+before it whose landmarks score highest, for each token and head, at positions that are never past those of training however
+long the text (sections 3.2 and 3.3; `engine/retrieval/landmarks.py`).
+
+    model.train()   all blocks in sight, at their true distances
+    model.eval()    `retrieve` blocks and the chunk; the same thing where no more blocks than that are before the chunk
+
+Whoever calls the model gives ordinary tokens: landmarks are put in, and taken out, in every forward. The paper's models have as
+many key-value heads as query heads; where several query heads share one, each still retrieves for itself.
+
+In Python, on a model that was trained with it, a document is read once and asked many times:
+
+    model, tokenizer = longspan.load("runs/landmark/model")
+    held = read(model, tokenizer, text)
+    model.generate(**held.inputs(model, tokenizer, "\nWho wrote it?"), max_new_tokens=20)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from longspan.apply import Site, apply, remove
+from longspan.core.facts import ModelFacts
+from longspan.core.method import Combination, Method, combination
+from longspan.engine.retrieval.landmarks import Layout
+from longspan.hf import compat
+from longspan.memory.gist.method import extend
+from longspan.memory.landmark.cache import PageLayer, Rows
+from longspan.memory.landmark.reader import LandmarkReader
+from longspan.tasks.base import encode, with_bos
+from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
+
+TOKEN = "<LANDMARK>"
+_KNOWN = "landmark_token_id"
+"""In a model's configuration, and so saved with it: the token that it has a row for."""
+_AT_ONCE = 64
+"""Chunks of a document that are read in one forward."""
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@dataclass(frozen=True)
+class Landmark(Method):
+    """A landmark after every `block` tokens; `retrieve` blocks for each token and head (`per=token`) or for each head and chunk
+    (`per=head`), beside the chunk of `local` tokens at hand. `offload` keeps the other blocks in the CPU's memory. `id` is the
+    landmark's token, which a training fills in.
+
+    The defaults are those of the paper's language models, trained with 512 tokens: (retrieve + 1) · 51 + 255 = 510.
+    """
+
+    block: int = 50
+    retrieve: int = 4
+    local: int = 250
+    per: Literal["token", "head"] = "token"
+    offload: bool = False
+    id: int | None = None
+
+    name: ClassVar[str] = "landmark"
+    title: ClassVar[str] = "Landmark attention"
+    also: ClassVar[tuple[str, ...]] = ("landmark-attention", "landmark-tokens")
+    paper: ClassVar[str] = "Mohtashami & Jaggi 2023, arXiv 2305.16300"
+    seam: ClassVar[Any] = "memory"
+    slots: ClassVar[frozenset[str]] = frozenset({"attention", "span", "cache"})
+    works_on: ClassVar[str] = "a trained model that is then fine-tuned"
+    cost: ClassVar[str] = "time n²/block, cache n, on the device n/block with offload"
+    why_not_exportable: ClassVar[str] = (
+        "blocks are retrieved while the model runs, and a checkpoint holds weights; longspan train saves a model that has it on"
+    )
+
+    def __post_init__(self) -> None:
+        self.require(self.block >= 1, f"block must be at least 1 token, not {self.block}")
+        self.require(self.retrieve >= 1, f"retrieve must be at least 1 block, not {self.retrieve}")
+        near = max(1, round(self.local / self.block)) * self.block
+        self.require(
+            self.local >= 1 and self.local % self.block == 0,
+            f"local={self.local} is not whole blocks of {self.block} tokens; use local={near}",
+        )
+        self.require(self.id is None or self.id >= 0, f"id must be a token's, from 0, not {self.id}")
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.block, self.local // self.block, self.retrieve, self.per == "head")
+
+    @property
+    def positions(self) -> int:
+        """How many positions are ever used in reading (section 3.3)."""
+        return (self.retrieve + 1) * self.layout.size + self.layout.chunk
+
+    def check(self, facts: ModelFacts) -> None:
+        if facts.rope is None:
+            raise NotSupported(
+                f"landmark gives retrieved blocks positions of their own, and {facts.architecture} has no rotary positions; use "
+                "a model with RoPE (Llama, Mistral, Qwen, Phi-3, …)"
+            )
+        if facts.sliding_window or facts.layer_types - {"full_attention"}:
+            raise NotSupported(
+                f"landmark retrieves in every layer from the whole text, and {facts.architecture} has layers that do not see all "
+                "of it; use a model whose layers all have full attention"
+            )
+        if facts.rope.varies and self.positions > facts.rope.window:
+            raise NotSupported(
+                f"{self.spec} reads at {self.positions:,} positions, and the frequencies of {facts.architecture} "
+                f"({facts.rope.type}) are others past {facts.rope.window:,}; take less of local or retrieve, or use self-extend"
+            )
+        if self.positions > facts.window:
+            raise NotSupported(
+                f"{self.spec} reads at {self.positions:,} positions, and the model's window is {facts.window:,}; take less of "
+                "local or retrieve"
+            )
+
+    def reach(self, facts: ModelFacts) -> int | None:
+        return None
+
+    def neutral_length(self) -> int:
+        """Until the first landmark nothing changes."""
+        return self.block - 1
+
+    def cache_tokens(self, facts: ModelFacts, length: int) -> int:
+        return length + length // self.block
+
+    def keys_seen(self, facts: ModelFacts, length: int) -> int:
+        """The retrieved blocks', the chunk's, and all landmarks."""
+        return min(self.cache_tokens(facts, length), self.positions - self.layout.size + length // self.block)
+
+    def attach(self, site: Site) -> None:
+        known = getattr(site.model.config, _KNOWN, None)
+        id = known if self.id is None else self.id
+        if id is None:
+            raise NotSupported(
+                f"{site.facts.architecture} has no landmark: longspan train with method={self.spec} teaches it one, and "
+                "longspan.memory.landmark.method.prepare(model, tokenizer, method) gives it one in Python"
+            )
+        if known not in (None, id):
+            raise NotSupported(f"landmark: this model's landmark is token {known}, not {id}; leave id out")
+        if id >= site.facts.vocab:
+            raise NotSupported(
+                f"landmark: id={id} is no token of this model, which has {site.facts.vocab:,}; load the model that was "
+                "trained with it"
+            )
+        if getattr(site.model.base_model, "leading", 0):
+            raise NotSupported(
+                "landmark counts blocks from a text's first token, and this model puts a learned sink before it; use a model "
+                "without sink=learned"
+            )
+        _suppress(site, id)
+        site.state = LandmarkReader(replace(self, id=id), site)
+        site.state.attach()
+
+
+def _suppress(site: Site, id: int) -> None:
+    """Keeps `generate` from saying the landmark, which is put in and never said."""
+    settings = site.model.generation_config
+    if settings is None:
+        return
+    before = settings.suppress_tokens
+    settings.suppress_tokens = sorted({*(before or []), id})
+    site.keep_for_undo(partial(setattr, settings, "suppress_tokens", before))
+
+
+# The token
+
+
+def landmark_of(method: Combination | str | None) -> Landmark | None:
+    """The landmark attention among some methods; None where there is none."""
+    found = combination(method).methods if method is not None else ()
+    return next((m for m in found if isinstance(m, Landmark)), None)
+
+
+def reader_on(model: PreTrainedModel) -> LandmarkReader:
+    """The landmark attention that is on a model. Raises `NotSupported` where there is none."""
+    site: Site | None = getattr(model, "_longspan", None)
+    if site is None or not isinstance(site.state, LandmarkReader):
+        raise NotSupported(
+            "this model has no landmarks: load one that was trained with them, or longspan.memory.landmark.method.prepare(model, …)"
+        )
+    return site.state
+
+
+def add_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of `<LANDMARK>`, which is added to the tokenizer where it has none."""
+    if TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([TOKEN], special_tokens=True)
+    id: Any = tokenizer.convert_tokens_to_ids(TOKEN)
+    if other := next((name for name, other in tokenizer.get_vocab().items() if other == id and name != TOKEN), None):
+        raise NotSupported(
+            f"the tokenizer's ids have gaps, and a new token, {TOKEN}, would be {id}, which is {other!r}: number its tokens anew"
+        )
+    return int(id)
+
+
+def with_token(method: Combination, tokenizer: PreTrainedTokenizerBase) -> Combination:
+    """The same methods with landmark's token, which the tokenizer then has. Raises `SpecError` for an id that is another
+    token's."""
+    wanted = landmark_of(method)
+    if wanted is None:
+        return method
+    id = add_token(tokenizer)
+    wanted.require(wanted.id in (None, id), f"id={wanted.id} is not {TOKEN}, which is {id} here; leave id out")
+    return Combination(tuple(replace(m, id=id) if isinstance(m, Landmark) else m for m in method.methods))
+
+
+def prepare(
+    model: Model, tokenizer: PreTrainedTokenizerBase, method: str | Landmark | Combination = "landmark"
+) -> tuple[Model, Landmark]:
+    """A model that has a landmark, and `method` on it, with the method as it then is. The token is added to the tokenizer, and
+    a new row to the model, the mean of the vocabulary's; a model that has learned the token keeps its row."""
+    wanted = with_token(combination(method), tokenizer)
+    found = landmark_of(wanted)
+    if found is None:
+        raise SpecError(f"{wanted.spec} has no landmarks; write landmark")
+    return put_on(model, wanted), found
+
+
+def put_on(model: Model, method: Combination) -> Model:
+    """Puts methods with a landmark that has its token on a model, which gets a row for it unless its configuration says that
+    it has one, learned or not."""
+    wanted = landmark_of(method)
+    assert wanted is not None and wanted.id is not None, "with_token() has filled it in"
+    if getattr(model.config, _KNOWN, None) != wanted.id:
+        remove(model)
+        extend(model, wanted.id)
+        setattr(model.config, _KNOWN, wanted.id)
+    return apply(model, method)
+
+
+# Documents
+
+
+@dataclass
+class Memory:
+    """Documents that were read, as a cache; `inputs` gives each asking a copy of it."""
+
+    cache: DynamicCache
+
+    @property
+    def layers(self) -> list[PageLayer]:
+        return cast(list[PageLayer], self.cache.layers)
+
+    @property
+    def rows(self) -> Rows:
+        return self.layers[0].rows
+
+    def __len__(self) -> int:
+        """How many documents."""
+        return len(self.rows.ids)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the model's device."""
+        return sum(layer.device_bytes for layer in self.layers)
+
+    @property
+    def cpu_bytes(self) -> int:
+        """Bytes of blocks that `offload` keeps in the CPU's memory."""
+        return sum(layer.far_bytes for layer in self.layers)
+
+    def copy(self, rows: int | None = None, each: int = 1) -> DynamicCache:
+        """A cache to go on with: a row for each document, or the only one `rows` times, and every row `each` times."""
+        rows = len(self) if rows is None else rows
+        if len(self) not in (1, rows):
+            raise LongspanError(f"{len(self)} documents cannot go before {rows} texts; give one text for each document")
+        index = torch.arange(rows).repeat_interleave(each) % len(self)
+        shared, made = Rows(self.rows.block), DynamicCache()
+        shared.add(self.rows.ids[index], self.rows.real[index])
+        made.layer_class_to_replicate = None
+        made.layers = cast(Any, [layer.copied(shared, index) for layer in self.layers])
+        return made
+
+    def inputs(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str], *, beams: int = 1
+    ) -> dict[str, Any]:
+        """What `generate` takes to go on after the documents: input_ids, attention_mask and a cache. The ids begin with the
+        documents', which are in the cache. beams: `num_beams` of that call, or its `num_return_sequences` where it samples."""
+        rows = [encode(tokenizer, text) for text in ([texts] if isinstance(texts, str) else texts)]
+        if not rows or not all(rows):
+            raise SpecError("landmark: a text to go on with is empty; give at least one token for each")
+        cache = self.copy(len(rows), beams)
+        new, mask = _left_padded(rows, tokenizer)
+        index = torch.arange(len(rows)) % len(self)
+        ids = torch.cat((self.rows.ids[index], new), dim=1)
+        real = torch.cat((self.rows.real[index].long(), mask), dim=1)
+        return {
+            "input_ids": ids.to(model.device),
+            "attention_mask": real.to(model.device),
+            compat.CACHE: cache,
+        }
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str]) -> Memory:
+    """Reads documents, as a prompt begins, and keeps their blocks. Raises `NotSupported` for a model without landmarks."""
+    reader = reader_on(model)
+    rows = [with_bos(tokenizer, encode(tokenizer, t)) for t in ([texts] if isinstance(texts, str) else texts)]
+    if not rows or not all(rows):
+        raise SpecError("landmark: a document is empty; give at least one token for each")
+    ids, mask = (x.to(model.device) for x in _left_padded(rows, tokenizer))
+    return read_ids(model, ids, mask, at_once=_AT_ONCE * reader.method.local)
+
+
+@torch.no_grad()
+def read_ids(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, *, at_once: int = 16_000) -> Memory:
+    """The same for tokens (B, T), some at once."""
+    reader = reader_on(model)
+    if model.training:
+        raise NotSupported("landmark retrieves in evaluation mode only; call model.eval() first")
+    cache, decoder = DynamicCache(), compat.decoder_of(model)
+    reader.fill(cache)
+    for first in range(0, ids.shape[1], at_once):
+        end = min(first + at_once, ids.shape[1])
+        decoder(
+            input_ids=ids[:, first:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            use_cache=True,
+            **compat.with_cache(decoder, cache),
+        )
+    return Memory(cache)
+
+
+def _left_padded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """ids and mask, (B, T), on the CPU."""
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else rows[0][0]
+    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
+# Files
+
+
+def save(held: Memory, path: str | Path, model: PreTrainedModel) -> None:
+    """Writes documents that were read as a safetensors file that `model` can read again."""
+    reader = reader_on(model)
+    tokens = held.rows.tokens(len(held))
+    filled = tokens + tokens // reader.layout.block
+    tensors = {"ids": held.rows.ids, "real": held.rows.real}
+    for number, layer in enumerate(held.layers):
+        tensors[f"{number}.keys"], tensors[f"{number}.values"] = layer.whole(filled)
+    said = {"longspan": "landmark memory", "method": _reading(reader), "model": _fingerprint(model, reader)}
+    with writing(path):
+        save_file({name: x.contiguous() for name, x in tensors.items()}, str(path), metadata=said)
+
+
+def load(path: str | Path, model: PreTrainedModel) -> Memory:
+    """Reads what `save` wrote, in the model's dtype, onto its device or, with `offload`, into the CPU's memory. Raises
+    `LongspanError` where it is no such file, or was made by another model or with other settings."""
+    reader = reader_on(model)
+    try:
+        with safe_open(str(path), "pt") as file:
+            said = file.metadata() or {}
+            if said.get("longspan") != "landmark memory":
+                raise LongspanError(
+                    f"{path} holds no landmark memory; write it with longspan.memory.landmark.method.save"
+                )
+            _check_made_by(said, path, reader, model)
+            return _loaded(file, reader, model)
+    except (SafetensorError, OSError) as error:
+        raise LongspanError(f"{path} cannot be read as a landmark memory: {error}; save it again") from error
+
+
+def _check_made_by(said: dict[str, str], path: str | Path, reader: LandmarkReader, model: PreTrainedModel) -> None:
+    if said.get("model") != _fingerprint(model, reader):
+        raise LongspanError(
+            f"{path} was made by another model, or before this one was trained further; read the documents again"
+        )
+    if said.get("method") != _reading(reader):
+        raise LongspanError(
+            f"{path} was read with {said.get('method')}, and the model has {_reading(reader)} on it; apply that, or read "
+            "the documents again"
+        )
+
+
+def _loaded(file: Any, reader: LandmarkReader, model: PreTrainedModel) -> Memory:
+    cache = DynamicCache()
+    layers = reader.fill(cache)
+    layers[0].rows.add(file.get_tensor("ids"), file.get_tensor("real"))
+    tokens = layers[0].rows.tokens(0)
+    filled = tokens + tokens // reader.layout.block
+    for number, layer in enumerate(layers):
+        keys, values = (
+            file.get_tensor(f"{number}.{what}").to(model.device, model.dtype) for what in ("keys", "values")
+        )
+        layer.write(keys, values, torch.zeros_like(tokens))
+        layer.settle(filled)
+    return Memory(cache)
+
+
+def _reading(reader: LandmarkReader) -> str:
+    """The settings that decide what is read, as text."""
+    return replace(reader.method, offload=False).spec
+
+
+def _fingerprint(model: PreTrainedModel, reader: LandmarkReader) -> str:
+    """sha256, in hex, of the landmark's row and of all vectors among the weights: any training changes them, and they are few. As
+    bfloat16, so that a model in another dtype is the same one."""
+    table: Any = model.get_input_embeddings()
+    vectors = [("landmark", table.weight[reader.method.id])]
+    vectors += sorted((name, p) for name, p in model.named_parameters() if p.ndim == 1)
+    total = hashlib.sha256()
+    for name, vector in vectors:
+        total.update(f"{name} {tuple(vector.shape)}\n".encode())
+        total.update(vector.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,77 @@
+"""A user's own file of methods or tasks: run once here, and again in every worker process.
+
+`--include my_method.py` runs the file as a module of its own; the subclasses of `Method` and `Task` that it defines
+register themselves. The paths are handed on in the environment variable LONGSPAN_INCLUDE.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+from longspan.util.errors import LongspanError
+
+VARIABLE = "LONGSPAN_INCLUDE"
+
+
+def include(paths: Iterable[str | Path]) -> None:
+    """Runs each file and names it in the environment, so that processes started later run it too."""
+    for path in paths:
+        load_user_file(path)
+        known = [p for p in os.environ.get(VARIABLE, "").split(os.pathsep) if p]
+        if (full := str(Path(path).resolve())) not in known:
+            os.environ[VARIABLE] = os.pathsep.join([*known, full])
+
+
+def load_from_environment() -> None:
+    """Runs the files that a parent process included; for the start of a worker process."""
+    for path in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+        load_user_file(path)
+
+
+def load_user_file(path: str | Path) -> ModuleType:
+    """The file at `path` as a module; a file that was run before is not run again.
+
+    Raises `LongspanError` where the file cannot be read or run, or defines neither a method nor a task.
+    """
+    full = Path(path).resolve()
+    name = f"longspan_user_{hashlib.sha256(str(full).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if full.suffix != ".py" or not full.is_file():
+        raise LongspanError(f"--include takes a Python file that defines a Method or a Task; {str(path)!r} is none")
+    spec = importlib.util.spec_from_file_location(name, full)
+    assert spec is not None, "a .py file always has a loader"
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        _check_defines_something(module, path)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, Exception) and not isinstance(error, LongspanError):
+            raise LongspanError(f"{path} cannot be included: {_where(error, full)}") from error
+        raise
+    return module
+
+
+def _check_defines_something(module: ModuleType, path: str | Path) -> None:
+    from longspan.core.method import Method
+    from longspan.tasks.base import Task
+
+    own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    if not any(issubclass(cls, Method | Task) and cls.__dict__.get("name") for cls in own):
+        raise LongspanError(f"{path} defines no Method and no Task with a name, so including it has no effect")
+
+
+def _where(error: Exception, path: Path) -> str:
+    """The error with the line of the user's file that it came from."""
+    frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    line, message = (error.lineno, error.msg) if isinstance(error, SyntaxError) else (frames and frames[-1], str(error))
+    return f"line {line}: {type(error).__name__}: {message}" if line else f"{type(error).__name__}: {message}"
