@@ -20,8 +20,9 @@ from typing import Any, cast
 import torch
 
 from longspan.attention.gau import GatedMixer
-from longspan.core.method import parse, read_size
+from longspan.core.method import parse
 from longspan.lm import LongspanConfig
+from longspan.util.units import read_size
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 

@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from longspan.core.method import parse, read_size
+from longspan.core.method import parse
 from longspan.engine.backends import through
-from longspan.engine.patterns import Call, attend
+from longspan.engine.call import Call, Grid
+from longspan.engine.patterns import attend
 from longspan.engine.window.banded import banded_attention
-from longspan.lm.base import Grid
 from longspan.positions.alibi import ALiBi
 from longspan.positions.scheme import Shape
+from longspan.util.units import read_size
 
 HEADS, WIDTH = 4, 64
 SPECS = ("window:size=256", "window:size=256,sinks=4", "local:block=256", "longnet:segments=256/1k,dilations=1/4")

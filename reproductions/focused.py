@@ -34,12 +34,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import longspan as ls
-from longspan.compare import cost
-from longspan.compare.cost import Meter
+from longspan import meter as meter_module
 from longspan.compare.statistics import Scale, difference, score
 from longspan.memory.focused.document import Memory
+from longspan.meter import Meter
 from longspan.tasks.answers import WORDS
 from longspan.tasks.base import parse_task
+from longspan.util import environment
 
 SCALE = Scale(higher_is_better=True, worst=0.0)
 SEED = 10**6
@@ -164,13 +165,13 @@ def room(method: str, options: argparse.Namespace) -> dict[str, Any]:
     ids = torch.randint(0, model.config.vocab_size, (1, options.tokens + 16), device=model.device)
     cache = DynamicCache(config=model.config)
     weights = _allocated(model.device)
-    cost.reset_peak(model.device)
+    meter_module.reset_peak(model.device)
     begun = time.perf_counter()
     with torch.inference_mode():
         for part in ids[:, : options.tokens].split(options.piece, dim=1):
             model.get_decoder()(input_ids=part, past_key_values=cache, use_cache=True)
         read_s = _since(begun, model.device)
-        held, peak = _allocated(model.device) - weights, cost.read_peak(model.device)
+        held, peak = _allocated(model.device) - weights, meter_module.read_peak(model.device)
         begun = time.perf_counter()
         for place in range(options.tokens, options.tokens + 16):
             model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
@@ -304,10 +305,10 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = read_options(arguments)
     tokenizer(options.models / "tokenizer")
-    device = cost.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = environment.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     made: dict[str, Any] = {
-        "command": cost.command_line(),
-        **cost.versions(),
+        "command": environment.command_line(),
+        **environment.versions(),
         **device,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
     }

@@ -30,14 +30,14 @@ import yaml
 from torch import Tensor
 
 import longspan as ls
-from longspan.compare import cost
 from longspan.compare.statistics import Scale, difference, score
 from longspan.memory.gist import method as gist
 from longspan.memory.gist.decoder import compressed
 from longspan.memory.gist.encoder import padded
+from longspan.models import load_tokenizer
 from longspan.tasks.base import Sample, parse_task
-from longspan.training.data import load_tokenizer
 from longspan.training.recipe import read_recipe
+from longspan.util import environment
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gist.yaml"
 MODES = ("negative", "gist", "positive")
@@ -202,10 +202,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     options = parser.parse_args(arguments)
     options.count = options.count or (24 if options.small else 1000)
-    device = cost.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = environment.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     made = {
-        "command": cost.command_line(),
-        **cost.versions(),
+        "command": environment.command_line(),
+        **environment.versions(),
         **device,
         "tokens": options.tokens,
         "set": settings(options),

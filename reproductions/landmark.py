@@ -30,13 +30,14 @@ import yaml
 from transformers import DynamicCache
 
 import longspan as ls
-from longspan.apply import current
-from longspan.compare import cost
-from longspan.compare.cost import Meter
+from longspan.hf.site import current
 from longspan.memory.landmark import method as landmark
-from longspan.tasks.base import Sample, chunked_prefill, parse_task
+from longspan.meter import Meter
+from longspan.reading.prefill import chunked_prefill
+from longspan.tasks.base import Sample, parse_task
 from longspan.tasks.passkey import read_key
 from longspan.training.recipe import read_recipe
+from longspan.util import environment
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "landmark.yaml"
 SEED = 10**6
@@ -255,8 +256,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.memory = options.memory or (2048 if small else 131072)
     options.tokens = options.tokens or (2 if small else 50)
     asked = {"set": settings(options), "passkeys": options.passkeys}
-    device = cost.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    made_by = {"command": cost.command_line(), **cost.versions(), **device, "asked": asked}
+    device = environment.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    made_by = {"command": environment.command_line(), **environment.versions(), **device, "asked": asked}
     results = Results(options.out / "landmark.json", made_by)
     found = measure(results, options)
     print(table(found, options))

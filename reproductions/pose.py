@@ -29,7 +29,7 @@ import torch
 import transformers
 
 import longspan as ls
-from longspan.compare.cost import Meter
+from longspan.meter import Meter
 from longspan.models import inspect_model
 from longspan.tasks.base import parse_task
 

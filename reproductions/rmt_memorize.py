@@ -34,13 +34,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import longspan as ls
-from longspan.compare import cost
+from longspan import meter
 from longspan.compare.statistics import wilson
-from longspan.core.method import read_size
 from longspan.memory.rmt import RMTConfig
 from longspan.models import read_config
 from longspan.tasks.base import Sample, parse_task
 from longspan.tasks.facts import Memorize
+from longspan.util import environment
+from longspan.util.units import read_size
 
 SOLVED, HELD = 0.99, 0.9
 FARTHER = 64
@@ -123,7 +124,7 @@ def measure(model: Any, tokenizer: Any, length: int, count: int, options: argpar
     """The share of held-out texts that are answered, of whole texts and of their last segments; peak memory of a GPU, and
     time."""
     task, hits, alone = parse_task("memorize"), [], []
-    cost.reset_peak(model.device)
+    meter.reset_peak(model.device)
     begun = time.perf_counter()
     for start in range(0, count, options.rows):
         rows = min(options.rows, count - start)
@@ -140,7 +141,7 @@ def measure(model: Any, tokenizer: Any, length: int, count: int, options: argpar
         "right": share(hits),
         "last_segment_alone": share(alone),
         "count": count,
-        "peak_bytes": cost.read_peak(model.device) if model.device.type == "cuda" else None,
+        "peak_bytes": meter.read_peak(model.device) if model.device.type == "cuda" else None,
         "seconds": time.perf_counter() - begun,
     }
 
@@ -233,8 +234,8 @@ def main(given: list[str] | None = None) -> None:
     settings = {
         key: value if isinstance(value, int | float | str) else str(value) for key, value in vars(options).items()
     }
-    device = cost.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    made = {"command": cost.command_line(), **cost.versions(), **device, "settings": settings}
+    device = environment.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    made = {"command": environment.command_line(), **environment.versions(), **device, "settings": settings}
 
     def keep(stages: list[dict[str, Any]]) -> None:
         made["stages"] = stages

@@ -25,7 +25,7 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 import longspan as ls
-from longspan.compare.cost import Meter
+from longspan.meter import Meter
 
 NEW = 64
 """Tokens of an answer."""

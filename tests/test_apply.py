@@ -28,10 +28,12 @@ from transformers import (
 
 import dense
 import odd_attention
-from longspan.apply import Attend, Site, applied, apply, current, remove
+from longspan.apply import applied, apply
 from longspan.core.method import Method
 from longspan.engine.core import attention
 from longspan.hf import compat
+from longspan.hf.call import LayerCall
+from longspan.hf.site import Site, current, remove
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 OWN_DISTANCES = ["dynamic-ntk", "self-extend:group=2,window=4", "rerope:window=4", "streaming:sinks=2,window=6"]
@@ -228,7 +230,7 @@ class Broken(Method):
             raise {"key": KeyError, "stop": KeyboardInterrupt, "ours": NotSupported}[self.error]("told to")
 
     @staticmethod
-    def wrong(call: Attend) -> Tensor:
+    def wrong(call: LayerCall) -> Tensor:
         return attention(call.query, call.key, call.value, call.mask, call.scale, causal=True)
 
 

@@ -22,8 +22,9 @@ from longspan.bench.attention import AttentionBench, Row, attention, shape_of
 from longspan.bench.contenders import Contender, Work, contenders
 from longspan.cli.main import run
 from longspan.core.method import catalogue
+from longspan.engine.call import Grid
 from longspan.engine.core import reference_attention
-from longspan.lm.base import Attention, Full, Grid, Pattern
+from longspan.lm.base import Attention, Full, Pattern
 from longspan.util.errors import SpecError
 from longspan.util.growth import Point, growth
 

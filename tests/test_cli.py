@@ -22,9 +22,9 @@ import longspan as ls
 import tiny
 from longspan.cli import printing
 from longspan.cli.main import _default_out, run
-from longspan.compare.cost import Meter
 from longspan.core import method
 from longspan.generation import generate_text
+from longspan.meter import Meter
 from longspan.plugins import include, load_user_file
 from longspan.tasks import base
 from longspan.tasks.base import parse_task

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 import tiny
 from longspan.cli.main import run
-from longspan.compare.store import write_atomically
 from longspan.training.metrics import append_line
 from longspan.util.errors import NotSupported, writing
+from longspan.util.files import write_atomically
 
 
 @pytest.fixture

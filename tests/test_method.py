@@ -19,19 +19,10 @@ from hypothesis import strategies as st
 import dense
 from longspan.core import method as method_module
 from longspan.core.facts import facts_of
-from longspan.core.method import (
-    Combination,
-    Method,
-    NoMethod,
-    catalogue,
-    combination,
-    find,
-    parse,
-    read_settings,
-    read_size,
-)
+from longspan.core.method import Combination, Method, NoMethod, catalogue, combination, find, parse, read_settings
 from longspan.positions.rope_scaling import YaRN
 from longspan.util.errors import LongspanError, NotSupported, SpecError
+from longspan.util.units import read_size
 
 CLOSEST = {
     "yarm:factor=4": 'did you mean "yarn"?',

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaModel
 
 import tiny
 from longspan import models
-from longspan.apply import apply, current, remove
+from longspan.apply import apply
+from longspan.hf.site import current, remove
 from longspan.util import fetching
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 

@@ -16,10 +16,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import tiny
 from longspan import models, plan
 from longspan.apply import apply
-from longspan.compare.cost import Meter, weights_bytes
 from longspan.core.facts import facts_of
 from longspan.core.method import NoMethod, catalogue, combination
-from longspan.tasks.base import chunked_prefill
+from longspan.meter import Meter, weights_bytes
+from longspan.reading.prefill import chunked_prefill
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 MEASURE = plan.measure

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import longspan as ls
 from longspan import models
-from longspan.compare.cost import Meter
+from longspan.meter import Meter
 from longspan.tasks.base import parse_task
 from longspan.util import fetching
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longspan.apply import applied as applied
     from longspan.apply import apply as apply
-    from longspan.apply import remove as remove
     from longspan.compare import Run as Run
     from longspan.compare import compare as compare
     from longspan.core.method import Method as Method
     from longspan.core.method import catalogue as methods  # noqa: F401
     from longspan.generation import Chat as Chat
     from longspan.generation import generate_text as generate_text
+    from longspan.hf.site import remove as remove
     from longspan.memory.focused.document import Memory as Memory
     from longspan.memory.unlimiformer import Encoded as Encoded
     from longspan.models import load as load
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from longspan.util.errors import NotSupported as NotSupported
     from longspan.util.errors import SpecError as SpecError
 
-__version__ = "0.1.0"
+from longspan.util.version import __version__
 
 _WHERE = {
     "applied": "longspan.apply:applied",
     "apply": "longspan.apply:apply",
-    "remove": "longspan.apply:remove",
+    "remove": "longspan.hf.site:remove",
     "Run": "longspan.compare:Run",
     "compare": "longspan.compare:compare",
     "StreamDecoder": "longspan.reading.stream_decoder:StreamDecoder",

@@ -27,14 +27,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from longspan.apply import _SITE, current
-from longspan.compare.cost import cache_bytes
+from longspan.apply import SITE
 from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.core.method import combination
+from longspan.core.tokens import encode, with_bos
 from longspan.hf.compat import cache_of, with_cache
+from longspan.hf.site import current
+from longspan.meter import cache_bytes
 from longspan.reading.chat_template import Messages, encode_rendered, render
+from longspan.reading.prefill import chunk_size
 from longspan.reading.stream_decoder import StreamDecoder, steps_are_faster, stream_generate
-from longspan.tasks.base import chunk_size, encode, with_bos
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 CHUNK = 1024
@@ -187,7 +189,7 @@ def reach_warning(model: PreTrainedModel, length: int) -> str | None:
 
 def plain_facts(model: PreTrainedModel) -> ModelFacts:
     """Facts of the model as it was before a method was put on it."""
-    site = getattr(model, _SITE, None)
+    site = getattr(model, SITE, None)
     return site.facts if site is not None else facts_of(model)
 
 

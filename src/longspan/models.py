@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.util import fetching
@@ -335,3 +335,16 @@ def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, de
     model, info = loaded
     check_whole(f"the weights in {folder}", type(model).__name__, info["missing_keys"], info["unexpected_keys"])
     return model.eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or one that lies in a folder alone."""
+    folder = ready_folder(name)
+    with reading(f"tokenizer: {name} has none that can be read"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The rows of a table of embeddings: the highest id and 1, more than there are tokens where ids have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
-from longspan import models
-from longspan.compare import cost
+from longspan import meter, models
 from longspan.core.facts import ModelFacts, text_config
 from longspan.core.method import Combination, Method, NoMethod, catalogue, combination
-from longspan.tasks.base import chunk_size
+from longspan.reading.prefill import chunk_size
+from longspan.util import environment
 from longspan.util.errors import LongspanError, SpecError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def plan(
         output_tokens=output_tokens,
         dtype=str(kind).removeprefix("torch."),
         device=str(where),
-        device_name=cost.machine(where)["device_name"],
+        device_name=environment.machine(where)["device_name"],
         parameters=facts.parameters,
         window=facts.window,
         needs=needs,
@@ -205,7 +205,7 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    return min(free, cost.machine(device)["device_memory"])
+    return min(free, environment.machine(device)["device_memory"])
 
 
 def _process_bytes(device: torch.device) -> int:
@@ -326,11 +326,11 @@ def _time(device: torch.device, work: Callable[[], Any], budget: float = 0.12) -
     """Median seconds of `work`, called as often as `budget` seconds allow, after one call that is not counted."""
     times: list[float] = []
     work()
-    cost.synchronise(device)
+    meter.synchronise(device)
     while len(times) < 3 or sum(times) < budget:
         start = time.perf_counter()
         work()
-        cost.synchronise(device)
+        meter.synchronise(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -343,7 +343,7 @@ def terminal(made: Plan, console: Console | None = None) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from longspan.compare.report.results import duration, size
+    from longspan.util.units import duration, size
 
     console = console or Console(width=None if sys.stdout.isatty() else 160)
     verdict = "fits" if made.fits else "does not fit"
@@ -382,7 +382,7 @@ def _table(made: Plan, remarks: bool) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from longspan.compare.report.results import duration, size
+    from longspan.util.units import duration, size
 
     table = Table("method", "cache", "memory", "fits", "reading", "writing a token", *(["remark"] if remarks else []))
     for column in table.columns:

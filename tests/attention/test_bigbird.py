@@ -14,10 +14,10 @@ from transformers import AutoModelForMaskedLM, BigBirdConfig, BigBirdModel
 from growth import growth
 from longspan.attention.bigbird import BigBird
 from longspan.engine.blocks import gathered as blocks
+from longspan.engine.call import Call, Grid
 from longspan.engine.core import reference_attention
-from longspan.engine.patterns import Call, attend
+from longspan.engine.patterns import attend
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration, LongspanForMaskedLM
-from longspan.lm.base import Grid
 from longspan.util.errors import NotSupported, SpecError
 
 SIZES = {

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 import dense
-from longspan.apply import apply, remove
+from longspan.apply import apply
 from longspan.attention import local
 from longspan.attention.local import Blockwise, Local, Overlap
 from longspan.core.facts import facts_of
 from longspan.core.method import parse
+from longspan.engine.call import Call, Grid
 from longspan.engine.core import reference_attention
-from longspan.engine.patterns import Call, attend
+from longspan.engine.patterns import attend
+from longspan.hf.site import remove
 from longspan.lm import LongspanConfig, LongspanForCausalLM
-from longspan.lm.base import Grid
 from longspan.util.errors import NotSupported, SpecError
 
 PATTERNS = [Local(8), Local(8, 0), Local(7, 5), Overlap(8), Overlap(6, 0), Overlap(8, 4), Local(1, 0), Overlap(2)]

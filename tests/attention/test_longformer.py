@@ -12,9 +12,9 @@ from transformers import AutoModelForSeq2SeqLM, LongformerConfig, LongformerMode
 from growth import growth
 from longspan.attention.longformer.layer import LongformerAttention
 from longspan.attention.longformer.pattern import Longformer
-from longspan.engine.patterns import Call, attend, masked_attention
+from longspan.engine.call import Call, Grid
+from longspan.engine.patterns import attend, masked_attention
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration, LongspanForMaskedLM
-from longspan.lm.base import Grid
 from longspan.util.errors import NotSupported, SpecError
 
 SIZES = {

@@ -12,9 +12,9 @@ from longspan.attention import longnet
 from longspan.attention.longnet import LongNet
 from longspan.core.facts import facts_of
 from longspan.core.method import parse
-from longspan.engine.patterns import Call, attend, masked_attention
+from longspan.engine.call import Call, Grid
+from longspan.engine.patterns import attend, masked_attention
 from longspan.lm import LongspanConfig, LongspanForCausalLM
-from longspan.lm.base import Grid
 from longspan.util.errors import NotSupported, SpecError
 
 SPECS = [("8/16/32", "1/2/4"), ("9/20/35", "1/2/7"), ("6", "1"), ("5/10/50", "1/5/6")]

@@ -18,12 +18,13 @@ from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, MistralC
 import dense
 import longspan
 import tiny
-from longspan.apply import applied, apply, remove
+from longspan.apply import applied, apply
 from longspan.attention.performer import Performer, PerformerAttention
 from longspan.attention.random_features import Draw, Errors, RandomFeatures, draw_errors, errors
 from longspan.core.method import parse
 from longspan.engine.linear import attention as linear
 from longspan.engine.linear.attention import bidirectional, causal
+from longspan.hf.site import remove
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.util.errors import NotSupported, SpecError
 from shared_model import gradients

@@ -10,8 +10,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import tiny as tiny_model
 from longspan.compare import cost
-from longspan.compare.cost import Meter, cache_bytes, weights_bytes
 from longspan.core.facts import facts_of
+from longspan.meter import Meter, cache_bytes, weights_bytes
+from longspan.util import environment
 
 MB = 10**6
 
@@ -135,12 +136,12 @@ def test_operations_of_a_prefill_follow_from_its_products():
 
 
 def test_the_machine_is_named_with_its_memory():
-    machine = cost.machine(torch.device("cpu"))
+    machine = environment.machine(torch.device("cpu"))
     assert machine["device"] == "cpu"
     assert machine["device_name"]
     assert machine["cores"] >= 1
     assert 10**8 < machine["device_memory"] <= machine["host_memory"]
-    assert set(cost.versions()) == {"longspan", "torch", "transformers", "python"}
+    assert set(environment.versions()) == {"longspan", "torch", "transformers", "python"}
     assert 1e8 < cost.speed(torch.device("cpu"), torch.float32) < 1e14
 
 

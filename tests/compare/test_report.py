@@ -24,10 +24,11 @@ from longspan.compare import statistics as stats
 from longspan.compare.report import figures
 from longspan.compare.report import pages as report
 from longspan.compare.report.advice import advise
-from longspan.compare.report.results import Results, curve, duration, pareto, size, tokens
+from longspan.compare.report.results import Results, curve, pareto
 from longspan.compare.store import Run
 from longspan.util.drawing import name_points, spread, styles, swatch
 from longspan.util.errors import LongspanError
+from longspan.util.units import duration, size, tokens
 
 STREAMING = "streaming:sinks=4,window=1020"
 SELF_EXTEND = "self_extend:group=8,neighbours=1024"

@@ -19,6 +19,7 @@ import tiny as tiny_model
 from longspan.compare import Run, compare, runner, worker
 from longspan.compare.screen import result_line
 from longspan.compare.store import CELLS, LOGS, Store
+from longspan.util import environment
 from longspan.util.errors import LongspanError
 
 HERE = Path(__file__).parent
@@ -166,7 +167,7 @@ def test_out_of_memory_is_tried_again_on_a_larger_machine(tiny, tmp_path, monkey
 
     mark = tmp_path / "mark"
     trouble(tiny, tmp_path / "run", kind="cuda", mark=str(mark))
-    small = cost.machine
+    small = environment.machine
     monkeypatch.setattr(cost, "machine", lambda d: small(d) | {"device_memory": 2 * small(d)["device_memory"]})
     trouble(tiny, tmp_path / "run", kind="cuda", mark=str(mark))
     assert len(mark.read_text().split()) == 2

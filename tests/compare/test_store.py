@@ -11,8 +11,9 @@ import sys
 import pytest
 import torch
 
-from longspan.compare.store import CELLS, MANIFEST, TORN, Run, Store, clean, digest, is_finished, write_atomically
+from longspan.compare.store import CELLS, MANIFEST, TORN, Run, Store, clean, digest, is_finished
 from longspan.util.errors import LongspanError
+from longspan.util.files import write_atomically
 
 
 def record(key: str, status: str = "ok", **more) -> dict:

@@ -36,11 +36,13 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from longspan.apply import apply, remove
+from longspan.core.facts import decoder_of
+from longspan.apply import apply
 from longspan.attention import trained
 from longspan.core.facts import facts_of
 from longspan.core.method import catalogue, combination, parse
 from longspan.hf import compat
+from longspan.hf.site import remove
 from longspan.memory import streaming
 from longspan.memory.rmt import RMT, around
 from longspan.positions import near_far, spans
@@ -443,7 +445,7 @@ def image(line: Line, family: str) -> None:
 def _embeddings(model: Any, ids: Tensor, sight: dict[str, Any]) -> Tensor:
     """What the decoder of a LLaVA is given."""
     seen: list[Tensor] = []
-    decoder = compat.decoder_of(model)
+    decoder = decoder_of(model)
     handle = decoder.register_forward_pre_hook(lambda m, a, k: seen.append(k["inputs_embeds"]), with_kwargs=True)
     model(input_ids=ids, **sight)
     handle.remove()

@@ -14,8 +14,9 @@ from matrix import LINES, Line, documented, filled
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from longspan.apply import apply, remove
+from longspan.apply import apply
 from longspan.core.method import NoMethod, catalogue, parse
+from longspan.hf.site import remove
 from longspan.util.errors import LongspanError, NotSupported
 
 LENGTH = 40

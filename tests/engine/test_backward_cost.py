@@ -22,14 +22,15 @@ from longspan.attention.longnet import LongNet
 from longspan.attention.window import Window
 from longspan.engine import masks
 from longspan.engine.blocks import gathered as blocks
+from longspan.engine.call import Call, Grid
 from longspan.engine.core import reference_mix
 from longspan.engine.joint import by_row
 from longspan.engine.masks import masked_attention
-from longspan.engine.patterns import Call, attend
+from longspan.engine.patterns import attend
 from longspan.engine.retrieval import grouped
 from longspan.engine.retrieval.grouped import grouped_attention, grouped_weights
 from longspan.engine.window import banded
-from longspan.lm.base import Grid, Pattern
+from longspan.lm.base import Pattern
 from longspan.memory import streaming
 from longspan.positions import near_far, spans
 from longspan.positions.kerple import Kerple

@@ -11,10 +11,9 @@ import torch
 from longspan.attention.bigbird import BigBird, _lists
 from longspan.engine.blocks import lists as block_lists
 from longspan.engine.blocks.lists import listed_attention, refusal
+from longspan.engine.call import Call, Grid
 from longspan.engine.core import reference_attention
 from longspan.engine.kernels import INTERPRETED
-from longspan.engine.patterns import Call
-from longspan.lm.base import Grid
 from longspan.util.errors import SpecError
 
 DEVICE = "cpu" if INTERPRETED else "cuda"

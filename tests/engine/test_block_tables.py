@@ -12,7 +12,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from longspan.attention.window import Window
 from longspan.engine.blocks import tables as module
 from longspan.engine.blocks.tables import Blocks, band, block_size, bucket
-from longspan.lm.base import Full, Grid, Pattern
+from longspan.engine.call import Grid
+from longspan.lm.base import Full, Pattern
 
 CPU = torch.device("cpu")
 PATTERNS = [Full(), *(Window(w, s) for w, s in itertools.product((1, 5, 16, 40, 500), (0, 1, 4, 8, 21)))]

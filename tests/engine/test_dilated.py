@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from longspan.attention.longnet import LongNet
+from longspan.engine.call import Grid
 from longspan.engine.core import expand_heads
 from longspan.engine.dilated.attention import dilated_attention, refusal
 from longspan.engine.kernels import INTERPRETED
-from longspan.lm.base import Grid
 from longspan.util.errors import SpecError
 
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -12,9 +12,8 @@ import torch.multiprocessing as mp
 
 from longspan.attention.longnet import LongNet
 from longspan.compare.runner import _modules_to_preload
+from longspan.engine.call import Call, Grid
 from longspan.engine.dilated.shards import dilated_over_processes
-from longspan.engine.patterns import Call
-from longspan.lm.base import Grid
 from longspan.util.errors import NotSupported
 
 LENGTH, HEADS, SCALE = 48, 6, 0.4

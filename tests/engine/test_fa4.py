@@ -11,10 +11,9 @@ from torch import Tensor
 from longspan.attention.window import Window
 from longspan.engine import backends as routes
 from longspan.engine.backends import choose, through
+from longspan.engine.call import Call, Grid
 from longspan.engine.core import reference_attention
-from longspan.engine.patterns import Call
 from longspan.engine.window import fa4
-from longspan.lm.base import Grid
 from longspan.util.errors import NotSupported
 
 CASES = {  # batch, heads, key heads, queries, keys, window

@@ -9,9 +9,9 @@ from transformers import DynamicCache
 
 from longspan.attention.window import Window
 from longspan.engine import masks
-from longspan.engine.patterns import Call, attend
+from longspan.engine.call import Call, Grid
+from longspan.engine.patterns import attend
 from longspan.lm import LongspanConfig, LongspanForCausalLM
-from longspan.lm.base import Grid
 from longspan.util.errors import NotSupported
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

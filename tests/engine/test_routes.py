@@ -14,11 +14,12 @@ from transformers import DynamicCache
 from longspan.attention.window import Window
 from longspan.engine import backends as routes
 from longspan.engine.backends import choose, through
+from longspan.engine.call import Call, Grid
 from longspan.engine.core import reference_attention
 from longspan.engine.kernels import INTERPRETED
-from longspan.engine.patterns import Call, attend
+from longspan.engine.patterns import attend
 from longspan.lm import LongspanConfig, LongspanForCausalLM
-from longspan.lm.base import Full, Grid, Pattern
+from longspan.lm.base import Full, Pattern
 from longspan.util.errors import NotSupported, SpecError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]

@@ -12,12 +12,12 @@ from longspan.engine import backends as routes
 from longspan.engine.backends import choose
 from longspan.engine.biased.attention import serves
 from longspan.engine.biased.bias import Bias
+from longspan.engine.call import Call, Grid
 from longspan.engine.core import reference_attention, with_zero_key
 from longspan.engine.kernels import INTERPRETED
-from longspan.engine.patterns import Call, attend, masked_attention
+from longspan.engine.patterns import attend, masked_attention
 from longspan.engine.window import window_sinks
 from longspan.engine.window.window_sinks import attention, described, refusal
-from longspan.lm.base import Grid
 from longspan.util.errors import SpecError
 
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
 
 import dense
-from longspan.apply import apply, current
+from longspan.apply import apply
 from longspan.hf import compat
+from longspan.hf.site import current
 from longspan.util.errors import NotSupported
 
 

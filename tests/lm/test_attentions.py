@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from longspan.core.method import catalogue, parse
+from longspan.engine.call import Call, Grid
 from longspan.engine.core import reference_mix
-from longspan.engine.patterns import Call, attend
+from longspan.engine.patterns import attend
 from longspan.lm import LongspanConfig, LongspanForMaskedLM
-from longspan.lm.base import Attention, Grid, Mixer, Pattern
+from longspan.lm.base import Attention, Mixer, Pattern
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 from shared_model import assert_checkpoints_change_no_gradient, assert_threads_get_what_each_gets_alone
 from ties import UndefinedAtTies

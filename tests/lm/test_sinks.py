@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import longspan as ls
 from longspan.core.method import parse
+from longspan.engine.call import Call, Grid
 from longspan.engine.core import attention, expand_heads, with_zero_key
-from longspan.engine.patterns import Call, attend
+from longspan.engine.patterns import attend
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
-from longspan.lm.base import Grid, Pattern
+from longspan.lm.base import Pattern
 from longspan.reading.stream_decoder import StreamDecoder
 from longspan.util.errors import NotSupported, SpecError
 

@@ -23,12 +23,13 @@ from transformers import (
 )
 
 import longspan as ls
-from longspan.apply import Attend, Site, layer_number
 from longspan.core.facts import facts_of
 from longspan.core.method import combination, parse
 from longspan.engine.retrieval import memories
+from longspan.hf.call import LayerCall
 from longspan.hf.compat import CACHE
 from longspan.hf.rotary import rotate
+from longspan.hf.site import Site, layer_number
 from longspan.memory.focused.document import Memory
 from longspan.memory.focused.method import Focused, reader_of
 from longspan.util.errors import LongspanError, NotSupported, SpecError
@@ -81,7 +82,7 @@ def plain(made: Any, tokens: Tensor, layers: tuple[int, ...], *, k: int | None =
     same, before = (context[:, None] == context), (context[:, None] > context)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
 
-    def attend(call: Attend) -> Tensor:
+    def attend(call: LayerCall) -> Tensor:
         number = layer_number(call.module)
         tables = site.rotary.tables(place[None], call.query)
         key, value = (x.repeat_interleave(2, dim=1) for x in (call.key, call.value))
@@ -163,7 +164,7 @@ def first_by_rotation(made: Any, tokens: Tensor, layers: tuple[int, ...]) -> Ten
     same, before = (context[:, None] == context), (context[:, None] > context)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
 
-    def attend(call: Attend) -> Tensor:
+    def attend(call: LayerCall) -> Tensor:
         places = (torch.arange(length) % LOCAL)[None]
         own, first = (site.rotary.tables(p, call.query) for p in (places, places * 0))
         key, value = (x.repeat_interleave(2, dim=1) for x in (call.key, call.value))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import tiny
+from longspan.models import load_tokenizer
 from longspan.tasks.base import parse_task
-from longspan.training.data import load_tokenizer
 
 PATH = Path(__file__).parents[2] / "reproductions" / "focused.py"
 

@@ -27,8 +27,9 @@ from transformers import (
 
 import longspan as ls
 import tiny
-from longspan.apply import applied, apply, current, remove
+from longspan.apply import applied, apply
 from longspan.hf.compat import CACHE
+from longspan.hf.site import current, remove
 from longspan.lm import LongspanConfig
 from longspan.memory.gist import encoder as gist_encoder
 from longspan.memory.gist import method as gist

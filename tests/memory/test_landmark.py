@@ -22,7 +22,8 @@ from transformers import (
 
 import longspan as ls
 import tiny
-from longspan.apply import applied, apply, current, remove
+from longspan.apply import applied, apply
+from longspan.hf.site import current, remove
 from longspan.memory.landmark import method as landmark
 from longspan.memory.landmark.cache import PageLayer
 from longspan.util.errors import LongspanError, NotSupported, SpecError

@@ -240,7 +240,7 @@ def test_saved_and_loaded(family: str, tmp_path: Path) -> None:
 
 def test_state_has_one_size() -> None:
     """After any number of whole segments only the memory is there."""
-    from longspan.compare.cost import cache_bytes
+    from longspan.meter import cache_bytes
 
     model, sizes = build(), []
     for length in (16, 160):

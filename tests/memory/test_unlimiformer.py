@@ -25,10 +25,10 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 import longspan as ls
-from longspan.apply import current
 from longspan.core.facts import facts_of
 from longspan.engine.retrieval import top as retrieval
 from longspan.hf import encoder_decoder as crossing
+from longspan.hf.site import current
 from longspan.memory.unlimiformer import Encoded, Given, windows
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 from shared_model import (

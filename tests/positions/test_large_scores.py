@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from longspan.apply import Attend, applied
+from longspan.apply import applied
 from longspan.engine.slices import Slices
 from longspan.hf import compat
+from longspan.hf.call import LayerCall
 from longspan.positions.near_far import NearFar
 
 CASES = [(torch.float16, 300), (torch.float16, 100), (torch.bfloat16, 60)]
@@ -80,7 +81,7 @@ def test_far_distances(dtype: torch.dtype, bias: float, spec: str, monkeypatch: 
 
 
 def _by_the_definition(
-    self: NearFar, call: Attend, near: tuple[Slices, Slices], far: tuple[Slices, Slices], values: Slices, start: int
+    self: NearFar, call: LayerCall, near: tuple[Slices, Slices], far: tuple[Slices, Slices], values: Slices, start: int
 ) -> Tensor:
     """In the place of one block, of which there is only one."""
     return self.merged(call, (near[0].x, near[1].x), (far[0].x, far[1].x))

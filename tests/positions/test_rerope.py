@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 import dense
-from longspan.apply import apply, remove
+from longspan.apply import apply
 from longspan.core.facts import facts_of
 from longspan.core.method import parse
+from longspan.hf.site import remove
 from longspan.positions import near_far
 from longspan.positions.rerope import LeakyReRoPE, ReRoPE
 from longspan.util.errors import NotSupported, SpecError

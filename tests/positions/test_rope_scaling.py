@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, Lla
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dense
-from longspan.apply import apply, remove
+from longspan.apply import apply
 from longspan.core.facts import RopeFacts, facts_of, rotary_modules
 from longspan.core.method import parse
+from longspan.hf.site import remove
 from longspan.positions.rope_scaling import (
     Llama3,
     LongRoPE,

@@ -22,10 +22,11 @@ from transformers import (
 )
 
 import dense
-from longspan.apply import applied, apply, remove
+from longspan.apply import applied, apply
 from longspan.attention.window import Window
 from longspan.core.facts import facts_of
 from longspan.core.method import parse
+from longspan.hf.site import remove
 from longspan.positions import spans
 from longspan.positions.bca import BlockwiseCausal
 from longspan.positions.spans import Span

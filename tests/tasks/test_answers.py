@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import longspan as ls
+from longspan.core.tokens import encode
+from longspan.reading.prefill import Prefilled, chunked_prefill, greedy
 from longspan.tasks.answers import PARTS, WORDS, by_position, check_options, choose, continuation, judge, judge_stream
-from longspan.tasks.base import Prefilled, chunked_prefill, encode, greedy
 from longspan.util.errors import LongspanError
 
 IDS = [(i * 37 + 5) % 250 + 2 for i in range(90)]
@@ -155,7 +156,7 @@ def test_shares_by_position() -> None:
 
 
 def test_forcing_leaves_the_reader_where_it_is() -> None:
-    from longspan.tasks.base import forced
+    from longspan.reading.prefill import forced
 
     model, meter = llama(), FakeMeter()
     read = chunked_prefill(model, IDS[:50], meter=meter)

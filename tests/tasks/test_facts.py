@@ -13,8 +13,9 @@ import torch
 from oracles import broken, check_samples, digest, run, whole
 from tasks_tiny import FakeMeter, KnownModel, byte_tokenizer, llama
 
+from longspan.core.tokens import encode
 from longspan.tasks import facts
-from longspan.tasks.base import encode, parse_task
+from longspan.tasks.base import parse_task
 from longspan.tasks.facts import OPPOSITE, PLACES, Reasoning, first_word
 from longspan.util.errors import SpecError
 

@@ -13,8 +13,9 @@ from tasks_tiny import FakeMeter, KnownModel, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from longspan.core.tokens import encode
 from longspan.models import ready_folder
-from longspan.tasks.base import encode, parse_task
+from longspan.tasks.base import parse_task
 from longspan.tasks.passkey import (
     FILLER,
     QUESTION,

@@ -10,23 +10,11 @@ import torch
 from tasks_tiny import FakeMeter, byte_tokenizer, llama
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
+from longspan.core.tokens import bos_id, encode, with_bos
 from longspan.hf.compat import cache_argument
+from longspan.reading.prefill import chunk_size, chunked_prefill, forced, greedy
 from longspan.tasks import base
-from longspan.tasks.base import (
-    Outcome,
-    Sample,
-    Task,
-    bos_id,
-    check_fits,
-    chunk_size,
-    chunked_prefill,
-    encode,
-    forced,
-    greedy,
-    parse_task,
-    task_catalogue,
-    with_bos,
-)
+from longspan.tasks.base import Outcome, Sample, Task, check_fits, parse_task, task_catalogue
 from longspan.util.errors import LongspanError, SpecError
 
 IDS = [(i * 37 + 5) % 250 + 2 for i in range(60)]

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from tasks_tiny import FakeMeter
 
-from longspan.tasks.base import _plain_head, bos_id, parse_task
+from longspan.hf.heads import plain_head
+from longspan.core.tokens import bos_id
+from longspan.tasks.base import parse_task
 from longspan.tasks.passkey import landmark_prompt
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -41,6 +43,6 @@ def test_keys_are_found_at_600_tokens(built_in: tuple[Any, Any], spec: str) -> N
 
 def test_its_logits_are_a_plain_product_and_it_uses_no_bos(built_in: tuple[Any, Any]) -> None:
     model, tokenizer = built_in
-    assert _plain_head(model) is model.lm_head
+    assert plain_head(model) is model.lm_head
     assert bos_id(tokenizer) is None
     assert tokenizer.bos_token not in landmark_prompt(100, random.Random(0)).text

@@ -11,7 +11,7 @@ import pytest
 from tasks_tiny import byte_tokenizer
 
 import tiny
-from longspan.tasks.base import encode
+from longspan.core.tokens import encode
 from longspan.tasks.text import Ring, check_text, read_text, tokenised
 from longspan.training.data import tokenise
 from longspan.util.errors import SpecError

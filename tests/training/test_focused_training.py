@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import longspan as ls
-from longspan.apply import current
+from longspan.hf.site import current
 from longspan.training.metrics import read_metrics
 from longspan.training.recipe import read_recipe
 from longspan.util.errors import SpecError

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import longspan as ls
-from longspan.apply import current
+from longspan.hf.site import current
 from longspan.memory.landmark import method as landmark
 from longspan.training.metrics import read_metrics
 from longspan.training.recipe import read_recipe

@@ -25,12 +25,14 @@ import longspan as ls
 import tiny
 from longspan.cli.printing import console
 from longspan.compare.trained import training_cost
+from longspan.core.tokens import encode
 from longspan.memory.gist import method as gist
 from longspan.memory.landmark import method as landmark
-from longspan.tasks.base import encode, parse_task
+from longspan.models import rows_needed
+from longspan.tasks.base import parse_task
 from longspan.training import run as run_module
 from longspan.training import trainer
-from longspan.training.data import rows_needed, task_tokens, tokenise
+from longspan.training.data import task_tokens, tokenise
 from longspan.training.metrics import describe, read_metrics, work
 from longspan.training.recipe import read_recipe
 from longspan.training.run import terminal

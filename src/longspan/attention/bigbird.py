@@ -25,10 +25,10 @@ from torch import Tensor
 
 from longspan.engine.blocks.gathered import block_sparse_attention
 from longspan.engine.blocks.lists import BlockLists, block_lists, listed_attention, refusal
+from longspan.engine.call import Call, Grid
 from longspan.engine.global_tokens import Chosen, attend_everywhere
 from longspan.engine.joint import by_row
-from longspan.engine.patterns import Call
-from longspan.lm.base import Grid, Pattern
+from longspan.lm.base import Pattern
 from longspan.util.errors import NotSupported
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from longspan.attention.trained import OnTrained
 from longspan.core.facts import ModelFacts
+from longspan.engine.call import Call, Grid
 from longspan.engine.joint import Chunk, Lane, Part, by_row, joint_attention
-from longspan.engine.patterns import Call, masked_attention
-from longspan.lm.base import Grid, Pattern
+from longspan.engine.patterns import masked_attention
+from longspan.lm.base import Pattern
 
 TOKENS_AT_ONCE = 2**17
 """Queries whose sums are held in float32 at once."""

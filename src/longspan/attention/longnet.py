@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from longspan.apply import Site
 from longspan.attention.trained import OnTrained
 from longspan.core.facts import ModelFacts
-from longspan.core.method import read_size
+from longspan.engine.call import Call, Grid
 from longspan.engine.dilated import attention as dilated
 from longspan.engine.dilated.attention import dilated_attention, refusal
 from longspan.engine.joint import Chunk, Lane, Part, by_row, joint_attention
-from longspan.engine.patterns import Call, masked_attention
-from longspan.lm.base import Grid
+from longspan.engine.patterns import masked_attention
+from longspan.hf.site import Site
 from longspan.positions.scheme import Place
 from longspan.util.errors import NotSupported
+from longspan.util.units import read_size
 
 if TYPE_CHECKING:
     from longspan.lm.configuration import LongspanConfig

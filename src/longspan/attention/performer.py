@@ -30,7 +30,8 @@ from longspan.positions.scheme import Place
 from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
-    from longspan.apply import Attend, Site
+    from longspan.hf.call import LayerCall
+    from longspan.hf.site import Site
 
 
 class PerformerAttention(KernelAttention):
@@ -138,7 +139,7 @@ class Swap:
             )
         forward_of(arguments).keep(self, None if mask is None or bool(mask.all()) else mask.bool())
 
-    def attend(self, call: Attend) -> Tensor:
+    def attend(self, call: LayerCall) -> Tensor:
         self._check(call)
         kernel = self._features(call).kernel(call.scale)
         total, before = call.key.shape[2], call.key.shape[2] - call.query.shape[2]
@@ -151,15 +152,15 @@ class Swap:
         state = read(call.key[:, :, :before], call.value[:, :, :before], kernel, real=old) if before else None
         return causal(call.query, call.key[:, :, before:], call.value[:, :, before:], kernel, state, new)[0]
 
-    def _features(self, call: Attend) -> RandomFeatures:
-        from longspan.apply import layer_number
+    def _features(self, call: LayerCall) -> RandomFeatures:
+        from longspan.hf.site import layer_number
 
         layer = layer_number(call.module)
         if layer not in self.features:
             self.features[layer] = self.method.random_features(call.query.shape[-1], layer)
         return self.features[layer].to(call.query.device)
 
-    def _check(self, call: Attend) -> None:
+    def _check(self, call: LayerCall) -> None:
         if call.softcap is not None:
             raise NotSupported(
                 f"performer: {self.site.facts.architecture} caps its scores, which are never made one by one"

@@ -13,11 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longspan.apply import Attend, Site, layer_number
 from longspan.core.facts import ModelFacts
-from longspan.engine.patterns import Call
+from longspan.engine.call import Call, Grid
 from longspan.engine.slices import Slices
-from longspan.lm.base import Grid, Pattern
+from longspan.hf.call import LayerCall
+from longspan.hf.site import Site, layer_number
+from longspan.lm.base import Pattern
 from longspan.util.errors import NotSupported
 
 QUERIES_AT_ONCE = 512
@@ -43,7 +44,7 @@ class OnTrained(Pattern):
     def attach(self, site: Site) -> None:
         site.attention(partial(self.attend, site))
 
-    def attend(self, site: Site, call: Attend) -> Tensor:
+    def attend(self, site: Site, call: LayerCall) -> Tensor:
         heads, new, held = call.query.shape[1], call.query.shape[2], call.key.shape[2]
         end = call.forward.once("end", lambda: int(call.position_ids.max()) + 1)
         grid = Grid(heads, end, layer_number(call.module), causal=True)
@@ -66,7 +67,7 @@ class OnTrained(Pattern):
             parts.append(site.own_attention(part, mask, self.counts(asked, keys, grid)))
         return torch.cat(parts, dim=2)
 
-    def _is_whole(self, site: Site, call: Attend) -> bool:
+    def _is_whole(self, site: Site, call: LayerCall) -> bool:
         """Whether tokens 0, 1, 2 … attend to themselves by SDPA and nothing else."""
         if call.query.shape[2] != call.key.shape[2] or call.mask is not None or call.softcap is not None:
             return False
@@ -75,7 +76,7 @@ class OnTrained(Pattern):
         numbers = torch.arange(call.query.shape[2], device=call.query.device)
         return call.forward.once("in order", lambda: bool((call.position_ids == numbers).all()))
 
-    def _columns(self, call: Attend, grid: Grid) -> list[Tensor]:
+    def _columns(self, call: LayerCall, grid: Grid) -> list[Tensor]:
         """For each block of queries the columns of the keys that some of them see, ascending."""
         blocks = call.position_ids.split(QUERIES_AT_ONCE, dim=-1)
         lowest, highest = (torch.stack(x).tolist() for x in ([b.min() for b in blocks], [b.max() for b in blocks]))

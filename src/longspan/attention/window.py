@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from longspan.core.facts import ModelFacts
 from longspan.engine.blocks.tables import Blocks, band
-from longspan.lm.base import Grid, Pattern
+from longspan.engine.call import Grid
+from longspan.lm.base import Pattern
 from longspan.positions.scheme import Place
 from longspan.positions.spans import Span
 from longspan.util.errors import NotSupported

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from longspan.bench.contenders import DENSE, Contender, Shape, Work, contenders, wait
-from longspan.compare.store import write_atomically
 from longspan.compare.worker import is_out_of_memory, one_line
 from longspan.engine.backends import forget_compiled
 from longspan.util.errors import LongspanError, SpecError, writing
+from longspan.util.files import write_atomically
 from longspan.util.growth import Growth, growth_of
 
 LENGTHS = {"cuda": tuple(2**n for n in range(10, 25)), "cpu": (1024, 2048, 4096, 8192, 16384)}

@@ -22,11 +22,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from longspan.core.method import catalogue, parse
 from longspan.engine.backends import choose, dense_first, through
 from longspan.engine.blocks.tables import block_size, bucket
+from longspan.engine.call import Call, Grid
 from longspan.engine.masks import pieces
-from longspan.engine.patterns import Call, attend
+from longspan.engine.patterns import attend
 from longspan.engine.window import fa4
 from longspan.lm import LongspanConfig
-from longspan.lm.base import Attention, Full, Grid, Pattern
+from longspan.lm.base import Attention, Full, Pattern
 from longspan.lm.layers import LongspanAttention
 from longspan.lm.modeling import LongspanModel
 from longspan.util.errors import LongspanError, NotSupported, SpecError

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from longspan import __version__
+from longspan.util.version import __version__
 from longspan.cli.printing import console, print_attention, print_bench, print_catalogue, print_json, print_table
 from longspan.util.errors import LongspanError, SpecError
 
@@ -216,7 +216,7 @@ def compare(
 
 def _size(text: str, what: str = "length") -> int:
     """A number of tokens, at least 1."""
-    from longspan.core.method import read_size
+    from longspan.util.units import read_size
 
     if (size := read_size(text, what)) < 1:
         raise SpecError(f"{what} must be at least 1 token, not {text}")
@@ -518,9 +518,9 @@ def study(
     include: Include = None,
 ) -> None:
     """Every position scheme trained alike and read far past its training length. The same command resumes."""
-    from longspan.core.method import read_size
     from longspan.training import study as studies
     from longspan.training.recipe import read_overrides
+    from longspan.util.units import read_size
 
     multiples = tuple(read_size(part.strip(), "times") for part in times.split(","))
     wanted = studies.Settings(tuple(position or studies.SCHEMES), seeds, multiples, samples, text, sliding)

@@ -174,7 +174,7 @@ def _figure(value: float | None) -> str:
 def print_bench(made: Bench, out: Path | None, as_json: bool) -> None:
     """The rows of a bench as a table or as JSON, and into the file `out`."""
     if out is not None:
-        from longspan.compare.store import write_atomically
+        from longspan.util.files import write_atomically
 
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(made.to_dict(), indent=1) + "\n")

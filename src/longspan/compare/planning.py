@@ -27,9 +27,11 @@ from longspan.compare import cost, trained
 from longspan.compare.statistics import Scale
 from longspan.compare.store import digest
 from longspan.core.facts import ModelFacts
-from longspan.core.method import Combination, Method, NoMethod, catalogue, combination, read_size
+from longspan.core.method import Combination, Method, NoMethod, catalogue, combination
 from longspan.tasks.base import Task, parse_task
+from longspan.util import environment
 from longspan.util.errors import LongspanError, NotSupported, SpecError
+from longspan.util.units import read_size
 
 PATIENCE = 30 * 60.0
 """Seconds that a run may take, roughly, where the user named no lengths."""
@@ -101,7 +103,7 @@ class Cell:
     def key(self) -> str:
         """sha256, in hex, of everything that the result depends on. Python's version is part of it as generated texts
         come from its standard library."""
-        versions = cost.versions()
+        versions = environment.versions()
         versions["python"] = ".".join(versions["python"].split(".")[:2])
         return digest(
             {
@@ -400,10 +402,10 @@ class Plan:
             "seed": request.seed,
             "environment": {
                 **self.machine,
-                **cost.versions(),
+                **environment.versions(),
                 "dtype": self.dtype_name,
                 "attention": f"{self.facts.attention}; methods with an attention of their own replace it",
-                "command": cost.command_line(),
+                "command": environment.command_line(),
             },
             "cells": [c.describe() for c in self.cells()],
         }
@@ -455,7 +457,7 @@ def make_plan(request: Request) -> Plan:
     facts = models.inspect_model(request.model)
     device = models.pick_device(request.device)
     dtype = models.pick_dtype(request.dtype, device)
-    machine, speed = cost.machine(device), cost.speed(device, dtype)
+    machine, speed = environment.machine(device), cost.speed(device, dtype)
     tasks = read_tasks(request.tasks)
     counts = {t.spec: request.samples or t.default_count for t in tasks}
     if request.lengths is None:

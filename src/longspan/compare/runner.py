@@ -30,13 +30,15 @@ import torch
 import longspan
 from longspan.compare import cost
 from longspan.compare.planning import SOURCES, Cell, MethodLike, Plan, Request, as_list, make_plan
-from longspan.compare.report.results import by_reason, duration, size
+from longspan.compare.report.results import by_reason
 from longspan.compare.screen import Screen
 from longspan.compare.store import LOGS, MANIFEST, Record, Run, Store, is_finished, read_manifest
 from longspan.compare.worker import Job, run_job
 from longspan.core.method import Combination, Method
 from longspan.tasks.base import Task
+from longspan.util import environment
 from longspan.util.errors import LongspanError, SpecError
+from longspan.util.units import duration, size
 
 Ending = tuple[str, Any]
 """How a worker ended: `("done", result)`, `("out_of_memory", text)` or `("failed", text)`."""
@@ -161,7 +163,7 @@ def _finished(cell: Cell, plan: Plan, kind: str, what: Any) -> Record:
         "device_name": cell.processor,
         "threads": plan.machine["threads"],
         "device_memory": plan.machine["device_memory"],
-        "versions": cost.versions(),
+        "versions": environment.versions(),
         "finished": _now(),
     }
 

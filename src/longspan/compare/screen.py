@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from longspan.compare.planning import Cell
-from longspan.compare.report.results import duration, size
+from longspan.util.units import duration, size
 
 
 def result_line(record: dict[str, Any], metric: str) -> str:

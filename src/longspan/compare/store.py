@@ -8,7 +8,6 @@ time writes to a run; the lock is the kernel's, so it ends with the process howe
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from longspan.compare import statistics as stats
-from longspan.util.errors import LongspanError, writing
+from longspan.util.errors import LongspanError
+from longspan.util.files import sync_folder, write_atomically
 
 MANIFEST = "run.json"
 CELLS = "cells.jsonl"
@@ -56,33 +56,8 @@ def clean(value: Any) -> Any:
     raise TypeError(f"a result holds a {type(value).__name__}, which a run cannot store")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a kill, finds either the old content or the new. One writer at a time."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with writing(path), open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # on a full disk its part is in the way
-        raise
-    _sync_folder(path.parent)
 
 
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file that longspan wrote. Raises `LongspanError`, with what to do, for one that is cut or another."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LongspanError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise LongspanError(f"{path} is damaged ({error}); {remedy}") from error
-    if not isinstance(value, dict):
-        raise LongspanError(f"{path} is damaged (it holds no keys with values); {remedy}")
-    return value
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -143,7 +118,7 @@ class Store:
             records, self.problems = read_cells(self.folder)
             self.records: dict[str, Record] = {r["key"]: r for r in records}
             self._file = os.open(self.folder / CELLS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except BaseException:
             os.close(self._lock)
             raise
@@ -295,10 +270,3 @@ def _take_lock(folder: Path) -> int:
     return lock
 
 
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems do not let folders be synced
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

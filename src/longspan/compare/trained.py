@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from longspan import models
-from longspan.compare.store import read_object
 from longspan.core.facts import ModelFacts
 from longspan.util.errors import LongspanError, NotSupported
+from longspan.util.files import read_object
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs; naïve? 世界!\n    def f(x): return x\n"
 
@@ -24,13 +24,11 @@ def is_folder(asked: Any) -> bool:
 
 def trained_model(asked: str | Path, base: str) -> tuple[str, ModelFacts]:
     """The model's own folder, and what it is. Raises `NotSupported` where it reads a text as other tokens than `base` does."""
-    from longspan.training.data import load_tokenizer  # with all of training, which takes seconds in each process
-
     folder = _found(asked)
     if folder is None:
         raise LongspanError(f"{asked} holds no model")
     facts = models.inspect_model(folder)
-    ours, theirs = (load_tokenizer(str(name))(PROBE, verbose=False)["input_ids"] for name in (base, folder))
+    ours, theirs = (models.load_tokenizer(str(name))(PROBE, verbose=False)["input_ids"] for name in (base, folder))
     if ours != theirs:
         raise NotSupported(
             f"{asked} was not trained from {base}: it reads a text as other tokens, so their samples cannot be the same. Compare "

@@ -30,12 +30,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from longspan.apply import current
 from longspan.compare import statistics as stats
-from longspan.compare.cost import Meter
 from longspan.compare.planning import Cell, scale_of
 from longspan.compare.store import clean
 from longspan.core.facts import text_config
+from longspan.hf.site import current
+from longspan.meter import Meter
 from longspan.models import load
 from longspan.plugins import load_from_environment
 from longspan.tasks.base import Outcome, Sample

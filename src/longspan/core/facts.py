@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from longspan.hf.compat import decoder_of
 from longspan.util.errors import NotSupported
 
 
@@ -188,3 +187,11 @@ def rotary_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     inside = {id(m) for m in decoder.modules()}
     found = ((name, m) for name, m in model.named_modules() if hasattr(m, "rope_type") and hasattr(m, "config"))
     return [(name, m) for name, m in found if id(m) in inside]
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The stack of decoder layers of a model, whatever is wrapped around it (a head, an image encoder)."""
+    while (inner := model.get_decoder()) is not model:
+        model = inner  # type: ignore[assignment]
+    return model
+

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from longspan.core.facts import ModelFacts
+from longspan.util.units import read_size
 from longspan.util.errors import NotSupported, SpecError, nearest
 
-if TYPE_CHECKING:
-    from longspan.apply import Site
 
 T = typing.TypeVar("T")
 _REGISTRY: dict[str, type[Method]] = {}
@@ -92,8 +91,8 @@ class Method:
         """How many keys the last query of `length` tokens attends to."""
         return self.cache_tokens(facts, length)
 
-    def attach(self, site: Site) -> None:
-        """Puts the method on a model through the seams of `site`."""
+    def attach(self, site: Any) -> None:
+        """Puts the method on a model through what `site` (`longspan.hf.site.Site`) lets it change."""
 
     @property
     def spec(self) -> str:
@@ -118,6 +117,21 @@ class NoMethod(Method):
     encoder_decoders: ClassVar[bool] = True
 
 
+class CannotCombine(NotSupported):
+    """Two methods that fill the same slots."""
+
+    def __init__(self, first: Method, second: Method):
+        super().__init__(first, second)
+        self.first, self.second = first, second
+
+    def __str__(self) -> str:
+        """The reason, with what the first method can be combined with, which is only found out where the message is read."""
+        shared = " and ".join(sorted(self.first.slots & self.second.slots))
+        legal = importlib.import_module("longspan.combinable").partners(type(self.first))
+        hint = f"{self.first.name} combines with: {', '.join(legal)}" if legal else f"use {self.first.name} alone"
+        return f"{self.first.name} and {self.second.name} cannot be combined: both take the model's {shared}. {hint}"
+
+
 @dataclass(frozen=True)
 class Combination:
     """One or more methods applied together, checked when it is made."""
@@ -127,11 +141,8 @@ class Combination:
     def __post_init__(self) -> None:
         for i, first in enumerate(self.methods):
             for second in self.methods[i + 1 :]:
-                if shared := first.slots & second.slots:
-                    raise NotSupported(
-                        f"{first.name} and {second.name} cannot be combined: both take the model's "
-                        f"{' and '.join(sorted(shared))}. {_partners(first)}"
-                    )
+                if first.slots & second.slots:
+                    raise CannotCombine(first, second)
 
     @property
     def spec(self) -> str:
@@ -158,13 +169,6 @@ class Combination:
     def reach(self, facts: ModelFacts) -> int | None:
         reaches = [m.reach(facts) for m in self.methods]
         return None if None in reaches or not reaches else max(r for r in reaches if r is not None)
-
-
-def _partners(method: Method) -> str:
-    from longspan.combinable import partners
-
-    legal = partners(type(method))
-    return f"{method.name} combines with: {', '.join(legal)}" if legal else f"use {method.name} alone"
 
 
 def find(name: str, kind: str, known: Mapping[str, type]) -> str:
@@ -259,17 +263,6 @@ def read_settings(cls: type[T], name: str, text: str) -> T:
     return cls(**values)
 
 
-def read_size(text: str, what: str = "length") -> int:
-    """A number of tokens: `4096`, `4k` (= 4,096), `1m` (= 1,048,576). Raises `SpecError` for what is no whole number."""
-    units = {"k": 1024, "m": 1024**2}
-    number, unit = (text[:-1], units[text[-1].lower()]) if text and text[-1].lower() in units else (text, 1)
-    try:
-        size = float(number) * unit
-    except ValueError:
-        size = float("nan")
-    if not (size == size and abs(size) < 2**53 and size == int(size)) or "_" in text:
-        raise SpecError(f"{what} must be a whole number such as 4096 or 4k, not {text!r}")
-    return int(size)
 
 
 def _read_value(what: str, text: str, hint: Any) -> Any:

@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from longspan.engine.blocks.tables import Blocks, block_size, bucket
+from longspan.engine.call import Call, Grid, Pattern
 from longspan.engine.compiling import LIMIT_OF_ITS_OWN, compiled
 from longspan.engine.masks import masked_attention, rolled_attention
 from longspan.engine.window import fa4, window_sinks
 from longspan.util.errors import NotSupported, SpecError
-
-if TYPE_CHECKING:
-    from longspan.engine.patterns import Call
-    from longspan.lm.base import Grid, Pattern
 
 WAYS = ("fa4", "kernel", "flex", "masks")
 MOST_SHAPES = 32

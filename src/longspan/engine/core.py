@@ -78,3 +78,15 @@ def expand_heads(x: Tensor, heads: int) -> Tensor:
         return x
     batch, kv_heads, length, width = x.shape
     return x[:, :, None].expand(batch, kv_heads, groups, length, width).reshape(batch, heads, length, width)
+
+
+def distances(q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """(B or 1, Tq, Tk): how far behind each query each key lies; negative for keys that come after it."""
+    return q_positions[:, :, None] - k_positions[:, None, :]
+
+
+def ending_at(positions: Tensor, count: int) -> Tensor:
+    """(B or 1, count): of all keys, from those of the queries (B or 1, Tq), which are the last."""
+    if count == positions.shape[1]:
+        return positions
+    return positions[:, -1:] - torch.arange(count - 1, -1, -1, device=positions.device)

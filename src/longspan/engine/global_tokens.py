@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longspan.engine.call import Call
 from longspan.engine.core import attention
-from longspan.engine.patterns import Call
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.engine.biased.bias import bias_rows
+from longspan.engine.call import Call, Grid, Pattern
 from longspan.engine.core import attention, expand_heads, with_zero_key
 from longspan.engine.slices import Slices
-
-if TYPE_CHECKING:
-    from longspan.engine.patterns import Call
-    from longspan.lm.base import Grid, Pattern
 
 BLOCKS = (64, 512)
 """The fewest and the most queries that share one mask."""

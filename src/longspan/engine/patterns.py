@@ -6,48 +6,15 @@ after others (decoding, chunks) to masks, or to a kernel where it knows the keys
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from longspan.engine import backends as routes
+from longspan.engine.call import Call, Grid, Pattern
 from longspan.engine.core import expand_heads
 from longspan.engine.masks import masked_attention
-
-if TYPE_CHECKING:
-    from longspan.lm.base import Grid, Pattern
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), ready to meet; the queries are the last of the keys."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
-    padding: Tensor | None = None
-    """Boolean (B, Tk), True where a key is real; None where all are."""
-    bias: Callable[[Tensor], Tensor] | None = None
-    """What a score gets at a distance in tokens: (H, *shape) float32 for whole numbers of any shape."""
-    dropout: float = 0.0
-    query_scores: Callable[[slice, Tensor], Tensor] | None = None
-    """What some of the queries get at each of N distances, before the scale: (B, H, rows, N) float32."""
-    columns: Tensor | None = None
-    """Which tokens the keys are, (B or 1, Tk), -1 for none, where they come from a rolling cache: the sinks that the pattern
-    keeps, then the others. None where they are all tokens."""
-    shown: Tensor | None = None
-    """Boolean (B, Tk), True for keys that every query sees whatever the pattern says; of the patterns only some know it."""
-    zero_key: bool = False
-    """Whether every query also sees a key and a value of zeros (`longspan.engine.core.with_zero_key`)."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether the weights are the softmax of products of queries and keys, with or without the zero key."""
-        return self.bias is None and self.query_scores is None and not self.dropout
 
 
 def some_heads(call: Call, start: int, end: int) -> Call:

@@ -31,11 +31,6 @@ _ALWAYS_KNOWN = frozenset(TransformersKwargs.__annotations__) | {"return_dict", 
 """Keyword arguments that transformers' models, losses and trainers pass along."""
 
 
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The stack of decoder layers of a model, whatever is wrapped around it (a head, an image encoder)."""
-    while (inner := model.get_decoder()) is not model:
-        model = inner  # type: ignore[assignment]
-    return model
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from longspan.apply import Site
 from longspan.hf import compat
+from longspan.hf.site import Site
 from longspan.util.errors import LongspanError, NotSupported
 
 CROSS = "longspan_cross"
@@ -36,7 +36,7 @@ _LAYOUTS = {
 """Cross-attention modules by the name that they have in their layer, and their projections: of BART's kind and of T5's."""
 
 Arguments = dict[str, Any]
-Attend = Callable[["Projections", Any, Tensor, float, float], Tensor]
+CrossAttend = Callable[["Projections", Any, Tensor, float, float], Tensor]
 """(projections, what was given with the states, query (B, H, T, D), scale, dropout) -> (B, H, T, D)."""
 
 
@@ -135,7 +135,7 @@ def taken(states: Tensor) -> Any:
     return what
 
 
-def cross_attention(site: Site, attend: Attend) -> None:
+def cross_attention(site: Site, attend: CrossAttend) -> None:
     """Runs `attend` as the cross-attention of every layer of the decoder. Raises `NotSupported` for a model whose
     cross-attention is not known."""
     layers = 0
@@ -158,7 +158,7 @@ class _TakenOver:
 
     site: Site
     projections: Projections
-    attend: Attend
+    attend: CrossAttend
 
     def attach(self, module: nn.Module) -> None:
         undo = self.site.keep_for_undo

@@ -17,13 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from longspan.engine.biased.attention import biased_attention, serves
 from longspan.engine.biased.bias import bias_rows
-from longspan.engine.core import attention, causal_mask, expand_heads, with_zero_key
+from longspan.engine.call import Call, Grid
+from longspan.engine.core import attention, causal_mask, distances, ending_at, expand_heads, with_zero_key
 from longspan.engine.joint import Chunk, Lane, Part, joint_attention
-from longspan.engine.patterns import Call, attend, shifted, text_lengths
+from longspan.engine.patterns import attend, shifted, text_lengths
 from longspan.engine.slices import Slices
 from longspan.hf.rolling import WindowLayer
-from longspan.lm.base import Grid
-from longspan.positions.scheme import Place, distances, ending_at
+from longspan.positions.scheme import Place
 
 SCHEME = "longspan_scheme"
 """The attention implementation of models whose scheme takes part in the scores."""

@@ -8,7 +8,7 @@ Both are methods with settings. `docs/adding-a-method.md` shows a pattern.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
@@ -18,12 +18,12 @@ from longspan.core.facts import ModelFacts
 from longspan.core.method import Method
 from longspan.engine import backends as routes
 from longspan.engine.blocks.tables import SIZE, Blocks, band
-from longspan.engine.patterns import Call
+from longspan.engine.call import Call, Grid
 from longspan.positions.scheme import Place
 from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
-    from longspan.apply import Site
+    from longspan.hf.site import Site
     from longspan.lm.configuration import LongspanConfig
     from longspan.lm.layers import LongspanAttention
     from longspan.lm.modeling import LongspanModel
@@ -90,18 +90,6 @@ class Attention(Method):
 
     def attach(self, site: Site) -> None:
         self._refuse(site.facts)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What a pattern is asked about: `length` tokens in all, seen by `heads` heads of layer number `layer`."""
-
-    heads: int
-    length: int
-    layer: int
-    causal: bool
-    lengths: Tensor | None = field(default=None, compare=False)
-    """How many tokens each row's text has, (B,), where padding makes them differ."""
 
 
 class Pattern(Attention):

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from longspan.engine.core import ending_at
 from longspan.hf import compat
 from longspan.hf.compat import FORWARD
 from longspan.lm.attention import SCHEME, consecutive
@@ -31,7 +32,7 @@ from longspan.lm.layers import LongspanAttention, LongspanLayer
 from longspan.lm.packed import packed, put_back, texts_in
 from longspan.lm.reversible import reversible
 from longspan.lm.sink import LED, SinkToken
-from longspan.positions.scheme import Place, ending_at
+from longspan.positions.scheme import Place
 from longspan.util.errors import NotSupported
 
 

@@ -38,12 +38,13 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from longspan.apply import Site
+from longspan.hf.heads import plain_head
 from longspan.core.facts import ModelFacts, text_config
 from longspan.core.method import Method
 from longspan.engine.patterns import roll
 from longspan.hf import compat
 from longspan.hf.forward import counts_on
+from longspan.hf.site import Site
 from longspan.lm.state import MixerState
 from longspan.util.errors import NotSupported
 
@@ -96,9 +97,8 @@ class RMT(Method):
 def around(model: PreTrainedModel, method: RMT) -> RMTForCausalLM:
     """A model with memory, made of `model`, whose modules it takes over. Raises `NotSupported` for a model that does more to
     its logits than its output matrix."""
-    from longspan.tasks.base import _plain_head
 
-    if _plain_head(model) is None:
+    if plain_head(model) is None:
         raise NotSupported(
             f"rmt: {type(model).__name__} does more to its logits than its output matrix (a cap or a scale); use a model that "
             "does not, such as Llama, Qwen or SmolLM"

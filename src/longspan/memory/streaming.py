@@ -25,17 +25,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from longspan.apply import Attend, Site, layer_number
 from longspan.core.facts import ModelFacts, text_config
 from longspan.core.method import Method
 from longspan.engine.core import attention, expand_heads, with_zero_key
 from longspan.engine.decode import single_query as one_query
 from longspan.engine.slices import Slices
 from longspan.engine.window import rolling_window as windowed
+from longspan.hf.call import LayerCall
 from longspan.hf.compat import CACHE
 from longspan.hf.forward import forward_of
 from longspan.hf.rolling import StreamingLayer, streaming_cache
 from longspan.hf.rotary import rotate
+from longspan.hf.site import Site, layer_number
+from longspan.hf.trial import prove_rotation
 from longspan.util.errors import NotSupported
 
 QUERIES_AT_ONCE = 1024
@@ -106,7 +108,7 @@ class StreamingLLM(Method):
         return self.sinks + self.recent
 
     def attach(self, site: Site) -> None:
-        site.prove_rotation()
+        prove_rotation(site)
         site.state = Streaming(self, site)
         site.state.attach()
 
@@ -292,7 +294,7 @@ class Streaming:
 
     # The attention of one layer.
 
-    def attend(self, call: Attend) -> Tensor:
+    def attend(self, call: LayerCall) -> Tensor:
         now: Pass = call.forward.state(self)
         zero_key = bool(getattr(call.module, "zero_key", False))  # of a model of ours with a zero sink
         if now.fixed:
@@ -323,7 +325,7 @@ class Streaming:
         return torch.cat(list(self._blocks(call, now, scores, sink_values, key, value, first)), dim=2)
 
     @staticmethod
-    def _first_real(sinks: int, call: Attend, pad: Tensor) -> Tensor:
+    def _first_real(sinks: int, call: LayerCall, pad: Tensor) -> Tensor:
         index = pad[:, None] + torch.arange(sinks, device=call.key.device)
         return index.clamp(max=call.key.shape[2] - 1)[:, None, :, None]
 
@@ -332,7 +334,7 @@ class Streaming:
         pad = 0 if now.pad is None else now.pad[:, None].to(tokens.device)
         return (tokens[None] - pad + 1 - self.method.sinks - self.method.recent).clamp(min=0)
 
-    def _turn(self, call: Attend, x: Tensor, name: str, shift: Tensor) -> Tensor:
+    def _turn(self, call: LayerCall, x: Tensor, name: str, shift: Tensor) -> Tensor:
         """x rotated by `shift` more positions, float32."""
         layer_type = self.site.layer_type(call.module)
         tables = call.forward.once(
@@ -340,7 +342,7 @@ class Streaming:
         )
         return rotate(call.module, x.float(), *tables)
 
-    def _one_query(self, call: Attend, now: Pass) -> Tensor:
+    def _one_query(self, call: LayerCall, now: Pass) -> Tensor:
         """Decoding: the few sink keys are turned forward from their originals, inside the ring."""
         turned = now.sink_keys.get(layer_number(call.module))
         if turned is not None:
@@ -351,7 +353,7 @@ class Streaming:
             key, value, mask = with_zero_key(key, value, mask)
         return attention(call.query, key, value, mask, call.scale, softcap=call.softcap)
 
-    def _ring_mask(self, call: Attend, now: Pass) -> Tensor | None:
+    def _ring_mask(self, call: LayerCall, now: Pass) -> Tensor | None:
         """Which slots one query sees, (B, 1, 1, slots); None when it sees them all."""
         filled, token = call.key.shape[2], now.start
         sinks, window = self.method.sinks, self.method.recent
@@ -371,7 +373,7 @@ class Streaming:
             seen = seen & (distance < call.sliding_window)
         return seen[:, None, None]
 
-    def _sink_scores(self, call: Attend, now: Pass, sink_keys: Tensor) -> Tensor:
+    def _sink_scores(self, call: LayerCall, now: Pass, sink_keys: Tensor) -> Tensor:
         """Scaled scores (B, H, T, sinks) of each query, turned back by what was evicted before it, with each sink;
         -inf where the sink is not before the query."""
         tokens = torch.arange(now.start, now.start + now.new, device=call.query.device)
@@ -392,7 +394,7 @@ class Streaming:
         return now.start + now.new > self.method.sinks + self.method.recent
 
     def _blocks(
-        self, call: Attend, now: Pass, scores: Tensor, sink_values: Tensor, key: Tensor, value: Tensor, first: int
+        self, call: LayerCall, now: Pass, scores: Tensor, sink_values: Tensor, key: Tensor, value: Tensor, first: int
     ) -> Iterator[Tensor]:
         """Attention of QUERIES_AT_ONCE queries after one another over their part of the window and the sinks."""
         queries, sinks, keys, values = map(Slices, (call.query, scores, key, value))
@@ -425,7 +427,7 @@ class Streaming:
         return (real | ((columns == rows) & (rows < pad)))[:, None]  # padding looks at itself: a row must see something
 
     def _joined(
-        self, call: Attend, query: Tensor, scores: Tensor, sink_values: Tensor, key: Tensor, value: Tensor, band: Tensor
+        self, call: LayerCall, query: Tensor, scores: Tensor, sink_values: Tensor, key: Tensor, value: Tensor, band: Tensor
     ) -> Tensor:
         """One softmax over sinks and window: the sinks' scores ride in extra channels, as high and low halves so that
         16-bit queries carry them exactly enough."""

@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
+from longspan.engine.call import Grid
 from longspan.engine.core import expand_heads
 from longspan.engine.patterns import roll, shifted
 from longspan.lm.attention import scheme_attention
-from longspan.lm.base import Grid, Pattern
+from longspan.lm.base import Pattern
 from longspan.lm.layers import LongspanAttention, rotated
 from longspan.positions.scheme import Place
 from longspan.util.errors import NotSupported

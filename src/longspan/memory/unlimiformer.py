@@ -43,11 +43,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from longspan.apply import Site
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Method
 from longspan.engine.retrieval import top as retrieval
 from longspan.hf import encoder_decoder as crossing
+from longspan.hf.site import Site
 from longspan.util.errors import LongspanError, NotSupported, writing
 
 How = Literal["retrieval", "random"]

@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from longspan.apply import Attend, Site
 from longspan.core.facts import ModelFacts, RopeFacts
 from longspan.core.method import Method
 from longspan.engine.core import attention
 from longspan.engine.slices import Slices
+from longspan.hf.call import LayerCall
 from longspan.hf.rotary import rotate
+from longspan.hf.site import Site
 from longspan.util.errors import NotSupported
 
 
@@ -80,7 +81,7 @@ class DynamicNTK(Method):
         theta = rope.theta * s ** (rope.dim / (rope.dim - 2))
         return [theta ** (-i / rope.dim) for i in range(0, rope.dim, 2)]
 
-    def attend(self, site: Site, call: Attend) -> Tensor:
+    def attend(self, site: Site, call: LayerCall) -> Tensor:
         rope = site.facts.rope
         assert rope is not None
         parts = call.forward.once("parts", lambda: self._parts(call, rope.window))
@@ -94,7 +95,7 @@ class DynamicNTK(Method):
             rows.setdefault(row, []).append(out)
         return torch.cat([torch.cat(outs, dim=2) for outs in rows.values()])
 
-    def _parts(self, call: Attend, window: int) -> list[tuple[int | None, int, int, int]]:
+    def _parts(self, call: LayerCall, window: int) -> list[tuple[int | None, int, int, int]]:
         """(row or None for all, first query, end, length): runs of queries that share a base."""
         shared = call.position_ids.shape[0] == 1 or bool((call.position_ids == call.position_ids[:1]).all())
         parts: list[tuple[int | None, int, int, int]] = []
@@ -110,7 +111,7 @@ class DynamicNTK(Method):
     def _attend_part(
         self,
         site: Site,
-        call: Attend,
+        call: LayerCall,
         heads: tuple[Slices, Slices, Slices],
         row: int | None,
         start: int,

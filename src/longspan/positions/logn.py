@@ -16,10 +16,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from longspan.apply import Attend, Site
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Method
 from longspan.engine.biased.bias import Bias
+from longspan.hf.call import LayerCall
+from longspan.hf.site import Site
 from longspan.positions.scheme import Place
 
 
@@ -52,10 +53,10 @@ class LogN(Method):
     def attach(self, site: Site) -> None:
         site.scale_queries(self._shared_scale)
 
-    def _shared_scale(self, call: Attend) -> Tensor:
+    def _shared_scale(self, call: LayerCall) -> Tensor:
         return call.forward.once(f"logn:{call.query.shape[2]}", lambda: self.scale(call))
 
-    def scale(self, call: Attend) -> Tensor:
+    def scale(self, call: LayerCall) -> Tensor:
         """(B or 1, 1, Tq, 1), float32: max(1, log(i + 1) / log L)."""
         assert self.window is not None
         past = (call.position_ids + 1).clamp(min=self.window).float() / self.window

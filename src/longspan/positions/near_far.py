@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from longspan.apply import Attend, Site
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Method
 from longspan.engine.core import attention, expand_heads, reference_mix
 from longspan.engine.slices import Slices
+from longspan.hf.call import LayerCall
 from longspan.hf.rotary import rotate
+from longspan.hf.site import Site
 from longspan.util.errors import NotSupported
 
 QUERIES_AT_ONCE = 512
@@ -65,7 +66,7 @@ class NearFar(Method):
         site.unrotate()
         site.attention(partial(self.attend, site))
 
-    def attend(self, site: Site, call: Attend) -> Tensor:
+    def attend(self, site: Site, call: LayerCall) -> Tensor:
         query = self._turned(site, call, "queries", call.query, call.position_ids)
         key = self._turned(site, call, "keys", call.key, call.key_positions)
         near, far = (query[0], key[0]), (query[1], key[1])
@@ -76,7 +77,7 @@ class NearFar(Method):
         blocks = range(0, call.query.shape[2], QUERIES_AT_ONCE)
         return torch.cat([self._block(call, near_slices, far_slices, values, start) for start in blocks], dim=2)
 
-    def _turned(self, site: Site, call: Attend, name: str, x: Tensor, positions: Tensor) -> Pair:
+    def _turned(self, site: Site, call: LayerCall, name: str, x: Tensor, positions: Tensor) -> Pair:
         """x rotated for near and for far distances. Both tables are of one call: rotary modules that choose their
         frequencies by the largest position would choose others for the far places alone. Nor is a far place, where one is
         used, past its text's end; those that are not used must not pass for a longer text."""
@@ -95,7 +96,7 @@ class NearFar(Method):
         )
         return near, far
 
-    def merged(self, call: Attend, near: Pair, far: Pair) -> Tensor:
+    def merged(self, call: LayerCall, near: Pair, far: Pair) -> Tensor:
         """By the definition: both score matrices, one chosen by distance, one softmax. near and far: (query, key)."""
         heads = call.query.shape[1]
         # In float32: products of 16-bit numbers may be past what 16 bits hold, and a fused kernel does not round them either.
@@ -106,7 +107,7 @@ class NearFar(Method):
         return reference_mix(merged, expand_heads(call.value, heads), mask, call.softcap)
 
     def _block(
-        self, call: Attend, near: tuple[Slices, Slices], far: tuple[Slices, Slices], values: Slices, start: int
+        self, call: LayerCall, near: tuple[Slices, Slices], far: tuple[Slices, Slices], values: Slices, start: int
     ) -> Tensor:
         """Attention of one block of queries over keys of double width."""
         end = min(start + QUERIES_AT_ONCE, call.query.shape[2])
@@ -145,7 +146,7 @@ class NearFar(Method):
         first_near = int(near.int().argmax(-1).min()) if bool(near.any()) else keys.shape[1]
         return first_near, int(far.sum(-1).max())
 
-    def _visible(self, call: Attend, start: int, end: int) -> Tensor:
+    def _visible(self, call: LayerCall, start: int, end: int) -> Tensor:
         if call.mask is not None:
             return call.mask[:, :, start:end]
         offset = call.key.shape[2] - call.query.shape[2]

@@ -28,7 +28,7 @@ from longspan.engine.biased.bias import Bias
 from longspan.util.errors import NotSupported
 
 if TYPE_CHECKING:
-    from longspan.apply import Site
+    from longspan.hf.site import Site
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,3 @@ class Scheme(Method):
 
     def attach(self, site: Site) -> None:
         self._refuse(site.facts)
-
-
-def distances(q_positions: Tensor, k_positions: Tensor) -> Tensor:
-    """(B or 1, Tq, Tk): how far behind each query each key lies; negative for keys that come after it."""
-    return q_positions[:, :, None] - k_positions[:, None, :]
-
-
-def ending_at(positions: Tensor, count: int) -> Tensor:
-    """(B or 1, count): of all keys, from those of the queries (B or 1, Tq), which are the last."""
-    if count == positions.shape[1]:
-        return positions
-    return positions[:, -1:] - torch.arange(count - 1, -1, -1, device=positions.device)

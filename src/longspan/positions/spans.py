@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from longspan.apply import Attend, Site
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Method
 from longspan.engine.slices import Slices
+from longspan.hf.call import LayerCall
+from longspan.hf.site import Site
 from longspan.util.errors import NotSupported
 
 QUERIES_AT_ONCE = 512
@@ -68,7 +69,7 @@ class Span(Method):
     def attach(self, site: Site) -> None:
         site.attention(partial(self.attend, site))
 
-    def attend(self, site: Site, call: Attend) -> Tensor:
+    def attend(self, site: Site, call: LayerCall) -> Tensor:
         new, held = call.query.shape[2], call.key.shape[2]
         # Layers that cache a sliding window only have fewer keys than the others.
         columns = call.forward.once(f"columns:{held}", lambda: self._first_columns(call))
@@ -85,7 +86,7 @@ class Span(Method):
             parts.append(site.own_attention(part, self._mask(part)))
         return torch.cat(parts, dim=2)
 
-    def _first_columns(self, call: Attend) -> list[int] | None:
+    def _first_columns(self, call: LayerCall) -> list[int] | None:
         """For each block of queries the first column that one of its queries sees; None where all see all before them."""
         first = self.first(call.position_ids)
         if not bool((first > call.key_positions.amin(-1, keepdim=True)).any()):
@@ -96,7 +97,7 @@ class Span(Method):
         columns = torch.searchsorted(rising.contiguous(), lowest.contiguous())
         return columns.clamp(max=rising.shape[-1] - 1).amin(0).tolist()
 
-    def _mask(self, part: Attend) -> Tensor | None:
+    def _mask(self, part: LayerCall) -> Tensor | None:
         """Which keys of `part`, whose first column is the first that is seen, its queries see: (B or 1, 1, Tq, Tk)."""
         new, held = part.query.shape[2], part.key.shape[2]
         if new == 1 and part.mask is None and part.position_ids.shape[0] == 1:

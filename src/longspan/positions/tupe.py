@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.positions.scheme import Place, Scheme, Shape, distances
+from longspan.engine.core import distances
+from longspan.positions.scheme import Place, Scheme, Shape
 from longspan.positions.t5_bias import T5Place
 
 

@@ -11,7 +11,7 @@ import re
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from longspan.tasks.base import encode
+from longspan.core.tokens import encode
 from longspan.util.errors import NotSupported
 
 Messages = list[dict[str, str]]

@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from longspan.apply import Site
 from longspan.hf.compat import cache_of, given_cache, with_cache
 from longspan.hf.rolling import StreamingLayer
+from longspan.hf.site import Site
 from longspan.memory.streaming import SinkKeys, Streaming
 from longspan.util.device import on_device
 from longspan.util.errors import NotSupported

@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.tasks.base import Prefilled, chunked_prefill, encode, encode_all, forced
+from longspan.core.tokens import encode, encode_all
+from longspan.meter import Meter
+from longspan.reading.prefill import Prefilled, chunked_prefill, forced
 from longspan.util.errors import LongspanError
-
-if TYPE_CHECKING:
-    from longspan.compare.cost import Meter
 
 PARTS = 32
 """Parts of a length, of equal size, for which the share right is given apart."""

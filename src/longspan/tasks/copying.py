@@ -13,15 +13,14 @@ import random
 import string
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.core.tokens import encode, with_bos
+from longspan.meter import Meter
 from longspan.tasks.answers import UNSOUND, by_position, continuation, judge
-from longspan.tasks.base import Outcome, Sample, Task, check_fits, encode, with_bos
-
-if TYPE_CHECKING:
-    from longspan.compare.cost import Meter
+from longspan.tasks.base import Outcome, Sample, Task, check_fits
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,16 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.core.tokens import encode, with_bos
+from longspan.meter import Meter
+from longspan.reading.prefill import chunked_prefill, greedy
 from longspan.tasks.answers import UNSOUND, check_options, choose, continuation
-from longspan.tasks.base import Outcome, Sample, Task, check_fits, chunked_prefill, encode, greedy, with_bos
+from longspan.tasks.base import Outcome, Sample, Task, check_fits
 from longspan.tasks.text import Ring, check_text, read_text, tokenised
-
-if TYPE_CHECKING:
-    from longspan.compare.cost import Meter
 
 NAMES = ("Daniel", "John", "Mary", "Sandra")
 ACTIONS = ("went to", "moved to", "travelled to", "journeyed to", "went back to")

@@ -17,18 +17,17 @@ import hashlib
 import math
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.core.facts import text_config
+from longspan.core.tokens import encode_all, with_bos
+from longspan.meter import Meter
 from longspan.tasks.answers import UNSOUND, continuations, judge
-from longspan.tasks.base import Outcome, Sample, Task, check_fits, encode_all, with_bos
+from longspan.tasks.base import Outcome, Sample, Task, check_fits
 from longspan.tasks.triples import SEEN, UNSEEN, Triple, data_files, draw, read_triples
 from longspan.util.errors import SpecError
-
-if TYPE_CHECKING:
-    from longspan.compare.cost import Meter
 
 
 @dataclass(frozen=True)

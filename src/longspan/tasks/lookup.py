@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.core.tokens import encode, with_bos
+from longspan.meter import Meter
 from longspan.tasks.answers import UNSOUND, WORDS, Span, by_position, continuation, judge
-from longspan.tasks.base import Outcome, Sample, Task, check_fits, encode, with_bos
-
-if TYPE_CHECKING:
-    from longspan.compare.cost import Meter
+from longspan.tasks.base import Outcome, Sample, Task, check_fits
 
 Symbols = tuple[int, ...]
 

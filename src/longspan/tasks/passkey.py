@@ -15,16 +15,16 @@ import random
 import re
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.core.tokens import encode, with_bos
+from longspan.meter import Meter
 from longspan.reading.chat_template import encode_rendered, render
-from longspan.tasks.base import Outcome, Sample, Task, check_fits, chunked_prefill, encode, greedy, with_bos
+from longspan.reading.prefill import chunked_prefill, greedy
+from longspan.tasks.base import Outcome, Sample, Task, check_fits
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.compare.cost import Meter
 
 # The benchmark's own words, from llama/run_test.py of epfml/landmark-attention (commit d963e50), Apache-2.0.
 TASK = (

@@ -21,7 +21,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.core.facts import text_config
-from longspan.tasks.base import Outcome, Sample, Task, bos_id, check_fits, chunked_prefill, forced
+from longspan.core.tokens import bos_id
+from longspan.meter import Meter
+from longspan.reading.prefill import chunked_prefill, forced
+from longspan.tasks.base import Outcome, Sample, Task, check_fits
 from longspan.tasks.text import check_text, read_text, tokenised
-
-if TYPE_CHECKING:
-    from longspan.compare.cost import Meter
 
 BUCKETS = 64
 """Parts of a window, of equal length, for which the loss is given apart."""

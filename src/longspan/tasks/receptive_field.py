@@ -11,19 +11,18 @@ The measure is Chi 2023's (arXiv 2212.10556); the paper's full text was not at h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.tasks.base import Outcome, Sample, Task, bos_id, check_fits
+from longspan.core.tokens import bos_id
+from longspan.meter import Meter
+from longspan.tasks.base import Outcome, Sample, Task, check_fits
 from longspan.tasks.perplexity import _GOLDEN, SHORTEST
 from longspan.tasks.text import check_text, read_text, tokenised
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.compare.cost import Meter
 
 POINTS = 64
 """Distances at which the cumulative share is told."""

@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longspan.engine.core import expand_heads
 from longspan.lm.attention import SCHEME, query_scores, relative_scores
+from longspan.meter import Meter
 from longspan.positions.scheme import Place
 from longspan.tasks.base import Outcome, Sample, Task
 from longspan.tasks.receptive_field import POINTS, windows
 from longspan.tasks.text import check_text, read_text
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.compare.cost import Meter
 
 SCORES = "longspan_scores"
 """The attention implementation that adds up scores by distance and then does what the one before it did."""

@@ -24,16 +24,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.core.tokens import encode_all, with_bos
+from longspan.meter import Meter
 from longspan.tasks.answers import UNSOUND, Span, by_position, continuations, judge_stream
-from longspan.tasks.base import Outcome, Sample, Task, check_fits, encode_all, with_bos
+from longspan.tasks.base import Outcome, Sample, Task, check_fits
 from longspan.tasks.questions import Question, generated, read_questions
-
-if TYPE_CHECKING:
-    from longspan.compare.cost import Meter
 
 Turn = tuple[str, str]
 """What is new up to where the answer begins, and the answer."""

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from longspan.tasks.base import encode_all
+from longspan.core.tokens import encode_all
 from longspan.util.errors import SpecError, nearest
 from longspan.util.textfiles import decode
 

@@ -17,7 +17,7 @@ from longspan.core.method import Combination, NoMethod, parse
 from longspan.memory.gist import method as gist
 from longspan.memory.landmark import method as landmark
 from longspan.memory.rmt import RMT, around
-from longspan.training.data import load_tokenizer, rows_needed
+from longspan.models import load_tokenizer, rows_needed
 from longspan.training.recipe import LoraRecipe, Recipe, TokenizerRecipe
 from longspan.util.errors import NotSupported, SpecError, nearest
 from longspan.util.fetching import reading

@@ -21,16 +21,17 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from longspan.compare.store import write_atomically
+from longspan.models import rows_needed
+from longspan.core.tokens import encode_all
 from longspan.memory.gist import method as gist
-from longspan.models import ready_folder
-from longspan.tasks.base import Task, encode_all, parse_task, task_catalogue
+from longspan.tasks.base import Task, parse_task, task_catalogue
 from longspan.tasks.text import BUILT_IN, check_text, read_text
 from longspan.training.recipe import DataRecipe, Recipe, TokenizerRecipe
 from longspan.util.errors import NotSupported, SpecError, writing
 from longspan.util.fetching import reading
+from longspan.util.files import write_atomically
 
 _READ_AS = "text without special tokens"
 """Changes when the same texts give other tokens, so that old ones are made again."""
@@ -172,16 +173,8 @@ def _datasets(name: str, key: str) -> Any:
 # Tokenizers
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, or one that lies in a folder alone."""
-    folder = ready_folder(name)
-    with reading(f"tokenizer: {name} has none that can be read"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The rows of a table of embeddings: the highest id and 1, more than there are tokens where ids have gaps."""
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def train_tokenizer(texts: Iterable[str], wanted: TokenizerRecipe) -> PreTrainedTokenizerFast:

@@ -15,14 +15,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from longspan import models
-from longspan.compare import cost
-from longspan.compare.report.results import duration, size
 from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.plan import available, measure
 from longspan.training import build
 from longspan.training.metrics import work
 from longspan.training.recipe import Recipe
 from longspan.training.run import check
+from longspan.util import environment
+from longspan.util.units import duration, size
 
 _STATE_PASSES = 34
 """Bytes a token, layer and hidden channel that wait for the backward pass in 16-bit numbers (Korthikanti 2022, 2205.05198)."""
@@ -98,7 +98,7 @@ def plan_training(recipe: Recipe) -> TrainPlan:
         padded=recipe.data.packing == "none",
         micro_batch=micro,
         devices=devices,
-        device=cost.machine(device)["device_name"],
+        device=environment.machine(device)["device_name"],
         dtype=dtype,
         method=method.spec if method else None,
         flops=(products + load.attention) * tokens,

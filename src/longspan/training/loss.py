@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from longspan.tasks.base import _plain_head
+from longspan.hf.heads import plain_head
 from longspan.training.samples import IGNORE
 from longspan.util.errors import NotSupported
 
@@ -35,7 +35,7 @@ class NextToken(nn.Module):
         self.model = model
         self.chunk = chunk
         if chunk is not None:
-            _require_plain_head(self.causal)
+            _requireplain_head(self.causal)
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -94,12 +94,12 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
 
 
-def _require_plain_head(model: PreTrainedModel) -> None:
+def _requireplain_head(model: PreTrainedModel) -> None:
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            plain = _plain_head(model) is not None
+            plain = plain_head(model) is not None
     finally:
         model.train(training)
     if not plain:

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from longspan.compare.report.results import duration, size
 from longspan.core.facts import ModelFacts, facts_of, text_config
+from longspan.engine.call import Grid
 from longspan.lm import LongspanConfig
-from longspan.lm.base import Grid, Pattern
+from longspan.lm.base import Pattern
 from longspan.util.errors import writing
+from longspan.util.units import duration, size
 
 Record = dict[str, Any]
 

@@ -22,10 +22,11 @@ from typing import Any, Literal
 
 import yaml
 
-from longspan.core.method import parse, read_size
+from longspan.core.method import parse
 from longspan.positions.pose import PoSE
 from longspan.util.errors import LongspanError, SpecError, nearest
 from longspan.util.textfiles import read_text
+from longspan.util.units import read_size
 
 T = typing.TypeVar("T")
 

@@ -37,21 +37,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from longspan import models
-from longspan.compare.report.results import duration, size
-from longspan.compare.store import read_object, write_atomically
 from longspan.core.facts import facts_of, text_config
 from longspan.core.method import Combination
 from longspan.memory.focused import method as focused
 from longspan.memory.gist import method as gist
 from longspan.memory.landmark import method as landmark
+from longspan.models import load_tokenizer, rows_needed
 from longspan.training import build
 from longspan.training.data import (
     Tokens,
     check_source,
     documents,
     is_task,
-    load_tokenizer,
-    rows_needed,
     source,
     task_tokens,
     tokenise,
@@ -73,6 +70,8 @@ from longspan.training.trainer import (
     step_of,
 )
 from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
+from longspan.util.files import read_object, write_atomically
+from longspan.util.units import duration, size
 
 _RUN, _RESULT, _LOCK = "run.json", "result.json", ".lock"
 _LOST = "it says which training the folder holds: bring it back, or name another out"

@@ -27,15 +27,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.apply import applied
-from longspan.compare.cost import Meter
-from longspan.compare.store import write_atomically
 from longspan.lm.configuration import read_position
+from longspan.meter import Meter
 from longspan.models import fingerprint, load, read_config
 from longspan.tasks.base import Task, parse_task
 from longspan.tasks.text import check_text
 from longspan.training.metrics import append_line, read_lines
 from longspan.training.recipe import read_recipe
 from longspan.util.errors import NotSupported, SpecError
+from longspan.util.files import write_atomically
 
 SCHEMES = (
     "sinusoidal",

@@ -30,14 +30,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from longspan.compare import cost
-from longspan.compare.store import write_atomically
+from longspan import meter
 from longspan.training.loss import NextToken
 from longspan.training.metrics import Journal, Live
 from longspan.training.recipe import Recipe
 from longspan.training.samples import collate
+from longspan.util import environment
 from longspan.util.errors import LongspanError, writing
 from longspan.util.fetching import quiet
+from longspan.util.files import write_atomically
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
@@ -134,11 +135,11 @@ class Recorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        cost.reset_peak(args.device)
+        meter.reset_peak(args.device)
         self._since, self._step = time.perf_counter(), state.global_step
         if state.is_world_process_zero:
             start = {"event": "start", "step": state.global_step, "devices": args.world_size, "time": time.time()}
-            self.journal.write({**start, **cost.versions(), "device": cost.machine(args.device)["device_name"]})
+            self.journal.write({**start, **environment.versions(), "device": environment.machine(args.device)["device_name"]})
             self.live.start(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -202,7 +203,7 @@ class Recorder(TrainerCallback):
             "seconds": seconds,
             "tokens_per_s": tokens / seconds,
             "mfu": None if self.peak is None else flops / seconds / self.peak,
-            "peak_bytes": cost.read_peak(args.device),
+            "peak_bytes": meter.read_peak(args.device),
             "left_s": (state.max_steps - state.global_step) * seconds / steps,
         }
 

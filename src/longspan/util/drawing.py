@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from longspan.compare.report.results import BARE, tokens
 from longspan.util.errors import writing
+from longspan.util.units import tokens
 
+BARE = "none"
+"""The model as it is, in a figure of methods."""
 INK, SOFT, FAINT = "#1f2328", "#59636e", "#d8dde3"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7b61a8")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
+from longspan.engine.call import Call
 from longspan.engine.global_tokens import Chosen, attend_everywhere, chosen
-from longspan.engine.patterns import Call
 from longspan.lm.layers import LongspanAttention, rotated
 from longspan.util.errors import NotSupported
 

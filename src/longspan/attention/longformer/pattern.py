@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from longspan.engine import backends as routes
 from longspan.engine.blocks.tables import Blocks, band
-from longspan.engine.patterns import Call, masked_attention, some_heads
+from longspan.engine.call import Call, Grid
+from longspan.engine.patterns import masked_attention, some_heads
 from longspan.engine.window.banded import banded_attention
-from longspan.lm.base import Grid, Pattern
+from longspan.lm.base import Pattern
 from longspan.positions.scheme import Place
 from longspan.util.errors import NotSupported
 

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from longspan.compare.report.results import BARE, STATUS, Results, TaskFacts, duration, size
+from longspan.compare.report.results import BARE, STATUS, Results, TaskFacts
+from longspan.util.units import duration, size
 
 KEPT = 0.5
 """Share of the bare model's native score that a method must keep to count as working."""

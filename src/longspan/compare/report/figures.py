@@ -15,19 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from longspan.compare.report.results import (
-    BARE,
-    STATUS,
-    Record,
-    Results,
-    TaskFacts,
-    curve,
-    depths,
-    duration,
-    pareto,
-    size,
-    tokens,
-)
+from longspan.compare.report.results import BARE, STATUS, Record, Results, TaskFacts, curve, depths, pareto
 from longspan.compare.report.shares import right_by_position
 from longspan.compare.statistics import Interval
 from longspan.util.drawing import (
@@ -44,6 +32,7 @@ from longspan.util.drawing import (
     styles,
 )
 from longspan.util.errors import LongspanError
+from longspan.util.units import duration, size, tokens
 
 DEPTH_ROWS = 10
 """Most rows of a heat map; more depths than these are gathered into as many equal stretches."""

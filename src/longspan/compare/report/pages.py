@@ -35,8 +35,8 @@ from longspan.compare.report.results import (
     failed_samples,
 )
 from longspan.compare.report.shares import terminal_lines
-from longspan.compare.store import write_atomically
 from longspan.util.drawing import styles, swatch, with_own_names
+from longspan.util.files import write_atomically
 
 MOST_FAILURES = 20
 """Failed samples that a page lists one by one."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from longspan.compare.report.results import Results, TaskFacts, duration, size
+from longspan.compare.report.results import Results, TaskFacts
 from longspan.compare.statistics import FEW_WINDOWS, RESAMPLES
+from longspan.util.units import duration, size
 
 UNKNOWN = "not recorded"
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from longspan.compare import statistics as stats
+from longspan.util.drawing import BARE
 from longspan.util.errors import LongspanError
 
-BARE = "none"
 """The spec of the model as it is, beside which every method is read."""
 COSTS = ("prefill_s", "decode_s_per_token", "peak_prefill_bytes", "peak_decode_bytes", "cache_bytes")
 STATUS = {"ok": "finished", "out_of_memory": "out of memory", "failed": "failed", "missing": "not run"}
@@ -315,29 +315,10 @@ def by_reason(left_out: dict[str, str]) -> dict[str, str]:
     return {", ".join(those): reason for reason, those in names.items()}
 
 
-def duration(seconds: float) -> str:
-    """A time for people: `24 ms`, `3.21 s`, `12 min`, `2 h 05 min`."""
-    if seconds < 0.9995:
-        return f"{seconds * 1e3:.3g} ms"
-    if seconds < 99.5:
-        return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def size(number: float) -> str:
-    """Bytes for people, in powers of ten: `47.2 MB`, `1.41 GB`."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= 0.9995 * unit:
-            return f"{number / unit:.0f} {name}" if number >= 99.5 * unit else f"{number / unit:.3g} {name}"
-    return f"{number:.0f} B"
 
 
-def tokens(length: int) -> str:
-    """A length for axes and headings: `32k` for whole multiples of 1,024."""
-    if length % 1024**2 == 0:
-        return f"{length // 1024**2}m"
-    return f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"
 
 
 def _task(facts: dict[str, Any]) -> TaskFacts:

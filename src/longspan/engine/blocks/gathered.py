@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.engine.call import Call
 from longspan.engine.core import expand_heads
-from longspan.engine.patterns import Call
 from longspan.engine.slices import Slices
 
 ENTRIES_AT_ONCE = 2**24

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.engine.call import Call
 from longspan.engine.core import expand_heads
 from longspan.engine.global_tokens import Chosen, chosen
-from longspan.engine.patterns import Call
 from longspan.engine.slices import Slices
 
 SHORTEST_BLOCK = 64

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,9 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from longspan.engine.blocks.tables import SIZE as BLOCK
 from longspan.engine.blocks.tables import band
+from longspan.engine.call import Call
 from longspan.engine.compiling import compiled
 from longspan.engine.core import expand_heads
-
-if TYPE_CHECKING:
-    from longspan.apply import Attend
 
 QUERIES = 4096
 """Queries of one kernel call. One number, so that any prompt compiles once for each window."""
@@ -32,7 +29,7 @@ MOST_SHAPES = 32
 _shapes: set[tuple] = set()
 
 
-def serves(call: Attend, key: Tensor, reach: int) -> bool:
+def serves(call: Call, key: Tensor, reach: int) -> bool:
     """Whether this path can run the call; what it cannot run goes through SDPA in blocks, with the same result."""
     new, width = call.query.shape[2], call.query.shape[3]
     return (

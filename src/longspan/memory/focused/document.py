@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from longspan.apply import layer_number
+from longspan.core.facts import decoder_of
 from longspan.hf import compat
+from longspan.hf.site import layer_number
 from longspan.memory.focused.cache import FocusedLayer
 from longspan.memory.focused.method import Reader, reader_of
 from longspan.util.errors import LongspanError, SpecError, writing
@@ -48,7 +49,7 @@ class Memory:
             raise SpecError(
                 "focused: a memory is of one document with at least one token; read several one after another"
             )
-        cache, decoder = reader.empty_cache(), compat.decoder_of(model)
+        cache, decoder = reader.empty_cache(), decoder_of(model)
         modes = [(m, m.training) for m in model.modules()]
         model.eval()
         try:

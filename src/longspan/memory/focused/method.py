@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, TrainerCallback
 
-from longspan.apply import Attend, Site, layer_number
 from longspan.core.facts import ModelFacts, text_config
 from longspan.core.method import Combination, Method
 from longspan.engine.core import attention
@@ -43,9 +42,12 @@ from longspan.engine.patterns import roll
 from longspan.engine.retrieval import crossbatch, memories
 from longspan.engine.retrieval.top import need_faiss
 from longspan.engine.slices import Slices
+from longspan.hf.call import LayerCall
 from longspan.hf.compat import CACHE
 from longspan.hf.forward import forward_of
 from longspan.hf.rotary import rotate
+from longspan.hf.site import Site, layer_number
+from longspan.hf.trial import prove_rotation
 from longspan.memory.focused.cache import FocusedLayer
 from longspan.util.errors import NotSupported, SpecError
 
@@ -170,7 +172,7 @@ class Focused(Method):
             raise NotSupported(
                 "focused puts memory before a context, where this model has a sink; use one without sink="
             )
-        site.prove_rotation()
+        prove_rotation(site)
         site.state = Reader(self, site)
         site.state.attach()
 
@@ -320,7 +322,7 @@ class Reader:
 
     # The attention of one layer.
 
-    def _attend(self, call: Attend) -> Tensor:
+    def _attend(self, call: LayerCall) -> Tensor:
         now: Pass = call.forward.state(self)
         number = layer_number(call.module)
         layer = now.layers[number] if now.layers else None
@@ -333,7 +335,7 @@ class Reader:
         ]  # contexts of its own
         return torch.cat([F.pad(out, (0, 0, call.query.shape[2] - out.shape[2], 0)) for out in outs])
 
-    def _rows(self, call: Attend, rows: slice, pad: int, layer: FocusedLayer | None) -> Tensor:
+    def _rows(self, call: LayerCall, rows: slice, pad: int, layer: FocusedLayer | None) -> Tensor:
         """Attention of rows whose text begins at column `pad`: (rows, H, T, D), T the tokens behind it."""
         base = layer.before if layer else 0
         first = base + call.key.shape[2] - call.query.shape[2]
@@ -366,13 +368,13 @@ class Reader:
         cuts = [begin, *range((begin // self.local + 1) * self.local, end, self.local), end]
         return list(itertools.pairwise(cuts))
 
-    def _remember(self, call: Attend, q: Tensor, k: Tensor, v: Tensor, earlier: memories.Earlier) -> Tensor:
+    def _remember(self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, earlier: memories.Earlier) -> Tensor:
         how: dict[str, Any] = {"softcap": call.softcap, "far": self._first(call, q), "window": call.sliding_window}
         if self.method.k is None:
             return memories.attend(q, k, v, earlier, call.scale, **how)
         return memories.attend_nearest(q, k, v, earlier, self.method.k, call.scale, search=self.method.search, **how)
 
-    def _many(self, call: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _many(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Whole contexts of a layer without memory, from a context's beginning on, in one call; the last may be short."""
         whole = query.shape[2] // self.local * self.local
         parts = [self._side_by_side(call, *(x[:, :, :whole] for x in (query, key, value)))]
@@ -382,13 +384,13 @@ class Reader:
             parts.append(self._near(call, q, k, v))
         return torch.cat(parts, dim=2)
 
-    def _side_by_side(self, call: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _side_by_side(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.unflatten(2, (-1, self.local)).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         q, k = (self._turn(call, x, 0, False) for x in (q, k))
         out = self._near(call, q, k, v)
         return out.unflatten(0, (len(query), -1)).transpose(1, 2).flatten(2, 3)
 
-    def _near(self, call: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _near(self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention within a context, in a layer with a sliding window within that too."""
         new, held, window = q.shape[2], k.shape[2], call.sliding_window
         narrow = window is not None and window < held
@@ -396,7 +398,7 @@ class Reader:
         causal = mask is None and new > 1
         return attention(q, k, v, mask, call.scale, dropout=call.dropout, softcap=call.softcap, causal=causal)
 
-    def _turn(self, call: Attend, x: Tensor, at: int, memory: bool) -> Tensor:
+    def _turn(self, call: LayerCall, x: Tensor, at: int, memory: bool) -> Tensor:
         """x (B, H, T, D) rotated to the places at … at + T - 1 of a context."""
         if memory and self.method.positions == "none":
             return x
@@ -404,7 +406,7 @@ class Reader:
         cos, sin = (t[:, at : at + x.shape[2]] for t in tables)
         return rotate(call.module, x, cos, sin)
 
-    def _tables(self, call: Attend, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _tables(self, call: LayerCall, like: Tensor) -> tuple[Tensor, Tensor]:
         """Angles of all places of a context, made once a forward."""
         layer_type = self.site.layer_type(call.module)
 
@@ -413,7 +415,7 @@ class Reader:
 
         return call.forward.once(f"{layer_type}:{like.device}", made)
 
-    def _first(self, call: Attend, x: Tensor) -> Tensor:
+    def _first(self, call: LayerCall, x: Tensor) -> Tensor:
         """x (B, H, T, D) as if all of it stood at place 0: what is left of that rotation is the factor of scaled models (YaRN),
         which a score takes from the query and from the key. Stored keys lack it, so it is put on the query a second time."""
         if self.method.positions == "none":
@@ -423,7 +425,7 @@ class Reader:
 
     # Training.
 
-    def _trained(self, call: Attend, now: Pass, memory: bool) -> Tensor:
+    def _trained(self, call: LayerCall, now: Pass, memory: bool) -> Tensor:
         """Every row is read from its first token on: crossbatch in the memory layers."""
         if now.shift is not None:
             query, key, value = (roll(x, now.shift, 2) for x in (call.query, call.key, call.value))
@@ -431,7 +433,7 @@ class Reader:
             return roll(out, -now.shift, 2)
         return self._crossed(call, now, memory)
 
-    def _crossed(self, call: Attend, now: Pass, memory: bool) -> Tensor:
+    def _crossed(self, call: LayerCall, now: Pass, memory: bool) -> Tensor:
         """The same for rows that begin at the first column."""
         if not memory:
             return self._many(call, call.query, call.key, call.value)

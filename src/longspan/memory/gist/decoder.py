@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.apply import Attend, Site
+from longspan.core.facts import decoder_of
 from longspan.core.facts import text_config
+from longspan.core.tokens import encode
 from longspan.engine.core import causal_mask
 from longspan.engine.retrieval.gist_masks import visible
 from longspan.hf import compat
+from longspan.hf.call import LayerCall
 from longspan.hf.forward import forward_of
-from longspan.tasks.base import encode
+from longspan.hf.site import Site
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ class DecoderReader:
             given = arguments["cache"] = DynamicCache(config=config)
         return given
 
-    def _attend(self, call: Attend) -> Tensor:
+    def _attend(self, call: LayerCall) -> Tensor:
         now: Pass = call.forward.state(self)
         mask = call.mask
         if now.at is not None:
@@ -89,7 +91,7 @@ class DecoderReader:
             mask = self._window(call, now.real) if call.sliding_window else mask
         return self.site.own_attention(call, mask if now.gist is None else self._hiding(call, mask, now.gist))
 
-    def _hiding(self, call: Attend, mask: Tensor | None, gist: Tensor) -> Tensor:
+    def _hiding(self, call: LayerCall, mask: Tensor | None, gist: Tensor) -> Tensor:
         """Boolean (B, 1, Tq, Tk): a mask without what gist tokens stand for. A layer with a sliding window holds the last keys
         only."""
         new, held = call.query.shape[2], call.key.shape[2]
@@ -97,7 +99,7 @@ class DecoderReader:
         own = causal_mask(new, held, call.query.device)[None, None] if mask is None else mask
         return own & sees[:, None, :, -held:].to(own.device)
 
-    def _window(self, call: Attend, real: Tensor | None) -> Tensor:
+    def _window(self, call: LayerCall, real: Tensor | None) -> Tensor:
         """Boolean (B, 1, Tq, Tk): a sliding window counted in positions. The model's own counts columns, and padding may stand
         between gist tokens and a text."""
         assert call.sliding_window is not None
@@ -243,7 +245,7 @@ def compressed(model: PreTrainedModel, ids: Tensor, mask: Tensor, first: Tensor,
     """Reads prompts (B, T) with gist tokens behind them, padded on the right, and keeps those. first (B,): the column of each
     row's first gist token."""
     cache = DynamicCache()
-    decoder = compat.decoder_of(model)
+    decoder = decoder_of(model)
     decoder(input_ids=ids, attention_mask=mask, use_cache=True, **compat.with_cache(decoder, cache))
     places = first[:, None] + torch.arange(count, device=first.device)
     layers: list[Any] = cache.layers

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from longspan.apply import Site
+from longspan.core.tokens import bos_id, encode_all
 from longspan.engine.retrieval.gist_masks import kept, visible
 from longspan.hf import encoder_decoder as crossing
-from longspan.tasks.base import bos_id, encode_all
+from longspan.hf.site import Site
 from longspan.util.errors import LongspanError, NotSupported
 
 if TYPE_CHECKING:

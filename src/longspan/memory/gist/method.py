@@ -36,14 +36,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.apply import Site, apply, current, remove
+from longspan.apply import apply
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Combination, Method, combination
+from longspan.core.tokens import encode, with_bos
+from longspan.hf.site import Site, current, remove
 from longspan.memory.gist import decoder as gist_decoder
 from longspan.memory.gist import encoder as gist_encoder
 from longspan.memory.gist.decoder import DecoderReader, GistCache
 from longspan.memory.gist.encoder import EncoderReader, GistStates
-from longspan.tasks.base import Sample, encode, with_bos
+from longspan.tasks.base import Sample
 from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
 
 TOKEN = "<GIST>"

@@ -34,15 +34,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.apply import Site, apply, remove
+from longspan.core.facts import decoder_of
+from longspan.apply import apply
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Combination, Method, combination
+from longspan.core.tokens import encode, with_bos
 from longspan.engine.retrieval.landmarks import Layout
 from longspan.hf import compat
+from longspan.hf.site import Site, remove
 from longspan.memory.gist.method import extend
 from longspan.memory.landmark.cache import PageLayer, Rows
 from longspan.memory.landmark.reader import LandmarkReader
-from longspan.tasks.base import encode, with_bos
 from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
 
 TOKEN = "<LANDMARK>"
@@ -317,7 +319,7 @@ def read_ids(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, *,
     reader = reader_on(model)
     if model.training:
         raise NotSupported("landmark retrieves in evaluation mode only; call model.eval() first")
-    cache, decoder = DynamicCache(), compat.decoder_of(model)
+    cache, decoder = DynamicCache(), decoder_of(model)
     reader.fill(cache)
     for first in range(0, ids.shape[1], at_once):
         end = min(first + at_once, ids.shape[1])

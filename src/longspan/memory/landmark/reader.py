@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from longspan.apply import Attend, Site, layer_number
 from longspan.core.facts import text_config
 from longspan.engine.retrieval import landmarks
 from longspan.engine.retrieval.grouped import grouped_attention, wide
+from longspan.hf.call import LayerCall
 from longspan.hf.compat import CACHE
 from longspan.hf.forward import Forward, counts_on, forward_of
 from longspan.hf.rotary import rotate
+from longspan.hf.site import Site, layer_number
 from longspan.memory.landmark.cache import PageLayer, Rows
 from longspan.util.errors import NotSupported
 
@@ -233,7 +234,7 @@ class LandmarkReader:
 
     # Attention
 
-    def _attend(self, call: Attend) -> Tensor:
+    def _attend(self, call: LayerCall) -> Tensor:
         now: Pass = call.forward.state(self)
         if now.training:
             return self._all_in_sight(call)
@@ -242,7 +243,7 @@ class LandmarkReader:
         with torch.autocast(call.query.device.type, enabled=False):
             return self._retrieving(call, now, layer).to(call.query.dtype)
 
-    def _all_in_sight(self, call: Attend) -> Tensor:
+    def _all_in_sight(self, call: LayerCall) -> Tensor:
         """The form of training (section 3.1): every page is seen, at its true distance."""
         at = torch.arange(call.query.shape[2], device=call.query.device)[None]
         cos, sin = self.site.rotary.tables(at, wide(call.query), self.site.layer_type(call.module))
@@ -251,7 +252,7 @@ class LandmarkReader:
             query, key, call.value, self.layout.block, call.scale, dropout=call.dropout, softcap=call.softcap
         )
 
-    def _retrieving(self, call: Attend, now: Pass, layer: PageLayer) -> Tensor:
+    def _retrieving(self, call: LayerCall, now: Pass, layer: PageLayer) -> Tensor:
         size = self.layout.size
         kind = self.site.layer_type(call.module)
         like = wide(call.key)
@@ -265,7 +266,7 @@ class LandmarkReader:
             return out
         return out.gather(2, now.order.to(out.device)[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[-1]))
 
-    def _piece(self, call: Attend, layer: PageLayer, piece: Piece, kind: str | None) -> Tensor:
+    def _piece(self, call: LayerCall, layer: PageLayer, piece: Piece, kind: str | None) -> Tensor:
         query = call.query.gather(
             2, piece.columns[:, None, :, None].expand(-1, call.query.shape[1], -1, call.query.shape[-1])
         )

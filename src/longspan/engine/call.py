@@ -1,0 +1,79 @@
+"""One call of attention, the text that it is about, and the pattern of keys that its queries see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from longspan.engine.blocks.tables import Blocks
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), ready to meet; the queries are the last of the keys."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    padding: Tensor | None = None
+    """Boolean (B, Tk), True where a key is real; None where all are."""
+    bias: Callable[[Tensor], Tensor] | None = None
+    """What a score gets at a distance in tokens: (H, *shape) float32 for whole numbers of any shape."""
+    dropout: float = 0.0
+    softcap: float | None = None
+    """Scores s become softcap · tanh(s / softcap) before the softmax (Gemma 2)."""
+    query_scores: Callable[[slice, Tensor], Tensor] | None = None
+    """What some of the queries get at each of N distances, before the scale: (B, H, rows, N) float32."""
+    columns: Tensor | None = None
+    """Which tokens the keys are, (B or 1, Tk), -1 for none, where they come from a rolling cache: the sinks that the pattern
+    keeps, then the others. None where they are all tokens."""
+    shown: Tensor | None = None
+    """Boolean (B, Tk), True for keys that every query sees whatever the pattern says; of the patterns only some know it."""
+    zero_key: bool = False
+    """Whether every query also sees a key and a value of zeros (`longspan.engine.core.with_zero_key`)."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weights are the softmax of products of queries and keys, with or without the zero key."""
+        return self.bias is None and self.query_scores is None and not self.dropout
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a pattern is asked about: `length` tokens in all, seen by `heads` heads of layer number `layer`."""
+
+    heads: int
+    length: int
+    layer: int
+    causal: bool
+    lengths: Tensor | None = field(default=None, compare=False)
+    """How many tokens each row's text has, (B,), where padding makes them differ."""
+
+
+class Pattern(Protocol):
+    """Which keys a query sees, as the engine asks: `longspan.lm.base.Pattern` says what each member is."""
+
+    runs_zero_key: ClassVar[bool]
+    name: ClassVar[str]
+
+    @property
+    def spec(self) -> str: ...
+
+    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor: ...
+
+    def counts(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor | None: ...
+
+    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]: ...
+
+    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks | None: ...
+
+    def kept(self) -> tuple[int, int] | None: ...
+
+    def cached(self) -> tuple[int, int] | None: ...
+
+    def run(self, call: Call, grid: Grid) -> Tensor: ...

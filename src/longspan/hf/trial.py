@@ -1,0 +1,199 @@
+"""The trial of a method on a short input: what it must leave unchanged, and what it must change.
+
+A method is proven at `apply`, so that an architecture with a rotation, a cache or a kernel that is not known is refused and never
+run wrongly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+)
+
+from longspan.core.facts import text_config
+from longspan.engine.core import attention, causal_mask, with_zero_key
+from longspan.hf import compat
+from longspan.hf.call import LayerCall
+from longspan.hf.rotary import rotate
+from longspan.hf.site import RecordLost, Site
+from longspan.util.errors import LongspanError, NotSupported
+
+SHORT = 8
+"""Tokens of the input on which a method is tried."""
+TOLERANCE = {True: 1e-3, False: 5e-2}
+"""Relative error of logits between two ways to compute the same, in 32 bits and more (True) and in 16."""
+STILL_WORK = "Methods that only change frequencies may still work: ntk, yarn"
+ANOTHER_MODEL = "Use none, or a model with RoPE (Llama, Mistral, Qwen, Phi-3, Gemma, …)"
+
+
+def prove_rotation(site: Site) -> None:
+    """For methods that turn only some queries or keys by themselves, and none in a short input: proves that `rotate`
+    turns as this architecture does, by plain attention over what it has turned."""
+    site.rotates = True
+    trial = Site(site.model, site.methods, site.facts)
+
+    def attend(call: LayerCall) -> Tensor:
+        tables = trial.rotary.tables(call.position_ids, call.query, trial.layer_type(call.module))
+        query, key = (rotate(call.module, x, *tables) for x in (call.query, call.key))
+        return _own_plain_attention(replace(call, query=query, key=key))
+
+    _prove(trial, attend, unrotated=True)
+
+def prove_attention(site: Site) -> None:
+    """For methods that change every input: proves that queries, keys, values and mask are all there is to this
+    architecture's attention, by plain attention over them."""
+    _prove(Site(site.model, site.methods, site.facts), _plain_attention)
+
+def _prove(site: Site, attend: Callable[[LayerCall], Tensor], *, unrotated: bool = False) -> None:
+    """Compares a short input under `attend` with the model as it is; nothing stays on the model."""
+    before = probe(site.model, SHORT)
+    tolerance = tolerance_of(site, before)
+    try:
+        if unrotated:
+            site.unrotate()
+        site.attention(attend)
+        check_unchanged(site, before, tried(site, SHORT), tolerance)
+    finally:
+        site.undo()
+
+
+def _plain_attention(call: LayerCall) -> Tensor:
+    query = call.query
+    mask = call.mask if call.mask is not None else query.new_ones(query.shape[2], call.key.shape[2]).tril().bool()
+    return attention(query, call.key, call.value, mask, call.scale, softcap=call.softcap)
+
+
+def _plain_attention_in_float32(call: LayerCall) -> Tensor:
+    wide = replace(call, query=call.query.float(), key=call.key.float(), value=call.value.float())
+    return _own_plain_attention(wide).to(call.query.dtype)
+
+
+def _own_plain_attention(call: LayerCall) -> Tensor:
+    """The same with the zero key that a model of ours may have; what it keeps from other methods is theirs to know."""
+    if not getattr(call.module, "zero_key", False):
+        return _plain_attention(call)
+    mask = (
+        call.mask if call.mask is not None else causal_mask(call.query.shape[2], call.key.shape[2], call.query.device)
+    )
+    key, value, shown = with_zero_key(call.key, call.value, mask)
+    return _plain_attention(replace(call, key=key, value=value, mask=shown))
+
+
+@contextlib.contextmanager
+def counted(site: Site) -> Iterator[list[nn.Module]]:
+    """The modules that ask for their attention within the block."""
+    attend = site.attend
+    called: list[nn.Module] = []
+
+    def count(call: LayerCall) -> Tensor:
+        called.append(call.module)
+        assert attend is not None, "a method that takes the attention gives site.attention(...) a function"
+        return attend(call)
+
+    site.attend = count
+    yield called
+    site.attend = attend
+
+
+def relative_error(expected: Tensor, found: Tensor) -> float:
+    return ((found - expected).double().norm() / expected.double().norm()).item()
+
+
+def is_wide(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float64)
+
+
+def tolerance_of(site: Site, before: Tensor) -> float:
+    """How far a method that must leave the short input unchanged may be from it, as a relative error. In 16 bits that is at
+    least what two ways to round the model's own attention differ by: scores may be large."""
+    if is_wide(before.dtype):
+        return TOLERANCE[True]
+    plain = Site(site.model, site.methods, site.facts)
+    try:
+        plain.attention(_plain_attention_in_float32)
+        own = relative_error(before, tried(plain, before.shape[1]))
+    except LongspanError:
+        own = 0.0
+    finally:
+        plain.undo()
+    return max(TOLERANCE[False], 2 * own)
+
+
+def check_unchanged(site: Site, before: Tensor, after: Tensor, tolerance: float) -> None:
+    """Raises `NotSupported` where a method that must leave a short input unchanged does not."""
+    error = relative_error(before, after)
+    if not error < tolerance:
+        raise NotSupported(
+            f"{site.methods.spec} does not reproduce {site.facts.architecture} on a short input (relative error {error:.1e}): "
+            f"this architecture rotates or attends in a way that the method does not know. {STILL_WORK}"
+        )
+
+
+def tried(site: Site, length: int) -> Tensor:
+    """Logits of the short input under the methods of `site`; finds out how the record of a forward reaches attention here."""
+    try:
+        return probe(site.model, length)
+    except RecordLost:
+        if site.tags_positions:
+            raise
+        site.tags_positions = True
+        return probe(site.model, length)
+
+
+def reads_in_pieces(model: PreTrainedModel, whole: Tensor) -> bool:
+    """Whether the model by itself gives the same logits when it goes on from a cache: some of ours decode otherwise or not."""
+    try:
+        return (
+            whole.shape[1] > 1
+            and relative_error(whole, probe_in_pieces(model, whole.shape[1])) < TOLERANCE[is_wide(whole.dtype)]
+        )
+    except Exception:
+        return False
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def short_input(model: PreTrainedModel, length: int) -> Tensor:
+    vocabulary = text_config(model.config).vocab_size
+    return (torch.arange(length, device=compat.input_device(model)) * 7919 + 17)[None] % vocabulary
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, length: int, positions: Tensor | None = None) -> Tensor:
+    """Logits of a short fixed input in evaluation mode, or what the model's first output is where it has no such head."""
+    ids = short_input(model, length)
+    asked: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    if positions is not None:  # with a mask, or the jumps would be read as documents packed into a row
+        asked |= {"position_ids": positions.to(ids.device), "attention_mask": torch.ones_like(ids)}
+    with evaluating(model):
+        return _first(model(input_ids=ids, use_cache=False, **asked))
+
+
+@torch.no_grad()
+def probe_in_pieces(model: PreTrainedModel, length: int) -> Tensor:
+    """The same of an input whose second part goes on from the cache of the first."""
+    ids = short_input(model, length)
+    with evaluating(model):
+        first = model(input_ids=ids[:, : length // 2], use_cache=True)
+        rest = {**compat.with_cache(model, compat.cache_of(first)), "use_cache": True}
+        return torch.cat((_first(first), _first(model(input_ids=ids[:, length // 2 :], **rest))), dim=1)
+
+
+def _first(output: Any) -> Tensor:
+    return output.logits if "logits" in output else output[0]

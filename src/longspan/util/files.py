@@ -1,0 +1,50 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from longspan.util.errors import LongspanError, writing
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a kill, finds either the old content or the new. One writer at a time."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with writing(path), open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # on a full disk its part is in the way
+        raise
+    sync_folder(path.parent)
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file that longspan wrote. Raises `LongspanError`, with what to do, for one that is cut or another."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LongspanError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise LongspanError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise LongspanError(f"{path} is damaged (it holds no keys with values); {remedy}")
+    return value
+
+
+def sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems do not let folders be synced
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
