@@ -64,9 +64,9 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """The files of the guide to adding a method, by name; what they register is gone after the test."""
     method.catalogue()  # fills the registry before it is copied
-    monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
+    monkeypatch.setattr(method.Method, "registry", dict(method.Method.registry))
     base.task_catalogue()
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(base.Task, "registry", dict(base.Task.registry))
     monkeypatch.setenv("LONGSPAN_INCLUDE", "")
     found = re.findall(r"<!-- example: (\S+) -->\n```python\n(.*?)```", GUIDE.read_text(), re.S)
     for name, code in found:

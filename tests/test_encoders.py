@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from longspan.encoders import longer_encoder
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -26,7 +27,6 @@ from transformers import (
 
 import tiny
 from longspan.cli.main import run
-from longspan.encoders import longer_encoder
 from longspan.export import export
 from longspan.util.errors import NotSupported, SpecError
 

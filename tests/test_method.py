@@ -241,10 +241,10 @@ def test_every_method_says_what_it_is() -> None:
 
 @pytest.fixture
 def forgets_new_methods() -> Iterator[None]:
-    before = dict(method_module._REGISTRY)
+    before = dict(method_module.Method.registry)
     yield
-    method_module._REGISTRY.clear()
-    method_module._REGISTRY.update(before)
+    method_module.Method.registry.clear()
+    method_module.Method.registry.update(before)
 
 
 @pytest.mark.usefixtures("forgets_new_methods")

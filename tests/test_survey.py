@@ -10,13 +10,13 @@ from longspan.bench import contenders as bench_contenders
 from longspan.bench.attention import AttentionBench, Row
 from longspan.core.method import catalogue
 from longspan.lm.base import Attention
-from longspan.survey import CLASSES, DENSE, OTHERS, SURVEY, UNKNOWN, measured, page
+from survey import CLASSES, DENSE, OTHERS, SURVEY, UNKNOWN, measured, page
 
 PAGE = Path(__file__).parents[1] / "docs" / "survey.md"
 
 
 def test_page_and_data_agree() -> None:
-    assert PAGE.read_text() == page(measured()) + "\n", "python -m longspan.survey > docs/survey.md"
+    assert PAGE.read_text() == page(measured()) + "\n", "python tools/survey.py > docs/survey.md"
 
 
 def test_rows() -> None:

@@ -213,5 +213,3 @@ def _makes_dynamic_caches(model: PreTrainedModel) -> bool:
         except Exception:  # whatever it is, the method's own trial says it
             return True
     return cache is None or type(cache) is DynamicCache
-
-

@@ -178,4 +178,3 @@ def _collect(value: Any, found: list[Tensor], seen: set[int]) -> None:
 
 
 _NOT_CACHE = (nn.Module, PreTrainedConfig, ModelFacts, type, ModuleType, FunctionType, MethodType)
-

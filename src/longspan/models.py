@@ -10,19 +10,18 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.apply import apply
 from longspan.core.facts import ModelFacts, facts_of, text_config
+from longspan.core.method import Combination, Method, combination
 from longspan.util import fetching
 from longspan.util.errors import LongspanError, NotSupported, nearest
 from longspan.util.fetching import ALIASES, Alias, Fetched, Shipped, check_whole, digest, reading, reason
-
-if TYPE_CHECKING:
-    from longspan.core.method import Combination, Method
 
 Name = str | Path
 """A built-in name, a folder, a hub id (`owner/name`) or a path that ends in .gguf."""
@@ -62,7 +61,6 @@ def load(
     method, length: as for `apply`, checked before weights load. A model that was saved with a method on it has it again.
     Raises `LongspanError`, with what to do about it, for whatever cannot be found, read or run.
     """
-    from longspan.apply import apply
 
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
@@ -265,7 +263,6 @@ def _facts(config: PreTrainedConfig) -> ModelFacts:
 def _wanted(config: PreTrainedConfig, method: Any) -> Combination | None:
     """What to put on the model: `method`, or what it was saved with. Scaling of frequencies is part of the saved
     configuration, so only the rest is put on again."""
-    from longspan.core.method import Combination, combination
 
     text = text_config(config)
     saved = vars(text).pop("longspan", None)
@@ -347,4 +344,3 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
     """The rows of a table of embeddings: the highest id and 1, more than there are tokens where ids have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
-

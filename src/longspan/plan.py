@@ -28,6 +28,7 @@ from longspan.core.method import Combination, Method, NoMethod, catalogue, combi
 from longspan.reading.prefill import chunk_size
 from longspan.util import environment
 from longspan.util.errors import LongspanError, SpecError
+from longspan.util.units import duration, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -343,8 +344,6 @@ def terminal(made: Plan, console: Console | None = None) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from longspan.util.units import duration, size
-
     console = console or Console(width=None if sys.stdout.isatty() else 160)
     verdict = "fits" if made.fits else "does not fit"
     console.print(
@@ -381,8 +380,6 @@ def _remark(row: MethodPlan) -> str:
 def _table(made: Plan, remarks: bool) -> Table:
     from rich.table import Table
     from rich.text import Text
-
-    from longspan.util.units import duration, size
 
     table = Table("method", "cache", "memory", "fits", "reading", "writing a token", *(["remark"] if remarks else []))
     for column in table.columns:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+from longspan.core.registry import Registered
 from longspan.util.errors import LongspanError
 
 VARIABLE = "LONGSPAN_INCLUDE"
@@ -62,11 +63,9 @@ def load_user_file(path: str | Path) -> ModuleType:
 
 
 def _check_defines_something(module: ModuleType, path: str | Path) -> None:
-    from longspan.core.method import Method
-    from longspan.tasks.base import Task
 
     own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
-    if not any(issubclass(cls, Method | Task) and cls.__dict__.get("name") for cls in own):
+    if not any(issubclass(cls, Registered) and cls.__dict__.get("name") for cls in own):
         raise LongspanError(f"{path} defines no Method and no Task with a name, so including it has no effect")
 
 

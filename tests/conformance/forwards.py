@@ -36,10 +36,9 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from longspan.core.facts import decoder_of
 from longspan.apply import apply
 from longspan.attention import trained
-from longspan.core.facts import facts_of
+from longspan.core.facts import decoder_of, facts_of
 from longspan.core.method import catalogue, combination, parse
 from longspan.hf import compat
 from longspan.hf.site import remove

@@ -18,7 +18,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 @pytest.fixture
 def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
     method.catalogue()  # fills the registry before it is copied
-    monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
+    monkeypatch.setattr(method.Method, "registry", dict(method.Method.registry))
     monkeypatch.setenv("LONGSPAN_INCLUDE", "")
     text = GUIDE.read_text()
     (tmp_path / "rootdecay.py").write_text(

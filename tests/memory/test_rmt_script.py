@@ -29,7 +29,7 @@ def script() -> Iterator[ModuleType]:
     sys.modules[spec.name] = made  # dataclasses look their module up
     spec.loader.exec_module(made)
     yield made
-    del sys.modules[spec.name], base._REGISTRY[made.Varied.name]
+    del sys.modules[spec.name], base.Task.registry[made.Varied.name]
 
 
 def test_answers_are_judged_as_in_one_pass(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

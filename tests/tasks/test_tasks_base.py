@@ -115,7 +115,7 @@ def test_a_subclass_is_in_the_catalogue() -> None:
     try:
         assert parse_task("mine:size=4") == Mine(size=4)
     finally:
-        del base._REGISTRY["mine"]
+        del base.Task.registry["mine"]
 
 
 def test_exactly_one_bos() -> None:

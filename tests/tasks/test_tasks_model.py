@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tasks_tiny import FakeMeter
 
-from longspan.hf.heads import plain_head
 from longspan.core.tokens import bos_id
+from longspan.hf.heads import plain_head
 from longspan.tasks.base import parse_task
 from longspan.tasks.passkey import landmark_prompt
 

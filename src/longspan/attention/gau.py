@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +28,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from longspan.engine.linear.gated import Heads, Memory, Rule, mixed_both_ways, mixed_causal, quadratic
 from longspan.engine.patterns import text_lengths
 from longspan.lm.base import Mixer
+from longspan.lm.configuration import LongspanConfig
 from longspan.lm.state import state_of
 from longspan.positions.scheme import Place
 from longspan.positions.t5_bias import buckets
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.lm.configuration import LongspanConfig
 
 
 class GatedUnit(nn.Module):

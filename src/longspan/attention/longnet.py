@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,10 @@ from longspan.engine.dilated.attention import dilated_attention, refusal
 from longspan.engine.joint import Chunk, Lane, Part, by_row, joint_attention
 from longspan.engine.patterns import masked_attention
 from longspan.hf.site import Site
+from longspan.lm.configuration import LongspanConfig
 from longspan.positions.scheme import Place
 from longspan.util.errors import NotSupported
 from longspan.util.units import read_size
-
-if TYPE_CHECKING:
-    from longspan.lm.configuration import LongspanConfig
 
 TOKENS_AT_ONCE = 2**17
 """Queries whose sums are held in float32 at once, where the segments' lengths allow it."""

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +38,10 @@ from transformers import Cache
 from longspan.engine.core import expand_heads
 from longspan.engine.recorded_choices import decided
 from longspan.lm.base import Mixer
+from longspan.lm.configuration import LongspanConfig
+from longspan.lm.layers import rotated
+from longspan.lm.state import state_of
 from longspan.positions.scheme import Place
-
-if TYPE_CHECKING:
-    from longspan.lm.configuration import LongspanConfig
 
 HIDDEN = -1e9
 """The score of a key that is not seen: a number, so that padding that sees nothing gets numbers."""
@@ -143,8 +143,6 @@ class LshAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         qk, value = self._heads(self.qk_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
         if rotation is not None:  # before the hash: tokens that attend to each other shall fall into one bucket
-            from longspan.lm.layers import rotated
-
             qk = rotated(qk, rotation)
         buckets = decided(lambda: self.buckets_of(qk))
         new, past = hidden_states.shape[1], 0
@@ -177,7 +175,6 @@ class LshAttention(nn.Module):
 
     def _with_past(self, cache: Cache, *new: Tensor) -> tuple[Tensor, ...]:
         """All tokens' vectors, values and buckets, which the cache keeps for the next ones."""
-        from longspan.lm.state import state_of
 
         state = state_of(cache, self.layer_idx)
         names = ("qk", "value", "buckets")

@@ -1,6 +1,6 @@
 """Performer (FAVOR+, Choromanski 2021): attention by random features whose product estimates e^(q·k), in linear time.
 
-Keys' features are divided by their head's greatest so far (`engine/linear/attention.py`), and nothing is added to them. The authors'
+Keys' features are divided by their head's greatest so far (`engine/linear`), and nothing is added to them. The authors'
 code divides by the greatest of the whole text and adds 1e-6: then the causal form changes with tokens that come later, and
 features that sink below 1e-6 give every token the same weight.
 
@@ -12,7 +12,7 @@ cache keeps keys and values as before: one token costs the features of all keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,14 @@ from longspan.attention.random_features import Draw, RandomFeatures
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Method
 from longspan.engine.linear.attention import Kernel, causal, read
+from longspan.hf.call import LayerCall
 from longspan.hf.forward import forward_of
+from longspan.hf.site import Site, layer_number
 from longspan.lm.base import HANDED
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.modeling import LongspanModel
 from longspan.positions.scheme import Place
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.hf.call import LayerCall
-    from longspan.hf.site import Site
 
 
 class PerformerAttention(KernelAttention):
@@ -153,7 +151,6 @@ class Swap:
         return causal(call.query, call.key[:, :, before:], call.value[:, :, before:], kernel, state, new)[0]
 
     def _features(self, call: LayerCall) -> RandomFeatures:
-        from longspan.hf.site import layer_number
 
         layer = layer_number(call.module)
         if layer not in self.features:

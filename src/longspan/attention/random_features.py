@@ -155,7 +155,7 @@ def errors(
 
 def draw_errors(curves: Sequence[Errors], path: Path) -> None:
     """The curves as a picture: error against the number of features, and the error of equal weights as a dashed line."""
-    from longspan.util.drawing import save_png, styles
+    from longspan.util.drawing import save_png, styles  # matplotlib, which takes a second
 
     looks = styles([str(n) for n in range(len(curves))])
 

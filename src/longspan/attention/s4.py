@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,9 @@ from longspan.engine.state_space.attention import (
     vandermonde_kernel,
 )
 from longspan.lm.base import Mixer
+from longspan.lm.configuration import LongspanConfig
 from longspan.lm.state import MixerState, state_of
 from longspan.positions.scheme import Place
-
-if TYPE_CHECKING:
-    from longspan.lm.configuration import LongspanConfig
 
 
 class StateSpace(nn.Module):

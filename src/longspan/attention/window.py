@@ -10,7 +10,7 @@ reading the last `size` tokens alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,10 @@ from longspan.core.facts import ModelFacts
 from longspan.engine.blocks.tables import Blocks, band
 from longspan.engine.call import Grid
 from longspan.lm.base import Pattern
+from longspan.lm.configuration import LongspanConfig
 from longspan.positions.scheme import Place
 from longspan.positions.spans import Span
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.lm.configuration import LongspanConfig
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from longspan.util.version import __version__
 from longspan.cli.printing import console, print_attention, print_bench, print_catalogue, print_json, print_table
 from longspan.util.errors import LongspanError, SpecError
+from longspan.util.version import __version__
 
 if TYPE_CHECKING:
     from longspan.bench.attention import Row as AttentionRow

@@ -1,4 +1,4 @@
-"""What a run will cost by the shape of its model alone: operations, bytes, and the speed that a device can be expected to reach."""
+"""What a run will cost, by the shape of its model alone: operations, bytes, and the speed that a device reaches."""
 
 from __future__ import annotations
 

@@ -38,18 +38,8 @@ PATIENCE = 30 * 60.0
 START = 2.0
 """Seconds that a cell takes beside its samples, roughly: a process, the model, the method."""
 DEFAULT_TASKS = ("ppl", "passkey")
-SOURCES = ("positions", "attention", "memory", "prompts", "engine", "tasks")
-_FILES = (
-    "core/method.py",
-    "apply.py",
-    "core/facts.py",
-    "models.py",
-    "util/textfiles.py",
-    "reading/chat_template.py",
-    "compare/worker.py",
-    "compare/cost.py",
-    "compare/statistics.py",
-)
+SOURCES = ("core", "engine", "hf", "positions", "lm", "attention", "memory", "prompts", "reading", "tasks")
+_FILES = ("apply.py", "models.py", "meter.py", "compare/worker.py", "compare/statistics.py", "util/textfiles.py")
 
 MethodLike = str | Path | Method | Combination | Iterable[str | Method]
 """A method, or as text also the folder of a model that was trained from the one that is compared."""

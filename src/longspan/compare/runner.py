@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 
-import longspan
 from longspan.compare import cost
 from longspan.compare.planning import SOURCES, Cell, MethodLike, Plan, Request, as_list, make_plan
 from longspan.compare.report.results import by_reason
@@ -257,7 +256,7 @@ def _script_hidden(cell: Cell) -> Iterator[None]:
 
 def _modules_to_preload(model_type: str) -> list[str]:
     """What a worker imports, for the fork server to import once. Importing must not touch a device."""
-    root = Path(longspan.__file__).parent
+    root = Path(__file__).parents[1]
     own = [f"longspan.{d}.{m.name}" for d in SOURCES for m in pkgutil.iter_modules([str(root / d)])]
     modeling = f"transformers.models.{model_type}.modeling_{model_type}"
     return ["torch", "transformers.generation.utils", modeling, "longspan.compare.worker", *own]

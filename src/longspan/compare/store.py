@@ -56,10 +56,6 @@ def clean(value: Any) -> Any:
     raise TypeError(f"a result holds a {type(value).__name__}, which a run cannot store")
 
 
-
-
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a run. Raises `LongspanError` where `folder` is no run."""
     path = folder / MANIFEST
@@ -268,5 +264,3 @@ def _take_lock(folder: Path) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
     return lock
-
-

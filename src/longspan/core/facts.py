@@ -194,4 +194,3 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     while (inner := model.get_decoder()) is not model:
         model = inner  # type: ignore[assignment]
     return model
-

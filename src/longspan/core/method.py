@@ -13,28 +13,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import pkgutil
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from longspan.core.facts import ModelFacts
-from longspan.util.units import read_size
+from longspan.core.registry import Registered, import_all
 from longspan.util.errors import NotSupported, SpecError, nearest
-
+from longspan.util.units import read_size
 
 T = typing.TypeVar("T")
-_REGISTRY: dict[str, type[Method]] = {}
 _FOLDERS = ("positions", "attention", "memory", "prompts")
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Registered):
     """Base of every method. Class variables describe it; dataclass fields are its settings."""
 
+    noun: ClassVar[str] = "method"
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     also: ClassVar[tuple[str, ...]] = ()
@@ -54,14 +53,6 @@ class Method:
     exportable: ClassVar[bool] = False
     """True where a saved checkpoint holds the whole method, so that plain transformers runs it."""
     why_not_exportable: ClassVar[str] = ""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if name := cls.__dict__.get("name"):
-            other = _REGISTRY.get(name)
-            if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise TypeError(f"two methods are named {name!r}: {other.__module__} and {cls.__module__}")
-            _REGISTRY[name] = cls
 
     def require(self, condition: bool, message: str) -> None:
         """Raises `SpecError` with the method's name before `message` unless `condition` holds."""
@@ -195,19 +186,12 @@ def catalogue() -> dict[str, type[Method]]:
     """Every method by name. Files in the method folders are found by themselves; so are subclasses defined elsewhere and
     packages that name themselves in the entry-point group `longspan.methods`."""
     _import_methods()
-    return dict(sorted(_REGISTRY.items()))
+    return dict(sorted(Method.registry.items()))
 
 
 @functools.cache
 def _import_methods() -> None:
-    from importlib.metadata import entry_points
-
-    for folder in _FOLDERS:
-        package = importlib.import_module(f"longspan.{folder}")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"longspan.{folder}.{module.name}")
-    for entry in entry_points(group="longspan.methods"):
-        entry.load()
+    import_all(_FOLDERS, "longspan.methods")
 
 
 def parse(text: str) -> Combination:
@@ -261,8 +245,6 @@ def read_settings(cls: type[T], name: str, text: str) -> T:
             raise SpecError(f"{name}: {key} is given twice")
         values[key] = _read_value(f"{name}: {key}", value, hints[key])
     return cls(**values)
-
-
 
 
 def _read_value(what: str, text: str, hint: Any) -> Any:

@@ -51,4 +51,3 @@ def with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
             f"the prompt begins with {tokenizer.bos_token!r} twice; check the tokenizer's chat template"
         )
     return ids if ids[:1] == [bos] else [bos, *ids]
-

@@ -25,8 +25,6 @@ class Call:
     bias: Callable[[Tensor], Tensor] | None = None
     """What a score gets at a distance in tokens: (H, *shape) float32 for whole numbers of any shape."""
     dropout: float = 0.0
-    softcap: float | None = None
-    """Scores s become softcap · tanh(s / softcap) before the softmax (Gemma 2)."""
     query_scores: Callable[[slice, Tensor], Tensor] | None = None
     """What some of the queries get at each of N distances, before the scale: (B, H, rows, N) float32."""
     columns: Tensor | None = None
@@ -36,6 +34,9 @@ class Call:
     """Boolean (B, Tk), True for keys that every query sees whatever the pattern says; of the patterns only some know it."""
     zero_key: bool = False
     """Whether every query also sees a key and a value of zeros (`longspan.engine.core.with_zero_key`)."""
+
+    softcap: float | None = None
+    """Scores s become softcap · tanh(s / softcap) before the softmax (Gemma 2)."""
 
     @property
     def plain(self) -> bool:

@@ -60,5 +60,3 @@ class LayerCall(AttentionCall):
             position_ids=self.position_ids[:, queries],
             keys_at=self.key_positions[:, keys],
         )
-
-

@@ -31,8 +31,6 @@ _ALWAYS_KNOWN = frozenset(TransformersKwargs.__annotations__) | {"return_dict", 
 """Keyword arguments that transformers' models, losses and trainers pass along."""
 
 
-
-
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model takes its input: the device of its weights, or that on which accelerate runs weights kept elsewhere."""
     hook = getattr(model, "_hf_hook", None)

@@ -34,4 +34,3 @@ def plain_head(model: PreTrainedModel) -> nn.Module | None:
         logits = model(input_ids=probe, use_cache=False, logits_to_keep=1).logits
     plain = torch.equal(head(states[0][:, -1:]).to(logits), logits) and bool(logits.any())
     return head if plain else None  # all-zero logits, as of a padding token, would prove nothing
-

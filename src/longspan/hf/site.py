@@ -470,5 +470,3 @@ def current(model: PreTrainedModel) -> Combination | None:
     """What is on the model, with every derived setting filled in; None where nothing is."""
     site: Site | None = getattr(model, SITE, None)
     return site.methods if site else None
-
-

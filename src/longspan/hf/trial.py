@@ -46,10 +46,12 @@ def prove_rotation(site: Site) -> None:
 
     _prove(trial, attend, unrotated=True)
 
+
 def prove_attention(site: Site) -> None:
     """For methods that change every input: proves that queries, keys, values and mask are all there is to this
     architecture's attention, by plain attention over them."""
     _prove(Site(site.model, site.methods, site.facts), _plain_attention)
+
 
 def _prove(site: Site, attend: Callable[[LayerCall], Tensor], *, unrotated: bool = False) -> None:
     """Compares a short input under `attend` with the model as it is; nothing stays on the model."""

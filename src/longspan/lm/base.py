@@ -7,26 +7,21 @@ Both are methods with settings. `docs/adding-a-method.md` shows a pattern.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from longspan.core.facts import ModelFacts
-from longspan.core.method import Method
 from longspan.engine import backends as routes
 from longspan.engine.blocks.tables import SIZE, Blocks, band
 from longspan.engine.call import Call, Grid
+from longspan.lm.attention_method import AttentionMethod
+from longspan.lm.configuration import LongspanConfig
+from longspan.lm.layers import LongspanAttention
 from longspan.positions.scheme import Place
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.hf.site import Site
-    from longspan.lm.configuration import LongspanConfig
-    from longspan.lm.layers import LongspanAttention
-    from longspan.lm.modeling import LongspanModel
 
 HANDED = "longspan_handed"
 """The keyword under which what a method's modules need of one forward travels to them: a dictionary by method."""
@@ -34,7 +29,7 @@ SAMPLED = 256
 """Queries whose keys are counted in a text that has more."""
 
 
-class Attention(Method):
+class Attention(AttentionMethod):
     """Base of patterns and mixers. What `build` returns is called as
 
         module(hidden_states, attention_mask, rotation, past_key_values, position_ids=, padding=, **what the model was given)
@@ -44,52 +39,6 @@ class Attention(Method):
     where all are. attention_mask is what transformers makes for full attention, and None where `takes_mask` is false.
     The module returns its output (B, T, hidden), before the residual, and None or the weights of attention.
     """
-
-    seam: ClassVar[Any] = "attention"
-    slots: ClassVar[frozenset[str]] = frozenset({"attention", "span"})
-    works_on: ClassVar[str] = "from scratch"
-    why_not_exportable: ClassVar[str] = "a model is trained with it; longspan train makes one"
-    takes_mask: ClassVar[bool] = False
-    """Whether it wants the mask of (new tokens × all tokens) that transformers makes."""
-    replaces_mlp: ClassVar[bool] = False
-    """Whether it is a whole layer, so that no feed-forward network follows."""
-    knows_order: ClassVar[bool] = False
-    """Whether it tells the order of tokens apart without a position scheme, in an encoder too."""
-    takes_globals: ClassVar[bool] = False
-    """Whether a call may name global tokens with `global_attention_mask`."""
-    directions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
-    former_defaults: ClassVar[Mapping[str, str]] = {}
-    """Settings whose default is another by now, with what it was: a saved configuration that does not name them means that."""
-
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
-        """The module of layer number `layer`. Where a part of it has a `draw_weights()`, that is called in place of the usual
-        drawing; it goes through `transformers.initialization`, so that what a checkpoint holds stays. Raises `NotSupported`
-        for a configuration that it cannot be part of."""
-        raise NotImplementedError
-
-    def join(self, stack: LongspanModel) -> None:
-        """Called once, when all layers of a stack stand: for what its layers share or do together."""
-
-    def check_direction(self, causal: bool) -> None:
-        direction = "causal" if causal else "bidirectional"
-        if direction not in self.directions:
-            kind = "an encoder (kind=encoder)" if causal else "a decoder (kind=decoder)"
-            raise NotSupported(
-                f"attention={self.spec} is not {direction}; it can be part of {kind}"
-                + (", and of kind=encoder-decoder with decoder_attention=full" if causal else "")
-            )
-
-    def check(self, facts: ModelFacts) -> None:
-        self._refuse(facts)
-
-    def _refuse(self, facts: ModelFacts) -> NoReturn:
-        raise NotSupported(
-            f"{self.name} is trained into a model and {facts.architecture} was trained without it: train one with "
-            f"longspan train (model.attention={self.name}). On trained models yarn, self-extend or streaming work"
-        )
-
-    def attach(self, site: Site) -> None:
-        self._refuse(site.facts)
 
 
 class Pattern(Attention):
@@ -167,8 +116,6 @@ class Pattern(Attention):
 
     def module_class(self) -> type[LongspanAttention]:
         """What it is part of: ordinary attention, unless it has weights of its own."""
-        from longspan.lm.layers import LongspanAttention
-
         return LongspanAttention
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
@@ -196,8 +143,6 @@ class Full(Pattern):
         return band(lengths, window=grid.length, causal=grid.causal, size=size, device=device)
 
     def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
-        from longspan.lm.layers import LongspanAttention
-
         return LongspanAttention(config, layer, place, causal=causal)
 
     def _refuse(self, facts: ModelFacts) -> NoReturn:

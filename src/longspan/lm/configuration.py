@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from longspan.core.method import parse
 from longspan.hf.compat import CACHE_NAMES
-from longspan.lm.base import Attention
+from longspan.lm.attention_method import AttentionMethod
 from longspan.positions.logn import LogN, LogNPlace
 from longspan.positions.scheme import Place, Scheme, Shape
 from longspan.util.errors import NotSupported, SpecError
@@ -122,17 +122,17 @@ class LongspanConfig(PreTrainedConfig):
         return LogNPlace(place, logn.window or max(2, self.max_position_embeddings))
 
     @property
-    def attentions(self) -> tuple[Attention, ...]:
+    def attentions(self) -> tuple[AttentionMethod, ...]:
         """What `attention` or `memory` names, to be repeated over the layers. Raises `SpecError` for what is none."""
         return _read_attentions(self.attention) if self.memory == "none" else (self._read_memory(),)
 
-    def attentions_of(self, *, causal: bool) -> tuple[Attention, ...]:
+    def attentions_of(self, *, causal: bool) -> tuple[AttentionMethod, ...]:
         """Those of one stack: the decoder's (causal) or the encoder's."""
         return _read_attentions(self.decoder_attention) if causal and self.decoder_attention else self.attentions
 
-    def _read_memory(self) -> Attention:
+    def _read_memory(self) -> AttentionMethod:
         methods = parse(self.memory).methods
-        if len(methods) != 1 or not isinstance(methods[0], Attention) or methods[0].seam != "memory":
+        if len(methods) != 1 or not isinstance(methods[0], AttentionMethod) or methods[0].seam != "memory":
             raise SpecError(
                 f"memory={self.memory!r} is no memory that a model is built with, such as transformer-xl:segment=128,length=128"
             )
@@ -199,14 +199,14 @@ def _name(spec: str, former: bool) -> str:
     return f"{attention}:{','.join([settings, *added] if settings else added)}"
 
 
-def _read_attentions(specs: str | list[str]) -> tuple[Attention, ...]:
+def _read_attentions(specs: str | list[str]) -> tuple[AttentionMethod, ...]:
     specs = [specs] if isinstance(specs, str) else specs
     return tuple(_read_attention(spec) for spec in specs) or (_read_attention(""),)
 
 
-def _read_attention(spec: str) -> Attention:
+def _read_attention(spec: str) -> AttentionMethod:
     methods = parse(spec).methods
-    if len(methods) != 1 or not isinstance(methods[0], Attention) or methods[0].seam != "attention":
+    if len(methods) != 1 or not isinstance(methods[0], AttentionMethod) or methods[0].seam != "attention":
         raise SpecError(
             f"attention={spec!r} is not one way to mix tokens, such as full or window:size=256; a position scheme belongs to "
             "position, and methods for trained models are put on the model afterwards with longspan.apply"

@@ -14,9 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward, rotate_half
 
+from longspan.engine.call import Pattern
 from longspan.engine.chunked import in_chunks
 from longspan.lm.attention import SCHEME
-from longspan.lm.base import Pattern
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.reversible import Branch
 from longspan.lm.state import rolling_of

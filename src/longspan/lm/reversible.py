@@ -7,7 +7,7 @@ norm, reads one and is added to the other, in turn:
 
 Two such steps are equation (9), Y1 = X1 + Attention(X2), Y2 = X2 + FeedForward(Y1). The backward pass has the last
 activations and works its way back, running every branch once more with the random numbers, the precision and the decisions
-(`longspan.engine.recorded_choices`) of the first time. So memory is that of one branch, whatever the depth, and time about a third
+(`engine/recorded_choices.py`) of the first time. So memory is that of one branch, whatever the depth, and time about a third
 more. The model reads the mean of both streams: so it has as many parameters as the usual one, as the paper says of its own
 (the authors' encoder-decoder takes the mean as well; their language model sets the streams side by side).
 """

@@ -10,19 +10,16 @@ Positions and masks are given as for the text alone. Where positions are given, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longspan.hf import compat
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.lm.modeling import LongspanModel
-
 
 LED = "longspan_led"
 """Tells the end of a forward that its beginning put the token before the text."""
@@ -40,7 +37,7 @@ class SinkToken(nn.Module):
     def draw_weights(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
 
-    def attach(self, stack: LongspanModel) -> None:
+    def attach(self, stack: PreTrainedModel) -> None:
         """Runs around every forward of the stack, closer to it than hooks that come later."""
         self._names = compat.parameters(stack.forward)
         stack.register_forward_pre_hook(self.before, with_kwargs=True)

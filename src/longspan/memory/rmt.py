@@ -38,12 +38,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from longspan.hf.heads import plain_head
 from longspan.core.facts import ModelFacts, text_config
 from longspan.core.method import Method
 from longspan.engine.patterns import roll
 from longspan.hf import compat
 from longspan.hf.forward import counts_on
+from longspan.hf.heads import plain_head
 from longspan.hf.site import Site
 from longspan.lm.state import MixerState
 from longspan.util.errors import NotSupported

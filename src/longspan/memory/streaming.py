@@ -427,7 +427,14 @@ class Streaming:
         return (real | ((columns == rows) & (rows < pad)))[:, None]  # padding looks at itself: a row must see something
 
     def _joined(
-        self, call: LayerCall, query: Tensor, scores: Tensor, sink_values: Tensor, key: Tensor, value: Tensor, band: Tensor
+        self,
+        call: LayerCall,
+        query: Tensor,
+        scores: Tensor,
+        sink_values: Tensor,
+        key: Tensor,
+        value: Tensor,
+        band: Tensor,
     ) -> Tensor:
         """One softmax over sinks and window: the sinks' scores ride in extra channels, as high and low halves so that
         16-bit queries carry them exactly enough."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,10 @@ from longspan.engine.core import expand_heads
 from longspan.engine.patterns import roll, shifted
 from longspan.lm.attention import scheme_attention
 from longspan.lm.base import Pattern
+from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention, rotated
 from longspan.positions.scheme import Place
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.lm.configuration import LongspanConfig
 
 
 @dataclass(frozen=True)

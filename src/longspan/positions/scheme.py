@@ -17,7 +17,7 @@ model's rotation scales ours. `docs/adding-a-method.md` shows a whole scheme.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,8 @@ from torch import Tensor, nn
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Method
 from longspan.engine.biased.bias import Bias
+from longspan.hf.site import Site
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.hf.site import Site
 
 
 @dataclass(frozen=True)

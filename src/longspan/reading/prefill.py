@@ -166,4 +166,3 @@ def _most_logits(model: PreTrainedModel) -> int:
 def _end_tokens(model: PreTrainedModel) -> set[int]:
     ends = model.generation_config.eos_token_id if model.generation_config else text_config(model.config).eos_token_id
     return set(ends) if isinstance(ends, list) else {ends} - {None}
-

@@ -11,20 +11,16 @@ through a model. Subclassing `Task` with a `name` is all the registration there 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.core.method import _format, read_settings
+from longspan.core.registry import Registered, import_all
 from longspan.meter import Meter
 from longspan.util.errors import LongspanError, SpecError, nearest
-
-_REGISTRY: dict[str, type[Task]] = {}
 
 
 @dataclass(frozen=True)
@@ -48,9 +44,10 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Task(ABC):
+class Task(Registered, ABC):
     """Base of every task. Class variables describe it; dataclass fields are its settings."""
 
+    noun: ClassVar[str] = "task"
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     version: ClassVar[int] = 1
@@ -64,14 +61,6 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     rates: ClassVar[bool] = True
     """False for what only describes a model: no advice is drawn from it."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if name := cls.__dict__.get("name"):
-            other = _REGISTRY.get(name)
-            if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise TypeError(f"two tasks are named {name!r}: {other.__module__} and {cls.__module__}")
-            _REGISTRY[name] = cls
 
     def require(self, condition: bool, message: str) -> None:
         """Raises `SpecError` with the task's name before `message` unless `condition` holds."""
@@ -122,12 +111,8 @@ class Task(ABC):
 def task_catalogue() -> dict[str, type[Task]]:
     """Every task by name: the files of this folder, subclasses defined elsewhere, and packages that name themselves in
     the entry-point group `longspan.tasks`."""
-    package = importlib.import_module("longspan.tasks")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"longspan.tasks.{module.name}")
-    for entry in entry_points(group="longspan.tasks"):
-        entry.load()
-    return dict(sorted(_REGISTRY.items()))
+    import_all(["tasks"], "longspan.tasks")
+    return dict(sorted(Task.registry.items()))
 
 
 def parse_task(spec: str | Task) -> Task:
@@ -147,43 +132,9 @@ def parse_task(spec: str | Task) -> Task:
     return read_settings(tasks[name], name, rest)
 
 
-
-
-
-
-
-
-
-
-
 def check_fits(samples: list[Sample], length: int) -> list[Sample]:
     """The samples, none of them longer than `length` tokens; nothing is ever cut."""
     for sample in samples:
         if len(sample.tokens) > length:
             raise LongspanError(f"sample {sample.id} has {len(sample.tokens):,} tokens and should fit into {length:,}")
     return samples
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -23,9 +23,9 @@ from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from longspan.models import rows_needed
 from longspan.core.tokens import encode_all
 from longspan.memory.gist import method as gist
+from longspan.models import rows_needed
 from longspan.tasks.base import Task, parse_task, task_catalogue
 from longspan.tasks.text import BUILT_IN, check_text, read_text
 from longspan.training.recipe import DataRecipe, Recipe, TokenizerRecipe
@@ -171,10 +171,6 @@ def _datasets(name: str, key: str) -> Any:
 
 
 # Tokenizers
-
-
-
-
 
 
 def train_tokenizer(texts: Iterable[str], wanted: TokenizerRecipe) -> PreTrainedTokenizerFast:

@@ -34,6 +34,7 @@ from longspan.tasks.base import Task, parse_task
 from longspan.tasks.text import check_text
 from longspan.training.metrics import append_line, read_lines
 from longspan.training.recipe import read_recipe
+from longspan.training.run import check, train
 from longspan.util.errors import NotSupported, SpecError
 from longspan.util.files import write_atomically
 
@@ -117,7 +118,6 @@ def study(
 
     recipe: of `longspan.train`, for a model of type longspan; its `out`, `seed` and `model.position` are the study's.
     """
-    from longspan.training.run import check, train
 
     folder, asked = Path(out).expanduser(), []
     for seed in range(settings.seeds):
@@ -280,7 +280,8 @@ def curves_of_field(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[f
 
 
 def _draw(path: Path, drawn: dict[str, list[Curve]], fields: dict[str, tuple[list[float], list[float]]]) -> None:
-    from longspan.util.drawing import save_png, styles
+
+    from longspan.util.drawing import save_png, styles  # matplotlib, which takes a second
 
     names = [c.scheme for c in next(iter(drawn.values()))]
     looks = styles(names)

@@ -139,7 +139,9 @@ class Recorder(TrainerCallback):
         self._since, self._step = time.perf_counter(), state.global_step
         if state.is_world_process_zero:
             start = {"event": "start", "step": state.global_step, "devices": args.world_size, "time": time.time()}
-            self.journal.write({**start, **environment.versions(), "device": environment.machine(args.device)["device_name"]})
+            self.journal.write(
+                {**start, **environment.versions(), "device": environment.machine(args.device)["device_name"]}
+            )
             self.live.start(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

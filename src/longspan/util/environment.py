@@ -67,4 +67,3 @@ def _host_memory() -> int:
         with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{limit}") as file:
             memory = min(memory, int(file.read()))
     return memory
-

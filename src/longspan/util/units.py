@@ -18,7 +18,6 @@ def read_size(text: str, what: str = "length") -> int:
     return int(size)
 
 
-
 def duration(seconds: float) -> str:
     """A time for people: `24 ms`, `3.21 s`, `12 min`, `2 h 05 min`."""
     if seconds < 0.9995:
@@ -42,4 +41,3 @@ def tokens(length: int) -> str:
     if length % 1024**2 == 0:
         return f"{length // 1024**2}m"
     return f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from longspan.engine.call import Call
 from longspan.engine.global_tokens import Chosen, attend_everywhere, chosen
 from longspan.lm.layers import LongspanAttention, rotated
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.attention.longformer.pattern import Longformer
 
 
 class LinearCopy(nn.Linear):
@@ -76,7 +73,7 @@ class LongformerAttention(LongspanAttention):
                 f"{tuple(given.shape)}"
             )
         shown = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if given is None else given.bool()
-        if first := cast("Longformer", self.pattern).globals:
+        if first := cast(Any, self.pattern).globals:
             real = torch.ones_like(shown) if padding is None else padding
             shown = shown | (real.cumsum(1) <= first)
         shown = shown if padding is None else shown & padding

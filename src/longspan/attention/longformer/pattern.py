@@ -13,23 +13,22 @@ A decoder that looks at such an encoder is the paper's LED: kind=encoder-decoder
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from longspan.attention.longformer.layer import LongformerAttention
 from longspan.engine import backends as routes
 from longspan.engine.blocks.tables import Blocks, band
 from longspan.engine.call import Call, Grid
 from longspan.engine.patterns import masked_attention, some_heads
 from longspan.engine.window.banded import banded_attention
 from longspan.lm.base import Pattern
+from longspan.lm.configuration import LongspanConfig
+from longspan.lm.layers import LongspanAttention
 from longspan.positions.scheme import Place
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.lm.configuration import LongspanConfig
-    from longspan.lm.layers import LongspanAttention
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,6 @@ class Longformer(Pattern):
         return super().build(config, layer, place, causal=causal)
 
     def module_class(self) -> type[LongspanAttention]:
-        from longspan.attention.longformer.layer import LongformerAttention
-
         return LongformerAttention
 
     def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:

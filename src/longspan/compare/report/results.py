@@ -315,12 +315,6 @@ def by_reason(left_out: dict[str, str]) -> dict[str, str]:
     return {", ".join(those): reason for reason, those in names.items()}
 
 
-
-
-
-
-
-
 def _task(facts: dict[str, Any]) -> TaskFacts:
     return TaskFacts(**{name: facts[name] for name in TaskFacts.__dataclass_fields__ if name in facts})
 

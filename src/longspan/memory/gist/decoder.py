@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.core.facts import decoder_of
-from longspan.core.facts import text_config
+from longspan.core.facts import decoder_of, text_config
 from longspan.core.tokens import encode
 from longspan.engine.core import causal_mask
 from longspan.engine.retrieval.gist_masks import visible
@@ -25,10 +24,8 @@ from longspan.hf import compat
 from longspan.hf.call import LayerCall
 from longspan.hf.forward import forward_of
 from longspan.hf.site import Site
+from longspan.memory.gist.settings import method_on
 from longspan.util.errors import LongspanError, NotSupported, SpecError
-
-if TYPE_CHECKING:
-    from longspan.memory.gist.method import Gist
 
 _GIST, _AT = "_longspan_gist", "_longspan_at"
 """On a cache: which of its tokens are gist tokens, (B, T) boolean, and, of a `GistCache`, at which positions all stand."""
@@ -49,7 +46,7 @@ class Pass:
 class DecoderReader:
     """Gist tokens on one decoder."""
 
-    def __init__(self, method: Gist, site: Site):
+    def __init__(self, method: Any, site: Site):
         self.method, self.site = method, site
 
     def attach(self) -> None:
@@ -161,8 +158,6 @@ class GistCache(DynamicCache):
         rows = [encode(tokenizer, text) for text in ([texts] if isinstance(texts, str) else texts)]
         if not rows or not all(rows):
             raise SpecError("gist: a text to go on with is empty; give at least one token for each")
-        from longspan.memory.gist.method import method_on
-
         method, width = method_on(model), max(map(len, rows))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else rows[0][0]
         lead = [method.id] * self.tokens

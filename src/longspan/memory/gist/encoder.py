@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +27,14 @@ from longspan.core.tokens import bos_id, encode_all
 from longspan.engine.retrieval.gist_masks import kept, visible
 from longspan.hf import encoder_decoder as crossing
 from longspan.hf.site import Site
+from longspan.memory.gist.settings import method_on
 from longspan.util.errors import LongspanError, NotSupported
-
-if TYPE_CHECKING:
-    from longspan.memory.gist.method import Gist
 
 
 class EncoderReader:
     """Gist tokens on one encoder-decoder."""
 
-    def __init__(self, method: Gist, site: Site):
+    def __init__(self, method: Any, site: Site):
         self.method, self.site = method, site
 
     def attach(self) -> None:
@@ -153,8 +151,6 @@ class GistStates:
         """The same for tokens (B, T), padded on the right."""
         if len(self) not in (1, len(ids)):
             raise LongspanError(f"{len(self)} prompts cannot go before {len(ids)} texts; give one text for each prompt")
-        from longspan.memory.gist.method import method_on
-
         lead = ids.new_full((len(ids), self.tokens), method_on(model).id or 0)
         ids, mask = torch.cat((lead, ids), dim=1), torch.cat((torch.ones_like(lead), mask.to(lead)), dim=1)
         states = self.states.expand(-1, len(ids), -1, -1)

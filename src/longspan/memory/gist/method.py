@@ -40,15 +40,14 @@ from longspan.apply import apply
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Combination, Method, combination
 from longspan.core.tokens import encode, with_bos
-from longspan.hf.site import Site, current, remove
+from longspan.hf.site import Site, remove
 from longspan.memory.gist import decoder as gist_decoder
 from longspan.memory.gist import encoder as gist_encoder
 from longspan.memory.gist.decoder import DecoderReader, GistCache
 from longspan.memory.gist.encoder import EncoderReader, GistStates
-from longspan.tasks.base import Sample
+from longspan.memory.gist.settings import TOKEN, method_on
 from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
 
-TOKEN = "<GIST>"
 _KNOWN = "gist_token_id"
 """In a model's configuration, and so saved with it: the token that it has a row for."""
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -97,7 +96,7 @@ class Gist(Method):
                 raise NotSupported(f"gist: this model's gist token is {known}: use {replace(self, id=known).spec}")
             raise NotSupported(
                 f"{site.facts.architecture} has no gist token: longspan train with method={self.spec} teaches it one, and "
-                "longspan.memory.gist.method.prepare(model, tokenizer, method) gives it one in Python"
+                "longspan.memory.gist.prepare(model, tokenizer, method) gives it one in Python"
             )
         if self.id >= site.facts.vocab:
             raise NotSupported(
@@ -115,16 +114,6 @@ def gist_of(method: Combination | str | None) -> Gist | None:
     """The gist among some methods; None where there is none."""
     found = combination(method).methods if method is not None else ()
     return next((m for m in found if isinstance(m, Gist)), None)
-
-
-def method_on(model: PreTrainedModel) -> Gist:
-    """The gist that is on a model. Raises `NotSupported` where there is none."""
-    found = gist_of(current(model))
-    if found is None:
-        raise NotSupported(
-            "this model has no gist tokens: load one that was trained with them, or longspan.memory.gist.method.prepare(model, …)"
-        )
-    return found
 
 
 def add_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -219,7 +208,7 @@ def joined(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
     return [*before, *_gists(method_on(model)), *after]
 
 
-def inserted(samples: Sequence[Sample], method: Gist) -> list[Sample]:
+def inserted(samples: Sequence[Any], method: Gist) -> list[Any]:
     """Samples of a task with the gist tokens behind each one's instruction. Raises `SpecError` for a task that does not say how
     many of a sample's tokens those are (`instruction_tokens`)."""
     if not all("instruction_tokens" in s.meta for s in samples):
@@ -277,7 +266,7 @@ def load(path: str | Path, model: PreTrainedModel) -> Held:
     except (SafetensorError, OSError) as error:
         raise LongspanError(f"{path} cannot be read as gist tokens: {error}; save them again") from error
     if said.get("longspan") != "gist tokens":
-        raise LongspanError(f"{path} holds no gist tokens; write them with longspan.memory.gist.method.save")
+        raise LongspanError(f"{path} holds no gist tokens; write them with longspan.memory.gist.save")
     if said.get("model") != _fingerprint(model):
         raise LongspanError(
             f"{path} was made by another model, or before this one was trained further ({said.get('method')}; here "

@@ -1,7 +1,7 @@
 """Landmark attention (Mohtashami & Jaggi 2023): a token after every block stands for the block, and attention retrieves by it.
 
 In training every block of `block` tokens is followed by a landmark, and attention is a grouped softmax: a token of an earlier
-block weighs its share of the block times the share of the block's landmark (section 3.1; `engine/retrieval/grouped.py`). So the landmark's
+block weighs its share of the block times the share of the block's landmark (section 3.1; `engine/retrieval`). So the landmark's
 key learns to say whether anything in its block is asked for. In use a chunk of `local` tokens is read with the `retrieve` blocks
 before it whose landmarks score highest, for each token and head, at positions that are never past those of training however
 long the text (sections 3.2 and 3.3; `engine/retrieval/landmarks.py`).
@@ -34,9 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.core.facts import decoder_of
 from longspan.apply import apply
-from longspan.core.facts import ModelFacts
+from longspan.core.facts import ModelFacts, decoder_of
 from longspan.core.method import Combination, Method, combination
 from longspan.core.tokens import encode, with_bos
 from longspan.engine.retrieval.landmarks import Layout
@@ -144,7 +143,7 @@ class Landmark(Method):
         if id is None:
             raise NotSupported(
                 f"{site.facts.architecture} has no landmark: longspan train with method={self.spec} teaches it one, and "
-                "longspan.memory.landmark.method.prepare(model, tokenizer, method) gives it one in Python"
+                "longspan.memory.landmark.prepare(model, tokenizer, method) gives it one in Python"
             )
         if known not in (None, id):
             raise NotSupported(f"landmark: this model's landmark is token {known}, not {id}; leave id out")
@@ -187,7 +186,7 @@ def reader_on(model: PreTrainedModel) -> LandmarkReader:
     site: Site | None = getattr(model, "_longspan", None)
     if site is None or not isinstance(site.state, LandmarkReader):
         raise NotSupported(
-            "this model has no landmarks: load one that was trained with them, or longspan.memory.landmark.method.prepare(model, …)"
+            "this model has no landmarks: load one that was trained with them, or longspan.memory.landmark.prepare(model, …)"
         )
     return site.state
 
@@ -365,7 +364,7 @@ def load(path: str | Path, model: PreTrainedModel) -> Memory:
             said = file.metadata() or {}
             if said.get("longspan") != "landmark memory":
                 raise LongspanError(
-                    f"{path} holds no landmark memory; write it with longspan.memory.landmark.method.save"
+                    f"{path} holds no landmark memory; write it with longspan.memory.landmark.save"
                 )
             _check_made_by(said, path, reader, model)
             return _loaded(file, reader, model)

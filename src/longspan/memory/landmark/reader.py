@@ -9,7 +9,7 @@ from, as in the paper, where the landmark is the token that comes before it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from longspan.hf.rotary import rotate
 from longspan.hf.site import Site, layer_number
 from longspan.memory.landmark.cache import PageLayer, Rows
 from longspan.util.errors import NotSupported
-
-if TYPE_CHECKING:
-    from longspan.memory.landmark.method import Landmark
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Pass:
 class LandmarkReader:
     """Landmark attention on one model."""
 
-    def __init__(self, method: Landmark, site: Site):
+    def __init__(self, method: Any, site: Site):
         self.method, self.site = method, site
         self.layout = method.layout
 

@@ -1,5 +1,5 @@
-"""The backward kernels of `longspan.engine.window.window_sinks`: for the queries, for the sinks as seen from afar, for near keys and
-values.
+"""Backward kernels of `longspan.engine.window.window_sinks`: gradients of queries, of far sinks, of near keys and values.
+
 
 All queries are far from the sinks, so what reaches these is added up in a few parts of the text at once, each part in a place
 of its own, and no order of programs changes a sum. Keys' tiles are computed transposed from the start, keys by queries, so

@@ -1,4 +1,4 @@
-"""The kernels of `longspan.engine.window.sink_correction`: what attention over a window came to, and the sinks that it did not reach.
+"""Kernels of `longspan.engine.window.sink_correction`: a window's attention joined with the sinks that it did not reach.
 
 A row's result over the window is a softmax already: its weight against the sinks is told by its log-sum-exp. So the forward goes
 on with that softmax over the sinks, and the backward hands the window its share of the derivative.

@@ -7,14 +7,8 @@ and the lengths and magnitudes as vLLM understands them. The folder is made besi
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import shlex
 import shutil
-import uuid
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,56 +18,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from longspan import models
 from longspan.core.facts import ModelFacts, rope_parameters, text_config
 from longspan.core.method import Combination, Method, NoMethod, catalogue, combination
-from longspan.util.errors import LongspanError, NotSupported, writing
+from longspan.export.encoders import export_encoder
+from longspan.export.folder import ExportReport, copy_tokenizer, filling, free_place, read_json, write_json
+from longspan.util.errors import LongspanError, NotSupported
 from longspan.util.fetching import quiet
 
-_TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.jinja",
-    "LICENSE*",
-)
 # vLLM multiplies max_position_embeddings by `factor` for these types, but not on a Gemma 3.
 _SCALED_BY_VLLM = ("linear", "dynamic")
 # Their configurations refuse any complete `rope_scaling` in transformers 4.
 _STRICT_IN_4 = ("olmo", "olmo2", "olmo3", "phi3", "hunyuan_v1_dense", "hunyuan_v1_moe")
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written. `window` is in tokens: what the positions were scaled for; `reach` the longest input that the
-    method is meant for, which is what should be served."""
-
-    folder: str
-    model: str
-    method: str
-    dtype: str
-    bytes: int
-    window: int
-    reach: int
-    max_position_embeddings: int
-    rope_parameters: dict[str, Any] | None
-    notes: tuple[str, ...]
-
-    @property
-    def vllm(self) -> str:
-        """The command that serves the folder."""
-        return f"vllm serve {shlex.quote(self.folder)} --max-model-len {self.reach}"
-
-    @property
-    def python(self) -> str:
-        """What loads the folder without longspan."""
-        return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            f"model = AutoModelForCausalLM.from_pretrained({self.folder!r})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({self.folder!r})"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "vllm": self.vllm, "python": self.python}
 
 
 def export(
@@ -93,8 +46,6 @@ def export(
     Raises `NotSupported` for a method that a checkpoint cannot hold, before any weights load.
     """
     if _for_encoders(combination(method)):
-        from longspan.encoders import export_encoder
-
         return export_encoder(model_name, method, out, length=length, dtype=dtype, overwrite=overwrite)
     place = free_place(Path(out), overwrite, models.local_folder(model_name))
     facts = models.inspect_model(model_name)
@@ -121,7 +72,7 @@ def export(
         bytes=size,
         window=config.max_position_embeddings,
         reach=reach or config.max_position_embeddings,
-        max_position_embeddings=_section(_read(place / "config.json"))["max_position_embeddings"],
+        max_position_embeddings=_section(read_json(place / "config.json"))["max_position_embeddings"],
         rope_parameters=getattr(config, "rope_parameters", None),
         notes=tuple(notes),
     )
@@ -156,42 +107,6 @@ def _legal(cls: type[Method], facts: ModelFacts) -> bool:
 # The folder
 
 
-def free_place(out: Path, overwrite: bool, source: Path | None) -> Path:
-    """Where the folder will be; refuses to write over anything but an earlier model, and that only when told to."""
-    place = out.expanduser().resolve()
-    if source is not None and place in (source.resolve(), *source.resolve().parents):
-        raise LongspanError(f"{out} holds the model that is to be exported; name another folder")
-    if place.is_file():
-        raise LongspanError(f"{out} is a file; name a folder that is new or empty")
-    if place.is_dir() and any(place.iterdir()):
-        if not overwrite:
-            raise LongspanError(f"{out} is not empty; name another folder, or say that it may be overwritten")
-        if not (place / "config.json").is_file():
-            raise LongspanError(f"{out} holds something else than a model and is left alone; name another folder")
-    return place
-
-
-@contextlib.contextmanager
-def filling(place: Path) -> Iterator[Path]:
-    """A folder beside `place` that takes its place, whole, when the block ends well."""
-    part = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
-    old = part.with_suffix(".old")
-    try:
-        part.mkdir(parents=True)
-        with writing(place):
-            yield part
-        if place.is_dir():
-            place.rename(old)
-        part.rename(place)
-    except OSError as error:
-        if old.is_dir() and not place.exists():
-            old.rename(place)
-        raise LongspanError(f"{place} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _save(model: PreTrainedModel, facts: ModelFacts, source: Path, folder: Path) -> list[str]:
     """Writes weights, tokenizer and configuration; returns what a user should know about them."""
     needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(folder).free
@@ -200,31 +115,14 @@ def _save(model: PreTrainedModel, facts: ModelFacts, source: Path, folder: Path)
     with quiet():
         model.save_pretrained(folder)
     copy_tokenizer(source, folder, text_config(model.config).max_position_embeddings)
-    written = _read(folder / "config.json")
+    written = read_json(folder / "config.json")
     notes = _complete(written, model.config, facts)
-    _write(folder / "config.json", written)
+    write_json(folder / "config.json", written)
     if not _same_rope(model.config, type(model.config).from_pretrained(folder)):
         raise NotSupported(
             f"{facts.architecture} does not read its own saved positions back; this model cannot be exported"
         )
     return notes
-
-
-def copy_tokenizer(source: Path, folder: Path, window: int) -> None:
-    """The tokenizer's files, mended for a model of `window` tokens: vLLM takes the smaller of the model's and the tokenizer's
-    length, and transformers 4 does not know the name that transformers 5 gives to a tokenizer.json without a class of its
-    own."""
-    for pattern in _TOKENIZER:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    settings = _read(path)
-    settings["model_max_length"] = max(window, settings.get("model_max_length") or 0)
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    _write(path, settings)
 
 
 # config.json
@@ -298,14 +196,6 @@ def _section(written: dict[str, Any]) -> dict[str, Any]:
 
 def _own_dtype(folder: Path) -> torch.dtype:
     """The dtype that the checkpoint says it has."""
-    written = _read(folder / "config.json")
+    written = read_json(folder / "config.json")
     kind = written.get("dtype") or written.get("torch_dtype") or _section(written).get("dtype")
     return models.pick_dtype(kind, "cpu")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ from longspan import models
 from longspan.attention.bigbird import BigBird
 from longspan.attention.longformer.pattern import Longformer
 from longspan.core.method import Combination, Method, combination
-from longspan.export import ExportReport, copy_tokenizer, filling, free_place
+from longspan.export.folder import ExportReport, copy_tokenizer, filling, free_place
 from longspan.util.errors import NotSupported, SpecError
 from longspan.util.fetching import check_whole, quiet, reading
 

@@ -1,6 +1,6 @@
 """The efficient transformers of Tay et al.'s survey (arXiv 2009.06732, table 1) as data: which are here, how time grows.
 
-    python -m longspan.survey > docs/survey.md
+    python tools/survey.py > docs/survey.md
 
 Complexities, classes and whether a model can decode are the survey's; the explanations are ours. Time exponents are measured:
 they come from a stored result of `longspan bench attention`, and where there is none the page says so.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from longspan.util.growth import UNTOLD, Growth, growth_of
 
-MEASURED = Path(__file__).parents[2] / "reproductions" / "speed" / "attention.json"
+MEASURED = Path(__file__).parents[1] / "reproductions" / "speed" / "attention.json"
 """Where the stored result lies in a checkout."""
 UNKNOWN = "not measured yet"
 DENSE = "dense SDPA"
@@ -180,7 +180,7 @@ def page(exponents: Mapping[str, Growth]) -> str:
         [
             "# Efficient transformers",
             "",
-            "Written by `python -m longspan.survey > docs/survey.md`. The table of Tay, Dehghani, Bahri and Metzler's survey "
+            "Written by `python tools/survey.py > docs/survey.md`. The table of Tay, Dehghani, Bahri and Metzler's survey "
             f"(arXiv 2009.06732): {len(SURVEY)} models, {here} of them here. N is the length of the text, other letters are "
             "settings. *Decodes* says whether the model can write token by token, *here* which method of longspan has its idea.",
             "",

@@ -1,0 +1,39 @@
+"""Methods and tasks by name: a subclass that has a name registers itself."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from typing import ClassVar
+
+
+class Registered:
+    """Base of what is written as `name:key=value`. A subclass that sets `noun` has a registry of its own, and each subclass of
+    that one that sets `name` is in it."""
+
+    noun: ClassVar[str]
+    """What an entry is called: method, task."""
+    name: ClassVar[str] = ""
+    registry: ClassVar[dict[str, type]]
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "noun" in cls.__dict__:
+            cls.registry = {}
+        if name := cls.__dict__.get("name"):
+            other = cls.registry.get(name)
+            if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"two {cls.noun}s are named {name!r}: {other.__module__} and {cls.__module__}")
+            cls.registry[name] = cls
+
+
+def import_all(folders: Iterable[str], group: str) -> None:
+    """Imports every file of these folders of the package, and the packages that name themselves in the entry-point group."""
+    for folder in folders:
+        package = importlib.import_module(f"longspan.{folder}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"longspan.{folder}.{module.name}")
+    for entry in entry_points(group=group):
+        entry.load()
