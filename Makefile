@@ -55,6 +55,8 @@ test-newest: $(BROWSER)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python tools/imports.py
 	MYPY_NUM_WORKERS=2 $(BIN)/mypy
 
 format: $(READY)

@@ -49,7 +49,7 @@ class Row:
 
 
 @dataclass
-class Call:
+class AttentionCall:
     """Something that computes attention, and what its gradients are taken by."""
 
     run: Callable[[], Tensor]
@@ -115,7 +115,7 @@ def milliseconds(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end)
 
 
-def take_turns(calls: dict[str, Call], push: Tensor, seconds: float) -> None:
+def take_turns(calls: dict[str, AttentionCall], push: Tensor, seconds: float) -> None:
     """Fills in the times of each call: as many turns as fit, at least five."""
     for call in calls.values():
         for _ in range(2):
@@ -169,20 +169,20 @@ def flex(bias: Bias, qkv: list[Tensor]) -> Callable[[], Tensor]:
 
 def measure(width: int, tokens: int, kinds: list[str], with_flex: bool, seconds: float) -> list[Row]:
     *qkv, push = inputs(tokens, width)
-    calls: dict[str, Call] = {}
+    calls: dict[str, AttentionCall] = {}
     for kind in kinds:
         bias = bias_of(kind, tokens)
         run = lambda bias=bias: biased_attention(*qkv, bias, scale=width**-0.5)  # noqa: E731
-        calls[kind] = Call(run, [*qkv, *parameters(bias)])
+        calls[kind] = AttentionCall(run, [*qkv, *parameters(bias)])
     for name, backend in PEERS.items():
-        calls[name] = Call(lambda backend=backend: sdpa(backend, qkv), list(qkv))
+        calls[name] = AttentionCall(lambda backend=backend: sdpa(backend, qkv), list(qkv))
     notes = {}
     for kind in kinds if with_flex else []:
         bias = bias_of(kind, tokens)
         if kind == "linear learned":  # the same forward as with slopes that are fixed
             continue
         name = f"flex {kind.removesuffix(' learned')}"
-        calls[name] = Call(flex(bias, qkv), [] if parameters(bias) else list(qkv))
+        calls[name] = AttentionCall(flex(bias, qkv), [] if parameters(bias) else list(qkv))
         notes[name] = "forward only" if parameters(bias) else ""
     for name in list(calls):
         try:
@@ -197,7 +197,9 @@ def measure(width: int, tokens: int, kinds: list[str], with_flex: bool, seconds:
     return [*(row_of(name, call, calls.get("none"), width, tokens, notes) for name, call in calls.items()), *rows]
 
 
-def row_of(name: str, call: Call, base: Call | None, width: int, tokens: int, notes: dict[str, str]) -> Row:
+def row_of(
+    name: str, call: AttentionCall, base: AttentionCall | None, width: int, tokens: int, notes: dict[str, str]
+) -> Row:
     row = Row(name, width, tokens, statistics.median(call.forward), note=notes.get(name, ""))
     row.both_ms = statistics.median(call.both) if call.both else None
     if base is not None:

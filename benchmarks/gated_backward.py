@@ -33,7 +33,7 @@ def build(spec: str, hidden: int, length: int) -> torch.nn.Module:
         attention=spec, position="nope", hidden_size=hidden, num_attention_heads=1, max_position_embeddings=length
     )
     method = cast(GatedMixer, parse(spec).methods[0])
-    return method.build(config, 0, config.build_place(causal=True), causal=True)
+    return method.build(config, 0, config.build_position_encoding(causal=True), causal=True)
 
 
 def measure(spec: str, dtype: str, hidden: int, length: int, device: str, turns: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longspan.core.method import parse
 from longspan.engine.backends import through
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.patterns import attend
 from longspan.engine.window.banded import banded_attention
 from longspan.positions.alibi import ALiBi
@@ -30,11 +30,11 @@ HEADS, WIDTH = 4, 64
 SPECS = ("window:size=256", "window:size=256,sinks=4", "local:block=256", "longnet:segments=256/1k,dilations=1/4")
 
 
-def call(length: int, device: str, *, alibi: bool) -> Call:
+def call(length: int, device: str, *, alibi: bool) -> AttentionCall:
     torch.manual_seed(0)
     heads = (torch.randn(1, HEADS, length, WIDTH, device=device, requires_grad=True) for _ in range(3))
     shape = Shape(layers=1, hidden=HEADS * WIDTH, heads=HEADS, head_dim=WIDTH, window=256, causal=True)
-    return Call(*heads, WIDTH**-0.5, bias=ALiBi().build(shape).to(device).bias if alibi else None)
+    return AttentionCall(*heads, WIDTH**-0.5, bias=ALiBi().build(shape).to(device).bias if alibi else None)
 
 
 def runs(device: str) -> dict[str, Callable[[int], Tensor]]:
@@ -45,7 +45,7 @@ def runs(device: str) -> dict[str, Callable[[int], Tensor]]:
         pattern = parse(spec).methods[0]
         for alibi in (False, True):
             found[f"{spec}, {'alibi' if alibi else 'no bias'}"] = lambda n, p=pattern, alibi=alibi: attend(
-                p, call(n, device, alibi=alibi), Grid(HEADS, n, 0, True)
+                p, call(n, device, alibi=alibi), AttentionShape(HEADS, n, 0, True)
             )
     return found
 

@@ -18,7 +18,7 @@ import torch
 from longspan.core.method import parse
 from longspan.positions.absolute import sinusoid
 from longspan.positions.pose import PoSE, sampler
-from longspan.positions.scheme import Place, Shape
+from longspan.positions.scheme import PositionEncoding, Shape
 from longspan.util.drawing import COLOURS, DASHES, save_png
 
 FAR = 2 ** np.arange(0, 14.01, 0.25)
@@ -40,7 +40,7 @@ def bias(spec: str, distances: torch.Tensor, heads: int = 8) -> torch.Tensor:
     """Mean over heads of what a score gets; learned ones as they are drawn by seed 0."""
     torch.manual_seed(0)
     scheme: Any = parse(spec).methods[0]
-    place: Place = scheme.build(Shape(8, 512, heads, 64, 512, True))
+    place: PositionEncoding = scheme.build(Shape(8, 512, heads, 64, 512, True))
     return place.bias(distances).mean(0).detach()
 
 

@@ -22,7 +22,7 @@ from longspan.bench.attention import AttentionBench, Row, attention, shape_of
 from longspan.bench.contenders import Contender, Work, contenders
 from longspan.cli.main import run
 from longspan.core.method import catalogue
-from longspan.engine.call import Grid
+from longspan.engine.call import AttentionShape
 from longspan.engine.core import reference_attention
 from longspan.lm.base import Attention, Full, Pattern
 from longspan.util.errors import SpecError
@@ -40,8 +40,8 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("pattern", [Window(5), Window(7, 3), Full()], ids=lambda p: p.spec)
 def test_pairs_are_those_that_are_seen(pattern: Pattern, causal: bool) -> None:
     for length, close in ((40, 0), (3000, 0.02)):
-        grid, number = Grid(3, length, 0, causal), torch.arange(length)[None]
-        seen = pattern.visible(number, number, grid)[0, 0]
+        grid, number = AttentionShape(3, length, 0, causal), torch.arange(length)[None]
+        seen = pattern.mask(number, number, grid)[0, 0]
         seen = seen.tril() if causal else seen
         assert pattern.pairs(grid) == pytest.approx(3 * int(seen.sum()), rel=close)
 
@@ -317,7 +317,7 @@ def test_masks_of_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda f, **settings: f)
     made = {c.name: c for c in contenders(["window:size=8"], SHAPE, {}, peers=True) if c.name in gym}
     number = torch.arange(1300)[None]
-    wanted = {True: Window(1024).visible(number, number, Grid(2, 1300, 0, True)).tril()}
+    wanted = {True: Window(1024).mask(number, number, AttentionShape(2, 1300, 0, True)).tril()}
     wanted[False] = ((number.T - number).abs() <= 256) | (number == 0) | (number.T == 0)
     for contender in made.values():
         work = contender.prepare(1300)

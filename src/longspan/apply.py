@@ -125,7 +125,7 @@ def _attach_attention(site: Site, method: Method) -> None:
             f"{site.facts.architecture} does not. "
             + ("Methods that only change frequencies still work: ntk, yarn" if site.facts.rope else ANOTHER_MODEL)
         )
-    built_with = next((p for m in site.model.modules() if hasattr(p := getattr(m, "pattern", None), "visible")), None)
+    built_with = next((p for m in site.model.modules() if hasattr(p := getattr(m, "pattern", None), "mask")), None)
     if "attention" in method.slots and built_with is not None:
         raise NotSupported(
             f"{method.name} changes which keys are seen, and this model was built with {built_with.spec}, which says so itself; "

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import longspan.lm
+import longspan.memory.rmt  # noqa: F401 - makes transformers know the models of this package
 from longspan.apply import apply
 from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.core.method import Combination, Method, combination
@@ -236,9 +238,6 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     """The folder's configuration; refuses what is no decoder-only model."""
     from transformers import AutoConfig
 
-    if str(_read_json(folder / "config.json").get("model_type")).startswith("longspan"):
-        import longspan.lm
-        import longspan.memory.rmt  # noqa: F401  (makes transformers know models of our own)
     with reading(f"{folder}/config.json is of no model that transformers itself knows"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kinds = config.architectures or []

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, BigBirdConfig, BigBirdModel
 from growth import growth
 from longspan.attention.bigbird import BigBird
 from longspan.engine.blocks import gathered as blocks
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_attention
 from longspan.engine.patterns import attend
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration, LongspanForMaskedLM
@@ -105,8 +105,8 @@ def test_blocks_and_rows_of_their_own_length(
             rows.append(reference_attention(*own, mask, 0.4))
     wanted = torch.cat([x[0].transpose(0, 1) for x in rows])
     bias = (lambda d: -slope.view(-1, *[1] * d.ndim) * d.abs()) if biased else None
-    grid = Grid(4, 45, 3, False, torch.tensor(lengths))
-    got = attend(pattern, Call(q, k, v, 0.4, padding, bias), grid).transpose(1, 2)[padding]
+    grid = AttentionShape(4, 45, 3, False, torch.tensor(lengths))
+    got = attend(pattern, AttentionCall(q, k, v, 0.4, padding, bias), grid).transpose(1, 2)[padding]
     close = {"rtol": 1e-4, "atol": 1e-5} if biased else {}  # biases are float32
     torch.testing.assert_close(got, wanted, **close)
     pull = torch.randn(got.shape, generator=draw).double()
@@ -119,7 +119,7 @@ def test_what_is_drawn() -> None:
     pattern = BigBird(block=2, random=3, seed=4)
     tables = {}
     for layer in (0, 1):
-        table, counts = pattern._tables(Grid(4, 59, layer, False), torch.device("cpu"))
+        table, counts = pattern._tables(AttentionShape(4, 59, layer, False), torch.device("cpu"))
         assert counts.tolist() == [30]
         for h in range(4):
             for i in range(1, 29):
@@ -128,16 +128,16 @@ def test_what_is_drawn() -> None:
                 assert {0, i - 1, i, i + 1, 29} <= set(named)
             tables[layer, h] = table[0, h].flatten().tolist()
     assert len({tuple(t) for t in tables.values()}) == 8
-    table = BigBird(block=2, random=3, seed=5)._tables(Grid(4, 59, 0, False), torch.device("cpu"))[0]
+    table = BigBird(block=2, random=3, seed=5)._tables(AttentionShape(4, 59, 0, False), torch.device("cpu"))[0]
     assert table[0, 0].flatten().tolist() != tables[0, 0]
-    early = BigBird(block=2, random=3, among=20)._tables(Grid(4, 59, 0, False), torch.device("cpu"))[0]
+    early = BigBird(block=2, random=3, among=20)._tables(AttentionShape(4, 59, 0, False), torch.device("cpu"))[0]
     for i in range(12, 28):
         assert max(j for j in early[0, 2, i].tolist() if j < i - 1) < 10
 
 
 def test_the_draws_never_change() -> None:
     """A saved model has its blocks by these numbers."""
-    table = BigBird(block=1, random=2, seed=7)._tables(Grid(1, 12, 1, False), torch.device("cpu"))[0]
+    table = BigBird(block=1, random=2, seed=7)._tables(AttentionShape(1, 12, 1, False), torch.device("cpu"))[0]
     drawn = [sorted(set(row) - {-1, 0, 11, i - 1, i, i + 1}) for i, row in enumerate(table[0, 0].tolist())]
     assert drawn[2:10] == [[4, 9], [5, 9], [1, 6], [7, 9], [3, 4], [3, 9], [1, 5], [3, 5]]
 
@@ -159,7 +159,7 @@ class Planned(BigBird):
 
     plan: Any
 
-    def _tables(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _tables(self, grid: AttentionShape, device: torch.device) -> tuple[Tensor, Tensor]:
         count = grid.length // self.block
         table = torch.full((1, grid.heads, count, 5 + self.plan.shape[2]), -1)
         for i in range(1, count - 1):
@@ -234,8 +234,8 @@ def test_equals_transformers(length: int, block: int, drawn: int, training: bool
         q, k, v = (
             p(x).unflatten(-1, (2, 8)).transpose(1, 2) for p in (attention.query, attention.key, attention.value)
         )
-        call = Call(q, k, v, 8**-0.5, mask.bool() if padded else None)
-        got = attend(pattern, call, Grid(2, length, 0, False)).transpose(1, 2).flatten(2)
+        call = AttentionCall(q, k, v, 8**-0.5, mask.bool() if padded else None)
+        got = attend(pattern, call, AttentionShape(2, length, 0, False)).transpose(1, 2).flatten(2)
         torch.testing.assert_close(got * mask[..., None], wanted * mask[..., None], rtol=1e-5, atol=1e-5)
         pull = torch.randn(got.shape, generator=torch.Generator().manual_seed(6)) * mask[..., None]
         weights = tuple(attention.parameters())

@@ -33,7 +33,7 @@ def unit(spec: str, *, causal: bool = True, **settings: Any) -> GatedUnit:
     """With parameters large enough for every part to matter."""
     given = {**SIZES, "max_position_embeddings": TRAINED, "position": "nope", "attention": spec, **settings}
     config = LongspanConfig(**given, kind="decoder" if causal else "encoder")
-    built = parse(spec).methods[0].build(config, 0, config.build_place(causal=causal), causal=causal)  # type: ignore[attr-defined]
+    built = parse(spec).methods[0].build(config, 0, config.build_position_encoding(causal=causal), causal=causal)  # type: ignore[attr-defined]
     assert isinstance(built, GatedUnit)
     built.double()
     with torch.no_grad():

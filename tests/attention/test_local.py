@@ -14,7 +14,7 @@ from longspan.attention import local
 from longspan.attention.local import Blockwise, Local, Overlap
 from longspan.core.facts import facts_of
 from longspan.core.method import parse
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_attention
 from longspan.engine.patterns import attend
 from longspan.hf.site import remove
@@ -48,9 +48,9 @@ def test_every_length(pattern: Blockwise, causal: bool, monkeypatch: pytest.Monk
         q, k, v = (torch.randn(1, h, length, 8, generator=draw, dtype=torch.float64) for h in (4, 2, 2))
         mask = table(pattern, length, causal)
         numbers = torch.arange(length)[None]
-        said = pattern.visible(numbers, numbers, Grid(4, length, 0, causal))[0, 0]
+        said = pattern.mask(numbers, numbers, AttentionShape(4, length, 0, causal))[0, 0]
         assert torch.equal(said & (mask if causal else said.new_ones(1)), mask)
-        got = attend(pattern, Call(q, k, v, 0.4), Grid(4, length, 0, causal))
+        got = attend(pattern, AttentionCall(q, k, v, 0.4), AttentionShape(4, length, 0, causal))
         torch.testing.assert_close(got, reference_attention(q, k, v, mask, 0.4))
 
 
@@ -58,7 +58,7 @@ def test_every_length(pattern: Blockwise, causal: bool, monkeypatch: pytest.Monk
 def test_ranges_hold_what_is_seen(pattern: Blockwise) -> None:
     """And in a decoder no more than blocks, so that a step of decoding reads no whole cache."""
     for causal, start in itertools.product((True, False), range(0, 60, 7)):
-        grid = Grid(1, 60, 0, causal)
+        grid = AttentionShape(1, 60, 0, causal)
         ranges = pattern.ranges(start, start + 3, grid)
         inside = [any(low <= k < high for low, high in ranges) for k in range(60)]
         wanted = [any(seen(pattern, q, k) for q in range(start, min(start + 3, 60))) for k in range(60)]

@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, LongformerConfig, LongformerMode
 from growth import growth
 from longspan.attention.longformer.layer import LongformerAttention
 from longspan.attention.longformer.pattern import Longformer
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.patterns import attend, masked_attention
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration, LongspanForMaskedLM
 from longspan.util.errors import NotSupported, SpecError
@@ -53,11 +53,11 @@ def scattered(rows: list[list[int]], length: int) -> Tensor:
     return mask
 
 
-def reference(module: LongformerAttention, x: Tensor, shown: Tensor, padding: Tensor) -> Tensor:
+def reference(module: LongformerAttention, x: Tensor, always_visible: Tensor, padding: Tensor) -> Tensor:
     """The rule as it is written: token by token, every score by itself, alibi's bias where the model has one."""
     pattern: Any = module.pattern
     heads, groups, width = module.config.num_attention_heads, module.num_key_value_groups, module.head_dim
-    bias = module.place.bias if module.place.has("bias") else None
+    bias = module.place.bias if module.place.defines("bias") else None
     out = torch.zeros(*x.shape[:2], heads, width, dtype=x.dtype)
     local = [p(x).unflatten(-1, (-1, width)) for p in (module.q_proj, module.k_proj, module.v_proj)]
     far = [p(x).unflatten(-1, (-1, width)) for p in (module.q_global, module.k_global, module.v_global)]
@@ -65,11 +65,13 @@ def reference(module: LongformerAttention, x: Tensor, shown: Tensor, padding: Te
         for i in range(x.shape[1]):
             for h in range(heads):
                 apart = pattern.dilation if h >= heads - pattern.dilated else 1
-                everywhere = bool(shown[b, i])
+                everywhere = bool(always_visible[b, i])
                 q, k, v = far if everywhere else local
                 steps = {i + apart * n for n in range(-(pattern.window // 2), pattern.window // 2 + 1)}
                 keys = [
-                    j for j in range(x.shape[1]) if padding[b, j] and (everywhere or j in steps or bool(shown[b, j]))
+                    j
+                    for j in range(x.shape[1])
+                    if padding[b, j] and (everywhere or j in steps or bool(always_visible[b, j]))
                 ]
                 if not padding[b, i]:
                     continue
@@ -91,11 +93,13 @@ def test_two_projections_and_overwritten_rows(spec: str, position: str, side: st
     padding[0, :5] = False
     if side == "right":
         padding = padding.flip(1)
-    shown = scattered([[8], [0, 2, 3, 17], []], 21)  # a different number in each row, neighbours among them
+    always_visible = scattered([[8], [0, 2, 3, 17], []], 21)  # a different number in each row, neighbours among them
     real = padding[..., None]
     close = {} if position == "sinusoidal" else {"rtol": 1e-4, "atol": 1e-4}  # biases are float32
-    got = module(x, position_ids=torch.arange(21)[None], padding=padding, global_attention_mask=shown)[0] * real
-    wanted = reference(module, x, shown, padding) * real
+    got = (
+        module(x, position_ids=torch.arange(21)[None], padding=padding, global_attention_mask=always_visible)[0] * real
+    )
+    wanted = reference(module, x, always_visible, padding) * real
     torch.testing.assert_close(got, wanted, **close)
     pull = torch.randn(got.shape, generator=draw, dtype=torch.float64)
     weights = (x, *module.parameters())
@@ -175,8 +179,8 @@ def test_many_blocks_equal_the_definition(window: int, biased: bool, causal: boo
     padding[0, 300:] = padding[1, :40] = False
     slope = torch.tensor([0.5, 0.2, 0.1, 0.05])
     bias = (lambda d: -slope.view(-1, *[1] * d.ndim) * d.abs()) if biased else None
-    call = Call(q, k, v, 0.4, padding, bias)
-    grid = Grid(4, 333, 0, causal)
+    call = AttentionCall(q, k, v, 0.4, padding, bias)
+    grid = AttentionShape(4, 333, 0, causal)
     got = attend(pattern, call, grid) * padding[:, None, :, None]
     wanted = masked_attention(pattern, call, grid) * padding[:, None, :, None]
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if biased else {}  # biases are float32
@@ -215,12 +219,12 @@ def test_equals_transformers(globals_: list[list[int]], padded: bool) -> None:
     if padded:
         mask[0, 41:] = 0
         ids[0, 41:] = 1
-    shown = scattered(globals_, 48) * mask
-    theirs(ids, attention_mask=mask, global_attention_mask=shown)
+    always_visible = scattered(globals_, 48) * mask
+    theirs(ids, attention_mask=mask, global_attention_mask=always_visible)
     for block, (given, wanted), window in zip(theirs.encoder.layer, seen, (8, 16), strict=True):
         ours = copied(block.attention.self, window)
         x = given.detach().requires_grad_()
-        got = ours(x, position_ids=torch.arange(48)[None], padding=mask.bool(), global_attention_mask=shown)[0]
+        got = ours(x, position_ids=torch.arange(48)[None], padding=mask.bool(), global_attention_mask=always_visible)[0]
         torch.testing.assert_close(got * mask[..., None], wanted * mask[..., None], rtol=1e-5, atol=1e-5)
         pull = torch.randn(got.shape, generator=torch.Generator().manual_seed(6)) * mask[..., None]
         (got * pull).sum().backward()
@@ -260,9 +264,9 @@ def test_growth_is_linear(spec: str, backward: bool) -> None:
 
     def run(length: int) -> None:
         x = torch.zeros(1, length, 32, dtype=torch.float64, requires_grad=backward)
-        shown = scattered([[0, 3]], length)
+        always_visible = scattered([[0, 3]], length)
         with torch.set_grad_enabled(backward):
-            out = module(x, position_ids=torch.arange(length)[None], global_attention_mask=shown)[0]
+            out = module(x, position_ids=torch.arange(length)[None], global_attention_mask=always_visible)[0]
         if backward:
             out.sum().backward()
 
@@ -281,21 +285,22 @@ def test_led_reads_with_windows_and_writes_with_full_attention(tmp_path: Any) ->
     ids = torch.randint(2, 100, (2, 30), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     mask[0, 22:] = 0
-    shown = scattered([[0, 9], [0]], 30)
+    always_visible = scattered([[0, 9], [0]], 30)
     led.save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
-    made = led.generate(ids, attention_mask=mask, global_attention_mask=shown, max_new_tokens=6, num_beams=2)
+    made = led.generate(ids, attention_mask=mask, global_attention_mask=always_visible, max_new_tokens=6, num_beams=2)
     assert torch.equal(
-        made, again.generate(ids, attention_mask=mask, global_attention_mask=shown, max_new_tokens=6, num_beams=2)
+        made,
+        again.generate(ids, attention_mask=mask, global_attention_mask=always_visible, max_new_tokens=6, num_beams=2),
     )
     with torch.no_grad():
-        first = led(ids, mask, decoder_input_ids=ids[:, :3], global_attention_mask=shown).logits
-        alone = led(ids[:1, :22], decoder_input_ids=ids[:1, :3], global_attention_mask=shown[:1, :22]).logits
+        first = led(ids, mask, decoder_input_ids=ids[:, :3], global_attention_mask=always_visible).logits
+        alone = led(ids[:1, :22], decoder_input_ids=ids[:1, :3], global_attention_mask=always_visible[:1, :22]).logits
         without = led(ids, mask, decoder_input_ids=ids[:, :3]).logits
     torch.testing.assert_close(first[:1], alone, rtol=1e-4, atol=1e-5)
     assert not torch.equal(first[0], without[0])
     torch.testing.assert_close(first[1], without[1])
-    led(ids, mask, labels=ids[:, :5], global_attention_mask=shown).loss.backward()
+    led(ids, mask, labels=ids[:, :5], global_attention_mask=always_visible).loss.backward()
 
 
 @pytest.mark.parametrize(
@@ -326,20 +331,22 @@ def test_what_cannot_be_built_or_called() -> None:
     with pytest.raises(SpecError, match="kind=encoder-decoder"):
         config("full", decoder_attention="full")
     ids = torch.arange(10)[None]
-    shown = torch.ones_like(ids)
+    always_visible = torch.ones_like(ids)
     with pytest.raises(NotSupported, match="ahead"):
-        LongspanForCausalLM(config("longformer", **causal))(ids, global_attention_mask=shown)
+        LongspanForCausalLM(config("longformer", **causal))(ids, global_attention_mask=always_visible)
     with pytest.raises(NotSupported, match=r"\(1, 10\)"):
-        LongspanForMaskedLM(config("longformer"))(ids, global_attention_mask=shown[:, :4])
+        LongspanForMaskedLM(config("longformer"))(ids, global_attention_mask=always_visible[:, :4])
     with pytest.raises(NotSupported, match="longformer"):
-        LongspanForMaskedLM(config("full"))(ids, global_attention_mask=shown)
+        LongspanForMaskedLM(config("full"))(ids, global_attention_mask=always_visible)
 
 
 def test_half_precision_keeps_its_dtype_and_stays_near() -> None:
     module = layer("longformer:window=8,dilated=2,dilation=2", position="alibi")
-    x, shown = torch.randn(1, 100, 32, generator=torch.Generator().manual_seed(1)), scattered([[0, 50]], 100)
+    x, always_visible = torch.randn(1, 100, 32, generator=torch.Generator().manual_seed(1)), scattered([[0, 50]], 100)
     with torch.no_grad():
-        wanted = module(x.double(), position_ids=torch.arange(100)[None], global_attention_mask=shown)[0]
-        got = module.bfloat16()(x.bfloat16(), position_ids=torch.arange(100)[None], global_attention_mask=shown)[0]
+        wanted = module(x.double(), position_ids=torch.arange(100)[None], global_attention_mask=always_visible)[0]
+        got = module.bfloat16()(
+            x.bfloat16(), position_ids=torch.arange(100)[None], global_attention_mask=always_visible
+        )[0]
     assert got.dtype == torch.bfloat16
     assert float((got.double() - wanted).norm() / wanted.norm()) < 0.02

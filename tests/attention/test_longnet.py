@@ -12,7 +12,7 @@ from longspan.attention import longnet
 from longspan.attention.longnet import LongNet
 from longspan.core.facts import facts_of
 from longspan.core.method import parse
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.patterns import attend, masked_attention
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.util.errors import NotSupported, SpecError
@@ -59,7 +59,7 @@ def test_equations(segments: str, dilations: str, causal: bool, at_once: int, mo
     pattern = LongNet(segments, dilations)
     for length in (1, 7, 32, 57, 83):
         q, k, v, pull = tensors(length)
-        got = attend(pattern, Call(q, k, v, 0.4), Grid(4, length, 0, causal))
+        got = attend(pattern, AttentionCall(q, k, v, 0.4), AttentionShape(4, length, 0, causal))
         wanted = by_equations(q[0], k[0], v[0], pattern, causal)[None]
         torch.testing.assert_close(got, wanted)
         ours, theirs = (torch.autograd.grad((x * pull).sum(), (q, k, v)) for x in (got, wanted))
@@ -72,16 +72,16 @@ def test_multiplicities(segments: str, dilations: str, causal: bool) -> None:
     """The mixture is one softmax over all patterns' keys, counted as often as they come: the masked form, decoding's."""
     pattern, length = LongNet(segments, dilations), 61
     q, k, v, _ = tensors(length)
-    grid = Grid(4, length, 0, causal)
+    grid = AttentionShape(4, length, 0, causal)
     torch.testing.assert_close(
-        masked_attention(pattern, Call(q, k, v, 0.4), grid)[0], by_equations(q[0], k[0], v[0], pattern, causal)
+        masked_attention(pattern, AttentionCall(q, k, v, 0.4), grid)[0], by_equations(q[0], k[0], v[0], pattern, causal)
     )
 
 
 def test_who_asks() -> None:
     """Token 11 with w = 8, r = 4 stands at place 3: it asks on heads 3 and 7, and meets keys 11 and 15."""
     pattern, token = LongNet("4/8", "1/4"), torch.tensor([[11]])
-    counts = pattern.counts(token, torch.arange(16)[None], Grid(8, 16, 0, False))[0, :, 0]
+    counts = pattern.multiplicity(token, torch.arange(16)[None], AttentionShape(8, 16, 0, False))[0, :, 0]
     for head in range(8):
         wanted = [int(8 <= t < 12) + int(head % 4 == 3 and t in (11, 15)) for t in range(16)]
         assert counts[head].tolist() == wanted
@@ -93,7 +93,7 @@ def test_weights_without_gradient() -> None:
     made = {}
     for weights in ("exact", "detached"):
         pattern = LongNet("8/16/32", "1/2/4", weights)
-        got = attend(pattern, Call(q, k, v, 0.4), Grid(4, 57, 0, True))
+        got = attend(pattern, AttentionCall(q, k, v, 0.4), AttentionShape(4, 57, 0, True))
         made[weights] = got, torch.autograd.grad((got * pull).sum(), (q, k, v))
         wanted = by_equations(q[0], k[0], v[0], pattern, True, detach=weights == "detached")[None]
         torch.testing.assert_close(made[weights][1], torch.autograd.grad((wanted * pull).sum(), (q, k, v)))
@@ -158,10 +158,10 @@ def test_dropout_trains() -> None:
     """Dropout acts on the weights of the joint softmax, in the masked form."""
     pattern = LongNet("8/16", "1/2")
     q, k, v, _ = tensors(40)
-    grid = Grid(4, 40, 0, True)
+    grid = AttentionShape(4, 40, 0, True)
     torch.manual_seed(0)
-    mean = sum(attend(pattern, Call(q, k, v, 0.4, dropout=0.3), grid).detach() for _ in range(300)) / 300
-    torch.testing.assert_close(mean, attend(pattern, Call(q, k, v, 0.4), grid).detach(), atol=0.25, rtol=0)
+    mean = sum(attend(pattern, AttentionCall(q, k, v, 0.4, dropout=0.3), grid).detach() for _ in range(300)) / 300
+    torch.testing.assert_close(mean, attend(pattern, AttentionCall(q, k, v, 0.4), grid).detach(), atol=0.25, rtol=0)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -176,5 +176,5 @@ def test_tiles_gone_through_hold_the_pairs(length: int, causal: bool) -> None:
                 taken = torch.arange(min(size, length - start))
                 blocks = (taken[taken % step == head % step] // step // 64).unique()
                 tiles += int((blocks[:, None] >= blocks).sum()) if causal else len(blocks) ** 2
-    grid = Grid(heads, length, 0, causal)
+    grid = AttentionShape(heads, length, 0, causal)
     assert pattern.visited(grid, torch.device("cpu")) == 64**2 * tiles > pattern.pairs(grid)

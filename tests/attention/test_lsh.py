@@ -48,18 +48,18 @@ def reference(qk: Tensor, value: Tensor, buckets: Tensor, method: Lsh, causal: b
     """Softmax over the union of what a token sees in all rounds, itself only where that is empty."""
     rows = []
     for b in range(qk.shape[0]):
-        shown = real[b].nonzero()[:, 0].tolist()
+        always_visible = real[b].nonzero()[:, 0].tolist()
         for h in range(qk.shape[1]):
-            sets: list[set[int]] = [set() for _ in shown]
+            sets: list[set[int]] = [set() for _ in always_visible]
             for numbers in buckets[b, h].tolist():
-                one = visible([numbers[i] for i in shown], method.chunk, method.form, causal)
+                one = visible([numbers[i] for i in always_visible], method.chunk, method.form, causal)
                 sets = [a | b for a, b in zip(sets, one, strict=True)]
             out = torch.zeros_like(value[b, h])
             for at, others in enumerate(sets):
-                keys = [shown[j] for j in sorted(others)] or [shown[at]]
+                keys = [always_visible[j] for j in sorted(others)] or [always_visible[at]]
                 unit = qk[b, h, keys] / (qk[b, h, keys].square().sum(-1, keepdim=True) + 1e-6 * qk.shape[-1]).sqrt()
-                weights = (unit @ qk[b, h, shown[at]]).softmax(-1)
-                out = out.index_put((torch.tensor(shown[at]),), weights @ value[b, h, keys])
+                weights = (unit @ qk[b, h, always_visible[at]]).softmax(-1)
+                out = out.index_put((torch.tensor(always_visible[at]),), weights @ value[b, h, keys])
             rows.append(out)
     return torch.stack(rows).view_as(value)
 
@@ -105,7 +105,7 @@ def test_the_newest_token_gets_what_the_definition_says(form: str) -> None:
 def module(causal: bool, **settings: object) -> LshAttention:
     config = LongspanConfig(**SIZES, kind="decoder" if causal else "encoder", attention=Lsh(**settings).spec)
     torch.manual_seed(0)
-    built = config.attentions[0].build(config, 0, config.build_place(causal=causal), causal=causal)
+    built = config.attentions[0].build(config, 0, config.build_position_encoding(causal=causal), causal=causal)
     assert isinstance(built, LshAttention)
     return built.double()
 

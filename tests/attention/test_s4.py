@@ -235,7 +235,7 @@ def test_recurrence_in_pieces_is_the_convolution(number: int, cut: int) -> None:
 def layer(spec: str, *, causal: bool = True, **settings: Any) -> StateSpaceLayer:
     config = LongspanConfig(**{**SIZES, "attention": spec, "kind": "decoder" if causal else "encoder", **settings})
     torch.manual_seed(3)
-    built = parse(spec).methods[0].build(config, 0, config.build_place(causal=causal), causal=causal)  # type: ignore[attr-defined]
+    built = parse(spec).methods[0].build(config, 0, config.build_position_encoding(causal=causal), causal=causal)  # type: ignore[attr-defined]
     assert isinstance(built, StateSpaceLayer)
     built.ssm.draw_weights()
     return built.double()

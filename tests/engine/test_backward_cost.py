@@ -22,7 +22,7 @@ from longspan.attention.longnet import LongNet
 from longspan.attention.window import Window
 from longspan.engine import masks
 from longspan.engine.blocks import gathered as blocks
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_mix
 from longspan.engine.joint import by_row
 from longspan.engine.masks import masked_attention
@@ -34,20 +34,20 @@ from longspan.lm.base import Pattern
 from longspan.memory import streaming
 from longspan.positions import near_far, spans
 from longspan.positions.kerple import Kerple
-from longspan.positions.scheme import Place, Shape
+from longspan.positions.scheme import PositionEncoding, Shape
 from longspan.positions.t5_bias import T5Bias
 
 SHAPE = Shape(layers=1, hidden=8, heads=2, head_dim=4, window=64, causal=True)
 LENGTH = 1024
 
 
-def call(length: int, place: Place | None = None, dtype: torch.dtype = torch.float32) -> Call:
+def call(length: int, place: PositionEncoding | None = None, dtype: torch.dtype = torch.float32) -> AttentionCall:
     shapes = (2, length, 4), (1, length, 4), (1, length, 4)
     query, key, value = (torch.randn(1, *shape, dtype=dtype, requires_grad=True) for shape in shapes)
-    return Call(query, key, value, 0.5, bias=None if place is None else place.bias)
+    return AttentionCall(query, key, value, 0.5, bias=None if place is None else place.bias)
 
 
-def drawn(scheme: Kerple | T5Bias) -> Place:
+def drawn(scheme: Kerple | T5Bias) -> PositionEncoding:
     place = scheme.build(SHAPE)
     for parameter in place.parameters():
         torch.nn.init.uniform_(parameter, 0.1, 1.0)
@@ -73,28 +73,33 @@ def query_scores(length: int) -> Callable[[slice, Tensor], Tensor]:
 )
 def test_patterns(pattern: Pattern, scheme: Kerple | T5Bias | None, causal: bool) -> None:
     place = None if scheme is None else drawn(scheme)
-    growth = backward_growth(lambda n: attend(pattern, call(n, place), Grid(2, n, 0, causal)), LENGTH)
+    growth = backward_growth(lambda n: attend(pattern, call(n, place), AttentionShape(2, n, 0, causal)), LENGTH)
     assert growth < 2.2
     if not causal and getattr(pattern, "globals", 0):
         return  # the masks' rows of global tokens: one block that sees all
-    assert backward_growth(lambda n: masked_attention(pattern, call(n, place), Grid(2, n, 0, causal)), LENGTH) < 2.2
+    assert (
+        backward_growth(lambda n: masked_attention(pattern, call(n, place), AttentionShape(2, n, 0, causal)), LENGTH)
+        < 2.2
+    )
 
 
 def test_scores_that_queries_give_to_distances() -> None:
     def run(length: int) -> Tensor:
-        return attend(Window(32), replace(call(length), query_scores=query_scores(length)), Grid(2, length, 0, True))
+        return attend(
+            Window(32), replace(call(length), query_scores=query_scores(length)), AttentionShape(2, length, 0, True)
+        )
 
     assert backward_growth(run, LENGTH) < 2.2
 
 
 @pytest.mark.parametrize("place", [None, drawn(Kerple())], ids=["plain", "kerple"])
-def test_many_blocks_in_one_call(place: Place | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_blocks_in_one_call(place: PositionEncoding | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long texts make several calls, which are the blocks then."""
     monkeypatch.setattr(banded, "SCORES_AT_ONCE", 2**13)
     monkeypatch.setattr(blocks, "ENTRIES_AT_ONCE", 2**13)
     assert backward_growth(lambda n: banded.banded_attention(call(n, place), 20, 11), LENGTH) < 2.2
     for pattern in (BigBird(block=16, random=1), BigBird(block=16, random=1, globals=4)):
-        growth = backward_growth(lambda n, p=pattern: attend(p, call(n, place), Grid(2, n, 0, False)), LENGTH)
+        growth = backward_growth(lambda n, p=pattern: attend(p, call(n, place), AttentionShape(2, n, 0, False)), LENGTH)
         assert growth < 2.2
 
 
@@ -162,13 +167,13 @@ def test_gradients_are_those_of_the_definition(
     padding = torch.arange(length) >= torch.tensor([[0], [21]])
     one = call(length, place, torch.float64)
     heads = [x.detach().repeat(2, 1, 1, 1).requires_grad_() for x in (one.query, one.key, one.value)]
-    here = Call(*heads, 0.5, padding, place.bias)
-    got = masked_attention(pattern, here, Grid(2, length, 0, True))
+    here = AttentionCall(*heads, 0.5, padding, place.bias)
+    got = masked_attention(pattern, here, AttentionShape(2, length, 0, True))
     number = torch.arange(length)[None] - torch.tensor([[0], [21]])
-    seen = pattern.visible(number, number, Grid(2, length, 0, True)) & padding[:, None, None]
+    seen = pattern.mask(number, number, AttentionShape(2, length, 0, True)) & padding[:, None, None]
     seen = seen & (number[:, None, None, :] <= number[:, None, :, None])
     scores = heads[0] @ heads[1].mT * 0.5 + place.bias(number[0, :, None] - number[0])[None].double()
-    counts = pattern.counts(number, number, Grid(2, length, 0, True))
+    counts = pattern.multiplicity(number, number, AttentionShape(2, length, 0, True))
     if counts is not None:
         scores = scores + counts.clamp(min=1).double().log()
     exact = reference_mix(scores, heads[2].expand(-1, 2, -1, -1), seen)

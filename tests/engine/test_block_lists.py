@@ -11,7 +11,7 @@ import torch
 from longspan.attention.bigbird import BigBird, _lists
 from longspan.engine.blocks import lists as block_lists
 from longspan.engine.blocks.lists import listed_attention, refusal
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_attention
 from longspan.engine.kernels import INTERPRETED
 from longspan.util.errors import SpecError
@@ -43,10 +43,10 @@ def compare(name: str, width: int, dtype: torch.dtype, tolerance: float) -> None
     ]
     exact = [x.detach().double().requires_grad_() for x in ours]
     assert refusal(*ours, pattern.block) is None
-    grid = Grid(heads, tokens, 0, False)
+    grid = AttentionShape(heads, tokens, 0, False)
     places = torch.arange(tokens, device=DEVICE)[None]
-    got = pattern.run(Call(*ours, 0.2), grid)
-    want = reference_attention(*exact, pattern.visible(places, places, grid), 0.2)
+    got = pattern.run(AttentionCall(*ours, 0.2), grid)
+    want = reference_attention(*exact, pattern.mask(places, places, grid), 0.2)
     push = torch.randn(want.shape).to(DEVICE, dtype)
     results = [got, *torch.autograd.grad(got, ours, push)]
     wanted = [want, *torch.autograd.grad(want, exact, push.double())]
@@ -104,10 +104,10 @@ def test_rows_of_several_lengths() -> None:
     pattern, lengths = BigBird(block=16, random=1), torch.tensor([96, 50, 9])
     x = [torch.randn(3, 2, 96, 32, device=DEVICE) for _ in range(3)]
     padding = (torch.arange(96) < lengths[:, None]).to(DEVICE)
-    got = pattern.run(Call(*x, 0.2, padding), Grid(2, 96, 0, False, lengths))
+    got = pattern.run(AttentionCall(*x, 0.2, padding), AttentionShape(2, 96, 0, False, lengths))
     for row, length in enumerate(lengths.tolist()):
         alone = [y[row : row + 1, :, :length] for y in x]
-        want = pattern.run(Call(*alone, 0.2), Grid(2, length, 0, False))
+        want = pattern.run(AttentionCall(*alone, 0.2), AttentionShape(2, length, 0, False))
         torch.testing.assert_close(got[row : row + 1, :, :length], want)
 
 
@@ -129,7 +129,9 @@ def test_lists_are_the_pattern(count: int, pattern: BigBird) -> None:
     """Each block's list, both ways, by what the pattern itself says of its first token."""
     heads, lists = 3, _lists(pattern, count, 3, 2, torch.device("cpu"))
     places = torch.arange(count)[None] * pattern.block
-    meets = pattern.visible(places, places, Grid(heads, count * pattern.block, 2, False))[0].expand(heads, -1, -1)
+    meets = pattern.mask(places, places, AttentionShape(heads, count * pattern.block, 2, False))[0].expand(
+        heads, -1, -1
+    )
     for found, wanted in ((lists.seeing, meets), (lists.seen, meets.mT)):
         again = torch.zeros_like(wanted)
         for place, (begin, end) in enumerate(zip(found.starts[:-1].tolist(), found.starts[1:].tolist(), strict=True)):

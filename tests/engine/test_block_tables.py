@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from longspan.attention.window import Window
 from longspan.engine.blocks import tables as module
 from longspan.engine.blocks.tables import Blocks, band, block_size, bucket
-from longspan.engine.call import Grid
+from longspan.engine.call import AttentionShape
 from longspan.lm.base import Full, Pattern
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ PATTERNS = [Full(), *(Window(w, s) for w, s in itertools.product((1, 5, 16, 40, 
 def dense(pattern: Pattern, length: int, *, causal: bool) -> Tensor:
     """(1, length, length) by the pattern's definition."""
     number = torch.arange(length)[None]
-    seen = pattern.visible(number, number, Grid(1, length, 0, causal))[:, 0].expand(1, length, length)
+    seen = pattern.mask(number, number, AttentionShape(1, length, 0, causal))[:, 0].expand(1, length, length)
     return seen & (number[0] <= number[0][:, None]) if causal else seen
 
 
@@ -74,8 +74,8 @@ def check(blocks: Blocks, seen: Tensor, *, strict: bool = True) -> BlockMask:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.spec)
 def test_tables_are_the_mask_of_pairs(pattern: Pattern, causal: bool) -> None:
     for length, size in itertools.product((1, 7, 16, 33, 64, 90), (8, 16)):
-        blocks = pattern.blocks(Grid(1, length, 0, causal), size, CPU)
-        assert blocks is not None and pattern.blocks(Grid(1, length, 3, causal), size, CPU) is blocks
+        blocks = pattern.blocks(AttentionShape(1, length, 0, causal), size, CPU)
+        assert blocks is not None and pattern.blocks(AttentionShape(1, length, 3, causal), size, CPU) is blocks
         seen = dense(pattern, length, causal=causal)
         assert torch.equal(by_rule(blocks), seen)
         # A block that is all seen, a part as sinks and a part as window, passes for partial.
@@ -111,7 +111,7 @@ def test_a_text_that_is_filled_up(pattern: Pattern, causal: bool) -> None:
     """Tables of texts of about one length have one shape, and nothing that is filled in is visited or seen."""
     shapes = set()
     for length in (33, 37, 40, 47, 48):
-        blocks = pattern.blocks(Grid(1, length, 0, causal), 8, CPU)
+        blocks = pattern.blocks(AttentionShape(1, length, 0, causal), 8, CPU)
         assert blocks is not None
         padded = blocks.padded(48)
         assert padded is blocks.padded(48) and padded.lengths == (48, 48)
@@ -145,7 +145,7 @@ def test_buckets_are_few_and_near() -> None:
 @pytest.mark.parametrize("length", [2**20, 2**22])
 @pytest.mark.parametrize("sinks", [0, 4])
 def test_tables_of_millions_of_tokens(length: int, sinks: int) -> None:
-    blocks = Window(1024, sinks).blocks(Grid(1, length, 0, True), 128, CPU)
+    blocks = Window(1024, sinks).blocks(AttentionShape(1, length, 0, True), 128, CPU)
     mask = blocks.mask(backward=not sinks)
     assert mask.kv_indices.shape == mask.full_kv_indices.shape == (1, 1, length // 128, 10 + bool(sinks))
     assert sinks or mask.q_indices.shape == (1, 1, length // 128, 7)

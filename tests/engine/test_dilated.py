@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.longnet import LongNet
-from longspan.engine.call import Grid
+from longspan.engine.call import AttentionShape
 from longspan.engine.core import expand_heads
 from longspan.engine.dilated.attention import dilated_attention, refusal
 from longspan.engine.kernels import INTERPRETED
@@ -42,7 +42,7 @@ def definition(
     heads, text = query.shape[1:3]
     spec = LongNet("/".join(str(w) for w, _ in patterns), "/".join(str(r) for _, r in patterns))
     places = torch.arange(text, device=query.device)
-    counts = spec.counts(places[None], places[None], Grid(heads, text, 0, causal)).to(query.dtype)
+    counts = spec.multiplicity(places[None], places[None], AttentionShape(heads, text, 0, causal)).to(query.dtype)
     if causal:
         counts = counts.tril()
     if ends is not None:

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from longspan.attention.longnet import LongNet
 from longspan.compare.runner import _modules_to_preload
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.dilated.shards import dilated_over_processes
 from longspan.util.errors import NotSupported
 
@@ -62,7 +62,9 @@ def test_equals_one_process(count: int, tmp_path: Path) -> None:
             *leaves, pull = inputs(kv_heads)
             for x in leaves:
                 x.requires_grad_()
-            out = LongNet(segments, dilations).run(Call(*leaves, SCALE), Grid(HEADS, LENGTH, 0, causal))
+            out = LongNet(segments, dilations).run(
+                AttentionCall(*leaves, SCALE), AttentionShape(HEADS, LENGTH, 0, causal)
+            )
             wanted = [out, *torch.autograd.grad((out * pull).sum(), leaves)]
             for n, right in enumerate(wanted):
                 torch.testing.assert_close(torch.cat([s[number][n] for s in shards], dim=2), right)

@@ -11,7 +11,7 @@ from torch import Tensor
 from longspan.attention.window import Window
 from longspan.engine import backends as routes
 from longspan.engine.backends import choose, through
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_attention
 from longspan.engine.window import fa4
 from longspan.util.errors import NotSupported
@@ -102,7 +102,7 @@ def test_it_is_asked_for_the_window(case: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_windows_go_there_where_it_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs("square", "cpu", torch.float32)
-    here, grid = Call(*tensors, 0.2), Grid(2, 200, 0, True)
+    here, grid = AttentionCall(*tensors, 0.2), AttentionShape(2, 200, 0, True)
     assert "fa4: the device is no CUDA device" in choose(Window(30), here, grid).why
     monkeypatch.setattr(fa4, "refusal", lambda *tensors, sinks: "no sinks" if sinks else None)
     monkeypatch.setattr(fa4, "_function", lambda: documented)
@@ -111,7 +111,7 @@ def test_windows_go_there_where_it_can_answer(monkeypatch: pytest.MonkeyPatch) -
     assert choose(Window(30, 2), here, grid).way != "fa4"
     with pytest.raises(NotSupported, match="no sinks"), through("fa4"):
         choose(Window(30, 2), here, grid)
-    assert choose(Window(30), here, Grid(2, 200, 0, False)).way != "fa4"
+    assert choose(Window(30), here, AttentionShape(2, 200, 0, False)).way != "fa4"
 
 
 @pytest.mark.parametrize("missing", ["flash_attn.cute", "cutlass.cute"])

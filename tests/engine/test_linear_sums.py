@@ -94,10 +94,10 @@ def test_gradients_are_the_formula_s_where_the_greatest_feature_meets_its_bound(
     given = inputs(60)
     real = torch.ones(2, 60, dtype=torch.bool)
     real[0, :19] = real[1, 53:] = False
-    shown = real[:, None, :, None]
+    always_visible = real[:, None, :, None]
     with UndefinedAtTies():
         got = bidirectional(*given, kernel, real) if ahead else causal(*given, kernel, real=real)[0]
-        same_with_gradients(got * shown, by_formula(kernel, *given, real, ahead=ahead) * shown, given)
+        same_with_gradients(got * always_visible, by_formula(kernel, *given, real, ahead=ahead) * always_visible, given)
 
 
 @kernels
@@ -105,10 +105,10 @@ def test_padding_is_not_there(kernel: Kernel) -> None:
     given = inputs(60)
     real = torch.ones(2, 60, dtype=torch.bool)
     real[0, :19] = real[1, 53:] = real[1, 20] = False
-    shown = real[:, None, :, None]
+    always_visible = real[:, None, :, None]
     for got, ahead in ((causal(*given, kernel, real=real)[0], False), (bidirectional(*given, kernel, real), True)):
         assert got.isfinite().all()
-        same_with_gradients(got * shown, by_formula(kernel, *given, real, ahead=ahead) * shown, given)
+        same_with_gradients(got * always_visible, by_formula(kernel, *given, real, ahead=ahead) * always_visible, given)
 
 
 @kernels

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from longspan.attention.window import Window
 from longspan.engine import masks
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.patterns import attend
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.util.errors import NotSupported
@@ -55,7 +55,7 @@ def test_cache_stays_of_one_size(attention: str) -> None:
         sizes.append(held_bytes(cache))
     assert cache.get_seq_length() == 53
     pattern = network.config.attentions[0]
-    assert len(set(sizes)) == 1 and sizes[0] == 3 * 2 * 12 * 8 * (2 * sum(pattern.kept()) + pattern.sinks)
+    assert len(set(sizes)) == 1 and sizes[0] == 3 * 2 * 12 * 8 * (2 * sum(pattern.sinks_and_window()) + pattern.sinks)
 
 
 @torch.no_grad()
@@ -144,7 +144,9 @@ def test_cost_grows_with_length_times_window(sinks: int, causal: bool, monkeypat
 
         query = torch.randn(1, 1, length, 8, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            out = attend(Window(window, sinks), Call(query, query, query, 0.3), Grid(1, length, 0, causal))
+            out = attend(
+                Window(window, sinks), AttentionCall(query, query, query, 0.3), AttentionShape(1, length, 0, causal)
+            )
         out.sum().backward()
         return sum(scores), sum(kept.values())
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from longspan.attention.window import Window
 from longspan.engine import backends as routes
 from longspan.engine.backends import choose, through
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_attention
 from longspan.engine.kernels import INTERPRETED
 from longspan.engine.patterns import attend
@@ -25,15 +25,15 @@ from longspan.util.errors import NotSupported, SpecError
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
-def call(length: int = 300, heads: tuple[int, int] = (4, 2), width: int = 32, device: str = "cpu") -> Call:
+def call(length: int = 300, heads: tuple[int, int] = (4, 2), width: int = 32, device: str = "cpu") -> AttentionCall:
     shapes = (heads[0], length), (heads[1], length), (heads[1], length)
-    return Call(*(torch.randn(2, *shape, width, device=device) for shape in shapes), 0.2)
+    return AttentionCall(*(torch.randn(2, *shape, width, device=device) for shape in shapes), 0.2)
 
 
-def wanted(pattern: Pattern, call: Call, causal: bool) -> Tensor:
+def wanted(pattern: Pattern, call: AttentionCall, causal: bool) -> Tensor:
     length = call.query.shape[2]
     number = torch.arange(length, device=call.query.device)[None]
-    seen = pattern.visible(number, number, Grid(4, length, 0, causal))
+    seen = pattern.mask(number, number, AttentionShape(4, length, 0, causal))
     if causal:
         seen = seen & (number[:, None, None] <= number[:, None, :, None])
     if call.padding is not None:
@@ -50,9 +50,9 @@ def test_flex_is_the_definition(pattern: Pattern, causal: bool, device: str) -> 
     padded = torch.ones(2, 300, dtype=torch.bool, device=device)
     padded[0, :33] = padded[1, 251:] = False
     with through("flex"):
-        got = attend(pattern, plain, Grid(4, 300, 0, causal))
+        got = attend(pattern, plain, AttentionShape(4, 300, 0, causal))
         torch.testing.assert_close(got, wanted(pattern, plain, causal), rtol=1e-4, atol=1e-4)
-        got = attend(pattern, replace(plain, padding=padded), Grid(4, 300, 0, causal))
+        got = attend(pattern, replace(plain, padding=padded), AttentionShape(4, 300, 0, causal))
     right = replace(call(267), **{n: getattr(plain, n)[:1, :, 33:] for n in ("query", "key", "value")}, scale=0.2)
     torch.testing.assert_close(got[:1, :, 33:], wanted(pattern, right, causal), rtol=1e-4, atol=1e-4)
     left = replace(call(251), **{n: getattr(plain, n)[1:, :, :251] for n in ("query", "key", "value")}, scale=0.2)
@@ -67,7 +67,7 @@ def test_flex_trains(pattern: Pattern, causal: bool) -> None:
     here = call(700, width=64, device="cuda")
     tensors = [x.requires_grad_() for x in (here.query, here.key, here.value)]
     with through("flex"):
-        out = attend(pattern, here, Grid(4, 700, 0, causal))
+        out = attend(pattern, here, AttentionShape(4, 700, 0, causal))
     push = torch.randn_like(out)
     got = torch.autograd.grad(out, tensors, push)
     exact = torch.autograd.grad(wanted(pattern, here, causal), tensors, push)
@@ -76,7 +76,7 @@ def test_flex_trains(pattern: Pattern, causal: bool) -> None:
 
 
 def test_what_is_chosen_and_why() -> None:
-    here, grid = call(), Grid(4, 300, 0, True)
+    here, grid = call(), AttentionShape(4, 300, 0, True)
     route = choose(Window(40, 3), here, grid)
     if INTERPRETED:
         assert route.way == "kernel" and not route.why
@@ -97,7 +97,7 @@ def test_what_is_chosen_and_why() -> None:
 
 @pytest.mark.cuda
 def test_what_is_chosen_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, grid = call(device="cuda"), Grid(4, 300, 0, True)
+    here, grid = call(device="cuda"), AttentionShape(4, 300, 0, True)
     assert choose(Window(40, 3), here, grid).way == "kernel"
     assert choose(Window(40, 3), here, replace(grid, causal=False)).way == "flex"
     assert choose(Window(40, 3), replace(here, bias=lambda d: d.float()[None]), grid).way == "masks"
@@ -108,7 +108,7 @@ def test_what_is_chosen_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_shape_counts_once_for_each_device() -> None:
     """A model over several GPUs has FlexAttention compiled on each."""
-    grid = Grid(4, 300, 0, True)
+    grid = AttentionShape(4, 300, 0, True)
     blocks = Window(40).blocks(grid, 128, torch.device("cpu"))
     assert len({routes._shape(Window(40), call(device=device), grid, blocks) for device in ("cpu", "meta", "cpu")}) == 2
 
@@ -133,7 +133,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def test_texts_of_about_one_length_share_a_kernel(causal: bool, compiled: list[int]) -> None:
     """Encoders read texts of all lengths, with or without padding; windows of other sizes are other numbers in one kernel."""
     for length in (257, 300, 350, 383):
-        plain, grid = call(length, width=8), Grid(4, length, 0, causal)
+        plain, grid = call(length, width=8), AttentionShape(4, length, 0, causal)
         padded = torch.ones(2, length, dtype=torch.bool)
         padded[0, -length // 3 :] = False
         for pattern in (Window(40, 3), Window(150)):
@@ -172,7 +172,7 @@ def test_texts_of_many_lengths_on_cuda(causal: bool) -> None:
         outs = []
         for way in ("flex", "masks"):
             with through(way):
-                outs.append(attend(Window(100, 3), here, Grid(4, length, 0, causal)))
+                outs.append(attend(Window(100, 3), here, AttentionShape(4, length, 0, causal)))
         push = torch.randn_like(outs[0])
         got, exact = (torch.autograd.grad(out, tensors, push) for out in outs)
         for x, y in zip([outs[0], *got], [outs[1], *exact], strict=True):

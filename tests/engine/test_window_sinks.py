@@ -12,7 +12,7 @@ from longspan.engine import backends as routes
 from longspan.engine.backends import choose
 from longspan.engine.biased.attention import serves
 from longspan.engine.biased.bias import Bias
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_attention, with_zero_key
 from longspan.engine.kernels import INTERPRETED
 from longspan.engine.patterns import attend, masked_attention
@@ -108,7 +108,7 @@ def test_a_key_of_zeros(case: str, dtype: torch.dtype, width: int, tolerance: fl
 @pytest.mark.kernels
 def test_windows_of_a_model_with_a_zero_sink_go_there(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = (x.detach() for x in inputs((1, 2, 1, 40, 40), 32, torch.float32))
-    call, grid = Call(query, key, value, 0.2, zero_key=True), Grid(2, 40, 0, True)
+    call, grid = AttentionCall(query, key, value, 0.2, zero_key=True), AttentionShape(2, 40, 0, True)
     assert choose(Window(9, 2), call, grid).way == "kernel"
     want = masked_attention(Window(9, 2), call, grid)
     monkeypatch.setattr(routes, "masked_attention", None)
@@ -167,7 +167,7 @@ def test_against_its_definition_at_length() -> None:
     out = attention(query, key, value, window=1024, sinks=4, scale=0.1)
     for start in (0, 1000, 65536, 2**17 - 128):
         rows = slice(start, start + 128)
-        seen = Window(1024, 4).visible(torch.arange(start, start + 128)[None], torch.arange(2**17)[None], None)[0, 0]
+        seen = Window(1024, 4).mask(torch.arange(start, start + 128)[None], torch.arange(2**17)[None], None)[0, 0]
         seen = seen & (torch.arange(2**17) <= torch.arange(start, start + 128)[:, None])
         near = seen.any(0).nonzero()[:, 0].cuda()
         want = reference_attention(

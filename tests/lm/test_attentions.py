@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from longspan.core.method import catalogue, parse
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_mix
 from longspan.engine.patterns import attend
 from longspan.lm import LongspanConfig, LongspanForMaskedLM
@@ -45,7 +45,7 @@ def test_every_attention_has_a_line() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
 def test_pattern_is_what_it_says(line: Line, causal: bool, padded: bool) -> None:
-    """The fast way against softmax under the mask of `visible`, forward and backward, in float64."""
+    """The fast way against softmax under the mask of `mask`, forward and backward, in float64."""
     if not (line.causal if causal else line.bidirectional):
         return
     pattern = parse(line.spec).methods[0]
@@ -57,14 +57,14 @@ def test_pattern_is_what_it_says(line: Line, causal: bool, padded: bool) -> None
         padding[0, :7] = padding[1, 41:] = False
     first = padding.int().argmax(1, keepdim=True)
     number = torch.arange(50)[None] - first
-    grid = Grid(4, 50, 0, causal)
-    mask = pattern.visible(number, number, grid) & padding[:, None, None]
+    grid = AttentionShape(4, 50, 0, causal)
+    mask = pattern.mask(number, number, grid) & padding[:, None, None]
     if causal:
         mask = mask & (number[:, None, None] <= number[:, None, :, None])
     real = padding[:, None, :, None]
-    got = attend(pattern, Call(q, k, v, 0.3, padding if padded else None), grid) * real
+    got = attend(pattern, AttentionCall(q, k, v, 0.3, padding if padded else None), grid) * real
     scores = q @ k.repeat_interleave(2, 1).mT * 0.3
-    counts = pattern.counts(number, number, grid)
+    counts = pattern.multiplicity(number, number, grid)
     if counts is not None:
         scores = scores + counts.clamp(min=1).double().log()
     wanted = reference_mix(scores, v.repeat_interleave(2, 1), mask) * real
@@ -226,7 +226,7 @@ def test_a_cache_keeps_no_key_that_nobody_sees_again(line: Line) -> None:
         return
     sinks, window = pattern.cached()
     number = torch.arange(150)
-    seen = pattern.visible(number[None], number[None], Grid(4, 150, 0, True))[0].any(0)
+    seen = pattern.mask(number[None], number[None], AttentionShape(4, 150, 0, True))[0].any(0)
     dropped = (number >= sinks) & (number <= number[:, None] - window)
     assert not (seen & dropped).any()
     model, cache, ids = build(line), DynamicCache(), tokens(2, 150)

@@ -195,7 +195,7 @@ def test_gpu_computes_what_the_cpu_computes(line: Line, bf16: bool, monkeypatch:
             1e-3 if not bf16 else 0.3 if "place" in name else 0.1
         )  # a scheme's few numbers sum up what mostly cancels
         assert off < most, f"{name}: {off:.1e}"
-    assert bool(calls) == model.model.place.has("bias")
+    assert bool(calls) == model.model.place.defines("bias")
 
 
 @pytest.mark.cuda

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import longspan as ls
 from longspan.core.method import parse
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import attention, expand_heads, with_zero_key
 from longspan.engine.patterns import attend
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
@@ -84,19 +84,19 @@ def test_softmax_off_by_one_of_every_pattern(spec: str, biased: bool, padded: bo
     if padded:
         padding[0, :7] = padding[1, 41:] = False
     number = torch.arange(50)[None] - padding.int().argmax(1, keepdim=True)
-    grid = Grid(4, 50, 0, True)
+    grid = AttentionShape(4, 50, 0, True)
 
     def bias(far: Tensor) -> Tensor:
         return -0.1 * torch.arange(1, 5).view(4, *[1] * far.ndim) * far.abs()
 
-    call = Call(q, k, v, 0.3, padding if padded else None, bias if biased else None, zero_key=True)
+    call = AttentionCall(q, k, v, 0.3, padding if padded else None, bias if biased else None, zero_key=True)
     got = attend(pattern, call, grid) * padding[:, None, :, None]
-    mask = pattern.visible(number, number, grid) & padding[:, None, None]
+    mask = pattern.mask(number, number, grid) & padding[:, None, None]
     mask = mask & (number[:, None, None] <= number[:, None, :, None])
     scores = q @ expand_heads(k, 4).mT * 0.3
     if biased:
         scores = scores + bias(number[:, :, None] - number[:, None]).transpose(0, 1)
-    if (counts := pattern.counts(number, number, grid)) is not None:
+    if (counts := pattern.multiplicity(number, number, grid)) is not None:
         scores = scores + counts.clamp(min=1).double().log()
     wanted = off_by_one(scores, expand_heads(v, 4), mask) * padding[:, None, :, None]
     torch.testing.assert_close(got, wanted)

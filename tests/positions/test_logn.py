@@ -90,7 +90,7 @@ def test_published_figures() -> None:
     """L = 4,096: the factor is 1 up to L, 1.083 at twice, 1.167 at four times and 1.417 at 32 times as many keys."""
     positions = torch.tensor([[0, 4095, 8191, 16383, 32767, 131071]])
     one = torch.zeros(1, 1, 6, 2)
-    call = LayerCall(torch.nn.Identity(), one, one, one, None, 1.0, 0.0, positions, None, None)
+    call = LayerCall(one, one, one, 1.0, module=torch.nn.Identity(), position_ids=positions)
     expected = torch.tensor([1, 1, 1.083333, 1.166667, 1.25, 1.416667])
     torch.testing.assert_close(LogN(4096).scale(call)[0, 0, :, 0], expected)
 

@@ -13,19 +13,19 @@ from longspan.core.method import parse
 from longspan.lm.attention import relative_bias, scheme_attention
 from longspan.positions.absolute import sinusoid
 from longspan.positions.alibi import slopes
-from longspan.positions.scheme import Place, Shape
+from longspan.positions.scheme import PositionEncoding, Shape
 from longspan.positions.t5_bias import buckets
 
 HEADS, WIDTH, LENGTH = 4, 16, 24
 FAR = torch.tensor([0, 1, 2, 4, 8, 16, 64, 128, 512, 1024, 4096])
 
 
-def place(spec: str, heads: int = HEADS, causal: bool = True) -> Place:
+def place(spec: str, heads: int = HEADS, causal: bool = True) -> PositionEncoding:
     shape = Shape(layers=2, hidden=heads * WIDTH, heads=heads, head_dim=WIDTH, window=64, causal=causal)
     return parse(spec).methods[0].build(shape)
 
 
-def naive(at: Place, spec: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def naive(at: PositionEncoding, spec: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Every score by itself, in float64, from the formulas as they are printed."""
     out = torch.zeros_like(query)
     for h in range(HEADS):
@@ -35,7 +35,7 @@ def naive(at: Place, spec: str, query: Tensor, key: Tensor, value: Tensor) -> Te
     return out
 
 
-def score(at: Place, spec: str, h: int, q: Tensor, k: Tensor, i: int, j: int) -> Tensor:
+def score(at: PositionEncoding, spec: str, h: int, q: Tensor, k: Tensor, i: int, j: int) -> Tensor:
     d, name = i - j, spec.partition(":")[0]
     plain = q @ k / math.sqrt(WIDTH)
     if name == "alibi":
@@ -172,7 +172,7 @@ def test_xpos_scale_vectors() -> None:
     for pair in (0, 16, 31):
         x = torch.zeros(1, 1, 1, 64)
         x[..., pair] = 1
-        query, key = at.turn(x, x, torch.tensor([[2048]]), torch.tensor([[0]]))
+        query, key = at.rotate_qk(x, x, torch.tensor([[2048]]), torch.tensor([[0]]))
         pairs = (
             (query.view(2, 32) * key.view(2, 32)).sum(0),
             query.view(2, 32).norm(dim=0) * key.view(2, 32).norm(dim=0),
@@ -185,7 +185,7 @@ def test_xpos_far_away_is_finite_in_16_bit() -> None:
     at = place("xpos")
     x = torch.randn(1, 2, 4000, WIDTH, dtype=torch.bfloat16)
     positions = torch.arange(200_000, 204_000)[None]
-    query, key = at.turn(x, x, positions, positions)
+    query, key = at.rotate_qk(x, x, positions, positions)
     assert query.isfinite().all()
     assert key.isfinite().all()
 

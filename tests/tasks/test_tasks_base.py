@@ -140,10 +140,10 @@ def test_a_sample_that_is_too_long_is_an_error() -> None:
 
 def test_describe_first_shows_both_ends_with_special_tokens(tokenizer: Any) -> None:
     sample = Sample("a", with_bos(tokenizer, encode(tokenizer, "x" * 300 + "end")))
-    shown = parse_task("ppl").describe_first(sample, tokenizer)
-    assert shown["head"].startswith("<s>xxx")
-    assert shown["tail"].endswith("xend")
-    assert (len(shown["head"]), len(shown["tail"]), shown["tokens"]) == (200, 200, 304)
+    always_visible = parse_task("ppl").describe_first(sample, tokenizer)
+    assert always_visible["head"].startswith("<s>xxx")
+    assert always_visible["tail"].endswith("xend")
+    assert (len(always_visible["head"]), len(always_visible["tail"]), always_visible["tokens"]) == (200, 200, 304)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 7, 60, 100])

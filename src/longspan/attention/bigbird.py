@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longspan.engine.blocks.gathered import block_sparse_attention
 from longspan.engine.blocks.lists import BlockLists, block_lists, listed_attention, refusal
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.global_tokens import Chosen, attend_everywhere
 from longspan.engine.joint import by_row
 from longspan.lm.base import Pattern
@@ -72,7 +72,7 @@ class BigBird(Pattern):
                 "with kind=encoder, or kind=encoder-decoder with decoder_attention=full"
             )
 
-    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         table, counts = self._tables(grid, queries.device)
         q, k = (torch.div(x - self.globals, self.block, rounding_mode="floor") for x in (queries, keys))
         row = torch.arange(len(table), device=queries.device)[:, None]
@@ -84,14 +84,14 @@ class BigBird(Pattern):
         last = counts.view(-1, 1, 1, 1) - 1
         return mask | (q == 0) | (k == 0) | (q == last) | (k == last)
 
-    def visited(self, grid: Grid, device: torch.device) -> float | None:
+    def visited(self, grid: AttentionShape, device: torch.device) -> float | None:
         """Of the lists that the kernels go by; global tokens have none."""
         if self.globals:
             return None
         lists = _lists(self, -(-grid.length // self.block), grid.heads, grid.layer, device)
         return float(lists.visited())
 
-    def run(self, call: Call, grid: Grid) -> Tensor:
+    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
         """Kernels of our own where they can, a row at a time where rows differ in length; else keys are gathered."""
         refused = refusal(call.query, call.key, call.value, self.block)
         if self.globals or not call.plain or call.zero_key or refused is not None:
@@ -105,7 +105,7 @@ class BigBird(Pattern):
 
         return by_row(rows, call.query, call.key, call.value, call.padding)
 
-    def _gathered(self, call: Call, grid: Grid) -> Tensor:
+    def _gathered(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
         length = call.query.shape[2]
         table, counts = self._tables(grid, call.query.device)
         if length <= self.globals:
@@ -116,7 +116,7 @@ class BigBird(Pattern):
         some = self._everywhere(length, counts.expand(len(out)))
         queries = some.of(call.query.transpose(1, 2)).transpose(1, 2)
         rows = attend_everywhere(
-            Call(queries, call.key, call.value, call.scale, call.padding, call.bias, call.dropout), some.index
+            AttentionCall(queries, call.key, call.value, call.scale, call.padding, call.bias, call.dropout), some.index
         )
         return some.put(out.transpose(1, 2), rows.transpose(1, 2)).transpose(1, 2)
 
@@ -132,7 +132,7 @@ class BigBird(Pattern):
         real = torch.cat((inside >= 0, last >= self.block), dim=1) & (index < length)
         return Chosen(index.clamp(0, length - 1), real)
 
-    def _tables(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _tables(self, grid: AttentionShape, device: torch.device) -> tuple[Tensor, Tensor]:
         """(B or 1, H, blocks, slots) and how many blocks each row has, (B or 1)."""
         lengths = torch.tensor([grid.length]) if grid.lengths is None else grid.lengths.cpu()
         counts = (-((self.globals - lengths) // self.block)).clamp(min=0)

@@ -30,7 +30,7 @@ from longspan.engine.patterns import text_lengths
 from longspan.lm.base import Mixer
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.state import state_of
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.positions.t5_bias import buckets
 from longspan.util.errors import NotSupported
 
@@ -184,9 +184,9 @@ class GatedMixer(Mixer):
             self.far > self.buckets // 2, f"far must be above {self.buckets // 2}, half the buckets, not {self.far}"
         )
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_place(config, place)
+        self.check_position_encoding(config, place)
         self.check_dropout(config)
         self.require(causal or self.buckets % 4 == 0, "an encoder needs a number of buckets that 4 divides")
         if config.rope_parameters is not None and config.head_dim != self.size:

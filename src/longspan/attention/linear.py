@@ -21,7 +21,7 @@ from longspan.lm.base import HANDED, Mixer
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention, rotated
 from longspan.lm.state import state_of
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 
 
 class KernelAttention(LongspanAttention):
@@ -65,9 +65,9 @@ class KernelMixer(Mixer):
     cost: ClassVar[str] = "time n, state of one size"
     positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})
 
-    def check_config(self, config: LongspanConfig, place: Place, *, causal: bool) -> None:
+    def check_config(self, config: LongspanConfig, place: PositionEncoding, *, causal: bool) -> None:
         self.check_direction(causal)
-        self.check_place(config, place)
+        self.check_position_encoding(config, place)
         self.check_dropout(config)
 
 
@@ -95,6 +95,6 @@ class Linear(KernelMixer):
     also: ClassVar[tuple[str, ...]] = ("linear-attention", "linear-transformer")
     paper: ClassVar[str] = "Katharopoulos 2020, arXiv 2006.16236"
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_config(config, place, causal=causal)
         return LinearAttention(config, layer, place, causal=causal)

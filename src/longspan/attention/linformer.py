@@ -24,7 +24,7 @@ from longspan.lm.base import Mixer
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention
 from longspan.lm.modeling import LongspanModel
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.util.errors import NotSupported
 
 
@@ -60,7 +60,7 @@ class LinformerAttention(LongspanAttention):
     """Attention to projected keys and values. Under layerwise sharing the first layer that has this method holds the
     projection, and the others use it."""
 
-    def __init__(self, config: LongspanConfig, layer: int, place: Place, *, method: Linformer):
+    def __init__(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, method: Linformer):
         super().__init__(config, layer, place, causal=False)
         assert config.num_key_value_heads is not None
         self.method = method
@@ -121,9 +121,9 @@ class Linformer(Mixer):
                 "can be part of an encoder (kind=encoder); in a decoder linear or performer take linear time"
             )
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_place(config, place)
+        self.check_position_encoding(config, place)
         length = config.max_position_embeddings
         self.require(
             self.k <= length, f"k={self.k} is more than the {length} tokens that there are; use k={length // 4}"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longspan.attention.trained import OnTrained
 from longspan.core.facts import ModelFacts
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.joint import Chunk, Lane, Part, by_row, joint_attention
 from longspan.engine.patterns import masked_attention
 from longspan.lm.base import Pattern
@@ -47,20 +47,20 @@ class Blockwise(Pattern):
         self.require(self.block >= 1, f"block must be at least 1 token, not {self.block}")
         self.require(0 <= self.globals <= most, f"globals must be 0 to {most} tokens, not {self.globals}")
 
-    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         start = queries[:, None, :, None].div(self.block, rounding_mode="floor") * self.block
         queries, keys = queries[:, None, :, None], keys[:, None, None, :]
         near = (keys >= start - self.halo) & (keys < start + self.block + self.halo)
         return near | (keys < self.globals) | (queries < self.globals)
 
-    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
+    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
         if start < self.globals and not grid.causal:
             return [(0, grid.length)]
         low = max(self.globals, start // self.block * self.block - self.halo)
         high = min(grid.length, -(-end // self.block) * self.block + self.halo)
         return [(0, self.globals), (low, high)]
 
-    def run(self, call: Call, grid: Grid) -> Tensor:
+    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
         """Blocks, halves beside them and global tokens as dense calls that are put together. With more than products in the
         scores, or dropout, blocks of queries under a mask."""
         if not call.plain:

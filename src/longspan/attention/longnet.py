@@ -4,7 +4,7 @@ Pattern i cuts the text into segments of w_i tokens. Head j takes of each the to
 p mod r_i = s_ij with s_ij = j mod r_i (eq. 9), as queries, keys and values alike (eq. 4-6), and attends among them. The
 patterns' results are added with weights α_i, the shares of their softmax's denominators (eq. 10-11); a pattern in which a
 query takes no part has none. That is one softmax over the keys of all patterns, in which a key of m patterns counts m times:
-m is `counts`, and its logarithm a part of the score.
+m is `multiplicity`, and its logarithm a part of the score.
 
 Decoding follows from the same: token t asks in pattern i on head j only if (t mod w_i) mod r_i = s_ij, in its own segment.
 
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from longspan.attention.trained import OnTrained
 from longspan.core.facts import ModelFacts
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.dilated import attention as dilated
 from longspan.engine.dilated.attention import dilated_attention, refusal
 from longspan.engine.joint import Chunk, Lane, Part, by_row, joint_attention
 from longspan.engine.patterns import masked_attention
 from longspan.hf.site import Site
 from longspan.lm.configuration import LongspanConfig
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.util.errors import NotSupported
 from longspan.util.units import read_size
 
@@ -75,10 +75,10 @@ class LongNet(OnTrained):
         """(w_i, r_i)."""
         return list(zip(self._list("segments"), self._list("dilations"), strict=True))
 
-    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
-        return self.counts(queries, keys, grid) > 0
+    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
+        return self.multiplicity(queries, keys, grid) > 0
 
-    def counts(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+    def multiplicity(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         queries, keys = queries[:, None, :, None], keys[:, None, None, :]
         heads = torch.arange(grid.heads, device=keys.device)[None, :, None, None]
         found = torch.zeros((), dtype=torch.uint8, device=keys.device)
@@ -88,15 +88,15 @@ class LongNet(OnTrained):
             found = found + (same & asks & answers).to(found.dtype)
         return found
 
-    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
+    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
         sizes = self._list("segments")
         return [(min(start // w * w for w in sizes), min(grid.length, max(-(-end // w) * w for w in sizes)))]
 
-    def visited(self, grid: Grid, device: torch.device) -> float:
+    def visited(self, grid: AttentionShape, device: torch.device) -> float:
         """Of each pattern apart: a key that two patterns share is gone through twice."""
         return float(sum(dilated.visited(grid.length, grid.heads, *at, causal=grid.causal) for at in self.patterns))
 
-    def run(self, call: Call, grid: Grid) -> Tensor:
+    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
         """Kernels of our own where they can, else one dense call for each pattern and offset. With more than products in the
         scores, or dropout, blocks of queries under a mask."""
         if not call.plain:
@@ -141,8 +141,8 @@ class LongNet(OnTrained):
                     parts.append(Part(1, at, at, causal, some))
         return parts
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
-        added = place.has("bias") or place.has("query_scores")
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+        added = place.defines("bias") or place.defines("query_scores")
         if self.weights == "detached" and (added or config.attention_dropout):
             raise NotSupported(
                 "weights=detached needs a position scheme that adds nothing to scores, such as rope or xpos, and "

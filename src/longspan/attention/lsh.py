@@ -41,7 +41,7 @@ from longspan.lm.base import Mixer
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import rotated
 from longspan.lm.state import state_of
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 
 HIDDEN = -1e9
 """The score of a key that is not seen: a number, so that padding that sees nothing gets numbers."""
@@ -99,8 +99,8 @@ class Lsh(Mixer):
         first = 2 ** math.ceil(math.log2(buckets) / 2)
         return first, 2 * math.ceil(buckets / (2 * first))
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
-        self.check_place(config, place)
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+        self.check_position_encoding(config, place)
         return LshAttention(config, self, layer, causal=causal)
 
 
@@ -239,12 +239,14 @@ def newest_attention(
     real = torch.ones_like(found) if padding is None else padding[:, None, :-1].expand_as(found)
     newest = torch.arange(length - 1, device=qk.device) + length * (found.long() + real)
     chosen = newest.topk(min(length - 1, 2 * method.chunk * method.hashes), dim=-1).indices
-    shown = (real if method.form == "trax" else found).gather(2, chosen)
+    always_visible = (real if method.form == "trax" else found).gather(2, chosen)
     index = chosen[..., None].expand(*chosen.shape, qk.shape[-1])
     query = qk[:, :, -1:]
     key = _unit(torch.cat((qk.gather(2, index), query), dim=2))
     scores = _wide(query @ key.mT) * _scale(method, qk)
-    scores = torch.cat((scores[..., :-1].masked_fill(~shown[:, :, None], HIDDEN), scores[..., -1:] - ITSELF), dim=-1)
+    scores = torch.cat(
+        (scores[..., :-1].masked_fill(~always_visible[:, :, None], HIDDEN), scores[..., -1:] - ITSELF), dim=-1
+    )
     weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
     return weights.to(value.dtype) @ torch.cat((value.gather(2, index), value[:, :, -1:]), dim=2)
 

@@ -28,12 +28,12 @@ from longspan.hf.site import Site, layer_number
 from longspan.lm.base import HANDED
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.modeling import LongspanModel
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.util.errors import NotSupported
 
 
 class PerformerAttention(KernelAttention):
-    def __init__(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool, method: Performer):
+    def __init__(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool, method: Performer):
         super().__init__(config, layer, place, causal=causal)
         self.method = method
         self.features = method.random_features(self.head_dim, layer)
@@ -77,7 +77,7 @@ class Performer(KernelMixer):
         draw = Draw(self.features, self.orthogonal, self.norms)
         return RandomFeatures(draw, width, self.seed, layer, kernel=self.kernel, redraw=self.redraw)
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_config(config, place, causal=causal)
         return PerformerAttention(config, layer, place, causal=causal, method=self)
 

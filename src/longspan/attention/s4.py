@@ -36,7 +36,7 @@ from longspan.engine.state_space.attention import (
 from longspan.lm.base import Mixer
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.state import MixerState, state_of
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 
 
 class StateSpace(nn.Module):
@@ -253,9 +253,9 @@ class StateSpaceMixer(Mixer):
         self.require(self.lr is None or self.lr > 0, f"lr must be above 0, not {self.lr}")
         object.__setattr__(self, "replaces_mlp", not self.mlp)
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_place(config, place)
+        self.check_position_encoding(config, place)
         width = config.hidden_size
         self.require(
             width % self.systems == 0, f"{width} channels cannot share {self.systems} systems evenly; use a divisor"

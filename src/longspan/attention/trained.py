@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan.core.facts import ModelFacts
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.slices import Slices
 from longspan.hf.call import LayerCall
 from longspan.hf.site import Site, layer_number
@@ -47,9 +47,9 @@ class OnTrained(Pattern):
     def attend(self, site: Site, call: LayerCall) -> Tensor:
         heads, new, held = call.query.shape[1], call.query.shape[2], call.key.shape[2]
         end = call.forward.once("end", lambda: int(call.position_ids.max()) + 1)
-        grid = Grid(heads, end, layer_number(call.module), causal=True)
+        grid = AttentionShape(heads, end, layer_number(call.module), causal=True)
         if self._is_whole(site, call):
-            return self.run(Call(call.query, call.key, call.value, call.scale), grid)
+            return self.run(AttentionCall(call.query, call.key, call.value, call.scale), grid)
         columns = call.forward.once(f"columns:{held}", lambda: self._columns(call, grid))
         query, key, value = map(Slices, (call.query, call.key, call.value))
         parts = []
@@ -58,13 +58,13 @@ class OnTrained(Pattern):
             part = call.part(rows, wanted)
             part = replace(part, query=query[:, :, rows], key=key[:, :, wanted], value=value[:, :, wanted])
             asked, keys = part.position_ids, part.key_positions
-            mask = self.visible(asked, keys, grid)
+            mask = self.mask(asked, keys, grid)
             if part.mask is None:
                 numbers = torch.arange(held - new, held, device=wanted.device)[rows]
                 mask = mask & (wanted <= numbers[:, None])
             else:
                 mask = mask & part.mask
-            parts.append(site.own_attention(part, mask, self.counts(asked, keys, grid)))
+            parts.append(site.own_attention(part, mask, self.multiplicity(asked, keys, grid)))
         return torch.cat(parts, dim=2)
 
     def _is_whole(self, site: Site, call: LayerCall) -> bool:
@@ -76,7 +76,7 @@ class OnTrained(Pattern):
         numbers = torch.arange(call.query.shape[2], device=call.query.device)
         return call.forward.once("in order", lambda: bool((call.position_ids == numbers).all()))
 
-    def _columns(self, call: LayerCall, grid: Grid) -> list[Tensor]:
+    def _columns(self, call: LayerCall, grid: AttentionShape) -> list[Tensor]:
         """For each block of queries the columns of the keys that some of them see, ascending."""
         blocks = call.position_ids.split(QUERIES_AT_ONCE, dim=-1)
         lowest, highest = (torch.stack(x).tolist() for x in ([b.min() for b in blocks], [b.max() for b in blocks]))

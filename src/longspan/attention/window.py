@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from longspan.core.facts import ModelFacts
 from longspan.engine.blocks.tables import Blocks, band
-from longspan.engine.call import Grid
+from longspan.engine.call import AttentionShape
 from longspan.lm.base import Pattern
 from longspan.lm.configuration import LongspanConfig
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.positions.spans import Span
 from longspan.util.errors import NotSupported
 
@@ -62,28 +62,28 @@ class Window(Span, Pattern):
     def least(self, size: int) -> int:
         return size
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
         self.require(self.size is not None, "say how many tokens it sees, such as window:size=256")
         return super().build(config, layer, place, causal=causal)
 
-    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         assert self.size is not None
         distance = queries[:, None, :, None] - keys[:, None, None, :]
         near = distance.abs() < self.size
         return near | (keys < self.sinks)[:, None, None, :] if self.sinks else near
 
-    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
+    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
         assert self.size is not None
         low, high = max(0, start - self.size + 1), min(grid.length, end if grid.causal else end + self.size - 1)
         if low <= self.sinks:
             return [(0, max(high, min(self.sinks, grid.length)))]
         return [(0, self.sinks), (low, high)] if self.sinks else [(low, high)]
 
-    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks:
+    def blocks(self, grid: AttentionShape, size: int, device: torch.device) -> Blocks:
         assert self.size is not None
         lengths, window = (grid.length, grid.length), min(self.size, grid.length)
         return band(lengths, window=window, sinks=self.sinks, causal=grid.causal, size=size, device=device)
 
-    def kept(self) -> tuple[int, int]:
+    def sinks_and_window(self) -> tuple[int, int]:
         assert self.size is not None
         return self.sinks, self.size

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from longspan.core.method import catalogue, parse
 from longspan.engine.backends import choose, dense_first, through
 from longspan.engine.blocks.tables import block_size, bucket
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.masks import pieces
 from longspan.engine.patterns import attend
 from longspan.engine.window import fa4
@@ -108,7 +108,7 @@ def contenders(specs: list[str], shape: Shape, skipped: dict[str, str], *, peers
             skipped[method.spec] = f"{type(error).__name__}: {error}"
             continue
         if isinstance(method, Pattern) and type(layer) is LongspanAttention:
-            linear = _is_linear(method, Grid(shape.heads, 2**24, 0, causal))
+            linear = _is_linear(method, AttentionShape(shape.heads, 2**24, 0, causal))
             yield Contender(method.spec, "attention", causal, partial(_pattern, method, shape, causal, None), linear)
             for way, title in _slower(method, shape, causal):
                 by_way = partial(_pattern, method, shape, causal, way)
@@ -126,7 +126,7 @@ def contenders(specs: list[str], shape: Shape, skipped: dict[str, str], *, peers
 
 def _slower(pattern: Pattern, shape: Shape, causal: bool) -> Iterator[tuple[str, str]]:
     """Ways beside the one that a window goes by itself, and what they are called."""
-    if shape.device.type == "cuda" and causal and pattern.kept() is not None:
+    if shape.device.type == "cuda" and causal and pattern.sinks_and_window() is not None:
         if fa4.installed():
             yield "kernel", "own kernels"
         yield "flex", "FlexAttention"
@@ -157,8 +157,8 @@ def _dense(shape: Shape, length: int) -> Work:
 
 def _pattern(pattern: Pattern, shape: Shape, causal: bool, way: str | None, length: int) -> Work:
     leaves = shape.leaves(length)
-    call = Call(leaves[0], leaves[1], leaves[2], shape.head_dim**-0.5)
-    grid = Grid(shape.heads, length, 0, causal)
+    call = AttentionCall(leaves[0], leaves[1], leaves[2], shape.head_dim**-0.5)
+    grid = AttentionShape(shape.heads, length, 0, causal)
 
     def run() -> Tensor:
         with through(way) if way else contextlib.nullcontext():
@@ -174,12 +174,12 @@ def _pattern(pattern: Pattern, shape: Shape, causal: bool, way: str | None, leng
     return Work(run, leaves, pairs, pattern.visited(grid, shape.device), route.way, route.why, mask_s)
 
 
-def _is_linear(pattern: Pattern, grid: Grid) -> bool:
+def _is_linear(pattern: Pattern, grid: AttentionShape) -> bool:
     """Whether the last query of a very long text sees less than a hundredth of it."""
     return sum(high - low for low, high in pattern.ranges(grid.length - 1, grid.length, grid)) < grid.length / 100
 
 
-def _tables_s(pattern: Pattern, grid: Grid, device: torch.device) -> float | None:
+def _tables_s(pattern: Pattern, grid: AttentionShape, device: torch.device) -> float | None:
     """Seconds of building the tables of blocks, where FlexAttention may need them."""
     if device.type != "cuda":
         return None
@@ -194,7 +194,7 @@ def _tables_s(pattern: Pattern, grid: Grid, device: torch.device) -> float | Non
     return time.perf_counter() - start
 
 
-def _masks_s(pattern: Pattern, call: Call, grid: Grid) -> float:
+def _masks_s(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> float:
     """Seconds of making the masks of one call, which every call does."""
     for _ in range(2):
         wait(call.query.device)
@@ -353,10 +353,10 @@ def _gym_longformer(shape: Shape) -> Callable[[int], Work]:
 
     _need_cuda(shape)
 
-    def mask(length: int) -> Any:
+    def visible(length: int) -> Any:
         return generate_global_sliding_window(256, torch.arange(length, device=shape.device) == 0)
 
-    return partial(_masked, shape, mask)
+    return partial(_masked, shape, visible)
 
 
 def _need_cuda(shape: Shape) -> None:

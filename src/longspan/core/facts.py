@@ -175,7 +175,7 @@ def _absolute_positions(model: torch.nn.Module) -> bool:
     """Looks for the table of positions by the names that it has in transformers' models; models of ours know by themselves."""
     place = getattr(getattr(model, "base_model", None), "place", None)
     if place is not None:
-        return bool(place.has("embed") or place.has("pair_bias"))
+        return bool(place.defines("embed") or place.defines("pair_bias"))
     names = {"wpe", "embed_positions", "position_embeddings"}
     return any(name.rpartition(".")[2] in names for name, _ in model.named_modules())
 

@@ -24,13 +24,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from longspan.engine.blocks.tables import Blocks, block_size, bucket
-from longspan.engine.call import Call, Grid, Pattern
+from longspan.engine.call import AttentionCall, AttentionShape, Pattern
 from longspan.engine.compiling import LIMIT_OF_ITS_OWN, compiled
 from longspan.engine.masks import masked_attention, rolled_attention
 from longspan.engine.window import fa4, window_sinks
 from longspan.util.errors import NotSupported, SpecError
 
-WAYS = ("fa4", "kernel", "flex", "masks")
+BACKENDS = ("fa4", "kernel", "flex", "masks")
 MOST_SHAPES = 32
 """Shapes that FlexAttention compiles in one process, of some seconds each; further ones go through masks. Texts of about one
 length have one (`bucket`). torch's own limit is set four times as high, for what `_shape` does not tell apart."""
@@ -48,11 +48,11 @@ class Route:
     why: str = ""
 
 
-def choose(pattern: Pattern, call: Call, grid: Grid) -> Route:
+def choose(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Route:
     """How a text's attention on itself runs. Raises `NotSupported` where `through` asks for a way that cannot run it."""
     asked = _asked.get()
     reasons: list[str] = []
-    for way in (asked,) if asked else WAYS:
+    for way in (asked,) if asked else BACKENDS:
         reason = _REFUSALS[way](pattern, call, grid)
         if reason is None:
             return Route(way, "asked for" if asked else "; ".join(reasons))
@@ -63,8 +63,8 @@ def choose(pattern: Pattern, call: Call, grid: Grid) -> Route:
 @contextlib.contextmanager
 def through(way: str) -> Iterator[None]:
     """Sends all attention under a pattern one way: `fa4`, `kernel`, `flex` or `masks`."""
-    if way not in WAYS:
-        raise SpecError(f"attention goes through {', '.join(WAYS)}, not {way!r}")
+    if way not in BACKENDS:
+        raise SpecError(f"attention goes through {', '.join(BACKENDS)}, not {way!r}")
     token = _asked.set(way)
     try:
         yield
@@ -72,7 +72,7 @@ def through(way: str) -> Iterator[None]:
         _asked.reset(token)
 
 
-def run(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
+def run(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Tensor:
     """Attention of all tokens of a text on themselves, (B, H, T, D), rows aligned at their first real token."""
     way = choose(pattern, call, grid).way
     if way == "flex":
@@ -84,9 +84,9 @@ def run(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     return _windowed(pattern, call, grid, window_sinks.attention, zero_key=call.zero_key)
 
 
-def run_rolled(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
+def run_rolled(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Tensor:
     """The last tokens of a text on themselves and on what a rolling cache still has, (B, H, Tq, D)."""
-    new, kept = call.query.shape[2], pattern.kept()
+    new, kept = call.query.shape[2], pattern.sinks_and_window()
     if kept is None or new == 1 or call.padding is not None or grid.length - new < kept[0]:
         return rolled_attention(pattern, call, grid)
     # Without padding the sinks are the first keys and the others the last in order, as the kernel takes them.
@@ -95,25 +95,27 @@ def run_rolled(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     return rolled_attention(pattern, call, grid)
 
 
-def _windowed(pattern: Pattern, call: Call, grid: Grid, attention: Callable[..., Tensor], **more: bool) -> Tensor:
-    sinks, window = pattern.kept() or (0, grid.length)
+def _windowed(
+    pattern: Pattern, call: AttentionCall, grid: AttentionShape, attention: Callable[..., Tensor], **more: bool
+) -> Tensor:
+    sinks, window = pattern.sinks_and_window() or (0, grid.length)
     return attention(call.query, call.key, call.value, window=window, sinks=sinks, scale=call.scale, **more)
 
 
-def _fa4_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
-    kept = pattern.kept()
+def _fa4_refusal(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> str | None:
+    kept = pattern.sinks_and_window()
     if not grid.causal or kept is None:
         return "it is asked for windows that look back"
     return _unlike_plain(call) or fa4.refusal(call.query, call.key, call.value, sinks=kept[0])
 
 
-def _kernel_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
-    if not grid.causal or pattern.kept() is None:
+def _kernel_refusal(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> str | None:
+    if not grid.causal or pattern.sinks_and_window() is None:
         return "it knows windows that look back, with or without sinks"
     return _unlike_plain(replace(call, zero_key=False)) or window_sinks.refusal(call.query, call.key, call.value)
 
 
-def _flex_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
+def _flex_refusal(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> str | None:
     query = call.query
     if reason := _unlike_plain(call):
         return reason
@@ -137,14 +139,14 @@ def _flex_refusal(pattern: Pattern, call: Call, grid: Grid) -> str | None:
     return None
 
 
-def _blocks(pattern: Pattern, call: Call, grid: Grid) -> Blocks | None:
+def _blocks(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Blocks | None:
     """Which blocks see which, in the text filled up to its bucket."""
     length = bucket(grid.length)
     blocks = pattern.blocks(grid, block_size(length, backward=_learns(call)), call.query.device)
     return None if blocks is None else blocks.padded(length)
 
 
-def _shape(pattern: Pattern, call: Call, grid: Grid, blocks: Blocks) -> tuple:
+def _shape(pattern: Pattern, call: AttentionCall, grid: AttentionShape, blocks: Blocks) -> tuple:
     """What FlexAttention compiles anew for: not the length within its bucket, nor the window's."""
     cut = call.padding is not None and not grid.causal
     rows, heads, _, width = call.query.shape
@@ -163,17 +165,17 @@ def _shape(pattern: Pattern, call: Call, grid: Grid, blocks: Blocks) -> tuple:
     )
 
 
-def _unlike_plain(call: Call) -> str | None:
+def _unlike_plain(call: AttentionCall) -> str | None:
     if call.bias is not None or call.query_scores is not None:
         return "the position scheme takes part in the scores"
     if call.zero_key:
         return "a zero sink takes part in the softmax"
-    if call.shown is not None:
+    if call.always_visible is not None:
         return "a text names global tokens of its own"
     return "attention has dropout" if call.dropout else None
 
 
-_REFUSALS: dict[str, Callable[[Pattern, Call, Grid], str | None]] = {
+_REFUSALS: dict[str, Callable[[Pattern, AttentionCall, AttentionShape], str | None]] = {
     "fa4": _fa4_refusal,
     "kernel": _kernel_refusal,
     "flex": _flex_refusal,
@@ -181,11 +183,11 @@ _REFUSALS: dict[str, Callable[[Pattern, Call, Grid], str | None]] = {
 }
 
 
-def _learns(call: Call) -> bool:
+def _learns(call: AttentionCall) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
 
 
-def _flex(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
+def _flex(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Tensor:
     blocks = _blocks(pattern, call, grid)
     if blocks is None:
         raise NotSupported(f"attention={pattern.spec} has no blocks for FlexAttention; use the way masks")

@@ -13,7 +13,7 @@ from longspan.engine.blocks.tables import Blocks
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """One call. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), ready to meet; the queries are the last of the keys."""
 
     query: Tensor
@@ -30,7 +30,7 @@ class Call:
     columns: Tensor | None = None
     """Which tokens the keys are, (B or 1, Tk), -1 for none, where they come from a rolling cache: the sinks that the pattern
     keeps, then the others. None where they are all tokens."""
-    shown: Tensor | None = None
+    always_visible: Tensor | None = None
     """Boolean (B, Tk), True for keys that every query sees whatever the pattern says; of the patterns only some know it."""
     zero_key: bool = False
     """Whether every query also sees a key and a value of zeros (`longspan.engine.core.with_zero_key`)."""
@@ -45,7 +45,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Grid:
+class AttentionShape:
     """What a pattern is asked about: `length` tokens in all, seen by `heads` heads of layer number `layer`."""
 
     heads: int
@@ -65,16 +65,16 @@ class Pattern(Protocol):
     @property
     def spec(self) -> str: ...
 
-    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor: ...
+    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor: ...
 
-    def counts(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor | None: ...
+    def multiplicity(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor | None: ...
 
-    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]: ...
+    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]: ...
 
-    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks | None: ...
+    def blocks(self, grid: AttentionShape, size: int, device: torch.device) -> Blocks | None: ...
 
-    def kept(self) -> tuple[int, int] | None: ...
+    def sinks_and_window(self) -> tuple[int, int] | None: ...
 
     def cached(self) -> tuple[int, int] | None: ...
 
-    def run(self, call: Call, grid: Grid) -> Tensor: ...
+    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor: ...

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longspan.engine.call import Call
+from longspan.engine.call import AttentionCall
 from longspan.engine.core import attention
 
 
@@ -37,7 +37,7 @@ def chosen(tokens: Tensor) -> Chosen:
     return Chosen(index, torch.arange(most, device=tokens.device)[None] < count[:, None])
 
 
-def attend_everywhere(call: Call, numbers: Tensor) -> Tensor:
+def attend_everywhere(call: AttentionCall, numbers: Tensor) -> Tensor:
     """(B, H, G, D) for the call's queries (B, H, G, D), tokens number `numbers` (B, G), on all of its keys."""
     mask = None if call.padding is None else call.padding[:, None, None]
     query, key, value = call.query, call.key, call.value

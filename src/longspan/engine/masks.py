@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.engine.biased.bias import bias_rows
-from longspan.engine.call import Call, Grid, Pattern
+from longspan.engine.call import AttentionCall, AttentionShape, Pattern
 from longspan.engine.core import attention, expand_heads, with_zero_key
 from longspan.engine.slices import Slices
 
@@ -27,22 +27,22 @@ BLOCKS = (64, 512)
 class Piece:
     """A block of queries, from the first token to the one after the last, and the keys that some of them see: `ranges` of those
     held, and which tokens they are, (B or 1, keys); in_order: whether these are the text's own columns, so that distances run
-    without a gap. The mask is (B or 1, H or 1, queries, keys); counts say how often a key counts, None for once."""
+    without a gap. The mask is (B or 1, H or 1, queries, keys); multiplicity says how often a key counts, None for once."""
 
     queries: tuple[int, int]
     ranges: list[tuple[int, int]]
     columns: Tensor
     in_order: bool
     mask: Tensor
-    counts: Tensor | None
+    multiplicity: Tensor | None
 
 
-def masked_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
+def masked_attention(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Tensor:
     """The definition, made affordable: `pattern.visible` for one block of queries and the keys in its `ranges`."""
     return _all_blocks(call, grid, pieces(pattern, call, grid))
 
 
-def pieces(pattern: Pattern, call: Call, grid: Grid) -> Iterator[Piece]:
+def pieces(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Iterator[Piece]:
     """All blocks of queries, one after another."""
     total, new, device = call.key.shape[2], call.query.shape[2], call.query.device
     first = _first(call)
@@ -56,11 +56,11 @@ def pieces(pattern: Pattern, call: Call, grid: Grid) -> Iterator[Piece]:
         yield _piece(pattern, call, grid, (start, end), ranges, columns, first, in_order=True)
 
 
-def rolled_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
+def rolled_attention(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Tensor:
     """New tokens of a text of `grid.length`, with the keys that a rolling cache still has."""
     cached, columns, new = pattern.cached(), call.columns, call.query.shape[2]
     assert cached is not None and columns is not None
-    exact = pattern.kept() == cached  # then a ring holds what its query sees, and nothing else
+    exact = pattern.sinks_and_window() == cached  # then a ring holds what its query sees, and nothing else
     if exact and new == 1 and call.padding is None and _plain(call):
         key, value = call.key, call.value
         if call.zero_key:
@@ -70,7 +70,7 @@ def rolled_attention(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
 
 
 def _rolled_pieces(
-    pattern: Pattern, call: Call, grid: Grid, cached: tuple[int, int], columns: Tensor
+    pattern: Pattern, call: AttentionCall, grid: AttentionShape, cached: tuple[int, int], columns: Tensor
 ) -> Iterator[Piece]:
     (sinks, window), held, new, first = cached, columns.shape[1], call.query.shape[2], _first(call)
     for start, end in _blocks(pattern, grid, grid.length - new, grid.length):
@@ -82,19 +82,19 @@ def _rolled_pieces(
         yield _piece(pattern, call, grid, (start, end), ranges, seen, first, in_order=False)
 
 
-def _all_blocks(call: Call, grid: Grid, pieces: Iterator[Piece]) -> Tensor:
+def _all_blocks(call: AttentionCall, grid: AttentionShape, pieces: Iterator[Piece]) -> Tensor:
     heads = Slices(call.query), Slices(call.key), Slices(call.value)
     return torch.cat([_block(call, grid, *heads, piece) for piece in pieces], dim=2)
 
 
-def _first(call: Call) -> Tensor:
+def _first(call: AttentionCall) -> Tensor:
     """Each row's first real token, (B or 1, 1)."""
     if call.padding is None:
         return torch.zeros(1, 1, dtype=torch.long, device=call.query.device)
     return call.padding.int().argmax(1, keepdim=True)
 
 
-def _blocks(pattern: Pattern, grid: Grid, start: int, end: int) -> list[tuple[int, int]]:
+def _blocks(pattern: Pattern, grid: AttentionShape, start: int, end: int) -> list[tuple[int, int]]:
     """Where blocks of queries begin and end: powers of two about as long as what a query at the end sees."""
     seen = sum(high - low for low, high in pattern.ranges(end - 1, end, grid))
     size = min(max(1 << max(seen, 1).bit_length() - 1, BLOCKS[0]), BLOCKS[1])
@@ -103,8 +103,8 @@ def _blocks(pattern: Pattern, grid: Grid, start: int, end: int) -> list[tuple[in
 
 def _piece(
     pattern: Pattern,
-    call: Call,
-    grid: Grid,
+    call: AttentionCall,
+    grid: AttentionShape,
     queries: tuple[int, int],
     ranges: list[tuple[int, int]],
     columns: Tensor,
@@ -114,10 +114,12 @@ def _piece(
 ) -> Piece:
     numbers, keys = torch.arange(*queries, device=columns.device)[None] - first, columns - first
     mask = _mask(pattern, call, grid, numbers, columns, first)
-    return Piece(queries, ranges, columns, in_order, mask, pattern.counts(numbers, keys, grid))
+    return Piece(queries, ranges, columns, in_order, mask, pattern.multiplicity(numbers, keys, grid))
 
 
-def _block(call: Call, grid: Grid, queries: Slices, keys: Slices, values: Slices, piece: Piece) -> Tensor:
+def _block(
+    call: AttentionCall, grid: AttentionShape, queries: Slices, keys: Slices, values: Slices, piece: Piece
+) -> Tensor:
     """Attention of one block."""
     heads, early = call.query.shape[1], grid.length - call.query.shape[2]
     rows = slice(piece.queries[0] - early, piece.queries[1] - early)
@@ -126,14 +128,14 @@ def _block(call: Call, grid: Grid, queries: Slices, keys: Slices, values: Slices
     allowed: Tensor | None = piece.mask
     if call.zero_key:
         key, value, allowed = with_zero_key(key, value, piece.mask)
-    if _plain(call) and piece.counts is None:
+    if _plain(call) and piece.multiplicity is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, dropout_p=call.dropout, scale=call.scale
         )
     mask, wide = piece.mask, torch.promote_types(query.dtype, torch.float32)
     bias = _bias(call, rows, piece).to(wide)
-    if piece.counts is not None:  # what is invisible counts as one here and is hidden below
-        bias = bias + piece.counts.clamp(min=1).to(wide).log()
+    if piece.multiplicity is not None:  # what is invisible counts as one here and is hidden below
+        bias = bias + piece.multiplicity.clamp(min=1).to(wide).log()
     bias = bias.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))  # rows that see nothing are padding
     if call.zero_key:
         bias = F.pad(bias, (0, 1))
@@ -149,11 +151,11 @@ def _ranges(x: Slices, ranges: list[tuple[int, int]]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _plain(call: Call) -> bool:
+def _plain(call: AttentionCall) -> bool:
     return call.bias is None and call.query_scores is None
 
 
-def _bias(call: Call, rows: slice, piece: Piece) -> Tensor:
+def _bias(call: AttentionCall, rows: slice, piece: Piece) -> Tensor:
     """(B or 1, H, rows, keys) of what is added to the scores of one block."""
     device = piece.columns.device
     bias = torch.zeros(1, 1, 1, 1, device=device)
@@ -170,9 +172,11 @@ def _bias(call: Call, rows: slice, piece: Piece) -> Tensor:
     return bias
 
 
-def _mask(pattern: Pattern, call: Call, grid: Grid, queries: Tensor, columns: Tensor, first: Tensor) -> Tensor:
+def _mask(
+    pattern: Pattern, call: AttentionCall, grid: AttentionShape, queries: Tensor, columns: Tensor, first: Tensor
+) -> Tensor:
     keys = columns - first
-    mask = pattern.visible(queries, keys, grid) & (keys >= 0)[:, None, None]
+    mask = pattern.mask(queries, keys, grid) & (keys >= 0)[:, None, None]
     if grid.causal:
         mask = mask & (keys[:, None, None, :] <= queries[:, None, :, None])
     if call.padding is None:

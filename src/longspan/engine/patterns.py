@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from longspan.engine import backends as routes
-from longspan.engine.call import Call, Grid, Pattern
+from longspan.engine.call import AttentionCall, AttentionShape, Pattern
 from longspan.engine.core import expand_heads
 from longspan.engine.masks import masked_attention
 
 
-def some_heads(call: Call, start: int, end: int) -> Call:
+def some_heads(call: AttentionCall, start: int, end: int) -> AttentionCall:
     """The call for the query heads from `start` to `end` - 1, each with keys and values of its own."""
     heads, bias = call.query.shape[1], call.bias
     key, value = (expand_heads(x, heads)[:, start:end] for x in (call.key, call.value))
@@ -32,7 +32,7 @@ def text_lengths(padding: Tensor | None) -> Tensor | None:
     return padding.shape[1] - padding.flip(1).int().argmax(1) - padding.int().argmax(1)
 
 
-def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
+def attend(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Tensor:
     """(B, H, Tq, D). What padding tokens get is never read by others, but is a number."""
     if call.columns is not None:
         return routes.run_rolled(pattern, call, grid)
@@ -45,8 +45,10 @@ def attend(pattern: Pattern, call: Call, grid: Grid) -> Tensor:
     assert call.padding is not None
     shift = call.padding.int().argmax(1)
     query, key, value = (roll(x, shift, 2) for x in (call.query, call.key, call.value))
-    shown = None if call.shown is None else roll(call.shown, shift, 1)
-    aligned = replace(call, query=query, key=key, value=value, padding=roll(call.padding, shift, 1), shown=shown)
+    always_visible = None if call.always_visible is None else roll(call.always_visible, shift, 1)
+    aligned = replace(
+        call, query=query, key=key, value=value, padding=roll(call.padding, shift, 1), always_visible=always_visible
+    )
     out = pattern.run(aligned, grid)
     return roll(out, -shift, 2)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.engine.call import Call as AttentionCall
+from longspan.engine.call import AttentionCall as AttentionCall
 from longspan.engine.core import ending_at
 from longspan.hf.forward import Forward
 

@@ -17,13 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from longspan.engine.biased.attention import biased_attention, serves
 from longspan.engine.biased.bias import bias_rows
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import attention, causal_mask, distances, ending_at, expand_heads, with_zero_key
 from longspan.engine.joint import Chunk, Lane, Part, joint_attention
 from longspan.engine.patterns import attend, shifted, text_lengths
 from longspan.engine.slices import Slices
 from longspan.hf.rolling import WindowLayer
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 
 SCHEME = "longspan_scheme"
 """The attention implementation of models whose scheme takes part in the scores."""
@@ -43,7 +43,7 @@ def scheme_attention(
     key_positions: Tensor | None = None,
     pair_bias: Tensor | None = None,
     padding: Tensor | None = None,
-    shown: Tensor | None = None,
+    always_visible: Tensor | None = None,
     rolling: WindowLayer | None = None,
     in_order: bool = False,
     **kwargs: Any,
@@ -53,14 +53,25 @@ def scheme_attention(
     pair_bias None or (B or 1, H, Tq, Tk); for patterns padding None or boolean (B, tokens so far), shown the keys that all see,
     None or boolean (B, Tk), and rolling the layer of a cache that kept a part of the keys; in_order says that positions run
     without a gap, alike in all rows, and that no mask hides a key; returns (B, Tq, H, D)."""
-    place = cast(Place, module.place)
+    place = cast(PositionEncoding, module.place)
     assert position_ids is not None, "the model gives positions to every layer"
     queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
     columns, total = (None, key.shape[2]) if rolling is None else (rolling.columns, rolling.seen)
     if columns is not None:
         keys = position_ids[:, -1:] - (total - 1 - columns)
     whole = _Inputs(
-        query, key, value, attention_mask, queries, keys, pair_bias, padding, shown, columns, total, in_order=in_order
+        query,
+        key,
+        value,
+        attention_mask,
+        queries,
+        keys,
+        pair_bias,
+        padding,
+        always_visible,
+        columns,
+        total,
+        in_order=in_order,
     )
     blocks = place.query_blocks(queries, value.dtype)
     parts = [whole] if len(blocks) == 1 else [whole.block(start, end, bool(module.is_causal)) for start, end in blocks]
@@ -81,7 +92,7 @@ class _Inputs:
     keys: Tensor
     pair_bias: Tensor | None
     padding: Tensor | None
-    shown: Tensor | None
+    always_visible: Tensor | None
     columns: Tensor | None
     total: int
     in_order: bool = False
@@ -106,27 +117,27 @@ class _Inputs:
             self.keys[:, :held],
             cut(self.pair_bias),
             ending(self.padding),
-            ending(self.shown),
+            ending(self.always_visible),
             ending(self.columns),
             self.total - later,
         )
 
 
-def _attend_block(module: nn.Module, place: Place, given: _Inputs, scaling: float, dropout: float) -> Tensor:
-    """Attention (B, H, Tq, D) of queries and keys that meet in one call of the scheme's `turn`."""
+def _attend_block(module: nn.Module, place: PositionEncoding, given: _Inputs, scaling: float, dropout: float) -> Tensor:
+    """Attention (B, H, Tq, D) of queries and keys that meet in one call of the scheme's `rotate_qk`."""
     query, key, value, queries, keys = given.query, given.key, given.value, given.queries, given.keys
     attention_mask, pair_bias = given.mask, given.pair_bias
     layer = cast(int, getattr(module, "layer_idx", 0))
     asking = query_scores(place, query, queries, layer)
-    query, key = (x.to(value.dtype) for x in place.turn(query, key, queries, keys))
+    query, key = (x.to(value.dtype) for x in place.rotate_qk(query, key, queries, keys))
     scale = place.query_scale(queries)
     if scale is not None:
         query = query * scale[:, None, :, None].to(query.dtype)
     scaling *= place.score_scale
     zero_key = bool(getattr(module, "zero_key", False))
     if pattern := getattr(module, "pattern", None):
-        by_distance = place.bias if place.has("bias") else None
-        call = Call(
+        by_distance = place.bias if place.defines("bias") else None
+        call = AttentionCall(
             query,
             key,
             value,
@@ -136,18 +147,18 @@ def _attend_block(module: nn.Module, place: Place, given: _Inputs, scaling: floa
             dropout,
             asking,
             given.columns,
-            given.shown,
+            given.always_visible,
             zero_key,
         )
-        grid = Grid(query.shape[1], given.total, layer, bool(module.is_causal), text_lengths(given.padding))
+        grid = AttentionShape(query.shape[1], given.total, layer, bool(module.is_causal), text_lengths(given.padding))
         return attend(pattern, call, grid)
     causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1
-    if pair_bias is None and asking is None and not place.has("bias"):
+    if pair_bias is None and asking is None and not place.defines("bias"):
         return _plain_attention(
             query, key, value, attention_mask, scaling, dropout=dropout, causal=causal, zero_key=zero_key
         )
     if given.in_order and pair_bias is None and asking is None and not zero_key and not dropout and query.shape[2] > 1:
-        law = place.law(key.shape[2] - 1, 0 if causal else key.shape[2] - 1, query.device)
+        law = place.distance_bias(key.shape[2] - 1, 0 if causal else key.shape[2] - 1, query.device)
         if serves(query, key, law):
             return biased_attention(query, key, value, law, scale=scaling, causal=causal)
     heads, total = query.shape[1], key.shape[2]
@@ -203,7 +214,7 @@ def _plain_attention(
     return attention(query, key, value, mask, scale, dropout=dropout, causal=causal)
 
 
-def relative_bias(place: Place, queries: Tensor, keys: Tensor) -> Tensor:
+def relative_bias(place: PositionEncoding, queries: Tensor, keys: Tensor) -> Tensor:
     """(B or 1, H, Tq, Tk) from a scheme that knows distances; queries (B or 1, Tq), keys (B or 1, Tk) positions. Where both
     run without a gap, as they mostly do, each distance is asked for once and the rows are views of one another."""
     if consecutive(queries) and consecutive(keys):
@@ -217,10 +228,10 @@ Asking = Callable[[slice, Tensor], Tensor]
 """Some of the queries and distances (N,) to scores (B, H, rows, N), before the scale."""
 
 
-def query_scores(place: Place, query: Tensor, queries: Tensor, layer: int) -> Asking | None:
+def query_scores(place: PositionEncoding, query: Tensor, queries: Tensor, layer: int) -> Asking | None:
     """What the scheme's `query_scores` says of these queries (B, H, Tq, D) at positions (B or 1, Tq), with the scheme's
     `query_scale`; None where it says nothing."""
-    if not place.has("query_scores"):
+    if not place.defines("query_scores"):
         return None
     scale, some = place.query_scale(queries), Slices(query)
 

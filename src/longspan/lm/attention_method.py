@@ -10,7 +10,7 @@ from torch import nn
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Method
 from longspan.hf.site import Site
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.util.errors import NotSupported
 
 
@@ -33,7 +33,7 @@ class AttentionMethod(Method):
     former_defaults: ClassVar[Mapping[str, str]] = {}
     """Settings whose default is another by now, with what it was: a saved configuration that does not name them means that."""
 
-    def build(self, config: Any, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def build(self, config: Any, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
         """The module of layer number `layer`. Where a part of it has a `draw_weights()`, that is called in place of the usual
         drawing; it goes through `transformers.initialization`, so that what a checkpoint holds stays. Raises `NotSupported`
         for a configuration that it cannot be part of."""

@@ -1,6 +1,6 @@
 """How tokens mix in a model of ours: what `attention=` of its configuration names.
 
-A pattern is softmax attention in which a query sees some of the keys; it says which (`visible`, the definition), and may
+A pattern is softmax attention in which a query sees some of the keys; it says which (`mask`, the definition), and may
 bring a faster way to the same result (`run`). A mixer is anything else; it builds a module that takes attention's place.
 Both are methods with settings. `docs/adding-a-method.md` shows a pattern.
 """
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from longspan.core.facts import ModelFacts
 from longspan.engine import backends as routes
 from longspan.engine.blocks.tables import SIZE, Blocks, band
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.lm.attention_method import AttentionMethod
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.util.errors import NotSupported
 
 HANDED = "longspan_handed"
@@ -48,27 +48,27 @@ class Pattern(Attention):
     """
 
     runs_zero_key: ClassVar[bool] = False
-    """Whether its own `run` knows `Call.zero_key`; masks do otherwise."""
+    """Whether its own `run` knows `AttentionCall.zero_key`; masks do otherwise."""
 
-    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         """Which keys each query sees: boolean (B or 1, H or 1, Tq, Tk); queries (B or 1, Tq), keys (B or 1, Tk) token numbers.
         Causality and padding are added by the caller, and need not be in the answer."""
         raise NotImplementedError
 
-    def counts(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor | None:
-        """How often a visible key counts in the softmax: whole numbers, asked for and answered as `visible` is. None: once."""
+    def multiplicity(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor | None:
+        """How often a visible key counts in the softmax: whole numbers, asked for and answered as `mask` is. None: once."""
         return None
 
-    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
+    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
         """Where the keys are that some query of start … end - 1 sees: ascending, disjoint (first, last + 1)."""
         return [(0, grid.length)]
 
-    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks | None:
-        """The same as `visible` in blocks of `size` tokens, causality with it, for FlexAttention; None where there are no such
+    def blocks(self, grid: AttentionShape, size: int, device: torch.device) -> Blocks | None:
+        """The same as `mask` in blocks of `size` tokens, causality with it, for FlexAttention; None where there are no such
         blocks. The same object for the same question, made without a mask of pairs."""
         return None
 
-    def pairs(self, grid: Grid) -> float:
+    def pairs(self, grid: AttentionShape) -> float:
         """How many pairs of a query and a key that it sees there are, of all heads together; in a long text estimated from one
         query out of each of SAMPLED parts."""
         count = min(grid.length, SAMPLED)
@@ -79,17 +79,17 @@ class Pattern(Attention):
         for query in chosen.tolist():
             keys = torch.cat([torch.arange(low, high) for low, high in self.ranges(query, query + 1, grid)])
             keys = keys[keys <= query] if grid.causal else keys
-            mask = self.visible(torch.tensor([[query]]), keys[None], grid)
+            mask = self.mask(torch.tensor([[query]]), keys[None], grid)
             seen += float(mask.expand(1, grid.heads, 1, len(keys)).sum())
         return seen * grid.length / count
 
-    def visited(self, grid: Grid, device: torch.device) -> float | None:
+    def visited(self, grid: AttentionShape, device: torch.device) -> float | None:
         """Pairs of the blocks that are gone through, of all heads together: those of `blocks`, or a pattern's own. A pair that
         two of its blocks hold counts twice. None where it has no blocks."""
         blocks = self.blocks(grid, SIZE, device)
         return None if blocks is None else float(grid.heads * blocks.visited())
 
-    def kept(self) -> tuple[int, int] | None:
+    def sinks_and_window(self) -> tuple[int, int] | None:
         """(sinks, window) where a token of a decoder sees the first `sinks` tokens and the last `window`, itself among them,
         and no others. None where it sees less of them, or others."""
         return None
@@ -99,16 +99,16 @@ class Pattern(Attention):
 
         No later token sees another, though it may see fewer. None where any token may be seen again.
         """
-        return self.kept()
+        return self.sinks_and_window()
 
-    def run(self, call: Call, grid: Grid) -> Tensor:
+    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
         """Attention of all tokens of a text on themselves, (B, H, T, D), the fastest way that can run it
         (`longspan.engine.backends`) unless a pattern has one of its own. Rows are aligned at their first real token."""
         return routes.run(self, call, grid)
 
-    def check_place(self, config: LongspanConfig, place: Place) -> None:
+    def check_position_encoding(self, config: LongspanConfig, place: PositionEncoding) -> None:
         """Refuses a scheme that cannot be joined with the pattern."""
-        if place.has("pair_bias"):
+        if place.defines("pair_bias"):
             raise NotSupported(
                 f"position={config.position} scores every pair of places, which {self.spec} is there to avoid; "
                 "use attention=full, or another scheme such as rope, alibi or kerple"
@@ -118,9 +118,9 @@ class Pattern(Attention):
         """What it is part of: ordinary attention, unless it has weights of its own."""
         return LongspanAttention
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_place(config, place)
+        self.check_position_encoding(config, place)
         return self.module_class()(config, layer, place, causal=causal, pattern=self)
 
 
@@ -135,14 +135,14 @@ class Full(Pattern):
     cost: ClassVar[str] = "time n², cache n"
     takes_mask: ClassVar[bool] = True
 
-    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         return torch.ones(1, 1, queries.shape[1], keys.shape[1], dtype=torch.bool, device=queries.device)
 
-    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks:
+    def blocks(self, grid: AttentionShape, size: int, device: torch.device) -> Blocks:
         lengths = grid.length, grid.length
         return band(lengths, window=grid.length, causal=grid.causal, size=size, device=device)
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
         return LongspanAttention(config, layer, place, causal=causal)
 
     def _refuse(self, facts: ModelFacts) -> NoReturn:
@@ -156,9 +156,11 @@ class Mixer(Attention):
     positions: ClassVar[frozenset[str]] = frozenset({"embed"})
     """The parts of a position scheme that it has a use for, besides `rotation` for RoPE."""
 
-    def check_place(self, config: LongspanConfig, place: Place) -> None:
+    def check_position_encoding(self, config: LongspanConfig, place: PositionEncoding) -> None:
         """Refuses a scheme whose part would be lost."""
-        parts = {p for p in ("embed", "turn", "query_scale", "bias", "pair_bias", "query_scores") if place.has(p)}
+        parts = {
+            p for p in ("embed", "rotate_qk", "query_scale", "bias", "pair_bias", "query_scores") if place.defines(p)
+        }
         if config.rope_parameters is not None:
             parts.add("rotation")
         if lost := parts - self.positions:

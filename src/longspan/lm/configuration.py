@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from longspan.core.method import parse
 from longspan.hf.compat import CACHE_NAMES
 from longspan.lm.attention_method import AttentionMethod
-from longspan.positions.logn import LogN, LogNPlace
-from longspan.positions.scheme import Place, Scheme, Shape
+from longspan.positions.logn import LogN, LogNEncoding
+from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 from longspan.util.errors import NotSupported, SpecError
 
 KINDS = ("decoder", "encoder", "encoder-decoder")
@@ -109,7 +109,7 @@ class LongspanConfig(PreTrainedConfig):
         """The position scheme that `position` names. Raises `SpecError` for what is none."""
         return read_position(self.position)[0]
 
-    def build_place(self, *, causal: bool) -> Place:
+    def build_position_encoding(self, *, causal: bool) -> PositionEncoding:
         """The scheme in a stack of this configuration, with log-n around it where `position` says so."""
         scheme, logn = read_position(self.position)
         place = scheme.build(self.shape(causal=causal))
@@ -119,7 +119,7 @@ class LongspanConfig(PreTrainedConfig):
             raise NotSupported(
                 "logn scales a query by how many keys it has seen, and in an encoder it sees all; leave it out"
             )
-        return LogNPlace(place, logn.window or max(2, self.max_position_embeddings))
+        return LogNEncoding(place, logn.window or max(2, self.max_position_embeddings))
 
     @property
     def attentions(self) -> tuple[AttentionMethod, ...]:

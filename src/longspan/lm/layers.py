@@ -20,7 +20,7 @@ from longspan.lm.attention import SCHEME
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.reversible import Branch
 from longspan.lm.state import rolling_of
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.util.errors import NotSupported
 
 
@@ -32,7 +32,7 @@ class LongspanAttention(nn.Module):
         self,
         config: LongspanConfig,
         layer_idx: int,
-        place: Place,
+        place: PositionEncoding,
         *,
         causal: bool,
         cross: bool = False,
@@ -54,7 +54,7 @@ class LongspanAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> PositionEncoding:
         return self._place[0]
 
     def forward(
@@ -149,7 +149,9 @@ def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class LongspanLayer(GradientCheckpointingLayer):
-    def __init__(self, config: LongspanConfig, layer_idx: int, place: Place, *, causal: bool, cross: bool = False):
+    def __init__(
+        self, config: LongspanConfig, layer_idx: int, place: PositionEncoding, *, causal: bool, cross: bool = False
+    ):
         super().__init__()
         attentions = config.attentions_of(causal=causal)
         attention = attentions[layer_idx % len(attentions)]

@@ -1,7 +1,7 @@
 """The model: a stack of layers under any position scheme, and heads on it, as transformers' Llama has them.
 
-A model is built with one `Place`, which all layers share; a scheme without a part in the scores leaves attention to whatever
-implementation is asked for.
+A model is built with one `PositionEncoding`, which all layers share; a scheme without a part in the scores leaves attention to
+whatever implementation is asked for.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from longspan.lm.layers import LongspanAttention, LongspanLayer
 from longspan.lm.packed import packed, put_back, texts_in
 from longspan.lm.reversible import reversible
 from longspan.lm.sink import LED, SinkToken
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.util.errors import NotSupported
 
 
@@ -54,7 +54,7 @@ class LongspanPreTrainedModel(PreTrainedModel):
     def __init__(self, config: LongspanConfig):
         if config._attn_implementation is None:
             with torch.device("meta"):  # only asked what it does
-                place = config.build_place(causal=config.kind != "encoder")
+                place = config.build_position_encoding(causal=config.kind != "encoder")
             attentions = config.attentions + config.attentions_of(causal=True)
             ours = not place.plain or config.sink == "zero" or not all(isinstance(a, Full) for a in attentions)
             config._attn_implementation = SCHEME if ours else None
@@ -70,7 +70,7 @@ class LongspanPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Place):
+        if isinstance(module, PositionEncoding):
             module.reset_parameters()
         elif hasattr(module, "draw_weights"):
             module.draw_weights()  # type: ignore[operator]
@@ -88,7 +88,7 @@ class LongspanModel(LongspanPreTrainedModel):
             raise NotSupported("an encoder-decoder is two stacks: use LongspanForConditionalGeneration")
         self.causal = self.kind != "encoder"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.place = config.build_place(causal=self.causal)
+        self.place = config.build_position_encoding(causal=self.causal)
         cross = self.kind == "decoder with cross-attention"
         self.layers = nn.ModuleList(
             LongspanLayer(config, i, self.place, causal=self.causal, cross=cross)
@@ -154,7 +154,7 @@ class LongspanModel(LongspanPreTrainedModel):
             encoder_mask = encoder_attention_mask[:, None, None].bool()
         rotation = self.rotary_emb(embeds, positions) if hasattr(self, "rotary_emb") else None
         pair_bias = None
-        if self.place.has("pair_bias"):
+        if self.place.defines("pair_bias"):
             pair_bias = self.place.pair_bias(positions, ending_at(positions, seen + embeds.shape[1]))
         hidden = self.dropout(self.place.embed(embeds, positions))
         inputs = {
@@ -254,7 +254,7 @@ class LongspanModel(LongspanPreTrainedModel):
 
     def _in_order(self, given: Tensor | None, positions: Tensor, cache: Cache | None, new: int) -> bool:
         """Whether a bias by distance can go without a mask: no padding, no packed texts, every token so far in the cache."""
-        if not self.place.has("bias") or not all(type(a) is Full for a in self.attentions):
+        if not self.place.defines("bias") or not all(type(a) is Full for a in self.attentions):
             return False
         if self.config._attn_implementation != SCHEME or (
             given is not None and (given.ndim != 2 or not bool(given.all()))

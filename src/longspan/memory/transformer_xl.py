@@ -26,14 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from longspan.engine.call import Grid
+from longspan.engine.call import AttentionShape
 from longspan.engine.core import expand_heads
 from longspan.engine.patterns import roll, shifted
 from longspan.lm.attention import scheme_attention
 from longspan.lm.base import Pattern
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention, rotated
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.util.errors import NotSupported
 
 
@@ -61,34 +61,34 @@ class TransformerXL(Pattern):
             not self.same_length or self.length >= 1, "same_length needs a length of at least 1: a token sees itself"
         )
 
-    def check_place(self, config: LongspanConfig, place: Place) -> None:
-        super().check_place(config, place)
-        if place.has("embed"):
+    def check_position_encoding(self, config: LongspanConfig, place: PositionEncoding) -> None:
+        super().check_position_encoding(config, place)
+        if place.defines("embed"):
             raise NotSupported(
                 f"position={config.position} is in the embeddings, so a state is true at one place only and cannot be a memory "
                 "of another segment; use position=xl, rope, alibi or another relative scheme"
             )
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_place(config, place)
+        self.check_position_encoding(config, place)
         return SegmentAttention(config, layer, place, causal=causal, pattern=self)
 
-    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         far = queries[:, None, :, None] - keys[:, None, None, :]
         if self.same_length:
             return far < self.length
         begin = queries // self.segment * self.segment
         return keys[:, None, None, :] >= (begin - self.length)[:, None, :, None]
 
-    def kept(self) -> tuple[int, int] | None:
+    def sinks_and_window(self) -> tuple[int, int] | None:
         return (0, self.length) if self.same_length else None
 
     def cached(self) -> tuple[int, int]:
         """As many as the last token of a segment sees."""
         return 0, self.length if self.same_length else self.segment + self.length
 
-    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
+    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
         first = start - self.length + 1 if self.same_length else start // self.segment * self.segment - self.length
         return [(max(0, first), min(grid.length, end))]
 
@@ -163,7 +163,7 @@ class SegmentAttention(LongspanAttention):
         old = (columns < line[:, :1])[:, None].expand(-1, new, -1)
         shown = torch.cat([x.expand(batch, -1, -1) for x in (old, ~same, same)], dim=2)
         shown = shown & (numbers >= 0)[:, None] & (numbers[:, None] <= rows[:, :, None])
-        mask = shown[:, None] & pattern.visible(rows, numbers, Grid(query.shape[1], total, self.layer_idx, True))
+        mask = shown[:, None] & pattern.mask(rows, numbers, AttentionShape(query.shape[1], total, self.layer_idx, True))
         if padding is not None:
             mask = mask & padding.gather(1, tokens.clamp(min=0))[:, None, None]
             mask[..., -new:] |= torch.eye(new, dtype=torch.bool, device=mask.device)  # padding must be a number
@@ -239,12 +239,12 @@ class SegmentAttention(LongspanAttention):
         dropout = self.config.attention_dropout if self.training else 0.0
         scale = self.scaling * place.score_scale
         bias: Tensor | None = None
-        if place.has("query_scores"):
+        if place.defines("query_scores"):
             line = torch.arange(1 - size, held, device=query.device)
             bias = scale * factor.float() * shifted(place.query_scores(query, line, self.layer_idx), held)
-        elif place.has("bias"):
+        elif place.defines("bias"):
             bias = place.bias(places[0, held - size :, None] - places)[None]
-        query, key = place.turn(query, key, places[:, held - size :], places)
+        query, key = place.rotate_qk(query, key, places[:, held - size :], places)
         query = query * factor.to(query.dtype)
         if bias is not None:
             query, key, value = query.float(), key.float(), value.float()

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from longspan.positions.scheme import Place, Scheme, Shape
+from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
 def sinusoid(positions: Tensor, width: int, base: float = 10_000.0) -> Tensor:
@@ -23,7 +23,7 @@ def sinusoid(positions: Tensor, width: int, base: float = 10_000.0) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).float()
 
 
-class SinusoidalPlace(Place):
+class SinusoidalPlace(PositionEncoding):
     def __init__(self, base: float):
         super().__init__()
         self.base = base
@@ -46,12 +46,12 @@ class Sinusoidal(Scheme):
     def __post_init__(self) -> None:
         self.require(self.base > 1, f"base must be above 1, not {self.base}")
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         self.require(shape.hidden % 2 == 0, f"the hidden size must be even, not {shape.hidden}")
         return SinusoidalPlace(self.base)
 
 
-class LearnedPlace(Place):
+class LearnedPlace(PositionEncoding):
     def __init__(self, size: int, hidden: int):
         super().__init__()
         self.reach = size
@@ -79,7 +79,7 @@ class Learned(Scheme):
     def __post_init__(self) -> None:
         self.require(self.size is None or self.size >= 1, f"size must be at least 1, not {self.size}")
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         return LearnedPlace(self.size or shape.window, shape.hidden)
 
 
@@ -92,11 +92,11 @@ class NoPositions(Scheme):
     also: ClassVar[tuple[str, ...]] = ("no-positions",)
     paper: ClassVar[str] = "Kazemnejad 2023, arXiv 2305.19466"
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         self.require(
             shape.causal or shape.ordered, "without positions an encoder cannot tell any order; use rope or t5"
         )
-        return Place()
+        return PositionEncoding()
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,12 @@ class RoPE(Scheme):
         self.require(self.theta > 1, f"theta must be above 1, not {self.theta}")
         self.require(0 < self.share <= 1, f"share must be above 0 and at most 1, not {self.share}")
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         turned = shape.head_dim * self.share
         self.require(
             turned == int(turned) and turned % 2 == 0, f"share={self.share} of {shape.head_dim} is no even width"
         )
-        return Place()
+        return PositionEncoding()
 
     def rope_parameters(self) -> dict[str, Any]:
         share = {} if self.share == 1 else {"partial_rotary_factor": self.share}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine.biased.bias import Bias
-from longspan.positions.scheme import Place, Scheme, Shape
+from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
 def slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
@@ -24,16 +24,16 @@ def slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
     return 2.0 ** (-8 * torch.cat((first, between))[:heads])
 
 
-class ALiBiPlace(Place):
+class ALiBiPlace(PositionEncoding):
     def __init__(self, heads: int):
         super().__init__()
         self.heads = heads
 
-    def law(self, past: int, ahead: int, device: torch.device) -> Bias:
+    def distance_bias(self, past: int, ahead: int, device: torch.device) -> Bias:
         return Bias("linear", slopes(self.heads, device))
 
     def bias(self, distance: Tensor) -> Tensor:
-        return self.law(0, 0, distance.device).values(distance, torch.float32)
+        return self.distance_bias(0, 0, distance.device).values(distance, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,5 @@ class ALiBi(Scheme):
     also: ClassVar[tuple[str, ...]] = ("linear-biases",)
     paper: ClassVar[str] = "Press 2022, arXiv 2108.12409"
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         return ALiBiPlace(shape.heads)

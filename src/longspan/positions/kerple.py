@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from longspan.engine.biased.bias import Bias
-from longspan.positions.scheme import Place, Scheme, Shape
+from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 LEAST = 0.01
 
 
-class KerplePlace(Place):
+class KerplePlace(PositionEncoding):
     def __init__(self, heads: int, kind: Literal["log", "power"], factor: float):
         super().__init__()
         self.kind, self.factor = kind, factor
@@ -42,11 +42,11 @@ class KerplePlace(Place):
         most = math.inf if self.kind == "log" else 2.0
         return _bounded(self.r1, LEAST, math.inf) * self.factor, _bounded(self.r2, LEAST, most)
 
-    def law(self, past: int, ahead: int, device: torch.device) -> Bias:
+    def distance_bias(self, past: int, ahead: int, device: torch.device) -> Bias:
         return Bias(self.kind, *self.parameters_within_bounds())
 
     def bias(self, distance: Tensor) -> Tensor:
-        return self.law(0, 0, distance.device).values(distance, torch.float32)
+        return self.distance_bias(0, 0, distance.device).values(distance, torch.float32)
 
 
 def _bounded(x: Tensor, least: float, most: float) -> Tensor:
@@ -67,5 +67,5 @@ class Kerple(Scheme):
     near: ClassVar[tuple[str, ...]] = ("fire",)
     paper: ClassVar[str] = "Chi 2022, arXiv 2205.09921"
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         return KerplePlace(shape.heads, self.kind, shape.head_dim**-0.5 if self.scale == "before" else 1.0)

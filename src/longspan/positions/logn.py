@@ -21,7 +21,7 @@ from longspan.core.method import Method
 from longspan.engine.biased.bias import Bias
 from longspan.hf.call import LayerCall
 from longspan.hf.site import Site
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class LogN(Method):
         return 1 + (past.log() / math.log(self.window))[:, None, :, None]  # within L exactly 1
 
 
-class LogNPlace(Place):
+class LogNEncoding(PositionEncoding):
     """Log-n around another scheme's place, for a model that is trained with it: log(i + 1) / log L, below L too."""
 
-    def __init__(self, inner: Place, window: int):
+    def __init__(self, inner: PositionEncoding, window: int):
         super().__init__()
         self.inner, self.window = inner, window
         self.score_scale, self.reach = inner.score_scale, inner.reach
 
-    def has(self, what: str) -> bool:
-        return what == "query_scale" or self.inner.has(what)
+    def defines(self, what: str) -> bool:
+        return what == "query_scale" or self.inner.defines(what)
 
     def query_scale(self, positions: Tensor) -> Tensor:
         scale = (positions + 1).float().log() / math.log(self.window)
@@ -82,8 +82,8 @@ class LogNPlace(Place):
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         return self.inner.embed(x, positions)
 
-    def turn(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.inner.turn(query, key, q_positions, k_positions)
+    def rotate_qk(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.rotate_qk(query, key, q_positions, k_positions)
 
     def query_blocks(self, positions: Tensor, dtype: torch.dtype) -> list[tuple[int, int]]:
         return self.inner.query_blocks(positions, dtype)
@@ -91,8 +91,8 @@ class LogNPlace(Place):
     def bias(self, distance: Tensor) -> Tensor:
         return self.inner.bias(distance)
 
-    def law(self, past: int, ahead: int, device: torch.device) -> Bias:
-        return self.inner.law(past, ahead, device)
+    def distance_bias(self, past: int, ahead: int, device: torch.device) -> Bias:
+        return self.inner.distance_bias(past, ahead, device)
 
     def pair_bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         return self.inner.pair_bias(q_positions, k_positions)

@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longspan.positions.scheme import Place, Scheme, Shape
+from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
-class SandwichPlace(Place):
+class SandwichPlace(PositionEncoding):
     def __init__(self, heads: int, width: int):
         super().__init__()
         self.heads, self.width = heads, width
@@ -43,5 +43,5 @@ class Sandwich(Scheme):
     def __post_init__(self) -> None:
         self.require(self.width >= 2 and self.width % 2 == 0, f"width must be even and at least 2, not {self.width}")
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         return SandwichPlace(shape.heads, self.width)

@@ -1,6 +1,6 @@
 """A position scheme: how a token's place enters attention, as one object that a model of our own is built with.
 
-A scheme is a method with settings; `build` makes its `Place` for a model of a given shape. A place holds the scheme's
+A scheme is a method with settings; `build` makes its `PositionEncoding` for a model of a given shape. A place holds the scheme's
 parameters, shared by all layers, and answers a few questions, each of which most schemes leave as they are:
 
     embed       what is added to the token embeddings           sinusoidal, learned
@@ -43,7 +43,7 @@ class Shape:
     ordered: bool = False
 
 
-class Place(nn.Module):
+class PositionEncoding(nn.Module):
     """A scheme in one model. Shapes: positions (B or 1, T), whole numbers; query (B, H, Tq, D), key (B, H_kv, Tk, D)."""
 
     score_scale: float = 1.0
@@ -55,12 +55,12 @@ class Place(nn.Module):
         """Token embeddings (B, T, hidden) with their places."""
         return x
 
-    def turn(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate_qk(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key as they meet. Keys stay in the cache as they were before."""
         return query, key
 
     def query_blocks(self, positions: Tensor, dtype: torch.dtype) -> list[tuple[int, int]]:
-        """Consecutive blocks of queries, (start, end), such that one call of `turn` for each stays within `dtype`.
+        """Consecutive blocks of queries, (start, end), such that one call of `rotate_qk` for each stays within `dtype`.
 
         positions (B or 1, T) are the queries'. One block, unless a scheme's factors grow with the distance.
         """
@@ -74,7 +74,7 @@ class Place(nn.Module):
         """What a score gets at `distance` = query's position - key's, whole numbers of any shape: (H, *shape), float32."""
         raise NotImplementedError
 
-    def law(self, past: int, ahead: int, device: torch.device) -> Bias:
+    def distance_bias(self, past: int, ahead: int, device: torch.device) -> Bias:
         """`bias` as the engine's kernels take it, for distances from -ahead to past: a table of it, where no formula is said."""
         return Bias("table", self.bias(torch.arange(-ahead, past + 1, device=device)), offset=ahead)
 
@@ -84,18 +84,18 @@ class Place(nn.Module):
 
     def query_scores(self, query: Tensor, distance: Tensor, layer: int) -> Tensor:
         """What each query gets besides its product with a key that lies `distance` (N,) behind: (B, H, Tq, N), float32, before
-        the scale; query (B, H, Tq, D) as it was before `turn`."""
+        the scale; query (B, H, Tq, D) as it was before `rotate_qk`."""
         raise NotImplementedError
 
-    def has(self, what: str) -> bool:
+    def defines(self, what: str) -> bool:
         """Whether the scheme has an answer of its own to `what`."""
-        return getattr(type(self), what) is not getattr(Place, what)
+        return getattr(type(self), what) is not getattr(PositionEncoding, what)
 
     @property
     def plain(self) -> bool:
         """Whether attention is what it would be without the scheme, so that any implementation can run it."""
         return self.score_scale == 1.0 and not any(
-            map(self.has, ("turn", "query_scale", "bias", "pair_bias", "query_scores"))
+            map(self.defines, ("rotate_qk", "query_scale", "bias", "pair_bias", "query_scores"))
         )
 
     def reset_parameters(self) -> None:
@@ -112,9 +112,9 @@ class Scheme(Method):
     cost: ClassVar[str] = "time n², cache n"
     why_not_exportable: ClassVar[str] = "a model is trained with its positions; longspan train makes one"
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         """The scheme's part of a model. Raises `NotSupported` for a model that cannot have it."""
-        return Place()
+        return PositionEncoding()
 
     def rope_parameters(self) -> dict[str, Any] | None:
         """What transformers' rotary module is built from, for schemes that rotate; None for the others."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.engine.biased.bias import Bias
-from longspan.positions.scheme import Place, Scheme, Shape
+from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
 def buckets(distance: Tensor, count: int, far: int, *, causal: bool) -> Tensor:
@@ -34,7 +34,7 @@ def buckets(distance: Tensor, count: int, far: int, *, causal: bool) -> Tensor:
     return start + torch.where(distance < exact, distance, (exact + grown.long()).clamp(max=count - 1))
 
 
-class T5Place(Place):
+class T5Place(PositionEncoding):
     def __init__(self, heads: int, count: int, far: int, causal: bool):
         super().__init__()
         self.count, self.far, self.causal = count, far, causal
@@ -44,8 +44,10 @@ class T5Place(Place):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.table, std=0.02)
 
-    def law(self, past: int, ahead: int, device: torch.device) -> Bias:
-        return super().law(min(past, self.far), min(ahead, self.far), device)  # past `far` the last bucket goes on
+    def distance_bias(self, past: int, ahead: int, device: torch.device) -> Bias:
+        return super().distance_bias(
+            min(past, self.far), min(ahead, self.far), device
+        )  # past `far` the last bucket goes on
 
     def bias(self, distance: Tensor) -> Tensor:
         found = buckets(distance, self.count, self.far, causal=self.causal)
@@ -72,6 +74,6 @@ class T5Bias(Scheme):
             self.far > self.buckets // 2, f"far must be above {self.buckets // 2}, half the buckets, not {self.far}"
         )
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         self.require(shape.causal or self.buckets % 4 == 0, "an encoder needs a number of buckets that 4 divides")
         return T5Place(shape.heads, self.buckets, self.far, shape.causal)

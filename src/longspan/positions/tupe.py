@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.engine.core import distances
-from longspan.positions.scheme import Place, Scheme, Shape
+from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 from longspan.positions.t5_bias import T5Place
 
 
-class TupePlace(Place):
+class TupePlace(PositionEncoding):
     score_scale = 2**-0.5
 
     def __init__(self, shape: Shape, relative: T5Place | None, cls: bool):
@@ -69,7 +69,7 @@ class Tupe(Scheme):
     also: ClassVar[tuple[str, ...]] = ("untied-positional-encoding",)
     paper: ClassVar[str] = "Ke 2021, arXiv 2006.15595"
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         cls = not shape.causal if self.cls is None else self.cls
         relative = T5Place(shape.heads, 32, 128, shape.causal) if self.relative else None
         return TupePlace(shape, relative, cls)

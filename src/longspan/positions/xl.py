@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from longspan.positions.scheme import Place, Scheme, Shape
+from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
-class XLPlace(Place):
+class XLPlace(PositionEncoding):
     def __init__(self, shape: Shape, clamp: int | None):
         super().__init__()
         self.clamp = clamp
@@ -62,7 +62,7 @@ class XL(Scheme):
     def __post_init__(self) -> None:
         self.require(self.clamp is None or self.clamp >= 1, f"clamp must be at least 1 token, not {self.clamp}")
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         self.require(shape.causal, "it is defined for looking back; an encoder can have rope or t5")
         self.require(shape.hidden % 2 == 0, f"the hidden size must be even, not {shape.hidden}")
         return XLPlace(shape, self.clamp)

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
-from longspan.positions.scheme import Place, Scheme, Shape
+from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 _EXPONENTS = {torch.float16: 2.5}
 """How far the logarithms of a block's scales go to both sides of zero, 32 for dtypes with float32's range. Products of masked
 pairs reach the square of e to this, which must still be a number."""
 
 
-class XPosPlace(Place):
+class XPosPlace(PositionEncoding):
     def __init__(self, width: int, theta: float, scale_base: float, gamma: float):
         super().__init__()
         self.width, self.theta, self.scale_base, self.gamma = width, theta, scale_base, gamma
@@ -50,7 +50,7 @@ class XPosPlace(Place):
         """Tokens from a block's middle to its end, over which the fastest pair's scale grows to its bound."""
         return int(min(2.0**30, _EXPONENTS.get(dtype, 32.0) * self.scale_base / math.log1p(1 / self.gamma)))
 
-    def turn(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate_qk(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
         middle = (q_positions.amin(-1, keepdim=True) + q_positions.amax(-1, keepdim=True)) // 2
         return self._turned(query, q_positions - middle, 1.0), self._turned(key, k_positions - middle, -1.0)
 
@@ -88,7 +88,7 @@ class XPos(Scheme):
         self.require(self.scale_base > 0, f"scale_base must be above 0, not {self.scale_base}")
         self.require(self.gamma > 0, f"gamma must be above 0, not {self.gamma}")
 
-    def build(self, shape: Shape) -> Place:
+    def build(self, shape: Shape) -> PositionEncoding:
         self.require(shape.causal, "keys after the query would grow without bound; an encoder can have rope or t5")
         self.require(shape.head_dim % 2 == 0, f"the head size must be even, not {shape.head_dim}")
         return XPosPlace(shape.head_dim, self.theta, self.scale_base, self.gamma)

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from longspan.engine.core import expand_heads
 from longspan.lm.attention import SCHEME, query_scores, relative_scores
 from longspan.meter import Meter
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.tasks.base import Outcome, Sample, Task
 from longspan.tasks.receptive_field import POINTS, windows
 from longspan.tasks.text import check_text, read_text
@@ -125,7 +125,7 @@ def _add_scores(
     module: nn.Module, query: Tensor, key: Tensor, sums: Tensor, scaling: float | None = None, **kwargs: Any
 ) -> None:
     """Adds the mean over heads of every causal pair's score to the sum of its distance."""
-    place: Place | None = getattr(module, "place", None)
+    place: PositionEncoding | None = getattr(module, "place", None)
     positions: Any = kwargs.get("position_ids")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if place is None:
@@ -138,7 +138,7 @@ def _add_scores(
     def extra(start: int, end: int) -> Tensor | float:
         """What the scheme adds to the scores of these queries with all keys, mean over heads."""
         added: Tensor | float = 0.0
-        if place.has("bias"):
+        if place.defines("bias"):
             added = place.bias(_distances(start, end, key)).double().mean(0)
         if asking is not None:
             some = slice(start, end)
@@ -147,7 +147,7 @@ def _add_scores(
 
     for start, end in place.query_blocks(positions, key.dtype):
         rows, row_positions = query[:, :, start:end], positions[:, start:end]
-        rows, turned = place.turn(rows, key, row_positions, positions)
+        rows, turned = place.rotate_qk(rows, key, row_positions, positions)
         if factor is not None:
             rows = rows * factor[:, None, start:end, None].to(rows.dtype)
         _add_block(rows, turned, scale, start, sums, extra)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 
+import longspan.lm  # noqa: F401 - makes transformers know the model type
 from longspan import models
 from longspan.apply import apply
 from longspan.core.facts import ModelFacts, text_config
@@ -63,8 +64,6 @@ _DOCUMENTATION = "transformers' documentation"
 
 
 def _default_config(kind: str) -> PreTrainedConfig:
-    if kind == "longspan":
-        import longspan.lm  # noqa: F401 - registers the type
     if kind not in CONFIG_MAPPING:
         hint = _closest(kind, CONFIG_MAPPING, _DOCUMENTATION)
         raise SpecError(f"model.type={kind}: transformers knows no such architecture; {hint}")

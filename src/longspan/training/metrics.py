@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from longspan.core.facts import ModelFacts, facts_of, text_config
-from longspan.engine.call import Grid
+from longspan.engine.call import AttentionShape
 from longspan.lm import LongspanConfig
 from longspan.lm.base import Pattern
 from longspan.util.errors import writing
@@ -82,7 +82,7 @@ def _keys_seen(config: PreTrainedConfig, facts: ModelFacts, length: int) -> floa
     if not isinstance(config, LongspanConfig):
         return facts.layers * length / 2
     kinds = config.attentions_of(causal=True)
-    grids = [Grid(facts.heads, length, layer, causal=True) for layer in range(facts.layers)]
+    grids = [AttentionShape(facts.heads, length, layer, causal=True) for layer in range(facts.layers)]
     seen = ((kinds[grid.layer % len(kinds)], grid) for grid in grids)
     return sum(kind.pairs(grid) for kind, grid in seen if isinstance(kind, Pattern)) / (facts.heads * length)
 

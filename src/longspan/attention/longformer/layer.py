@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from longspan.engine.call import Call
+from longspan.engine.call import AttentionCall
 from longspan.engine.global_tokens import Chosen, attend_everywhere, chosen
 from longspan.lm.layers import LongspanAttention, rotated
 from longspan.util.errors import NotSupported
@@ -50,12 +50,12 @@ class LongformerAttention(LongspanAttention):
         global_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        shown = self._shown(hidden_states, global_attention_mask, padding)
+        always_visible = self._shown(hidden_states, global_attention_mask, padding)
         out, weights = super().forward(
-            hidden_states, attention_mask, rotation, *args, padding=padding, shown=shown, **kwargs
+            hidden_states, attention_mask, rotation, *args, padding=padding, always_visible=always_visible, **kwargs
         )
-        if shown is not None:
-            some = chosen(shown)
+        if always_visible is not None:
+            some = chosen(always_visible)
             out = some.put(out, self._global_rows(hidden_states, some, rotation, padding))
         return out, weights
 
@@ -72,12 +72,14 @@ class LongformerAttention(LongspanAttention):
                 f"global_attention_mask says for every token whether it is global, {tuple(hidden.shape[:2])}; this one is "
                 f"{tuple(given.shape)}"
             )
-        shown = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if given is None else given.bool()
+        always_visible = (
+            torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if given is None else given.bool()
+        )
         if first := cast(Any, self.pattern).globals:
-            real = torch.ones_like(shown) if padding is None else padding
-            shown = shown | (real.cumsum(1) <= first)
-        shown = shown if padding is None else shown & padding
-        return shown if bool(shown.any()) else None
+            real = torch.ones_like(always_visible) if padding is None else padding
+            always_visible = always_visible | (real.cumsum(1) <= first)
+        always_visible = always_visible if padding is None else always_visible & padding
+        return always_visible if bool(always_visible.any()) else None
 
     def _global_rows(
         self, hidden: Tensor, some: Chosen, rotation: tuple[Tensor, Tensor] | None, padding: Tensor | None
@@ -88,7 +90,7 @@ class LongformerAttention(LongspanAttention):
         if rotation is not None:
             cos, sin = (some.of(x.expand(len(hidden), -1, -1)) for x in rotation)
             query, key = rotated(query, (cos, sin)), rotated(key, rotation)
-        bias = self.place.bias if self.place.has("bias") else None
+        bias = self.place.bias if self.place.defines("bias") else None
         dropout = self.config.attention_dropout if self.training else 0.0
-        call = Call(query, key, value, self.scaling * self.place.score_scale, padding, bias, dropout)
+        call = AttentionCall(query, key, value, self.scaling * self.place.score_scale, padding, bias, dropout)
         return self.o_proj(attend_everywhere(call, some.index).transpose(1, 2).flatten(2))

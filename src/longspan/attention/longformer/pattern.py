@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from longspan.attention.longformer.layer import LongformerAttention
 from longspan.engine import backends as routes
 from longspan.engine.blocks.tables import Blocks, band
-from longspan.engine.call import Call, Grid
+from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.patterns import masked_attention, some_heads
 from longspan.engine.window.banded import banded_attention
 from longspan.lm.base import Pattern
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention
-from longspan.positions.scheme import Place
+from longspan.positions.scheme import PositionEncoding
 from longspan.util.errors import NotSupported
 
 
@@ -62,7 +62,7 @@ class Longformer(Pattern):
             "dilated=2,dilation=2, or neither",
         )
 
-    def build(self, config: LongspanConfig, layer: int, place: Place, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
         heads = config.num_attention_heads
         self.require(self.dilated <= heads, f"{self.dilated} heads are to be dilated, and there are {heads}")
         if causal and self.globals:
@@ -79,33 +79,33 @@ class Longformer(Pattern):
     def module_class(self) -> type[LongspanAttention]:
         return LongformerAttention
 
-    def visible(self, queries: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         apart = torch.ones(grid.heads, 1, 1, dtype=torch.long, device=queries.device)
         apart[grid.heads - self.dilated :] = self.dilation
         distance = queries[:, None, :, None] - keys[:, None, None, :]
         before, after = self._sides(grid)
         return (distance % apart == 0) & (distance <= before * apart) & (distance >= -after * apart)
 
-    def ranges(self, start: int, end: int, grid: Grid) -> list[tuple[int, int]]:
+    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
         before, after = (side * self.dilation for side in self._sides(grid))
         return [(max(0, start - before), min(grid.length, end + after))]
 
-    def blocks(self, grid: Grid, size: int, device: torch.device) -> Blocks | None:
+    def blocks(self, grid: AttentionShape, size: int, device: torch.device) -> Blocks | None:
         if self.dilated:
             return None
         lengths, window = (grid.length, grid.length), min(self._sides(grid)[0] + 1, grid.length)
         return band(lengths, window=window, causal=grid.causal, size=size, device=device)
 
-    def kept(self) -> tuple[int, int] | None:
+    def sinks_and_window(self) -> tuple[int, int] | None:
         return None if self.dilated else (0, self.window + 1)
 
     def cached(self) -> tuple[int, int]:
         return 0, self.window * self.dilation + 1
 
-    def run(self, call: Call, grid: Grid) -> Tensor:
+    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
         if call.query_scores is not None:
             return masked_attention(self, call, grid)
-        if not self.dilated and call.shown is None and routes.choose(self, call, grid).way != "masks":
+        if not self.dilated and call.always_visible is None and routes.choose(self, call, grid).way != "masks":
             return routes.run(self, call, grid)
         before, after = self._sides(grid)
         plain = grid.heads - self.dilated
@@ -116,6 +116,6 @@ class Longformer(Pattern):
             return dilated
         return torch.cat((banded_attention(some_heads(call, 0, plain), before, after), dilated), dim=1)
 
-    def _sides(self, grid: Grid) -> tuple[int, int]:
+    def _sides(self, grid: AttentionShape) -> tuple[int, int]:
         """How many tokens are seen before and after a token's own."""
         return (self.window, 0) if grid.causal else (self.window // 2, self.window // 2)

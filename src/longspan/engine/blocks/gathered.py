@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.engine.call import Call
+from longspan.engine.call import AttentionCall
 from longspan.engine.core import expand_heads
 from longspan.engine.slices import Slices
 
@@ -15,7 +15,7 @@ ENTRIES_AT_ONCE = 2**24
 """How many elements the gathered keys, or the scores, of one call of SDPA have."""
 
 
-def block_sparse_attention(call: Call, table: Tensor, block: int, start: int = 0) -> Tensor:
+def block_sparse_attention(call: AttentionCall, table: Tensor, block: int, start: int = 0) -> Tensor:
     """(B, H, T - start, D). table (B or 1, H, blocks, slots): the blocks of keys that each block of queries sees, -1 for
     none; what is named twice counts twice. The first `start` tokens belong to no block and are seen by all."""
     rows, heads, length, width = call.query.shape
@@ -41,7 +41,7 @@ def block_sparse_attention(call: Call, table: Tensor, block: int, start: int = 0
 
 
 def _attend(
-    call: Call,
+    call: AttentionCall,
     blocks: tuple[Slices, Slices, Slices, Tensor],
     early: tuple[Slices, ...],
     table: Tensor,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.engine.call import Call
+from longspan.engine.call import AttentionCall
 from longspan.engine.core import expand_heads
 from longspan.engine.global_tokens import Chosen, chosen
 from longspan.engine.slices import Slices
@@ -38,7 +38,7 @@ class _Shared:
 class _Band:
     """Every `step`-th token of a text, from number `first` (N) on, with its band. seen (N, L): which may be seen in it."""
 
-    call: Call
+    call: AttentionCall
     seen: Tensor
     first: Tensor
     before: int
@@ -47,16 +47,16 @@ class _Band:
     shared: _Shared | None
 
 
-def banded_attention(call: Call, before: int, after: int, dilation: int = 1) -> Tensor:
+def banded_attention(call: AttentionCall, before: int, after: int, dilation: int = 1) -> Tensor:
     """(B, H, T, D) for a text that attends to itself, with its first real token in column 0. before, after: how many tokens
     are seen on either side, `dilation` apart. A row of `call.shown` is seen by all, and counts once."""
     rows, length, device = call.query.shape[0], call.query.shape[2], call.query.device
     seen, shared = torch.ones(rows, length, dtype=torch.bool, device=device), None
     if call.padding is not None:
         seen = call.padding
-    if call.shown is not None:
-        shared = _shared(call, chosen(call.shown & seen))
-        seen = seen & ~call.shown
+    if call.always_visible is not None:
+        shared = _shared(call, chosen(call.always_visible & seen))
+        seen = seen & ~call.always_visible
     first = torch.zeros(rows, dtype=torch.long, device=device)
     if dilation == 1:
         return _attend(_Band(call, seen, first, before, after, 1, shared))
@@ -70,7 +70,7 @@ def banded_attention(call: Call, before: int, after: int, dilation: int = 1) -> 
     return out.unflatten(0, (rows, dilation)).permute(0, 2, 3, 1, 4).flatten(2, 3)[:, :, :length]
 
 
-def _shared(call: Call, some: Chosen) -> _Shared | None:
+def _shared(call: AttentionCall, some: Chosen) -> _Shared | None:
     if not some.index.shape[1]:
         return None
     key, value = (some.of(x.transpose(1, 2)).transpose(1, 2) for x in (call.key, call.value))

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from longspan.engine.blocks.tables import SIZE as BLOCK
 from longspan.engine.blocks.tables import band
-from longspan.engine.call import Call
+from longspan.engine.call import AttentionCall
 from longspan.engine.compiling import compiled
 from longspan.engine.core import expand_heads
 
@@ -29,7 +29,7 @@ MOST_SHAPES = 32
 _shapes: set[tuple] = set()
 
 
-def serves(call: Call, key: Tensor, reach: int) -> bool:
+def serves(call: AttentionCall, key: Tensor, reach: int) -> bool:
     """Whether this path can run the call; what it cannot run goes through SDPA in blocks, with the same result."""
     new, width = call.query.shape[2], call.query.shape[3]
     return (

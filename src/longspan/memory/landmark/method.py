@@ -363,9 +363,7 @@ def load(path: str | Path, model: PreTrainedModel) -> Memory:
         with safe_open(str(path), "pt") as file:
             said = file.metadata() or {}
             if said.get("longspan") != "landmark memory":
-                raise LongspanError(
-                    f"{path} holds no landmark memory; write it with longspan.memory.landmark.save"
-                )
+                raise LongspanError(f"{path} holds no landmark memory; write it with longspan.memory.landmark.save")
             _check_made_by(said, path, reader, model)
             return _loaded(file, reader, model)
     except (SafetensorError, OSError) as error:
