@@ -2,8 +2,8 @@
 
     python tools/imports.py
 
-Every import of the package counts, also one within a function or for type checkers alone. Prints the number of circles, which is 0,
-and what is against the rules; the exit status is 1 where anything is. Which layer may import which is checked by import-linter
+Every import counts, also one within a function or for type checkers alone. Prints the number of circles, which is 0, and what is
+against the rules; the exit status is 1 where anything is. Which layer may import which is checked by import-linter
 (`[tool.importlinter]` in pyproject.toml).
 """
 
