@@ -221,7 +221,7 @@ def test_refusals_come_before_weights(source: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(LongspanError, match="something else than a model"):
         export(source, "none", tmp_path / "full", overwrite=True)
     for place in (source, source.parent):
-        with pytest.raises(LongspanError, match="holds the model that is to be exported"):
+        with pytest.raises(LongspanError, match="holds the model to be exported"):
             export(source, "none", place, overwrite=True)
     assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
 

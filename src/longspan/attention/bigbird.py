@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from longspan.engine.blocks.gathered import block_sparse_attention
@@ -28,8 +29,9 @@ from longspan.engine.blocks.lists import BlockLists, block_lists, listed_attenti
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.global_tokens import Chosen, attend_everywhere
 from longspan.engine.joint import by_row
+from longspan.hf.encoder_form import EncoderForm
 from longspan.lm.base import Pattern
-from longspan.util.errors import NotSupported
+from longspan.util.errors import NotSupported, SpecError
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,6 @@ class BigBird(Pattern):
     name: ClassVar[str] = "bigbird"
     title: ClassVar[str] = "BigBird: window, random and global blocks"
     works_on: ClassVar[str] = "from scratch, trained encoders (longspan apply)"
-    converts_encoders: ClassVar[bool] = True
     paper: ClassVar[str] = "Zaheer 2020, arXiv 2007.14062"
     cost: ClassVar[str] = "time n, encoders only"
     directions: ClassVar[tuple[str, ...]] = ("bidirectional",)
@@ -63,6 +64,30 @@ class BigBird(Pattern):
         self.require(
             self.random > 0 or (self.seed == 0 and self.among is None),
             "with random=0 nothing is drawn; leave seed and among out",
+        )
+
+    def encoder_form(self) -> EncoderForm:
+        return EncoderForm(
+            encoder=transformers.BigBirdModel,
+            masked=transformers.BigBirdForMaskedLM,
+            check=self._check_encoder,
+            config=self._encoder_config,
+            bert_names=True,
+            note="transformers draws random blocks in training only; in evaluation the first block stands in their place",
+        )
+
+    def _check_encoder(self, length: int) -> None:
+        if self != (known := BigBird(self.block, self.random)):
+            hint = " and name global tokens in each call with global_attention_mask" if self.globals else ""
+            raise NotSupported(f"{self.spec}: transformers' BigBird has no such settings; use {known.spec}{hint}")
+        if length % self.block:
+            raise SpecError(f"length={length:,} must be a multiple of block={self.block}")
+
+    def _encoder_config(
+        self, old: transformers.PreTrainedConfig, settings: dict[str, Any], length: int
+    ) -> transformers.BigBirdConfig:
+        return transformers.BigBirdConfig(
+            **settings, block_size=self.block, num_random_blocks=self.random, max_position_embeddings=length
         )
 
     def check_direction(self, causal: bool) -> None:

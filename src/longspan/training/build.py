@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 import longspan.lm  # noqa: F401 - makes transformers know the model type
 from longspan import models
-from longspan.apply import apply
-from longspan.core.facts import ModelFacts, text_config
+from longspan.apply import apply, config_entry
+from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.core.method import Combination, NoMethod, parse
+from longspan.core.training_setup import TrainingSetup
+from longspan.hf.parts import add_parts
 from longspan.memory.gist import method as gist
 from longspan.memory.landmark import method as landmark
-from longspan.memory.rmt import RMT, around
 from longspan.models import load_tokenizer, rows_needed
+from longspan.training.data import is_task
 from longspan.training.recipe import LoraRecipe, Recipe, TokenizerRecipe
 from longspan.util.errors import NotSupported, SpecError, nearest
 from longspan.util.fetching import reading
@@ -78,52 +81,52 @@ def _closest(word: str, known: Any, lists: str) -> str:
 
 
 def check_method(recipe: Recipe, facts: ModelFacts) -> Combination | None:
-    """The recipe's method with its settings filled in. Raises `LongspanError` where it cannot be, or where positions would be
-    trained that the model is not made for."""
+    """The recipe's method with its settings filled in; None where the recipe names none.
+
+    facts: of the model to train. Raises `LongspanError` where the method cannot be trained so, and for positions that the model
+    is not meant for.
+    """
     pose = recipe.positions.pose(recipe.data.length)
     target = pose.target if pose else recipe.data.length
-    wanted = parse(recipe.method).resolve(facts, target) if recipe.method else None
-    if recipe.lora is not None and gist.gist_of(wanted) is not None:
-        raise SpecError("lora: adapters do not train the gist token's own row; leave lora out")
-    if (marks := landmark.landmark_of(wanted)) is not None:
-        _check_landmarks(recipe, marks, facts)
-    reach = _reach(wanted or Combination((NoMethod(),)), facts)
+    method = parse(recipe.method).resolve(facts, target) if recipe.method else None
+    if method is not None:
+        _check_learnable(recipe, method, facts)
+    reach = (method or Combination((NoMethod(),))).training_reach(facts)
     if reach is not None and reach < target:
         key = "positions.target" if pose else "data.length"
         raise SpecError(
-            f"{key}={target}: {f'{wanted.spec} on ' if wanted else ''}this model reads {reach:,} tokens; "
+            f"{key}={target}: {f'{method.spec} on ' if method else ''}this model reads {reach:,} tokens; "
             + (
                 f"use method=yarn:factor={-(-target // facts.window)}"
                 if facts.rope
                 else f"set {key} to at most {reach}"
             )
         )
-    return wanted
+    return method
 
 
-def _check_landmarks(recipe: Recipe, method: landmark.Landmark, facts: ModelFacts) -> None:
-    """Raises `SpecError` for what landmark attention is not trained with."""
-    if recipe.lora is not None:
-        raise SpecError("lora: adapters do not train the landmark's own row; leave lora out")
-    if recipe.positions.kind != "ordinary":
-        raise SpecError("positions.kind: landmark counts positions by itself; use positions.kind=ordinary")
-    if recipe.data.packing == "boundaries":
-        raise SpecError("data.packing=boundaries: landmark's blocks go through a whole sample; use plain or none")
-    most = facts.window * method.block // (method.block + 1)
-    if recipe.data.length > most:
-        new = "set model.max_position_embeddings higher, or " if not isinstance(recipe.model, str) else ""
-        raise SpecError(
-            f"data.length={recipe.data.length}: with a landmark after every {method.block} tokens this model's window of "
-            f"{facts.window:,} holds {most:,}; {new}train on shorter texts, it reads longer ones afterwards"
-        )
+def _check_learnable(recipe: Recipe, method: Combination, facts: ModelFacts) -> None:
+    """Raises `SpecError` where one of the methods cannot be learned with the recipe."""
+    setup = training_setup(recipe)
+    for part in method.methods:
+        part.check_training(setup, facts)
+    if setup.lora and (trained := method.parts(facts)):
+        raise SpecError(f"lora: adapters do not train the parameters that {' and '.join(trained)} adds; leave lora out")
 
 
-def _reach(method: Combination, facts: ModelFacts) -> int | None:
-    """The longest input that a model trained with `method` is for: what a scaling stretches the window to, even where it does
-    not carry as far without training (NTK)."""
-    reach = method.reach(facts)
-    stretched = [int(facts.window * factor) for m in method.methods if (factor := getattr(m, "factor", None))]
-    return None if reach is None else max([reach, *stretched])
+def training_setup(recipe: Recipe) -> TrainingSetup:
+    """The recipe as methods see it."""
+    keys = {"data.train": recipe.data.train, "data.valid": recipe.data.valid}
+    return TrainingSetup(
+        length=recipe.data.length,
+        batch=recipe.training.at_once(int(os.environ.get("WORLD_SIZE", "1"))),
+        packing=recipe.data.packing,
+        positions=recipe.positions.kind,
+        lora=recipe.lora is not None,
+        from_scratch=not isinstance(recipe.model, str),
+        texts={key: name for key, name in keys.items() if name is not None and not is_task(name)},
+        task=recipe.data.task,
+    )
 
 
 def build(recipe: Recipe, config: PreTrainedConfig, method: Combination | None, dtype: torch.dtype) -> nn.Module:
@@ -135,18 +138,31 @@ def build(recipe: Recipe, config: PreTrainedConfig, method: Combination | None, 
         with reading(f"model: no {config.model_type} model can be built"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if method is not None:
-        model = _with_method(model, method)
+        model = _with_method(model, method, recipe.seed)
     return model if recipe.lora is None else _adapted(model, recipe.lora)
 
 
-def _with_method(model: PreTrainedModel, method: Combination) -> PreTrainedModel:
-    if isinstance(method.methods[0], RMT):
-        return around(model, method.methods[0])
+def _with_method(model: PreTrainedModel, method: Combination, seed: int) -> PreTrainedModel:
+    """The model with its methods: first those that build another model around it, then those that are put on it."""
+    put_on = []
+    for part in method.methods:
+        if (built := part.build_model(model)) is None:
+            put_on.append(part)
+        else:
+            model = built
+            if (entry := config_entry("built_by", Combination((part,)))).get("files"):
+                text_config(model.config).longspan = entry  # which file must be loaded first
+    if not put_on:
+        return model
+    facts = facts_of(model)
+    if method.added_parameters(facts):
+        set_seed(seed)
+        add_parts(model, Combination(tuple(put_on)), facts)
     if gist.gist_of(method) is not None:
         return gist.put_on(model, method)
     if landmark.landmark_of(method) is not None:
         return landmark.put_on(model, method)
-    return apply(model, method)
+    return apply(model, Combination(tuple(put_on)))
 
 
 def saved_parameters(model: nn.Module) -> int:
@@ -165,10 +181,8 @@ def rebuild(recipe: Recipe, checkpoint: Path, method: Combination | None, dtype:
             model if method is None else apply(model, method), checkpoint, is_trainable=True
         )
     model, _ = models.load(checkpoint, dtype=dtype, device="cpu")
-    if method is not None and not isinstance(
-        method.methods[0], RMT
-    ):  # scaling is in the configuration, and load put on the rest
-        text_config(model.config).longspan = {"method": method.spec}
+    if entry := models.saved_entry(checkpoint):  # load put on what a checkpoint does not hold, and named that alone
+        text_config(model.config).longspan = entry
     return model
 
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from longspan.core.method import parse
 from longspan.core.tokens import encode_all
 from longspan.memory.gist import method as gist
 from longspan.models import rows_needed
-from longspan.tasks.base import Task, parse_task, task_catalogue
+from longspan.tasks.base import Sample, Task, parse_task, task_catalogue
 from longspan.tasks.text import BUILT_IN, check_text, read_text
 from longspan.training.recipe import DataRecipe, Recipe, TokenizerRecipe
 from longspan.util.errors import NotSupported, SpecError, writing
@@ -97,11 +98,6 @@ def check_source(recipe: Recipe, key: str) -> None:
         if data.packing != "none":
             raise SpecError(f"{key}={name}: a task's samples are a window each: use data.packing=none")
         _check_task(recipe, parse_task(name), key)
-    elif gist.gist_of(recipe.method) is not None and data.task is None:
-        raise SpecError(
-            f"{key}={name}: gist tokens stand behind instructions, and a text has none; use {key}=instructions, or mix them in "
-            "with data.task=instructions"
-        )
     elif data.samples is not None and key == "data.train" and data.task is None:
         raise SpecError(
             f"data.samples={data.samples} would change nothing: it counts a task's samples, and {name} is a text"
@@ -125,11 +121,11 @@ def task_tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase) ->
     task = parse_task(source(recipe.data, key) or "")
     count = (recipe.data.samples or 1000) if train else recipe.data.valid_samples
     seed = recipe.seed + (not train)
-    if (wanted := gist.gist_of(recipe.method)) is None:
-        samples = task.samples(tokenizer, recipe.data.length, count, seed)
-    else:
-        wanted = replace(wanted, id=gist.add_token(tokenizer))
-        samples = gist.inserted(task.samples(tokenizer, recipe.data.length - wanted.tokens, count, seed), wanted)
+    methods = gist.with_token(parse(recipe.method), tokenizer).methods if recipe.method else ()
+    room = sum(method.inserted_tokens() for method in methods)
+    samples: Sequence[Sample] = task.samples(tokenizer, recipe.data.length - room, count, seed)
+    for method in methods:
+        samples = method.training_samples(samples)
     whole = [[*s.tokens, *task.answer(tokenizer, s), tokenizer.eos_token_id] for s in samples]
     ids = np.array([i for one in whole for i in one], dtype=np.int64)
     ends = np.cumsum([len(one) for one in whole])

@@ -23,7 +23,6 @@ import json
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,12 +33,11 @@ import torch
 import yaml
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from longspan import models
 from longspan.core.facts import facts_of, text_config
 from longspan.core.method import Combination
-from longspan.memory.focused import method as focused
 from longspan.memory.gist import method as gist
 from longspan.memory.landmark import method as landmark
 from longspan.models import load_tokenizer, rows_needed
@@ -70,7 +68,7 @@ from longspan.training.trainer import (
     step_of,
 )
 from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
-from longspan.util.files import read_object, write_atomically
+from longspan.util.files import filling, read_object, write_atomically
 from longspan.util.units import duration, size
 
 _RUN, _RESULT, _LOCK = "run.json", "result.json", ".lock"
@@ -148,11 +146,7 @@ def check(recipe: Recipe) -> None:
     """Raises `LongspanError` for what can be refused without reading data or weights."""
     for key in ("data.train", "data.valid", "data.task"):
         check_source(recipe, key)
-    method = build.check_method(recipe, facts_of(build.model_config(recipe, build.vocabulary(recipe), {})))
-    if method is not None:
-        at_once = recipe.training.at_once(int(os.environ.get("WORLD_SIZE", "1")))
-        ordinary = recipe.positions.kind == "ordinary" and recipe.data.packing != "boundaries"
-        focused.check_training(method, recipe.data.length, at_once, ordinary)
+    build.check_method(recipe, facts_of(build.model_config(recipe, build.vocabulary(recipe), {})))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise NotSupported(
             "longspan train splits the data among devices and keeps the whole model on each; run it under torchrun, or under "
@@ -335,7 +329,7 @@ def _tokenizer(recipe: Recipe, out: Path) -> PreTrainedTokenizerBase:
     place = out / "tokenizer"
     if not place.is_dir():
         texts = documents(recipe.data, "data.train")
-        with _filling(place) as folder:
+        with filling(place) as folder:
             train_tokenizer(texts, recipe.tokenizer).save_pretrained(folder)
     return load_tokenizer(str(place))
 
@@ -485,8 +479,13 @@ def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
         args=job.arguments,
         train_dataset=course,
         eval_dataset=validation,
-        callbacks=[recorder, *focused.callbacks(causal_model(model))],
+        callbacks=[recorder, *_callbacks(job.method, causal_model(model))],
     )
+
+
+def _callbacks(method: Combination | None, causal: PreTrainedModel) -> list[TrainerCallback]:
+    """What the methods have the Trainer call while it trains the model."""
+    return [callback for part in (method.methods if method else ()) for callback in part.training_callbacks(causal)]
 
 
 def _reading(job: _Job, course: Course, causal: PreTrainedModel) -> Callable[[int, int], tuple[int, float]]:
@@ -514,7 +513,7 @@ def _finish(job: _Job, model: nn.Module, tokens: int) -> TrainResult:
     if job.arguments.process_index == 0:
         lora = job.recipe.lora
         final = model.merge_and_unload() if lora and lora.save == "merged" else model  # type: ignore[operator]
-        with _filling(job.out / "model") as folder:
+        with filling(job.out / "model") as folder:
             save_folder(final, job.tokenizer, job.recipe, folder)
         records = read_metrics(job.out)
         plot(records, job.out / "loss.png", job.out.resolve().name)
@@ -575,16 +574,3 @@ def terminal(done: TrainResult, console: Console) -> None:
     took = f"{done.tokens:,} tokens in {duration(done.seconds)}{speed}"
     console.print(f"{done.steps:,} steps, {took}: {losses or 'no loss is on record'}")
     console.print(f"the model is in {done.model}, its course in {done.out}/loss.png and {done.out}/metrics.jsonl")
-
-
-@contextlib.contextmanager
-def _filling(place: Path) -> Iterator[Path]:
-    """A folder beside `place` that takes its place, whole, when the block ends well."""
-    part = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        shutil.rmtree(place, ignore_errors=True)
-        part.rename(place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
