@@ -218,7 +218,7 @@ def test_refusals_come_before_weights(source: Path, tmp_path: Path, monkeypatch:
     for out, message in [("full", "not empty"), ("file", "is a file")]:
         with pytest.raises(LongspanError, match=message):
             export(source, "none", tmp_path / out)
-    with pytest.raises(LongspanError, match="something else than a model"):
+    with pytest.raises(LongspanError, match="does not hold a model"):
         export(source, "none", tmp_path / "full", overwrite=True)
     for place in (source, source.parent):
         with pytest.raises(LongspanError, match="holds the model to be exported"):
@@ -246,7 +246,7 @@ def test_a_failure_leaves_what_was_there(source: Path, tmp_path: Path, monkeypat
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("longspan.export._write", full)
+    monkeypatch.setattr("longspan.export.checkpoint.write_json", full)
     with pytest.raises(LongspanError, match="No space left"):
         export(source, "yarn:factor=4", out, overwrite=True)
     assert (out / "config.json").read_text() == before
