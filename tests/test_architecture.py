@@ -1,4 +1,4 @@
-"""The page on architecture is held to the tree: every path on it exists, every part of the package is on it, its layers are the contract's."""
+"""The page on architecture is held to the tree: its paths exist, the package is on it, its layers are those of the contract."""
 
 from __future__ import annotations
 
