@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from longspan.core.facts import ModelFacts
 from longspan.core.registry import Registered, import_all
 from longspan.util.errors import NotSupported, SpecError, nearest
@@ -81,6 +83,13 @@ class Method(Registered):
     def keys_seen(self, facts: ModelFacts, length: int) -> int:
         """How many keys the last query of `length` tokens attends to."""
         return self.cache_tokens(facts, length)
+
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The same method after it has added its special tokens, if any, to the tokenizer."""
+        return self
+
+    def prepare_model(self, model: PreTrainedModel) -> None:
+        """Adds embedding rows for the method's special tokens, if any; `prepare_tokenizer` comes first."""
 
     def attach(self, site: Any) -> None:
         """Puts the method on a model through what `site` (`longspan.hf.site.Site`) lets it change."""
@@ -156,6 +165,15 @@ class Combination:
         """Checks against the model and fills in every setting that follows from `length` (in tokens)."""
         self.check(facts)
         return Combination(tuple(m.resolve(facts, length) for m in self.methods))
+
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Combination:
+        """The same methods after each has added its special tokens to the tokenizer."""
+        return Combination(tuple(m.prepare_tokenizer(tokenizer) for m in self.methods))
+
+    def prepare_model(self, model: PreTrainedModel) -> None:
+        """Adds embedding rows for the methods' special tokens."""
+        for method in self.methods:
+            method.prepare_model(model)
 
     def reach(self, facts: ModelFacts) -> int | None:
         reaches = [m.reach(facts) for m in self.methods]
