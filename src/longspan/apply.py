@@ -20,6 +20,7 @@ import torch
 from transformers import (
     DynamicCache,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from longspan.core.facts import facts_of, rotary_modules, text_config
@@ -51,11 +52,16 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def apply(
-    model: Model, method: str | Method | Combination | Iterable[str | Method], *, length: int | None = None
+    model: Model,
+    method: str | Method | Combination | Iterable[str | Method],
+    *,
+    length: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Model:
     """Puts `method` on `model` in place and returns the model; what was on it before is taken off first.
 
     length: the target length in tokens, from which settings that were left open are derived.
+    tokenizer: where the method needs a special token (gist, landmark), gets that token, and the model a row for it.
     Raises `SpecError` for a method that cannot be read and `NotSupported` for one that cannot work on this model; the model
     is then as it was.
     """
@@ -64,7 +70,12 @@ def apply(
     remove(model)
     try:
         facts = facts_of(model)
-        site = Site(model, methods.resolve(facts, length), facts)
+        resolved = methods.resolve(facts, length)
+        if tokenizer is not None:
+            resolved = resolved.prepare_tokenizer(tokenizer)
+            resolved.prepare_model(model)
+            facts = facts_of(model)
+        site = Site(model, resolved, facts)
         site.makes_dynamic_caches = facts.encoder_decoder or not site.slots or _makes_dynamic_caches(model)
         _attach(site)
     except BaseException:

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.core.facts import ModelFacts
 from longspan.core.registry import Registered, import_all
@@ -93,8 +93,19 @@ class Method(Registered):
         """How many keys the last query of `length` tokens attends to."""
         return self.cache_tokens(facts, length)
 
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The same method after it has added its special tokens, if any, to the tokenizer."""
+        return self
+
+    def prepare_model(self, model: PreTrainedModel) -> None:
+        """Adds embedding rows for the method's special tokens, if any; `prepare_tokenizer` comes first."""
+
     def attach(self, site: Any) -> None:
         """Puts the method on a model through what `site` (`longspan.hf.site.Site`) lets it change."""
+
+    def token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that `prepare_model` gives the model rows for; none unless overridden."""
+        return ()
 
     def parts(self, facts: ModelFacts) -> nn.Module | None:
         """The module of trained parameters that the method adds to a model of these `facts`, with its initial values.
@@ -215,6 +226,15 @@ class Combination:
         """Checks against the model and fills in every setting that follows from `length` (in tokens)."""
         self.check(facts)
         return Combination(tuple(m.resolve(facts, length) for m in self.methods))
+
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Combination:
+        """The same methods after each has added its special tokens to the tokenizer."""
+        return Combination(tuple(m.prepare_tokenizer(tokenizer) for m in self.methods))
+
+    def prepare_model(self, model: PreTrainedModel) -> None:
+        """Adds embedding rows for the methods' special tokens."""
+        for method in self.methods:
+            method.prepare_model(model)
 
     def reach(self, facts: ModelFacts) -> int | None:
         """The longest input, in tokens, that the methods together are meant for; None where there is no end."""

@@ -194,7 +194,9 @@ def export_encoder(
         model.config.sep_token_id = tokenizer.sep_token_id
         model.save_pretrained(folder)
         size = size_of(folder)
-    untrained = f"positions past {_window(config):,} tokens are untrained copies of earlier ones: train it on long texts before use"
+    untrained = (
+        f"positions past {_window(config):,} tokens are copies that were never trained: train it on long texts first"
+    )
     return EncoderReport(
         folder=str(out),
         model=str(model_name),

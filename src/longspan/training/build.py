@@ -18,8 +18,6 @@ from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.core.method import Combination, NoMethod, parse
 from longspan.core.training_setup import TrainingSetup
 from longspan.hf.parts import add_parts
-from longspan.memory.gist import method as gist
-from longspan.memory.landmark import method as landmark
 from longspan.models import load_tokenizer, rows_needed
 from longspan.training.data import is_task
 from longspan.training.recipe import LoraRecipe, Recipe, TokenizerRecipe
@@ -154,15 +152,13 @@ def _with_method(model: PreTrainedModel, method: Combination, seed: int) -> PreT
                 text_config(model.config).longspan = entry  # which file must be loaded first
     if not put_on:
         return model
+    rest = Combination(tuple(put_on))
+    rest.prepare_model(model)
     facts = facts_of(model)
-    if method.added_parameters(facts):
+    if rest.added_parameters(facts):
         set_seed(seed)
-        add_parts(model, Combination(tuple(put_on)), facts)
-    if gist.gist_of(method) is not None:
-        return gist.put_on(model, method)
-    if landmark.landmark_of(method) is not None:
-        return landmark.put_on(model, method)
-    return apply(model, Combination(tuple(put_on)))
+        add_parts(model, rest, facts)
+    return apply(model, rest)
 
 
 def saved_parameters(model: nn.Module) -> int:

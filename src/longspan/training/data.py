@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from longspan.core.method import parse
 from longspan.core.tokens import encode_all
-from longspan.memory.gist import method as gist
 from longspan.models import rows_needed
 from longspan.tasks.base import Sample, Task, parse_task, task_catalogue
 from longspan.tasks.text import BUILT_IN, check_text, read_text
@@ -121,7 +120,7 @@ def task_tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase) ->
     task = parse_task(source(recipe.data, key) or "")
     count = (recipe.data.samples or 1000) if train else recipe.data.valid_samples
     seed = recipe.seed + (not train)
-    methods = gist.with_token(parse(recipe.method), tokenizer).methods if recipe.method else ()
+    methods = parse(recipe.method).prepare_tokenizer(tokenizer).methods if recipe.method else ()
     room = sum(method.inserted_tokens() for method in methods)
     samples: Sequence[Sample] = task.samples(tokenizer, recipe.data.length - room, count, seed)
     for method in methods:

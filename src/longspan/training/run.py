@@ -37,9 +37,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from longspan import models
 from longspan.core.facts import facts_of, text_config
-from longspan.core.method import Combination
-from longspan.memory.gist import method as gist
-from longspan.memory.landmark import method as landmark
+from longspan.core.method import Combination, parse
 from longspan.models import load_tokenizer, rows_needed
 from longspan.training import build
 from longspan.training.data import (
@@ -279,14 +277,12 @@ def _trained(out: Path) -> str | None:
 
 def _prepare(recipe: Recipe, out: Path, arguments: TrainingArguments, dtype: str) -> _Job:
     tokenizer = _tokenizer(recipe, out)
-    if gist.gist_of(recipe.method) is not None:
-        gist.add_token(tokenizer)
-    if landmark.landmark_of(recipe.method) is not None:
-        landmark.add_token(tokenizer)
+    if recipe.method is not None:
+        parse(recipe.method).prepare_tokenizer(tokenizer)
     special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     config = build.model_config(recipe, rows_needed(tokenizer), special)
     method = build.check_method(recipe, facts_of(config))
-    method = method and landmark.with_token(gist.with_token(method, tokenizer), tokenizer)
+    method = method and method.prepare_tokenizer(tokenizer)
     show = arguments.process_index == 0
     tokens = _tokens(recipe, "data.train", tokenizer, out, show)
     valid = None if recipe.data.valid is None else _tokens(recipe, "data.valid", tokenizer, out, show)
@@ -299,11 +295,9 @@ def _prepare(recipe: Recipe, out: Path, arguments: TrainingArguments, dtype: str
 
 
 def _check_rows(config: PreTrainedConfig, method: Combination | None, read: Mapping[str, Tokens]) -> None:
-    """Raises `LongspanError` for tokens that the model has no row for."""
-    own = [
-        getattr(m, "id", None) or 0 for m in (method.methods if method else ())
-    ]  # a method's token gets a row of its own
-    rows = max([text_config(config).vocab_size, *(id + 1 for id in own)])
+    """Raises `LongspanError` for tokens that the model has no embedding row for."""
+    added = [id for part in (method.methods if method else ()) for id in part.token_ids()]
+    rows = max([text_config(config).vocab_size, *(id + 1 for id in added)])
     for key, tokens in read.items():
         if len(tokens.ids) and (highest := int(tokens.ids.max())) >= rows:
             raise LongspanError(

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,29 +34,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.apply import apply
 from longspan.core.facts import ModelFacts, decoder_of
-from longspan.core.method import Combination, Method, combination
+from longspan.core.method import Combination, combination
 from longspan.core.tokens import encode, with_bos
 from longspan.core.training_setup import TrainingSetup
 from longspan.engine.retrieval.landmarks import Layout
 from longspan.hf import compat
-from longspan.hf.site import Site, remove
-from longspan.memory.gist.method import extend
+from longspan.hf.site import Site
 from longspan.memory.landmark.cache import PageLayer, Rows
 from longspan.memory.landmark.reader import LandmarkReader
+from longspan.memory.special_tokens import TokenMethod, known_id
 from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
 
 TOKEN = "<LANDMARK>"
-_KNOWN = "landmark_token_id"
-"""In a model's configuration, and so saved with it: the token that it has a row for."""
 _AT_ONCE = 64
 """Chunks of a document that are read in one forward."""
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
-class Landmark(Method):
+class Landmark(TokenMethod):
     """A landmark after every `block` tokens; `retrieve` blocks for each token and head (`per=token`) or for each head and chunk
     (`per=head`), beside the chunk of `local` tokens at hand. `offload` keeps the other blocks in the CPU's memory. `id` is the
     landmark's token, which a training fills in.
@@ -72,6 +68,7 @@ class Landmark(Method):
     id: int | None = None
 
     name: ClassVar[str] = "landmark"
+    token: ClassVar[str] = TOKEN
     title: ClassVar[str] = "Landmark attention"
     also: ClassVar[tuple[str, ...]] = ("landmark-attention", "landmark-tokens")
     paper: ClassVar[str] = "Mohtashami & Jaggi 2023, arXiv 2305.16300"
@@ -155,20 +152,10 @@ class Landmark(Method):
             )
 
     def attach(self, site: Site) -> None:
-        known = getattr(site.model.config, _KNOWN, None)
-        id = known if self.id is None else self.id
-        if id is None:
-            raise NotSupported(
-                f"{site.facts.architecture} has no landmark: longspan train with method={self.spec} teaches it one, and "
-                "longspan.memory.landmark.prepare(model, tokenizer, method) gives it one in Python"
-            )
+        known = known_id(site.model, Landmark)
+        id = self.check_token(site, known if self.id is None else self.id)
         if known not in (None, id):
             raise NotSupported(f"landmark: this model's landmark is token {known}, not {id}; leave id out")
-        if id >= site.facts.vocab:
-            raise NotSupported(
-                f"landmark: id={id} is no token of this model, which has {site.facts.vocab:,}; load the model that was "
-                "trained with it"
-            )
         if getattr(site.model.base_model, "leading", 0):
             raise NotSupported(
                 "landmark counts blocks from a text's first token, and this model puts a learned sink before it; use a model "
@@ -203,56 +190,10 @@ def reader_on(model: PreTrainedModel) -> LandmarkReader:
     site: Site | None = getattr(model, "_longspan", None)
     if site is None or not isinstance(site.state, LandmarkReader):
         raise NotSupported(
-            "this model has no landmarks: load one that was trained with them, or longspan.memory.landmark.prepare(model, …)"
+            "this model has no landmarks: load one that was trained with them, or "
+            'longspan.apply(model, "landmark", tokenizer=tokenizer)'
         )
     return site.state
-
-
-def add_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of `<LANDMARK>`, which is added to the tokenizer where it has none."""
-    if TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([TOKEN], special_tokens=True)
-    id: Any = tokenizer.convert_tokens_to_ids(TOKEN)
-    if other := next((name for name, other in tokenizer.get_vocab().items() if other == id and name != TOKEN), None):
-        raise NotSupported(
-            f"the tokenizer's ids have gaps, and a new token, {TOKEN}, would be {id}, which is {other!r}: number its tokens anew"
-        )
-    return int(id)
-
-
-def with_token(method: Combination, tokenizer: PreTrainedTokenizerBase) -> Combination:
-    """The same methods with landmark's token, which the tokenizer then has. Raises `SpecError` for an id that is another
-    token's."""
-    wanted = landmark_of(method)
-    if wanted is None:
-        return method
-    id = add_token(tokenizer)
-    wanted.require(wanted.id in (None, id), f"id={wanted.id} is not {TOKEN}, which is {id} here; leave id out")
-    return Combination(tuple(replace(m, id=id) if isinstance(m, Landmark) else m for m in method.methods))
-
-
-def prepare(
-    model: Model, tokenizer: PreTrainedTokenizerBase, method: str | Landmark | Combination = "landmark"
-) -> tuple[Model, Landmark]:
-    """A model that has a landmark, and `method` on it, with the method as it then is. The token is added to the tokenizer, and
-    a new row to the model, the mean of the vocabulary's; a model that has learned the token keeps its row."""
-    wanted = with_token(combination(method), tokenizer)
-    found = landmark_of(wanted)
-    if found is None:
-        raise SpecError(f"{wanted.spec} has no landmarks; write landmark")
-    return put_on(model, wanted), found
-
-
-def put_on(model: Model, method: Combination) -> Model:
-    """Puts methods with a landmark that has its token on a model, which gets a row for it unless its configuration says that
-    it has one, learned or not."""
-    wanted = landmark_of(method)
-    assert wanted is not None and wanted.id is not None, "with_token() has filled it in"
-    if getattr(model.config, _KNOWN, None) != wanted.id:
-        remove(model)
-        extend(model, wanted.id)
-        setattr(model.config, _KNOWN, wanted.id)
-    return apply(model, method)
 
 
 # Documents
