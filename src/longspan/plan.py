@@ -189,13 +189,16 @@ def _in_order() -> list[type[Method]]:
 
 def _row(case: _Case, cls: type[Method], length: int, free: int, speeds: Speeds) -> MethodPlan:
     try:
-        wanted = Combination((cls(),)).resolve(case.facts, length)
+        method = Combination((cls(),)).resolve(case.facts, length)
     except LongspanError as error:
         return MethodPlan(cls.name, legal=False, reason=str(error).removeprefix(f"{cls.name}: "))
-    needs, reach = needed(case, wanted, length), wanted.reach(case.facts)
-    prefill, decode = seconds(case, wanted, length, speeds)
+    except TypeError:  # a setting has no default
+        reason = "it needs settings that do not follow from the length: name it with them"
+        return MethodPlan(cls.name, legal=False, reason=reason)
+    needs, reach = needed(case, method, length), method.reach(case.facts)
+    prefill, decode = seconds(case, method, length, speeds)
     reason = f"made for up to {reach:,} tokens" if reach is not None and reach < length else ""
-    return MethodPlan(wanted.spec, True, reason, reach, needs, needs.total <= free, prefill, decode)
+    return MethodPlan(method.spec, True, reason, reach, needs, needs.total <= free, prefill, decode)
 
 
 # Memory
@@ -224,7 +227,8 @@ def needed(case: _Case, wanted: Combination, length: int) -> Needs:
     activations = at_once * width * case.dtype.itemsize + cache // facts.layers + facts.vocab * 4
     # Chunks after the first attend with a mask, as booleans and as numbers.
     activations += min(at_once, length - at_once) * _kept(facts, wanted, length) * (1 + case.dtype.itemsize)
-    return Needs(facts.parameters * case.dtype.itemsize, cache, activations, case.process)
+    weights = (facts.parameters + wanted.added_parameters(facts)) * case.dtype.itemsize
+    return Needs(weights, cache, activations, case.process)
 
 
 def _kept(facts: ModelFacts, wanted: Combination, length: int) -> int:

@@ -48,12 +48,13 @@ MethodLike = str | Path | Method | Combination | Iterable[str | Method]
 @dataclass(frozen=True)
 class Chosen:
     """A method as the user asked for it, and with every setting filled in; or a model that was trained from the one that is
-    compared, in the folder `trained`, of which `asked` is the name."""
+    compared, in the folder `trained`, of which `asked` is the name and `saved` are the methods that it was saved with."""
 
     asked: str
     method: Combination
     trained: str | None = None
     facts: ModelFacts | None = None
+    saved: tuple[Method, ...] = ()
 
     @property
     def spec(self) -> str:
@@ -78,6 +79,8 @@ class Cell:
     device: str
     processor: str
     trained: str | None = None
+    saved: tuple[Method, ...] = ()
+    """The methods that the model in `trained` was saved with."""
 
     @property
     def spec(self) -> str:
@@ -86,8 +89,8 @@ class Cell:
 
     @property
     def parts(self) -> list[Method | Task]:
-        """What the cell is made of: its methods and its task."""
-        return [*self.method.methods, self.task]
+        """The methods and the task of the cell, whose own files decide its result."""
+        return [*self.method.methods, *self.saved, self.task]
 
     @functools.cached_property
     def key(self) -> str:
@@ -172,15 +175,15 @@ def read_methods(
     unique: dict[str, Chosen] = {}
     for one in (bare, *chosen):
         unique.setdefault(one.spec, one)
-        for method in one.method.methods:
+        for method in (*one.method.methods, *one.saved):
             check_importable(type(method))
     return list(unique.values()), left_out
 
 
 def _chosen(asked: MethodLike, facts: ModelFacts, longest: int, model: str) -> Chosen:
     if trained.is_folder(asked):
-        folder, own = trained.trained_model(str(asked), model)
-        return Chosen(str(asked), combination(NoMethod.name), folder, own)
+        folder, trained_facts, saved = trained.trained_model(str(asked), model)
+        return Chosen(str(asked), combination(NoMethod.name), folder, trained_facts, saved.methods)
     method = _combination(asked)
     return Chosen(method.spec, method.resolve(facts, longest))
 
@@ -358,6 +361,7 @@ class Plan:
                 device=self.device.type,
                 processor=self.machine["device_name"],
                 trained=chosen.trained,
+                saved=chosen.saved,
             )
             for chosen in self.methods
             for task in self.tasks
@@ -405,7 +409,14 @@ class Plan:
             "spec": chosen.spec,
             "asked": chosen.asked,
             **(_trained_facts(chosen) if chosen.trained else self._put_on_facts(chosen.method)),
+            **self._notes(chosen),
         }
+
+    def _notes(self, chosen: Chosen) -> dict[str, Any]:
+        """What the methods have a report say of themselves, under `notes`; nothing where they say nothing."""
+        facts, methods = chosen.facts or self.facts, (*chosen.method.methods, *chosen.saved)
+        notes = [note for method in methods for note in method.report_notes(facts, self.lengths[-1])]
+        return {"notes": notes} if notes else {}
 
     def _put_on_facts(self, method: Combination) -> dict[str, Any]:
         return {
@@ -433,8 +444,9 @@ class Plan:
 
 def _trained_facts(chosen: Chosen) -> dict[str, Any]:
     assert chosen.facts is not None
+    methods = f" with {Combination(chosen.saved).spec}" if chosen.saved else ""
     return {
-        "title": f"a model that was trained from this one, {chosen.facts.architecture}",
+        "title": f"a model that was trained from this one, {chosen.facts.architecture}{methods}",
         "reach": chosen.facts.window,
         "exportable": True,
         "training": trained.training_cost(chosen.asked),

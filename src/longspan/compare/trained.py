@@ -11,6 +11,7 @@ from typing import Any
 
 from longspan import models
 from longspan.core.facts import ModelFacts
+from longspan.core.method import Combination
 from longspan.util.errors import LongspanError, NotSupported
 from longspan.util.files import read_object
 
@@ -22,8 +23,11 @@ def is_folder(asked: Any) -> bool:
     return isinstance(asked, str | Path) and bool(_found(asked))
 
 
-def trained_model(asked: str | Path, base: str) -> tuple[str, ModelFacts]:
-    """The model's own folder, and what it is. Raises `NotSupported` where it reads a text as other tokens than `base` does."""
+def trained_model(asked: str | Path, base: str) -> tuple[str, ModelFacts, Combination]:
+    """The model's own folder, its facts, and the methods that it was saved with.
+
+    Raises `NotSupported` where it reads a text as other tokens than `base` does.
+    """
     folder = _found(asked)
     if folder is None:
         raise LongspanError(f"{asked} holds no model")
@@ -34,7 +38,7 @@ def trained_model(asked: str | Path, base: str) -> tuple[str, ModelFacts]:
             f"{asked} was not trained from {base}: it reads a text as other tokens, so their samples cannot be the same. Compare "
             "it by itself, and mind the tokenizer"
         )
-    return str(folder), facts
+    return str(folder), facts, models.saved_methods(folder)
 
 
 def training_cost(asked: str | Path) -> dict[str, Any] | None:

@@ -142,6 +142,10 @@ class Method(Registered):
         """Callbacks (`transformers.TrainerCallback`) for the training of `model`, which has the method on it."""
         return ()
 
+    def fixed_step(self) -> bool:
+        """Whether decoding over a full cache is a step of fixed shape, which `longspan.reading.stream_decoder` runs."""
+        return False
+
     def encoder_form(self) -> Any:
         """How a trained encoder becomes one with this method (`longspan.hf.encoder_form.EncoderForm`); None where it cannot."""
         return None

@@ -9,9 +9,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """A recipe as `Method.check_training` sees it. `length` is in tokens a sample, `batch` in sequences of one forward on one
-    device; `texts` has the recipe's keys (`data.train`, …) that name a text and not a task, with that text."""
+    """A recipe as `Method.check_training` sees it.
 
+    steps: updates of the weights. length: tokens of a sample. batch: sequences of one forward on one device. texts: the recipe's
+    keys (`data.train`, …) that name a text and not a task, each with the text's name.
+    """
+
+    steps: int
     length: int
     batch: int
     packing: Literal["plain", "boundaries", "none"]

@@ -10,8 +10,7 @@ from transformers import PreTrainedConfig
 from longspan.core.method import parse
 from longspan.hf.compat import CACHE_NAMES
 from longspan.lm.attention_method import AttentionMethod
-from longspan.positions.logn import LogN, LogNEncoding
-from longspan.positions.scheme import PositionEncoding, Scheme, Shape
+from longspan.positions.scheme import PositionEncoding, Scheme, SchemeModifier, Shape
 from longspan.util.errors import NotSupported, SpecError
 
 KINDS = ("decoder", "encoder", "encoder-decoder")
@@ -110,16 +109,12 @@ class LongspanConfig(PreTrainedConfig):
         return read_position(self.position)[0]
 
     def build_position_encoding(self, *, causal: bool) -> PositionEncoding:
-        """The scheme in a stack of this configuration, with log-n around it where `position` says so."""
-        scheme, logn = read_position(self.position)
-        place = scheme.build(self.shape(causal=causal))
-        if logn is None:
-            return place
-        if not causal:
-            raise NotSupported(
-                "logn scales a query by how many keys it has seen, and in an encoder it sees all; leave it out"
-            )
-        return LogNEncoding(place, logn.window or max(2, self.max_position_embeddings))
+        """The scheme in a stack of this configuration, with the methods around it that `position` names (log-n)."""
+        scheme, modifiers = read_position(self.position)
+        encoding = scheme.build(self.shape(causal=causal))
+        for modifier in modifiers:
+            encoding = modifier.wrap(encoding, self.max_position_embeddings, causal=causal)
+        return encoding
 
     @property
     def attentions(self) -> tuple[AttentionMethod, ...]:
@@ -214,14 +209,14 @@ def _read_attention(spec: str) -> AttentionMethod:
     return methods[0]
 
 
-def read_position(spec: str) -> tuple[Scheme, LogN | None]:
-    """The scheme, and log-n where it stands beside it. Raises `SpecError` for what is no position scheme."""
+def read_position(spec: str) -> tuple[Scheme, list[SchemeModifier]]:
+    """The scheme, and the methods around it, such as log-n. Raises `SpecError` for what is not a position scheme."""
     methods = parse(spec).methods
     schemes = [m for m in methods if isinstance(m, Scheme)]
-    logn = [m for m in methods if isinstance(m, LogN)]
-    if len(schemes) != 1 or len(schemes) + len(logn) != len(methods):
+    modifiers = [m for m in methods if isinstance(m, SchemeModifier)]
+    if len(schemes) != 1 or len(schemes) + len(modifiers) != len(methods):
         raise SpecError(
             f"position={spec!r} is not one position scheme, such as rope, alibi or kerple:kind=power, alone or with "
             "logn; methods for trained models, such as yarn, are put on the model afterwards with longspan.apply"
         )
-    return schemes[0], logn[0] if logn else None
+    return schemes[0], modifiers

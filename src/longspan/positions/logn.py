@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from longspan.core.facts import ModelFacts
-from longspan.core.method import Method
 from longspan.engine.biased.bias import Bias
 from longspan.hf.call import LayerCall
 from longspan.hf.site import Site
-from longspan.positions.scheme import PositionEncoding
+from longspan.positions.scheme import PositionEncoding, SchemeModifier
+from longspan.util.errors import NotSupported
 
 
 @dataclass(frozen=True)
-class LogN(Method):
+class LogN(SchemeModifier):
     """`window` is L in tokens; left out, it is the model's."""
 
     window: int | None = None
@@ -49,6 +49,13 @@ class LogN(Method):
 
     def neutral_length(self) -> int:
         return self.window or 0
+
+    def wrap(self, encoding: PositionEncoding, window: int, *, causal: bool) -> PositionEncoding:
+        if not causal:
+            raise NotSupported(
+                "logn scales a query by how many keys it has seen, and in an encoder it sees all; leave it out"
+            )
+        return LogNEncoding(encoding, self.window or max(2, window))
 
     def attach(self, site: Site) -> None:
         site.scale_queries(self._shared_scale)

@@ -112,6 +112,9 @@ class Scheme(Method):
     cost: ClassVar[str] = "time n², cache n"
     why_not_exportable: ClassVar[str] = "a model is trained with its positions; longspan train makes one"
 
+    read_with: ClassVar[str] = ""
+    """The method that the scheme's paper puts on a trained model to read texts longer than its window; none if empty."""
+
     def build(self, shape: Shape) -> PositionEncoding:
         """The scheme's part of a model. Raises `NotSupported` for a model that cannot have it."""
         return PositionEncoding()
@@ -133,3 +136,15 @@ class Scheme(Method):
 
     def attach(self, site: Site) -> None:
         self._refuse(site.facts)
+
+
+@dataclass(frozen=True)
+class SchemeModifier(Method):
+    """Base of methods that a model can be trained with beside its scheme: `position="rope + logn"`."""
+
+    def wrap(self, encoding: PositionEncoding, window: int, *, causal: bool) -> PositionEncoding:
+        """The scheme's `encoding` with the method around it, in a model of `window` tokens.
+
+        Raises `NotSupported` for a direction that the method is not for.
+        """
+        raise NotImplementedError

@@ -82,6 +82,7 @@ class XPos(Scheme):
     name: ClassVar[str] = "xpos"
     title: ClassVar[str] = "xPos: extrapolatable rotary positions"
     paper: ClassVar[str] = "Sun 2023, arXiv 2212.10554"
+    read_with: ClassVar[str] = "bca"
 
     def __post_init__(self) -> None:
         self.require(self.theta > 1, f"theta must be above 1, not {self.theta}")

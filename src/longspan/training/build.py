@@ -116,6 +116,7 @@ def training_setup(recipe: Recipe) -> TrainingSetup:
     """The recipe as methods see it."""
     keys = {"data.train": recipe.data.train, "data.valid": recipe.data.valid}
     return TrainingSetup(
+        steps=recipe.training.steps,
         length=recipe.data.length,
         batch=recipe.training.at_once(int(os.environ.get("WORLD_SIZE", "1"))),
         packing=recipe.data.packing,

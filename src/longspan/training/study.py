@@ -8,10 +8,10 @@ multiples of its training length on the same text, under two protocols that diff
     non-overlapping  disjoint windows of the length (ALiBi's default): early tokens of a window have little before them
     sliding          a window of the length moved by a stride: every counted token has nearly the whole length before it
 
-A scheme whose paper reads long texts in a way of its own (`READ_WITH`) is tested so too, as a curve of its own. Beside the
-loss stand the receptive field, how far back the tokens lie that move the last state, and the resolution of attention at the
-first two lengths. Every measurement is one line of `results.jsonl`, so that a study that was stopped goes on; `study.json` has
-the means, the spread over seeds and a verdict, and `curves.png` draws them.
+A scheme whose paper reads long texts under another method (`Scheme.read_with`) gets a second curve under that method. Two more
+figures are measured: the receptive field, the distance back to the tokens that change the last state, and the resolution of
+attention at the first two lengths. Every measurement is one line of `results.jsonl`, so that a stopped study resumes;
+`study.json` holds the means, the spread over seeds and a verdict, and `curves.png` draws them.
 """
 
 from __future__ import annotations
@@ -52,8 +52,6 @@ SCHEMES = (
     "tupe",
 )
 TIMES = (1, 2, 4, 8, 16, 32)
-READ_WITH = {"xpos": "bca"}
-"""Sun 2022 trains xPos with full attention and reads with blockwise causal attention."""
 HOLDS = 0.05
 """A scheme holds where its loss past the training length is at most so many nats above its loss at it."""
 FIELD_TIMES = 8
@@ -168,10 +166,10 @@ def _readings(scheme: str, window: int, settings: Settings) -> Iterator[tuple[st
     """(a curve's name, the method that is put on for it, measurement)."""
     for asked in _tasks(window, settings):
         yield scheme, "none", asked
-    if scheme in READ_WITH:
+    if method := read_position(scheme)[0].read_with:
         for asked in _tasks(window, settings):
             if asked[0] in ("non-overlapping", "sliding"):
-                yield f"{scheme}, {READ_WITH[scheme]}", READ_WITH[scheme], asked
+                yield f"{scheme}, {method}", method, asked
 
 
 def _tasks(window: int, settings: Settings) -> Iterator[tuple[str, int, int, Task]]:

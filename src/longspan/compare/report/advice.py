@@ -320,7 +320,12 @@ def _notes(results: Results, chosen: str | None, telling: Sequence[TaskFacts]) -
     ]
     if ended:
         notes.append(f"Out of memory at {results.target:,} tokens: {_and([_named(m) for m in ended])}.")
-    return notes + _overlap_notes(results) + _few_notes(results, telling)
+    return notes + _method_notes(results) + _overlap_notes(results) + _few_notes(results, telling)
+
+
+def _method_notes(results: Results) -> list[str]:
+    """What the methods say of themselves (`Method.report_notes`)."""
+    return [f"{m['spec']}: {note}" for m in results.manifest["methods"] for note in m.get("notes", ())]
 
 
 def _overlap_notes(results: Results) -> list[str]:
