@@ -420,7 +420,7 @@ class Site:
         cache, use = arguments["cache"], arguments.get("use_cache")
         config = self.decoder.config
         wanted = getattr(config, "use_cache", False) if use is None else use
-        made = self.makes_dynamic_caches and not self.training and getattr(self.decoder, "causal", True)
+        made = self.makes_dynamic_caches and not self.drops_caches and getattr(self.decoder, "causal", True)
         if cache is None and wanted and made:
             cache = arguments["cache"] = DynamicCache(config=config)
         if cache is not None:
