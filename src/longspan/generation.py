@@ -27,7 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from longspan.apply import _SITE, current
+from longspan.apply import current, site_of
 from longspan.chat_template import Messages, encode_rendered, render
 from longspan.compare.cost import cache_bytes
 from longspan.engine.decode import StreamDecoder, steps_are_faster, stream_generate
@@ -187,7 +187,7 @@ def reach_warning(model: PreTrainedModel, length: int) -> str | None:
 
 def plain_facts(model: PreTrainedModel) -> ModelFacts:
     """Facts of the model as it was before a method was put on it."""
-    site = getattr(model, _SITE, None)
+    site = site_of(model)
     return site.facts if site is not None else facts_of(model)
 
 

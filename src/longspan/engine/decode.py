@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from longspan.apply import Site
+from longspan.apply import Site, site_of
 from longspan.engine.device import on_device
 from longspan.engine.rolling import StreamingLayer
 from longspan.errors import NotSupported
@@ -246,7 +246,7 @@ def steps_are_faster(model: PreTrainedModel) -> bool:
 
 
 def _streaming_site(model: PreTrainedModel) -> Site | None:
-    site: Site | None = getattr(model, "_longspan", None)
+    site = site_of(model)
     return site if site is not None and isinstance(site.state, Streaming) else None
 
 

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.apply import Site, apply, remove
+from longspan.apply import Site, apply, remove, site_of
 from longspan.engine.landmarks import Layout
 from longspan.errors import LongspanError, NotSupported, SpecError, writing
 from longspan.facts import ModelFacts
@@ -163,7 +163,7 @@ class Landmark(Method):
 
 def _suppress(site: Site, id: int) -> None:
     """Keeps `generate` from saying the landmark, which is put in and never said."""
-    settings = site.model.generation_config
+    settings = getattr(site.model, "generation_config", None)  # a model without a head has none
     if settings is None:
         return
     before = settings.suppress_tokens
@@ -182,7 +182,7 @@ def landmark_of(method: Combination | str | None) -> Landmark | None:
 
 def reader_on(model: PreTrainedModel) -> LandmarkReader:
     """The landmark attention that is on a model. Raises `NotSupported` where there is none."""
-    site: Site | None = getattr(model, "_longspan", None)
+    site = site_of(model)
     if site is None or not isinstance(site.state, LandmarkReader):
         raise NotSupported(
             "this model has no landmarks: load one that was trained with them, or longspan.memory.landmark.prepare(model, …)"
@@ -315,7 +315,7 @@ def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str 
 def read_ids(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, *, at_once: int = 16_000) -> Memory:
     """The same for tokens (B, T), some at once."""
     reader = reader_on(model)
-    if model.training:
+    if reader.site.training:
         raise NotSupported("landmark retrieves in evaluation mode only; call model.eval() first")
     cache, decoder = DynamicCache(), compat.decoder_of(model)
     reader.fill(cache)
