@@ -30,8 +30,9 @@ BIN := $(abspath $(VENV))/bin
 BARE := $(VENV)/.bare
 READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
+MKDOCS := $(VENV)/.mkdocs
 
-.PHONY: demo test test-newest lint format clean
+.PHONY: demo test test-fast test-newest lint format docs new-method clean
 
 demo: $(READY)
 	PATH="$(BIN):$$PATH" $(FIRST)
@@ -60,8 +61,18 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation site, in site/. A warning fails the build, and a dead link is one. Modules are read as text, so torch is not needed.
+# The variable leaves out mkdocs-material's notice about other site generators.
+docs: $(MKDOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site is in site/index.html"
+
+# One source file to start from, and what else a method of its kind needs: make new-method NAME=strided KIND=pattern
+new-method:
+	@$(PYTHON) tools/new_method.py "$(NAME)" "$(KIND)"
+
 clean:
-	rm -rf $(VENV) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist site
 
 $(BARE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longspan needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
@@ -73,6 +84,12 @@ $(BARE):
 $(READY): pyproject.toml constraints.txt | $(BARE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt -e '.[dev]'
+	@touch $@
+
+# What the documentation site needs: the packages of the extra docs alone.
+$(MKDOCS): pyproject.toml constraints.txt | $(BARE)
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' >$(VENV)/docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --requirement $(VENV)/docs.txt
 	@touch $@
 
 # A browser for the tests of the report's page. Without one they are skipped, and say so.
