@@ -81,7 +81,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         place = _on_site(full)
         if files.get_file_from_path(place) is None:
             return label
-        return f"{sign}[{label}]({posixpath.relpath(place, posixpath.dirname(page.file.src_uri) or '.')}{hash_}{anchor})"
+        return (
+            f"{sign}[{label}]({posixpath.relpath(place, posixpath.dirname(page.file.src_uri) or '.')}{hash_}{anchor})"
+        )
 
     return _outside_fences(markdown, lambda text: _LINK.sub(rewritten, text))
 
