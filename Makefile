@@ -9,7 +9,8 @@ FIRST ?= longspan compare longspan-7m -m none -m ntk -m streaming -m window -t p
 DEMO ?= longspan compare smollm2-135m -m none -m ntk -m streaming -t ppl -l 12k --samples 1 --out runs/demo
 WORKERS ?= 2
 NEWEST ?= .venv-newest
-# What `make test-newest` runs: all tests, or some by name.
+OLDEST ?= .venv-oldest
+# What `make test-python`, `test-oldest` and `test-newest` run: all tests, or some by name.
 TESTS ?= tests
 
 # A browser is installed beside the packages.
@@ -32,7 +33,7 @@ READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
 MKDOCS := $(VENV)/.mkdocs
 
-.PHONY: demo test test-fast test-newest lint format docs new-method clean
+.PHONY: demo test test-fast test-python test-kernels test-oldest test-newest lint format docs new-method clean
 
 demo: $(READY)
 	PATH="$(BIN):$$PATH" $(FIRST)
@@ -41,6 +42,25 @@ demo: $(READY)
 test: $(READY) $(BROWSER) lint
 	$(call run_tests,$(BIN),)
 	$(call run_kernels,$(BIN))
+
+# A part of the tests, in less than two minutes on two cores, for while one works: tools/fast.py says which.
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tools.fast -n $(WORKERS) --dist worksteal
+
+# All tests but those of kernels, and those of kernels alone: the halves of `make test`, without lint.
+test-python: $(READY) $(BROWSER)
+	$(call run_tests,$(BIN),$(TESTS))
+
+test-kernels: $(READY)
+	$(call run_kernels,$(BIN))
+
+# The tests with the oldest torch, transformers and Triton that pyproject.toml allows, in an environment of its own.
+test-oldest: $(BROWSER)
+	$(MAKE) VENV=$(OLDEST) $(OLDEST)/.bare
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $$($(OLDEST)/bin/python tools/oldest.py) -e '.[test]'
+	$(OLDEST)/bin/python -c "import torch, transformers; print('oldest: torch', torch.__version__, 'transformers', transformers.__version__)"
+	$(call run_tests,$(OLDEST)/bin,$(TESTS))
+	$(call run_kernels,$(OLDEST)/bin)
 
 # The tests with the newest releases of everything, in an environment of its own, whatever pyproject.toml allows: it tells what the
 # next bounds need, and keeps no change from landing.
@@ -72,7 +92,7 @@ new-method:
 	@$(PYTHON) tools/new_method.py "$(NAME)" "$(KIND)"
 
 clean:
-	rm -rf $(VENV) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist site
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist site
 
 $(BARE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longspan needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
