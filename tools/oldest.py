@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def requirements() -> list[str]:
-    """Such as `torch~=2.11.0` for `torch>=2.11,<2.15`, in alphabetical order; the extra docs, which tests do not need, left out."""
+    """Such as `torch~=2.11.0` for `torch>=2.11,<2.15`, in alphabetical order, without those of the extra docs."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     extras = [lines for name, lines in project["optional-dependencies"].items() if name != "docs"]
     lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
