@@ -21,6 +21,7 @@ import longspan as ls
 import tiny
 from longspan import method
 from longspan.compare.cost import Meter
+from longspan.errors import NotSupported
 from longspan.hf import compat
 from longspan.include import load_user_file
 from longspan.lm import LongspanConfig, LongspanForCausalLM
@@ -170,12 +171,16 @@ def test_a_new_task_works(load: Load) -> None:
 def test_a_new_memory_works(load: Load) -> None:
     load("memory")
     model, ids = tiny.model(), torch.arange(60)[None]
+    with torch.no_grad():
+        model(ids, **compat.with_cache(model, plain := DynamicCache(config=model.config)))
     with torch.no_grad(), ls.applied(model, "my-memory:size=12"):
         whole, cache = model(ids).logits, DynamicCache(config=model.config)
         cuts = [(0, 30), (30, 40), *((t, t + 1) for t in range(40, 60))]
         parts = [model(ids[:, a:b], **compat.with_cache(model, cache)).logits for a, b in cuts]
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
         assert cache.layers[0].keys.shape[2] == 11
+        with pytest.raises(NotSupported, match="a cache of its own kind"):
+            model(ids, **compat.with_cache(model, plain))
     with torch.no_grad(), ls.applied(model, "window:size=12"):
         torch.testing.assert_close(model(ids).logits, whole)
 

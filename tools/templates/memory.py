@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from longspan.apply import Site
-from longspan.facts import ModelFacts
+from longspan.errors import NotSupported
+from longspan.facts import ModelFacts, text_config
 from longspan.hf.ownership import OwnedSlidingLayer
 from longspan.positions.spans import Span
 
@@ -45,12 +46,19 @@ class Template(Span):
 
     def attach(self, site: Site) -> None:
         super().attach(site)
-        site.before_forward(partial(self.bound, site.facts.layers))
+        site.before_forward(partial(self.bound, site))
 
-    def bound(self, layers: int, arguments: dict[str, Any]) -> None:
-        """Gives an empty cache of the caller's layers that forget. The method keeps nothing of a forward on itself."""
+    def bound(self, site: Site, arguments: dict[str, Any]) -> None:
+        """Gives a forward a cache that forgets, in place of an empty one. Raises `NotSupported` for one that something else has
+        filled. Nothing of a forward is kept on the method."""
         assert self.size is not None
-        cache = arguments["cache"]
+        cache, use = arguments["cache"], arguments.get("use_cache")
+        if cache is None:
+            if site.drops_caches or not (text_config(site.model.config).use_cache if use is None else use):
+                return
+            cache = arguments["cache"] = DynamicCache()
         if type(cache) is DynamicCache and cache.get_seq_length() == 0:
             cache.layer_class_to_replicate = None
-            cache.layers = [OwnedSlidingLayer(self.size) for _ in range(layers)]
+            cache.layers = [OwnedSlidingLayer(self.size) for _ in range(site.facts.layers)]
+        elif not all(isinstance(layer, OwnedSlidingLayer) for layer in cache.layers):
+            raise NotSupported(f"{self.name} keeps a cache of its own kind: pass an empty DynamicCache, or none")
