@@ -81,10 +81,11 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The documentation site, in site/. A warning fails the build, and a dead link is one. Modules are read as text, so torch is not needed.
+# The documentation site, in site/. A warning fails the build, and a dead link is one (but with --quiet mkdocs counts no warnings). Modules
+# are read as text, so torch is not needed.
 # The variable leaves out mkdocs-material's notice about other site generators.
 docs: $(MKDOCS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the site is in site/index.html"
 
 # One source file to start from, and what else a method of its kind needs: make new-method NAME=strided KIND=pattern

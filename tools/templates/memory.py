@@ -14,6 +14,15 @@ from longspan.hf.ownership import OwnedSlidingLayer
 from longspan.positions.spans import Span
 
 
+class Forgetting(OwnedSlidingLayer):
+    """Keys and values of one layer, of the last `sliding_window` - 1 tokens."""
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        if self.cumulative_length >= self.sliding_window:
+            raise NotSupported("what a window has left behind cannot be brought back; decode without an assistant")
+        super().crop(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Template(Span):
     """`size` in tokens; left out, it is the model's window."""
@@ -59,6 +68,6 @@ class Template(Span):
             cache = arguments["cache"] = DynamicCache()
         if type(cache) is DynamicCache and cache.get_seq_length() == 0:
             cache.layer_class_to_replicate = None
-            cache.layers = [OwnedSlidingLayer(self.size) for _ in range(site.facts.layers)]
-        elif not all(isinstance(layer, OwnedSlidingLayer) for layer in cache.layers):
+            cache.layers = [Forgetting(self.size) for _ in range(site.facts.layers)]
+        elif not all(isinstance(layer, Forgetting) for layer in cache.layers):
             raise NotSupported(f"{self.name} keeps a cache of its own kind: pass an empty DynamicCache, or none")
