@@ -323,7 +323,7 @@ class Site:
         cache, use = arguments["cache"], arguments.get("use_cache")
         config = self.decoder.config
         wanted = getattr(config, "use_cache", False) if use is None else use
-        made = self.makes_dynamic_caches and not self.model.training and getattr(self.decoder, "causal", True)
+        made = self.makes_dynamic_caches and not self.drops_caches and getattr(self.decoder, "causal", True)
         if cache is None and wanted and made:
             cache = arguments["cache"] = DynamicCache(config=config)
         if cache is not None:
@@ -346,7 +346,12 @@ class Site:
     @property
     def drops_caches(self) -> bool:
         """Whether gradient checkpointing keeps the caches from the layers, as transformers does in training."""
-        return self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        return self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.decoder.modules())
+
+    @property
+    def training(self) -> bool:
+        """Whether the decoder is in training mode, whatever the mode of a head or an adapter around it."""
+        return self.decoder.training
 
     @property
     def slots(self) -> frozenset[str]:
@@ -460,13 +465,18 @@ for _name, _mask in ((ATTENTION, AttentionMaskInterface()["sdpa"]), (ATTENTION_O
 
 def remove(model: PreTrainedModel) -> None:
     """Takes off whatever `apply` put on; a model without a method is left alone."""
-    site: Site | None = getattr(model, SITE, None)
-    if site is not None:
+    if (site := site_of(model)) is not None:
         site.undo()
-        object.__delattr__(model, SITE)
+        object.__delattr__(site.decoder, SITE)
 
 
 def current(model: PreTrainedModel) -> Combination | None:
     """What is on the model, with every derived setting filled in; None where nothing is."""
-    site: Site | None = getattr(model, SITE, None)
+    site = site_of(model)
     return site.methods if site else None
+
+
+def site_of(model: PreTrainedModel) -> Site | None:
+    """What `apply` has put on a model, through whichever of its wrappers (a head, an adapter); None where nothing is."""
+    holder = decoder_of(model) if hasattr(model, "get_decoder") else model
+    return getattr(holder, SITE, None)
