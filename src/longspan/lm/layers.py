@@ -84,8 +84,8 @@ class LongspanAttention(nn.Module):
         )
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, H, T, D) rotated as queries and keys are, for methods that are put on the model."""
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, H, T, D) rotated by cos and sin (B or 1, T, W), for methods that are applied to the model (`longspan.hf.rotary`)."""
         return rotated(x, (cos, sin))
 
     def _heads(self, x: Tensor) -> Tensor:

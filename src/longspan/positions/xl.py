@@ -31,7 +31,7 @@ class XLPlace(PositionEncoding):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
 
-    def turn(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate_qk(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
         return query + self.content[:, None].to(query.dtype), key
 
     def query_scores(self, query: Tensor, distance: Tensor, layer: int) -> Tensor:
