@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -172,9 +172,9 @@ class GatedMixer(Mixer):
     buckets: int = 32
     far: int = 128
 
-    positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})
-    knows_order: ClassVar[bool] = True
-    replaces_mlp: ClassVar[bool] = True
+    positions = frozenset({"embed", "rotation"})
+    knows_order = True
+    replaces_mlp = True
 
     def __post_init__(self) -> None:
         self.require(self.expansion > 0, f"expansion must be above 0, not {self.expansion}")
@@ -184,9 +184,9 @@ class GatedMixer(Mixer):
             self.far > self.buckets // 2, f"far must be above {self.buckets // 2}, half the buckets, not {self.far}"
         )
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_position_encoding(config, place)
+        self.check_position_encoding(config, encoding)
         self.check_dropout(config)
         self.require(causal or self.buckets % 4 == 0, "an encoder needs a number of buckets that 4 divides")
         if config.rope_parameters is not None and config.head_dim != self.size:
@@ -208,11 +208,11 @@ class GAU(GatedMixer):
 
     scale: Literal["paper", "count", "su"] = "paper"
 
-    name: ClassVar[str] = "gau"
-    title: ClassVar[str] = "GAU: gated attention unit"
-    also: ClassVar[tuple[str, ...]] = ("gated-attention-unit", "flash-quad")
-    paper: ClassVar[str] = "Hua 2022, arXiv 2202.10447"
-    cost: ClassVar[str] = "time n², cache n"
+    name = "gau"
+    title = "GAU: gated attention unit"
+    also = ("gated-attention-unit", "flash-quad")
+    paper = "Hua 2022, arXiv 2202.10447"
+    cost = "time n², cache n"
 
     def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
         self.require(
@@ -232,11 +232,11 @@ class Flash(GatedMixer):
     scale: Literal["paper", "su"] = "paper"
     linear: Literal["paper", "chunk", "count"] = "paper"
 
-    name: ClassVar[str] = "flash"
-    title: ClassVar[str] = "FLASH: gated attention in chunks"
-    also: ClassVar[tuple[str, ...]] = ("mixed-chunk-attention",)
-    paper: ClassVar[str] = "Hua 2022, arXiv 2202.10447"
-    cost: ClassVar[str] = "time n, state of one size"
+    name = "flash"
+    title = "FLASH: gated attention in chunks"
+    also = ("mixed-chunk-attention",)
+    paper = "Hua 2022, arXiv 2202.10447"
+    cost = "time n, state of one size"
 
     def __post_init__(self) -> None:
         super().__post_init__()

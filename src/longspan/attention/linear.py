@@ -9,7 +9,7 @@ attention turns φ(q) and φ(k) and leaves the denominator unturned, so that its
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,12 @@ class KernelAttention(LongspanAttention):
 class KernelMixer(Mixer):
     """Base of the mixers whose weights are a product of features."""
 
-    cost: ClassVar[str] = "time n, state of one size"
-    positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})
+    cost = "time n, state of one size"
+    positions = frozenset({"embed", "rotation"})
 
-    def check_config(self, config: LongspanConfig, place: PositionEncoding, *, causal: bool) -> None:
+    def check_config(self, config: LongspanConfig, encoding: PositionEncoding, *, causal: bool) -> None:
         self.check_direction(causal)
-        self.check_position_encoding(config, place)
+        self.check_position_encoding(config, encoding)
         self.check_dropout(config)
 
 
@@ -90,11 +90,11 @@ class LinearAttention(KernelAttention):
 class Linear(KernelMixer):
     """Without settings: φ = elu + 1."""
 
-    name: ClassVar[str] = "linear"
-    title: ClassVar[str] = "Linear attention"
-    also: ClassVar[tuple[str, ...]] = ("linear-attention", "linear-transformer")
-    paper: ClassVar[str] = "Katharopoulos 2020, arXiv 2006.16236"
+    name = "linear"
+    title = "Linear attention"
+    also = ("linear-attention", "linear-transformer")
+    paper = "Katharopoulos 2020, arXiv 2006.16236"
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
-        self.check_config(config, place, causal=causal)
-        return LinearAttention(config, layer, place, causal=causal)
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
+        self.check_config(config, encoding, causal=causal)
+        return LinearAttention(config, layer, encoding, causal=causal)

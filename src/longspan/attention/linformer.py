@@ -13,7 +13,7 @@ Layers with fewer projected keys further up, as the paper proposes, are a list: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,8 @@ class LinformerAttention(LongspanAttention):
     """Attention to projected keys and values. Under layerwise sharing the first layer that has this method holds the
     projection, and the others use it."""
 
-    def __init__(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, method: Linformer):
-        super().__init__(config, layer, place, causal=False)
+    def __init__(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, method: Linformer):
+        super().__init__(config, layer, encoding, causal=False)
         assert config.num_key_value_heads is not None
         self.method = method
         self._elsewhere: tuple[Projection, ...] = ()  # in a tuple: its parameters belong to another layer, once
@@ -104,12 +104,12 @@ class Linformer(Mixer):
     k: int = 256
     share: Literal["none", "headwise", "kv", "layerwise"] = "headwise"
 
-    name: ClassVar[str] = "linformer"
-    title: ClassVar[str] = "Linformer"
-    near: ClassVar[tuple[str, ...]] = ("nystromformer",)
-    paper: ClassVar[str] = "Wang 2020, arXiv 2006.04768"
-    cost: ClassVar[str] = "time n, no decoding"
-    directions: ClassVar[tuple[str, ...]] = ("bidirectional",)
+    name = "linformer"
+    title = "Linformer"
+    near = ("nystromformer",)
+    paper = "Wang 2020, arXiv 2006.04768"
+    cost = "time n, no decoding"
+    directions = ("bidirectional",)
 
     def __post_init__(self) -> None:
         self.require(self.k >= 1, f"k must be at least 1, not {self.k}")
@@ -121,14 +121,14 @@ class Linformer(Mixer):
                 "can be part of an encoder (kind=encoder); in a decoder linear or performer take linear time"
             )
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_position_encoding(config, place)
+        self.check_position_encoding(config, encoding)
         length = config.max_position_embeddings
         self.require(
             self.k <= length, f"k={self.k} is more than the {length} tokens that there are; use k={length // 4}"
         )
-        return LinformerAttention(config, layer, place, method=self)
+        return LinformerAttention(config, layer, encoding, method=self)
 
     def join(self, stack: LongspanModel) -> None:
         layers = [m for m in stack.modules() if isinstance(m, LinformerAttention) and m.method == self]

@@ -26,9 +26,8 @@ computes, equal where no bucket is longer than a chunk (`paper`). A piece of sev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,14 +66,14 @@ class Lsh(Mixer):
     scaled: bool = False
     seed: int = 0
 
-    name: ClassVar[str] = "lsh"
-    title: ClassVar[str] = "LSH attention (Reformer)"
-    also: ClassVar[tuple[str, ...]] = ("reformer", "lsh-attention")
-    near: ClassVar[tuple[str, ...]] = ("routing-transformer", "sinkhorn-transformer")
-    paper: ClassVar[str] = "Kitaev 2020, arXiv 2001.04451"
-    cost: ClassVar[str] = "time n log n, cache n"
-    positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})
-    former_defaults: ClassVar[Mapping[str, str]] = {"form": "paper"}
+    name = "lsh"
+    title = "LSH attention (Reformer)"
+    also = ("reformer", "lsh-attention")
+    near = ("routing-transformer", "sinkhorn-transformer")
+    paper = "Kitaev 2020, arXiv 2001.04451"
+    cost = "time n log n, cache n"
+    positions = frozenset({"embed", "rotation"})
+    former_defaults = {"form": "paper"}
 
     def __post_init__(self) -> None:
         self.require(self.chunk >= 1, f"chunk must be at least 1 token, not {self.chunk}")
@@ -99,8 +98,8 @@ class Lsh(Mixer):
         first = 2 ** math.ceil(math.log2(buckets) / 2)
         return first, 2 * math.ceil(buckets / (2 * first))
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
-        self.check_position_encoding(config, place)
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
+        self.check_position_encoding(config, encoding)
         return LshAttention(config, self, layer, causal=causal)
 
 
@@ -233,8 +232,8 @@ def newest_attention(
     if padding is not None:
         same &= padding[:, None, None]
     if method.form == "aligned":
-        place = same.cumsum(-1) - 1  # within the bucket, where it counts
-        same &= place >= (place[..., -1:] // method.chunk - 1) * method.chunk
+        rank = same.cumsum(-1) - 1  # within the bucket, where it counts
+        same &= rank >= (rank[..., -1:] // method.chunk - 1) * method.chunk
     found = same.any(2)[..., :-1]
     real = torch.ones_like(found) if padding is None else padding[:, None, :-1].expand_as(found)
     newest = torch.arange(length - 1, device=qk.device) + length * (found.long() + real)
@@ -255,14 +254,14 @@ def _slots(buckets: Tensor, groups: int, size: int, aligned: bool) -> tuple[Tens
     """Where each token comes to lie, (B, H, rounds, T), and how many slots there are, a multiple of `size`: sorted by
     bucket and time, without gaps or, `aligned`, with each bucket's first token at the beginning of a chunk."""
     order = buckets.argsort(dim=-1, stable=True)
-    place = torch.empty_like(order)
-    place.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
     if not aligned:
-        return place, -(-order.shape[-1] // size) * size
+        return rank, -(-order.shape[-1] // size) * size
     count = buckets.new_zeros(*buckets.shape[:-1], groups).scatter_add_(-1, buckets, torch.ones_like(buckets))
     room = -(-count // size) * size
     moved = (room.cumsum(-1) - room) - (count.cumsum(-1) - count)
-    return place + moved.gather(-1, buckets), int(room.sum(-1).max())
+    return rank + moved.gather(-1, buckets), int(room.sum(-1).max())
 
 
 def _roll(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -238,9 +238,9 @@ class StateSpaceMixer(Mixer):
     lr: float | None = 1e-3
     mlp: bool = False
 
-    cost: ClassVar[str] = "time n log n, state of one size"
-    knows_order: ClassVar[bool] = True
-    replaces_mlp: ClassVar[bool] = True
+    cost = "time n log n, state of one size"
+    knows_order = True
+    replaces_mlp = True
 
     def __post_init__(self) -> None:
         self.require(
@@ -253,9 +253,9 @@ class StateSpaceMixer(Mixer):
         self.require(self.lr is None or self.lr > 0, f"lr must be above 0, not {self.lr}")
         object.__setattr__(self, "replaces_mlp", not self.mlp)
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_position_encoding(config, place)
+        self.check_position_encoding(config, encoding)
         width = config.hidden_size
         self.require(
             width % self.systems == 0, f"{width} channels cannot share {self.systems} systems evenly; use a divisor"
@@ -274,9 +274,9 @@ class S4(StateSpaceMixer):
 
     length: int | None = None
 
-    name: ClassVar[str] = "s4"
-    title: ClassVar[str] = "S4: state spaces with a part of rank one"
-    paper: ClassVar[str] = "Gu 2022, arXiv 2111.00396"
+    name = "s4"
+    title = "S4: state spaces with a part of rank one"
+    paper = "Gu 2022, arXiv 2111.00396"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -294,10 +294,10 @@ class S4D(StateSpaceMixer):
     init: Literal["lin", "inv", "real", "legs"] = "lin"
     rule: Literal["zoh", "bilinear"] = "zoh"
 
-    name: ClassVar[str] = "s4d"
-    title: ClassVar[str] = "S4D: diagonal state spaces"
-    near: ClassVar[tuple[str, ...]] = ("dss", "s5", "mamba")
-    paper: ClassVar[str] = "Gu 2022, arXiv 2206.11893"
+    name = "s4d"
+    title = "S4D: diagonal state spaces"
+    near = ("dss", "s5", "mamba")
+    paper = "Gu 2022, arXiv 2206.11893"
 
     def _space(self, config: LongspanConfig, directions: int) -> StateSpace:
         return DiagonalSpace(self, config.hidden_size, directions)

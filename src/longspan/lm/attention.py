@@ -53,7 +53,7 @@ def scheme_attention(
     pair_bias None or (B or 1, H, Tq, Tk); for patterns padding None or boolean (B, tokens so far), shown the keys that all see,
     None or boolean (B, Tk), and rolling the layer of a cache that kept a part of the keys; in_order says that positions run
     without a gap, alike in all rows, and that no mask hides a key; returns (B, Tq, H, D)."""
-    place = cast(PositionEncoding, module.place)
+    encoding = cast(PositionEncoding, module.place)
     assert position_ids is not None, "the model gives positions to every layer"
     queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
     columns, total = (None, key.shape[2]) if rolling is None else (rolling.columns, rolling.seen)
@@ -73,9 +73,9 @@ def scheme_attention(
         total,
         in_order=in_order,
     )
-    blocks = place.query_blocks(queries, value.dtype)
+    blocks = encoding.query_blocks(queries, value.dtype)
     parts = [whole] if len(blocks) == 1 else [whole.block(start, end, bool(module.is_causal)) for start, end in blocks]
-    out = [_attend_block(module, place, part, scaling, dropout) for part in parts]
+    out = [_attend_block(module, encoding, part, scaling, dropout) for part in parts]
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -123,20 +123,22 @@ class _Inputs:
         )
 
 
-def _attend_block(module: nn.Module, place: PositionEncoding, given: _Inputs, scaling: float, dropout: float) -> Tensor:
+def _attend_block(
+    module: nn.Module, encoding: PositionEncoding, given: _Inputs, scaling: float, dropout: float
+) -> Tensor:
     """Attention (B, H, Tq, D) of queries and keys that meet in one call of the scheme's `rotate_qk`."""
     query, key, value, queries, keys = given.query, given.key, given.value, given.queries, given.keys
     attention_mask, pair_bias = given.mask, given.pair_bias
     layer = cast(int, getattr(module, "layer_idx", 0))
-    asking = query_scores(place, query, queries, layer)
-    query, key = (x.to(value.dtype) for x in place.rotate_qk(query, key, queries, keys))
-    scale = place.query_scale(queries)
+    asking = query_scores(encoding, query, queries, layer)
+    query, key = (x.to(value.dtype) for x in encoding.rotate_qk(query, key, queries, keys))
+    scale = encoding.query_scale(queries)
     if scale is not None:
         query = query * scale[:, None, :, None].to(query.dtype)
-    scaling *= place.score_scale
+    scaling *= encoding.score_scale
     zero_key = bool(getattr(module, "zero_key", False))
     if pattern := getattr(module, "pattern", None):
-        by_distance = place.bias if place.defines("bias") else None
+        by_distance = encoding.bias if encoding.defines("bias") else None
         call = AttentionCall(
             query,
             key,
@@ -153,12 +155,12 @@ def _attend_block(module: nn.Module, place: PositionEncoding, given: _Inputs, sc
         grid = AttentionShape(query.shape[1], given.total, layer, bool(module.is_causal), text_lengths(given.padding))
         return attend(pattern, call, grid)
     causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1
-    if pair_bias is None and asking is None and not place.defines("bias"):
+    if pair_bias is None and asking is None and not encoding.defines("bias"):
         return _plain_attention(
             query, key, value, attention_mask, scaling, dropout=dropout, causal=causal, zero_key=zero_key
         )
     if given.in_order and pair_bias is None and asking is None and not zero_key and not dropout and query.shape[2] > 1:
-        law = place.distance_bias(key.shape[2] - 1, 0 if causal else key.shape[2] - 1, query.device)
+        law = encoding.distance_bias(key.shape[2] - 1, 0 if causal else key.shape[2] - 1, query.device)
         if serves(query, key, law):
             return biased_attention(query, key, value, law, scale=scaling, causal=causal)
     heads, total = query.shape[1], key.shape[2]
@@ -174,7 +176,7 @@ def _attend_block(module: nn.Module, place: PositionEncoding, given: _Inputs, sc
         elif asking is not None:
             extra = scaling * relative_scores(asking, slice(start, end), asked, offered)
         else:
-            extra = relative_bias(place, asked, offered)
+            extra = relative_bias(encoding, asked, offered)
         mask = causal_mask(end - start, seen, query.device) if causal else _rows(attention_mask, start, end)
         if mask is not None:  # rows that see nothing are padding: what they get is never read, but must be numbers
             extra = extra.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))
@@ -214,29 +216,29 @@ def _plain_attention(
     return attention(query, key, value, mask, scale, dropout=dropout, causal=causal)
 
 
-def relative_bias(place: PositionEncoding, queries: Tensor, keys: Tensor) -> Tensor:
+def relative_bias(encoding: PositionEncoding, queries: Tensor, keys: Tensor) -> Tensor:
     """(B or 1, H, Tq, Tk) from a scheme that knows distances; queries (B or 1, Tq), keys (B or 1, Tk) positions. Where both
     run without a gap, as they mostly do, each distance is asked for once and the rows are views of one another."""
     if consecutive(queries) and consecutive(keys):
         first, last = int(queries[0, 0]), int(keys[0, -1])
         asked = range(first, first + queries.shape[1])
-        return bias_rows(place.bias, asked, range(last + 1 - keys.shape[1], last + 1), keys.device)[None]
-    return place.bias(distances(queries, keys)).transpose(0, 1)
+        return bias_rows(encoding.bias, asked, range(last + 1 - keys.shape[1], last + 1), keys.device)[None]
+    return encoding.bias(distances(queries, keys)).transpose(0, 1)
 
 
 Asking = Callable[[slice, Tensor], Tensor]
 """Some of the queries and distances (N,) to scores (B, H, rows, N), before the scale."""
 
 
-def query_scores(place: PositionEncoding, query: Tensor, queries: Tensor, layer: int) -> Asking | None:
+def query_scores(encoding: PositionEncoding, query: Tensor, queries: Tensor, layer: int) -> Asking | None:
     """What the scheme's `query_scores` says of these queries (B, H, Tq, D) at positions (B or 1, Tq), with the scheme's
     `query_scale`; None where it says nothing."""
-    if not place.defines("query_scores"):
+    if not encoding.defines("query_scores"):
         return None
-    scale, some = place.query_scale(queries), Slices(query)
+    scale, some = encoding.query_scale(queries), Slices(query)
 
     def ask(rows: slice, far: Tensor) -> Tensor:
-        scores = place.query_scores(some[:, :, rows], far, layer)
+        scores = encoding.query_scores(some[:, :, rows], far, layer)
         return scores if scale is None else scores * scale[:, None, rows, None]
 
     return ask

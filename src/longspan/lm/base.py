@@ -106,9 +106,9 @@ class Pattern(Attention):
         (`longspan.engine.backends`) unless a pattern has one of its own. Rows are aligned at their first real token."""
         return routes.run(self, call, grid)
 
-    def check_position_encoding(self, config: LongspanConfig, place: PositionEncoding) -> None:
+    def check_position_encoding(self, config: LongspanConfig, encoding: PositionEncoding) -> None:
         """Refuses a scheme that cannot be joined with the pattern."""
-        if place.defines("pair_bias"):
+        if encoding.defines("pair_bias"):
             raise NotSupported(
                 f"position={config.position} scores every pair of places, which {self.spec} is there to avoid; "
                 "use attention=full, or another scheme such as rope, alibi or kerple"
@@ -118,22 +118,22 @@ class Pattern(Attention):
         """What it is part of: ordinary attention, unless it has weights of its own."""
         return LongspanAttention
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_position_encoding(config, place)
-        return self.module_class()(config, layer, place, causal=causal, pattern=self)
+        self.check_position_encoding(config, encoding)
+        return self.module_class()(config, layer, encoding, causal=causal, pattern=self)
 
 
 @dataclass(frozen=True)
 class Full(Pattern):
     """Every key: transformers' own implementations run it."""
 
-    name: ClassVar[str] = "full"
-    title: ClassVar[str] = "Full attention"
-    also: ClassVar[tuple[str, ...]] = ("full-attention", "dense-attention", "softmax-attention")
-    paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
-    cost: ClassVar[str] = "time n², cache n"
-    takes_mask: ClassVar[bool] = True
+    name = "full"
+    title = "Full attention"
+    also = ("full-attention", "dense-attention", "softmax-attention")
+    paper = "Vaswani 2017, arXiv 1706.03762"
+    cost = "time n², cache n"
+    takes_mask = True
 
     def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         return torch.ones(1, 1, queries.shape[1], keys.shape[1], dtype=torch.bool, device=queries.device)
@@ -142,8 +142,8 @@ class Full(Pattern):
         lengths = grid.length, grid.length
         return band(lengths, window=grid.length, causal=grid.causal, size=size, device=device)
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
-        return LongspanAttention(config, layer, place, causal=causal)
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
+        return LongspanAttention(config, layer, encoding, causal=causal)
 
     def _refuse(self, facts: ModelFacts) -> NoReturn:
         raise NotSupported("full attention is what a trained model has; use none")
@@ -156,10 +156,10 @@ class Mixer(Attention):
     positions: ClassVar[frozenset[str]] = frozenset({"embed"})
     """The parts of a position scheme that it has a use for, besides `rotation` for RoPE."""
 
-    def check_position_encoding(self, config: LongspanConfig, place: PositionEncoding) -> None:
+    def check_position_encoding(self, config: LongspanConfig, encoding: PositionEncoding) -> None:
         """Refuses a scheme whose part would be lost."""
         parts = {
-            p for p in ("embed", "rotate_qk", "query_scale", "bias", "pair_bias", "query_scores") if place.defines(p)
+            p for p in ("embed", "rotate_qk", "query_scale", "bias", "pair_bias", "query_scores") if encoding.defines(p)
         }
         if config.rope_parameters is not None:
             parts.add("rotation")

@@ -54,9 +54,9 @@ class LongspanPreTrainedModel(PreTrainedModel):
     def __init__(self, config: LongspanConfig):
         if config._attn_implementation is None:
             with torch.device("meta"):  # only asked what it does
-                place = config.build_position_encoding(causal=config.kind != "encoder")
+                encoding = config.build_position_encoding(causal=config.kind != "encoder")
             attentions = config.attentions + config.attentions_of(causal=True)
-            ours = not place.plain or config.sink == "zero" or not all(isinstance(a, Full) for a in attentions)
+            ours = not encoding.plain or config.sink == "zero" or not all(isinstance(a, Full) for a in attentions)
             config._attn_implementation = SCHEME if ours else None
         super().__init__(config)
 
