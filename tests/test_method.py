@@ -296,7 +296,7 @@ def test_combinations_are_compared_by_what_they_are() -> None:
 
 
 def test_the_table_of_slots_is_that_of_the_catalogue() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "decisions.md").read_text()
     rows = re.findall(
         r"^\| `([a-z-]+)`[^|]*\| (`.*) \|$", page.partition("| slot | filled by |")[2].partition("##")[0], re.M
     )

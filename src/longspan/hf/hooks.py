@@ -54,7 +54,12 @@ class ModelHooks:
     @property
     def drops_caches(self) -> bool:
         """Whether gradient checkpointing keeps caches from the layers, as transformers does in training."""
-        return self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        return self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.decoder.modules())
+
+    @property
+    def training(self) -> bool:
+        """Whether the decoder is in training mode, whatever the mode of a head or an adapter around it."""
+        return self.decoder.training
 
     def keep_for_undo(self, undo: Callable[[], None]) -> None:
         """Calls `undo` when the methods are taken off, before what was registered earlier.
@@ -144,7 +149,7 @@ class ModelHooks:
         cache, use = arguments["cache"], arguments.get("use_cache")
         config = self.decoder.config
         use = getattr(config, "use_cache", False) if use is None else use
-        makes = self.makes_dynamic_caches and not self.model.training and getattr(self.decoder, "causal", True)
+        makes = self.makes_dynamic_caches and not self.drops_caches and getattr(self.decoder, "causal", True)
         if cache is None and use and makes:
             cache = arguments["cache"] = DynamicCache(config=config)
         if cache is not None:

@@ -68,8 +68,8 @@ def model_function(module: nn.Module, implementation: str, spec: str) -> tuple[C
     kind = masks.get(implementation)
     if kind in (None, flash_attention_mask, flex_attention_mask):
         raise NotSupported(
-            f"{spec} passes a mask to the model's attention, and its implementation {implementation!r} takes none; load the "
-            'model with attn_implementation="sdpa"'
+            f"{spec} passes a mask to the model's attention, and its implementation {implementation!r} takes none; load the model "
+            'with attn_implementation="sdpa"'
         )
     files = [sys.modules[cls.__module__] for cls in type(module).__mro__]
     eager = next((f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward")), None)

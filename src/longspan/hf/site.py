@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from longspan.core.facts import ModelFacts, rope_parameters, rotary_modules, text_config
+from longspan.core.facts import ModelFacts, decoder_of, rope_parameters, rotary_modules, text_config
 from longspan.core.method import Combination
 from longspan.hf.call import LayerCall
 from longspan.hf.forward import handed
@@ -266,13 +266,18 @@ for _name, _mask in ((ATTENTION, AttentionMaskInterface()["sdpa"]), (ATTENTION_O
 
 def remove(model: PreTrainedModel) -> None:
     """Takes the methods off `model`, which is then as it was before `apply`, bit for bit; without a method nothing happens."""
-    site: Site | None = getattr(model, SITE, None)
-    if site is not None:
+    if (site := site_of(model)) is not None:
         site.undo()
-        object.__delattr__(model, SITE)
+        object.__delattr__(site.decoder, SITE)
 
 
 def current(model: PreTrainedModel) -> Combination | None:
     """The methods on `model`, with every derived setting filled in; None where there are none."""
-    site: Site | None = getattr(model, SITE, None)
+    site = site_of(model)
     return site.methods if site else None
+
+
+def site_of(model: PreTrainedModel) -> Site | None:
+    """The site that `apply` put on `model`, found through a head or an adapter around its decoder; None without a method."""
+    holder = decoder_of(model) if hasattr(model, "get_decoder") else model
+    return getattr(holder, SITE, None)
