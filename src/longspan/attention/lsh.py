@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from transformers import Cache
 
 from longspan.engine.core import expand_heads
 from longspan.engine.recorded_choices import decided
-from longspan.lm.base import Mixer
+from longspan.lm.base import Mixer, MixerCall, MixerModule
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import rotated
 from longspan.lm.state import state_of
@@ -103,7 +103,7 @@ class Lsh(Mixer):
         return LshAttention(config, self, layer, causal=causal)
 
 
-class LshAttention(nn.Module):
+class LshAttention(MixerModule):
     """One projection for queries and keys, (heads · D); values may be shared by groups of heads."""
 
     rotations: Tensor
@@ -131,29 +131,19 @@ class LshAttention(nn.Module):
             rounds.append(torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu"))
         return torch.stack(rounds, dim=1)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        padding: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        qk, value = self._heads(self.qk_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
-        if rotation is not None:  # before the hash: tokens that attend to each other shall fall into one bucket
-            qk = rotated(qk, rotation)
+    def mixed(self, call: MixerCall) -> Tensor:
+        qk, value = self._heads(self.qk_proj(call.hidden)), self._heads(self.v_proj(call.hidden))
+        if call.rotation is not None:  # before the hash: tokens that attend to each other shall fall into one bucket
+            qk = rotated(qk, call.rotation)
         buckets = decided(lambda: self.buckets_of(qk))
-        new, past = hidden_states.shape[1], 0
-        if past_key_values is not None:
-            qk, value, buckets = self._with_past(past_key_values, qk, value, buckets)
+        new, past = call.hidden.shape[1], 0
+        if call.cache is not None:
+            qk, value, buckets = self._with_past(call.cache, qk, value, buckets)
             past = qk.shape[2] - new
-        single = past > 0 and new == 1
-        attend = newest_attention if single else hashed_attention
+        attend = newest_attention if past > 0 and new == 1 else hashed_attention
         dropout = self.dropout if self.training else 0.0
-        out = attend(qk, expand_heads(value, self.heads), buckets, self.method, self.is_causal, padding, dropout)
-        out = out[:, :, -new:].transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
-        return self.o_proj(out), None
+        out = attend(qk, expand_heads(value, self.heads), buckets, self.method, self.is_causal, call.padding, dropout)
+        return self.o_proj(out[:, :, -new:].transpose(1, 2).reshape(*call.hidden.shape[:-1], -1))
 
     @torch.no_grad()
     def buckets_of(self, qk: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from longspan.engine.state_space.attention import (
     unpack,
     vandermonde_kernel,
 )
-from longspan.lm.base import Mixer
+from longspan.lm.base import Mixer, MixerCall, MixerModule
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.state import MixerState, state_of
 from longspan.positions.scheme import PositionEncoding
@@ -157,31 +157,23 @@ class LowRankSpace(StateSpace):
         return cauchy_kernel(modes, reach)[:, :length]
 
 
-class StateSpaceLayer(nn.Module):
+class StateSpaceLayer(MixerModule):
     def __init__(self, space: StateSpace, layer_idx: int, width: int, *, causal: bool):
         super().__init__()
         self.ssm = space
         self.layer_idx, self.causal = layer_idx, causal
         self.o_proj = nn.Linear(width, 2 * width)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        padding: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        real = None if padding is None else padding[:, -hidden_states.shape[1] :]
-        with torch.autocast(hidden_states.device.type, enabled=False):  # no Fourier transform is known in bfloat16
-            x = hidden_states.mT.to(self.ssm.modes().step.dtype)
+    def mixed(self, call: MixerCall) -> Tensor:
+        real, dtype = call.real, call.hidden.dtype
+        with torch.autocast(call.hidden.device.type, enabled=False):  # there is no Fourier transform in bfloat16
+            x = call.hidden.mT.to(self.ssm.modes().step.dtype)
             x, order = (x, None) if real is None else _padding_first(x, real)
-            mixed = self._mixed(x, real, past_key_values) + self.ssm.direct.to(x.dtype)[:, None] * x
+            mixed = self._mixed(x, real, call.cache) + self.ssm.direct.to(x.dtype)[:, None] * x
             if order is not None:
                 mixed = torch.zeros_like(mixed).scatter(2, order, mixed)
-            mixed = F.gelu(mixed).mT.to(hidden_states.dtype)
-        return F.glu(self.o_proj(mixed), dim=-1), None
+            mixed = F.gelu(mixed).mT.to(dtype)
+        return F.glu(self.o_proj(mixed), dim=-1)
 
     def _mixed(self, x: Tensor, real: Tensor | None, cache: Cache | None) -> Tensor:
         """(B, H, T) from x (B, H, T), whose padding is zero and comes first."""

@@ -68,7 +68,7 @@ def model_function(module: nn.Module, implementation: str, spec: str) -> tuple[C
     kind = masks.get(implementation)
     if kind in (None, flash_attention_mask, flex_attention_mask):
         raise NotSupported(
-            f"{spec} passes a mask to the model's attention, and its implementation {implementation!r} takes none; load the model "
+            f"{spec} gives the model's attention a mask, and its implementation {implementation!r} takes none; load the model "
             'with attn_implementation="sdpa"'
         )
     files = [sys.modules[cls.__module__] for cls in type(module).__mro__]
