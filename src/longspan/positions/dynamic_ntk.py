@@ -39,7 +39,10 @@ class DynamicNTK(Method):
     paper = "emozilla 2023; Peng 2023, arXiv 2309.00071 §3.3"
     slots = frozenset({"frequencies", "attention"})
     cost = "time n² (keys rotated again for every step), cache n"
-    why_not_exportable = "its keys are cached unrotated, which no checkpoint can say; transformers' own `dynamic` type caches rotated keys"
+    why_not_exportable = (
+        "its keys are cached unrotated, which no checkpoint can say; "
+        "transformers' own `dynamic` type caches rotated keys"
+    )
 
     def __post_init__(self) -> None:
         self.require(1 <= self.factor <= 4096, f"factor must be from 1 to 4096, not {self.factor}")
