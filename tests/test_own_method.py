@@ -21,6 +21,8 @@ import longspan as ls
 import tiny
 from longspan import plugins
 from longspan.cli.main import run
+from longspan.compare.planning.plan import make_plan
+from longspan.compare.planning.requests import Request
 from longspan.core import method
 from longspan.hf.parts import add_parts, parts_of
 from longspan.hf.site import current
@@ -245,8 +247,6 @@ def test_compared_and_reported(
 
 
 def test_a_changed_file_is_another_measurement(space: Path, trained: Path) -> None:
-    from longspan.compare.planning import Request, make_plan
-
     temper(space)
     keys = []
     for code in (example(), example().replace("opens over", "opens during")):

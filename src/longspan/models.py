@@ -14,7 +14,14 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import longspan.lm  # noqa: F401 - makes transformers know the model type
 from longspan.apply import apply
@@ -245,8 +252,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     """The folder's configuration; refuses what is no decoder-only model."""
-    from transformers import AutoConfig
-
     _know_type(folder)
     with reading(f"{folder}/config.json is of no model that transformers itself knows"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,12 +45,12 @@ class BigBird(Pattern):
     seed: int = 0
     among: int | None = None
 
-    name: ClassVar[str] = "bigbird"
-    title: ClassVar[str] = "BigBird: window, random and global blocks"
-    works_on: ClassVar[str] = "from scratch, trained encoders (longspan apply)"
-    paper: ClassVar[str] = "Zaheer 2020, arXiv 2007.14062"
-    cost: ClassVar[str] = "time n, encoders only"
-    directions: ClassVar[tuple[str, ...]] = ("bidirectional",)
+    name = "bigbird"
+    title = "BigBird: window, random and global blocks"
+    works_on = "from scratch, trained encoders (longspan apply)"
+    paper = "Zaheer 2020, arXiv 2007.14062"
+    cost = "time n, encoders only"
+    directions = ("bidirectional",)
 
     def __post_init__(self) -> None:
         self.require(self.block >= 1, f"block must be at least 1 token, not {self.block}")

@@ -34,45 +34,77 @@ class Owned:
         self.expected = False
 
 
-class OwnedDynamicLayer(Owned, DynamicLayer):
+class Ordinary(Owned):
+    """Mixed into transformers' own layers: emptied they are any model's, and what a method knows of their tokens goes where their
+    rows go."""
+
+    marks: Tensor | None = None
+    """(B, T), of the tokens in the layer."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.check_owner()
+        made: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        return made
+
+    def reset(self) -> None:
+        self.is_initialized = False  # or transformers 5.17 keeps zeros in the tokens' places
+        super().reset()  # type: ignore[misc]
+        self.filled_by, self.expected, self.marks = None, False, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._pick(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.marks is not None:
+            self.marks = self.marks.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._pick(indices)
+
+    def _pick(self, rows: Tensor) -> None:
+        if self.marks is not None:
+            self.marks = self.marks[rows.to(self.marks.device)]
+
+
+class OwnedDynamicLayer(Ordinary, DynamicLayer):
     """A layer that keeps all keys, for one method."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.check_owner()
-        return super().update(key_states, value_states, *args, **kwargs)
 
-
-class OwnedSlidingLayer(Owned, DynamicSlidingWindowLayer):
+class OwnedSlidingLayer(Ordinary, DynamicSlidingWindowLayer):
     """A layer that keeps a sliding window of keys, for one method."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.check_owner()
-        return super().update(key_states, value_states, *args, **kwargs)
 
 
 def claim(cache: Cache, spec: str, *, checked: bool) -> None:
     """Makes `cache` the method's before a forward of it. Raises `NotSupported` where another method, or the plain model, has put
     tokens into it. checked: whether the method has looked by itself, as those with layers of their own do."""
     before: str | None = getattr(cache, _FILLED_BY, None)
+    if any(isinstance(layer, Ordinary) and layer.filled_by is None for layer in cache.layers):
+        before = None  # emptied since
     if before != spec:
         if cache.get_seq_length() > 0 and not (checked and before is None):
             raise NotSupported(_mixed(before or "the model as it is", spec))
         setattr(cache, _FILLED_BY, spec)
         if type(cache) is DynamicCache:
-            _own_layers(cache)
+            own_layers(cache)
     for layer in cache.layers:
         if isinstance(layer, Owned):
             layer.filled_by, layer.expected = spec, True
 
 
 def mark(cache: Cache, spec: str) -> None:
-    """Makes a cache the method's that a forward of it has made and filled."""
+    """Makes a cache the method's that a forward of it has made and filled, with the layers that were made in this forward."""
     if getattr(cache, _FILLED_BY, None) is None:
         setattr(cache, _FILLED_BY, spec)
+    for layer in cache.layers:
+        if isinstance(layer, Ordinary) and layer.filled_by is None:
+            layer.filled_by = spec
 
 
-def _own_layers(cache: DynamicCache) -> None:
-    """Replaces the layers of an empty cache by those that know their owner."""
+def own_layers(cache: DynamicCache, count: int = 0) -> None:
+    """Replaces the layers of an empty cache by those that know their owner, and makes it have `count` at least."""
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = OwnedDynamicLayer
     for number, layer in enumerate(cache.layers):
@@ -82,6 +114,8 @@ def _own_layers(cache: DynamicCache) -> None:
             owned = OwnedSlidingLayer(layer.sliding_window)
             owned.record_past = layer.record_past
             cache.layers[number] = owned
+    if cache.layer_class_to_replicate is OwnedDynamicLayer:
+        cache.layers.extend(OwnedDynamicLayer() for _ in range(len(cache.layers), count))
 
 
 def _mixed(before: str, now: str) -> str:

@@ -106,11 +106,10 @@ class PositionEncoding(nn.Module):
 class Scheme(Method):
     """Base of all schemes. A model is trained with its scheme, so none can be put on one afterwards."""
 
-    seam: ClassVar[Any] = "position"
-    slots: ClassVar[frozenset[str]] = frozenset({"position"})
-    works_on: ClassVar[str] = "from scratch"
-    cost: ClassVar[str] = "time n², cache n"
-    why_not_exportable: ClassVar[str] = "a model is trained with its positions; longspan train makes one"
+    slots = frozenset({"position"})
+    works_on = "from scratch"
+    cost = "time n², cache n"
+    why_not_exportable = "a model is trained with its positions; longspan train makes one"
 
     read_with: ClassVar[str] = ""
     """The method that the scheme's paper puts on a trained model to read texts longer than its window; none if empty."""

@@ -47,7 +47,7 @@ from longspan.hf.call import LayerCall
 from longspan.hf.compat import CACHE
 from longspan.hf.forward import forward_of
 from longspan.hf.rotary import rotate
-from longspan.hf.site import Site, layer_number
+from longspan.hf.site import Site, layer_number, site_of
 from longspan.hf.trial import prove_rotation
 from longspan.memory.focused.cache import FocusedLayer
 from longspan.util.errors import NotSupported, SpecError
@@ -242,7 +242,7 @@ class Reader:
         start = layers[0].seen if layers else 0
         mask = arguments.get("attention_mask")
         pads = self._padding(mask, start, new, layers)
-        training = self.site.model.training and start == 0
+        training = self.site.training and start == 0
         real = mask.bool() if mask is not None and training else None
         shift = None
         if real is not None and pads is not None:
@@ -279,10 +279,10 @@ class Reader:
         if self.site.drops_caches:
             return None
         cache = arguments.get("cache")
-        if model.training and cache is None:
+        if self.site.training and cache is None:
             arguments["use_cache"] = False  # or the memory of a row would stand in for crossbatch
             return None
-        if model.training and torch.is_grad_enabled():
+        if self.site.training and torch.is_grad_enabled():
             raise NotSupported(
                 "focused trains on whole rows, by crossbatch, and a cache holds parts; leave "
                 f"{CACHE} out, or call model.eval()"
@@ -492,8 +492,7 @@ class Steps(TrainerCallback):
 
 def reader_of(model: PreTrainedModel) -> Reader:
     """The method on a model, as it runs. Raises `NotSupported` where it is not on."""
-    site = getattr(model, "_longspan", None)
-    state = getattr(site, "state", None)
+    state = getattr(site_of(model), "state", None)
     if not isinstance(state, Reader):
         raise NotSupported('this model has no memory: longspan.apply(model, "focused") first')
     return state

@@ -91,7 +91,7 @@ class LandmarkReader:
             raise NotSupported(f"a cache of {len(tokens)} rows does not go with {len(ids)} rows of input")
         self._check_positions(arguments.get("position_ids"), real)
         now = self._plan(tokens, real, ids, rows, layers)
-        if self.site.model.training and now.width > self.site.facts.window:
+        if self.site.training and now.width > self.site.facts.window:
             raise NotSupported(
                 f"landmark trains with all of a text in sight, {now.width:,} tokens with landmarks, and this model's window "
                 f"is {self.site.facts.window:,}; train on shorter texts, it reads longer ones afterwards"
@@ -127,7 +127,7 @@ class LandmarkReader:
         """The layers of this forward's cache; an empty `DynamicCache`, which `generate` and most callers bring, gets them."""
         cache, config = arguments.get("cache"), text_config(self.site.model.config)
         wanted = arguments.get("use_cache")
-        if self.site.model.training:
+        if self.site.training:
             if cache is not None:
                 raise NotSupported(
                     "landmark trains on whole texts, without a cache; call model.eval() to read with one"
@@ -176,7 +176,7 @@ class LandmarkReader:
         own = number + number // block + ((number + 1) % block == 0)
         out = (own - begin).clamp(min=0)
         pieces, order = self._pieces(start, width, device)
-        return Pass(start, filled, width, slot, out, pieces, order, layers, rows, ids, real, self.site.model.training)
+        return Pass(start, filled, width, slot, out, pieces, order, layers, rows, ids, real, self.site.training)
 
     def _pieces(self, start: Tensor, width: int, device: torch.device) -> tuple[list[Piece], Tensor | None]:
         """Queries by their chunks; a row that has no more of them repeats its last one."""
