@@ -1,4 +1,4 @@
-"""The model that a recipe names: built from nothing, taken from somewhere to be tuned, or out of a checkpoint."""
+"""The model of a recipe: from scratch, from a trained one, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ _NOT_SETTINGS = ("model_type", "transformers_version", "architectures", "name_or
 
 
 def weights_dtype(dtype: str) -> torch.dtype:
-    """What the weights are held in: float32, also under mixed precision, unless asked otherwise."""
+    """The dtype of the weights: float32, also under mixed precision, except for `pure-bf16`."""
     return torch.bfloat16 if dtype == "pure-bf16" else torch.float32
 
 
 def vocabulary(recipe: Recipe) -> int:
-    """The rows that the recipe's tokenizer needs or will need; 0 where the model brings its own."""
+    """Embedding rows that the recipe's tokenizer needs; 0 where the model has its own tokenizer."""
     if isinstance(recipe.tokenizer, TokenizerRecipe):
         return recipe.tokenizer.vocabulary
     return rows_needed(load_tokenizer(recipe.tokenizer)) if recipe.tokenizer else 0
 
 
 def model_config(recipe: Recipe, tokens: int, special: dict[str, int | None]) -> PreTrainedConfig:
-    """The configuration to train. From scratch, what the recipe leaves out of vocabulary, window and special tokens comes
-    from the tokenizer and from data.length. Raises `LongspanError` for a configuration that cannot be."""
+    """The configuration of the model to train.
+
+    From scratch, a vocabulary, window and special tokens that the recipe leaves out come from the tokenizer (`tokens`, `special`)
+    and from data.length. Raises `LongspanError` for settings that the architecture does not have.
+    """
     if isinstance(recipe.model, str):
         return models.read_config(recipe.model)
     settings = dict(recipe.model)
@@ -72,7 +75,7 @@ def _default_config(kind: str) -> PreTrainedConfig:
 
 
 def _closest(word: str, known: Any, lists: str) -> str:
-    """A hint for a name among too many to be listed: those that are like it, and where all are."""
+    """A hint for a wrong name among too many to list: the similar ones, and where all are listed."""
     close = difflib.get_close_matches(word, sorted(known), n=5, cutoff=0.5)
     likely = " or ".join(f'"{name}"' for name in close)
     return (f"did you mean {likely}? " if close else "") + f"{lists} names them all"
@@ -163,14 +166,14 @@ def _with_method(model: PreTrainedModel, method: Combination, seed: int) -> PreT
 
 
 def saved_parameters(model: nn.Module) -> int:
-    """How many parameters `save_pretrained` writes: the model's, or of a model with adapters these alone."""
+    """Parameters that `save_pretrained` writes: all of a model, or the adapters alone where it has some."""
     if isinstance(model, PreTrainedModel):
         return sum(p.numel() for p in model.parameters())
     return sum(p.numel() for p in _peft().get_peft_model_state_dict(model).values())
 
 
 def rebuild(recipe: Recipe, checkpoint: Path, method: Combination | None, dtype: torch.dtype) -> nn.Module:
-    """The model as it was when `checkpoint` was written."""
+    """The model as `checkpoint` holds it."""
     if recipe.lora is not None:
         assert isinstance(recipe.model, str)
         model, _ = models.load(recipe.model, dtype=dtype, device="cpu")
@@ -178,7 +181,7 @@ def rebuild(recipe: Recipe, checkpoint: Path, method: Combination | None, dtype:
             model if method is None else apply(model, method), checkpoint, is_trainable=True
         )
     model, _ = models.load(checkpoint, dtype=dtype, device="cpu")
-    if entry := models.saved_entry(checkpoint):  # load put on what a checkpoint does not hold, and named that alone
+    if entry := models.saved_entry(checkpoint):  # load names only the methods that it has put on
         text_config(model.config).longspan = entry
     return model
 
@@ -206,16 +209,16 @@ def _peft() -> Any:
         import peft
     except ImportError as error:
         raise NotSupported(
-            "lora needs the peft library: pip install 'longspan[train]'. Without lora the model is trained whole"
+            "lora needs the peft library: pip install 'longspan[train]'. Without lora all weights are trained"
         ) from error
     return peft
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keeps only what each layer reads, and makes the rest again in the backward pass."""
+    """Turns on activation checkpointing. Raises `NotSupported` for a model without it."""
     if not model.supports_gradient_checkpointing:
         raise NotSupported(
-            f"training.gradient_checkpointing: {type(model).__name__} does not know it; use training.gradient_checkpointing=false"
+            f"training.gradient_checkpointing: {type(model).__name__} does not support it; set it to false"
         )
     settings: dict[str, Any] = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.20 or so

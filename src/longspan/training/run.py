@@ -1,12 +1,12 @@
-"""`train`: a recipe carried out, from nothing to a model folder, or from wherever an earlier run was stopped.
+"""`train`: carries out a recipe, from its first step to a model folder, or from the last checkpoint of a stopped run.
 
-out/run.json           which training this is: the recipe with every key, digests of data and weights, the method's settings.
-                       Another one in the same folder is refused as long as anything that was trained is in it
-out/recipe.yaml        the recipe again, for people
-out/tokenizer/         where one was trained
+out/run.json           the training's identity: the recipe with every key, digests of data and weights, the method's settings.
+                       Another training in the same folder is refused once steps have been trained
+out/recipe.yaml        the recipe as YAML
+out/tokenizer/         a tokenizer that was trained
 out/tokens/            the data as token ids
-out/checkpoints/       the last two, each whole or not there
-out/metrics.jsonl      step by step
+out/checkpoints/       the last two checkpoints
+out/metrics.jsonl      a record for every `log_every` steps
 out/loss.png
 out/model/             the result: weights, tokenizer, recipe
 out/result.json        written last
@@ -70,20 +70,22 @@ from longspan.util.files import filling, read_object, write_atomically
 from longspan.util.units import duration, size
 
 _RUN, _RESULT, _LOCK = "run.json", "result.json", ".lock"
-_LOST = "it says which training the folder holds: bring it back, or name another out"
+_LOST = "it says which training is in the folder: restore it, or name another out"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What the system says where a disk, a quota or a limit takes no more."""
+"""The system's errors where a disk is full, or a quota or a limit is reached."""
 _LOOKED_AT = 64
-"""Samples whose labels are counted, for the operations of a token."""
+"""Samples whose labels are counted for the estimate of a token's operations."""
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training came to. Losses are means in nats a token, the last that were measured; `seconds` and `tokens_per_s`
-    leave validation and saving out, and the speed the first record of every start too. `tokens`, and what follows from them,
-    are tokens that were read: padding does not count. `parameters` are those in the folder `model`: adapters that were merged
-    are none of their own, and adapters saved as such are alone. `resumed_from` is a step."""
+    """The outcome of a training.
+
+    tokens: without padding. parameters: those saved in the folder `model`, of adapters saved as such the adapters' alone. loss,
+    valid_loss: the last measured means, in nats a token. seconds, tokens_per_s: without validation and saving, and the speed also
+    without the first record after each start. resumed_from: a step; None for a run that was not resumed.
+    """
 
     out: str
     model: str
@@ -104,7 +106,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything that stands before the first step."""
+    """What is known before the first step."""
 
     recipe: Recipe
     out: Path
@@ -119,11 +121,11 @@ class _Job:
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> TrainResult:
-    """Trains as the recipe says, and returns what came of it; a run that was stopped goes on where it was.
+    """Carries out a training and returns its result; a stopped run resumes from its last checkpoint.
 
-    recipe: a YAML file, a mapping of the same form, or a recipe that was read. overrides: keys on top, dotted ones written
+    recipe: a YAML file, a mapping of the same form, or a `Recipe`. overrides: keys that replace the recipe's, dotted ones written
     `**{"training.steps": 200}`.
-    Raises `LongspanError` for what cannot be, before anything is written where that can be known.
+    Raises `LongspanError` for a recipe that cannot be trained, where possible before anything is written.
     """
     read = read_recipe(recipe.to_dict() if isinstance(recipe, Recipe) else recipe, overrides.items())
     check(read)
@@ -141,7 +143,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> 
 
 
 def check(recipe: Recipe) -> None:
-    """Raises `LongspanError` for what can be refused without reading data or weights."""
+    """Raises `LongspanError` for a recipe that cannot be trained, as far as that is known without data and weights."""
     for key in ("data.train", "data.valid", "data.task"):
         check_source(recipe, key)
     build.check_method(recipe, facts_of(build.model_config(recipe, build.vocabulary(recipe), {})))
@@ -156,62 +158,62 @@ def check(recipe: Recipe) -> None:
 
 
 def _arguments(recipe: Recipe) -> tuple[TrainingArguments, str]:
-    """The Trainer's settings, and the number format that was chosen."""
-    wanted, devices = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
+    """The Trainer's settings, and the dtype of the training."""
+    steps, devices = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
-    dtype = wanted.number_format(cuda)
-    micro = wanted.at_once(devices)
-    if wanted.batch % (micro * devices):
-        near = max(1, round(wanted.batch / (micro * devices))) * micro * devices
+    dtype = steps.number_format(cuda)
+    micro = steps.at_once(devices)
+    if steps.batch % (micro * devices):
+        near = max(1, round(steps.batch / (micro * devices))) * micro * devices
         raise SpecError(
-            f"training.batch={wanted.batch} does not divide into micro-batches of {micro} on {devices} device"
+            f"training.batch={steps.batch} does not divide into micro-batches of {micro} on {devices} device"
             f"{'s' * (devices > 1)}; the nearest that does is training.batch={near}"
         )
     validates = recipe.data.valid is not None
-    made = TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(Path(recipe.out).expanduser() / CHECKPOINTS),
-        max_steps=wanted.steps,
+        max_steps=steps.steps,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=wanted.batch // (micro * devices),
-        learning_rate=wanted.learning_rate,
-        lr_scheduler_type=_SCHEDULES[wanted.schedule],
-        warmup_steps=wanted.warmup,
-        weight_decay=wanted.weight_decay,
-        adam_beta1=wanted.betas[0],
-        adam_beta2=wanted.betas[1],
-        max_grad_norm=wanted.clip or 0.0,
+        gradient_accumulation_steps=steps.batch // (micro * devices),
+        learning_rate=steps.learning_rate,
+        lr_scheduler_type=_SCHEDULES[steps.schedule],
+        warmup_steps=steps.warmup,
+        weight_decay=steps.weight_decay,
+        adam_beta1=steps.betas[0],
+        adam_beta2=steps.betas[1],
+        max_grad_norm=steps.clip or 0.0,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         bf16=dtype == "bf16",
         use_cpu=not cuda,
         seed=recipe.seed,
         train_sampling_strategy="sequential",
-        logging_steps=wanted.log_every,
+        logging_steps=steps.log_every,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if wanted.save_every else "no",
-        save_steps=wanted.save_every or 1,
+        save_strategy="steps" if steps.save_every else "no",
+        save_steps=steps.save_every or 1,
         save_total_limit=2,
         eval_strategy="steps" if validates else "no",
-        eval_steps=(wanted.eval_every or 10 * wanted.log_every) if validates else None,
+        eval_steps=(steps.eval_every or 10 * steps.log_every) if validates else None,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
         ddp_find_unused_parameters=False,
     )
-    if made.n_gpu > 1:
-        made._n_gpu = 1  # the Trainer would take DataParallel; several GPUs are for torchrun
-    return made, dtype
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # the Trainer would take DataParallel; several GPUs are for torchrun
+    return arguments, dtype
 
 
 @contextlib.contextmanager
 def _owned(out: Path) -> Iterator[None]:
-    """The run's folder, for this process alone; the lock is the kernel's, which a dead process does not keep."""
+    """Locks the run's folder for this process; the kernel releases the lock when the process ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise LongspanError(f"{out} cannot hold a run: {error.strerror or error}") from error
+        raise LongspanError(f"{out} cannot be a run's folder: {error.strerror or error}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -224,23 +226,25 @@ def _owned(out: Path) -> Iterator[None]:
 
 
 def _open(out: Path, recipe: Recipe) -> None:
-    """Makes a new folder this recipe's; refuses one that holds another's training, or anything else. What was made for a
-    training that never took a step is made again."""
+    """Writes the recipe into the run's folder, and removes the tokenizer of a training that never took a step.
+
+    Raises `LongspanError` for a folder with another training or with other files.
+    """
     now, before, trained = _as_json(recipe), _identity(out), _trained(out)
     if before is not None and trained:
         changed = differences({**before, "out": ""}, {**now, "out": ""})
         if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise SpecError(
-                f"{out} holds a run of another recipe ({'; '.join(changed[:5])}{more}); give the old values to go on with it, "
-                "or another out to start anew"
+                f"{out} holds a run of another recipe ({'; '.join(changed[:5])}{more}); use the old values to resume it, "
+                "or another out for a new run"
             )
     elif before is None and trained:
         raise LongspanError(
-            f"{out} has lost its {_RUN}, which says of which recipe its {trained} is; bring it back, or name another out"
+            f"{out} has lost its {_RUN}, which says which recipe its {trained} belongs to; restore it, or name another out"
         )
     elif before is None and (others := [p.name for p in out.iterdir() if p.name != _LOCK]):
-        raise LongspanError(f"{out} is not a run and is not empty ({min(others)} is in it); name a new folder")
+        raise LongspanError(f"{out} is not a run and is not empty (it has {min(others)}); name a new folder")
     else:
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
         write_atomically(out / _RUN, json.dumps({"recipe": now}, indent=1) + "\n")
@@ -248,16 +252,16 @@ def _open(out: Path, recipe: Recipe) -> None:
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as it comes back from a file, where keys are text."""
+    """The recipe as JSON data, with keys as text."""
     return json.loads(json.dumps(recipe.to_dict(), default=str))
 
 
 def _identity(out: Path) -> dict[str, Any] | None:
-    """The recipe that a folder was begun with; None where it holds no training."""
+    """The recipe of the training in a folder; None without one."""
     if not (out / _RUN).is_file():
         return None
     stored = read_object(out / _RUN, _LOST)
-    if "recipe" not in stored and "data.train" in stored:  # as it was when the recipe stood beside it
+    if "recipe" not in stored and "data.train" in stored:  # runs of earlier versions have it in a file of its own
         return _as_json(read_recipe(out / RECIPE))
     if not isinstance(stored.get("recipe"), dict):
         raise LongspanError(f"{out / _RUN} is damaged (it has no recipe); {_LOST}")
@@ -265,7 +269,7 @@ def _identity(out: Path) -> dict[str, Any] | None:
 
 
 def _trained(out: Path) -> str | None:
-    """What is in a folder that steps of a training made, by name; None where there is nothing."""
+    """The name of a file or checkpoint in the folder that a training step wrote; None without one."""
     if (out / _RESULT).exists():
         return _RESULT
     if (out / "model").exists():
@@ -314,7 +318,7 @@ def _tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase, out: P
 
 
 def _tokenizer(recipe: Recipe, out: Path) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer; one that is trained is trained once."""
+    """The recipe's tokenizer, trained where the recipe asks for it and the folder has none yet."""
     if isinstance(recipe.model, str):
         return load_tokenizer(recipe.model)
     if not isinstance(recipe.tokenizer, TokenizerRecipe):
@@ -329,7 +333,7 @@ def _tokenizer(recipe: Recipe, out: Path) -> PreTrainedTokenizerBase:
 
 
 def _same_inputs(job: _Job) -> None:
-    """Stores what was read with the recipe; refuses to go on with other data or other weights."""
+    """Stores digests of data and weights, or raises `LongspanError` where they differ from those that were stored."""
     now: dict[str, Any] = {
         "data.train": job.tokens.sha256,
         "data.valid": job.valid.sha256 if job.valid else None,
@@ -343,8 +347,8 @@ def _same_inputs(job: _Job) -> None:
         write_atomically(place, json.dumps(before | now, indent=1) + "\n")
     elif changed := [key for key in now if now[key] != before.get(key)]:
         raise LongspanError(
-            f"{job.out} was begun with other content of {', '.join(changed)}: what the name stands for has changed since. "
-            "Bring it back to go on, or name another out to start anew"
+            f"{job.out} was begun with other content of {', '.join(changed)}, which has changed under the same name since. "
+            "Restore it to resume, or name another out for a new run"
         )
 
 
@@ -380,7 +384,7 @@ def _carry_out(job: _Job) -> TrainResult:
 
 @contextlib.contextmanager
 def _keeping(out: Path, main: bool) -> Iterator[None]:
-    """Says of a disk that took no more what is safe on it; the part of a checkpoint that it did take is removed."""
+    """On a full disk, removes an incomplete checkpoint and raises `LongspanError` that names the last complete one."""
     try:
         with writing(out):
             yield
@@ -390,14 +394,14 @@ def _keeping(out: Path, main: bool) -> Iterator[None]:
         if main:
             clear_broken(out)
         newest = newest_checkpoint(out)
-        whole = f"{newest.name} is whole" if newest else "no checkpoint was written yet"
+        saved = f"{newest.name} is complete" if newest else "no checkpoint was written yet"
         raise LongspanError(
-            f"{error.filename} cannot be written: {error.strerror}; {whole}. Make room, and the same command goes on from there"
+            f"{error.filename} cannot be written: {error.strerror}; {saved}. Make room, and the same command resumes from there"
         ) from error
 
 
 def _check_space(job: _Job, model: nn.Module) -> None:
-    """Raises `LongspanError` where the disk has no room for what the training will save, before the first step."""
+    """Raises `LongspanError` where the disk has no room for the checkpoints and the model."""
     lora, every = job.recipe.lora, job.recipe.training.save_every
     whole, trained = (
         sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not only)
@@ -438,10 +442,10 @@ def _announce(job: _Job, live: Live, causal: nn.Module, checkpoint: Path | None)
     live.say(f"{what}, {count}, {len(job.tokens.ids):,} tokens of text, on {where}")
     if devices == 1 and torch.cuda.is_available() and torch.cuda.device_count() > 1:
         live.say(
-            f"{torch.cuda.device_count()} GPUs are here and one is used: torchrun --nproc-per-node=gpu -m longspan train …"
+            f"one of {torch.cuda.device_count()} GPUs is used; for all: torchrun --nproc-per-node=gpu -m longspan train …"
         )
     if checkpoint is not None:
-        live.say(f"going on from {checkpoint}")
+        live.say(f"resuming from {checkpoint}")
 
 
 def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
@@ -478,12 +482,12 @@ def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
 
 
 def _callbacks(method: Combination | None, causal: PreTrainedModel) -> list[TrainerCallback]:
-    """What the methods have the Trainer call while it trains the model."""
+    """The methods' callbacks for the training of the model."""
     return [callback for part in (method.methods if method else ()) for callback in part.training_callbacks(causal)]
 
 
 def _reading(job: _Job, course: Course, causal: PreTrainedModel) -> Callable[[int, int], tuple[int, float]]:
-    """Tokens and operations of the steps after one and up to another, by the tokens of each sample without its padding."""
+    """A function of two steps: tokens without padding, and operations, of the steps after the first up to the second."""
     steps, length = job.recipe.training, job.recipe.data.length
     labelled = 1.0
     if steps.loss_chunk is not None:
@@ -503,7 +507,7 @@ def _reading(job: _Job, course: Course, causal: PreTrainedModel) -> Callable[[in
 
 
 def _finish(job: _Job, model: nn.Module, tokens: int) -> TrainResult:
-    """Writes the result; other processes wait for it."""
+    """Saves the model and the result, in the main process; other processes wait for them."""
     if job.arguments.process_index == 0:
         lora = job.recipe.lora
         final = model.merge_and_unload() if lora and lora.save == "merged" else model  # type: ignore[operator]
@@ -547,12 +551,11 @@ def _result(job: _Job, records: list[dict[str, Any]], parameters: int, tokens: i
 
 
 def _finished(out: Path) -> TrainResult | None:
-    """The result of a training that came to its end, with the paths as they are now: folders are moved. None where the model
-    is no longer there, which is then made again."""
+    """The result of a finished training, with the present paths, since folders are moved; None without its model."""
     place, model = out / _RESULT, out / "model"
     if not place.is_file() or not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
         return None
-    again = "remove it, and the same command makes it again"
+    again = "remove it, and the same command writes it again"
     stored = read_object(place, again)
     try:
         return TrainResult(**{**stored, "out": str(out), "model": str(model)})
