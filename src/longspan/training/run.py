@@ -159,42 +159,42 @@ def check(recipe: Recipe) -> None:
 
 def _arguments(recipe: Recipe) -> tuple[TrainingArguments, str]:
     """The Trainer's settings, and the dtype of the training."""
-    steps, devices = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
+    settings, devices = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
-    dtype = steps.number_format(cuda)
-    micro = steps.at_once(devices)
-    if steps.batch % (micro * devices):
-        near = max(1, round(steps.batch / (micro * devices))) * micro * devices
+    dtype = settings.number_format(cuda)
+    micro = settings.at_once(devices)
+    if settings.batch % (micro * devices):
+        near = max(1, round(settings.batch / (micro * devices))) * micro * devices
         raise SpecError(
-            f"training.batch={steps.batch} does not divide into micro-batches of {micro} on {devices} device"
+            f"training.batch={settings.batch} does not divide into micro-batches of {micro} on {devices} device"
             f"{'s' * (devices > 1)}; the nearest that does is training.batch={near}"
         )
     validates = recipe.data.valid is not None
     arguments = TrainingArguments(
         output_dir=str(Path(recipe.out).expanduser() / CHECKPOINTS),
-        max_steps=steps.steps,
+        max_steps=settings.steps,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=steps.batch // (micro * devices),
-        learning_rate=steps.learning_rate,
-        lr_scheduler_type=_SCHEDULES[steps.schedule],
-        warmup_steps=steps.warmup,
-        weight_decay=steps.weight_decay,
-        adam_beta1=steps.betas[0],
-        adam_beta2=steps.betas[1],
-        max_grad_norm=steps.clip or 0.0,
+        gradient_accumulation_steps=settings.batch // (micro * devices),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=_SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        max_grad_norm=settings.clip or 0.0,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         bf16=dtype == "bf16",
         use_cpu=not cuda,
         seed=recipe.seed,
         train_sampling_strategy="sequential",
-        logging_steps=steps.log_every,
+        logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if steps.save_every else "no",
-        save_steps=steps.save_every or 1,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 1,
         save_total_limit=2,
         eval_strategy="steps" if validates else "no",
-        eval_steps=(steps.eval_every or 10 * steps.log_every) if validates else None,
+        eval_steps=(settings.eval_every or 10 * settings.log_every) if validates else None,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
