@@ -31,7 +31,7 @@ def test_a_models_own_signature_says_what_its_cache_is_called() -> None:
     cache = DynamicCache()
     assert compat.with_cache(Old(), cache) == {"past_key_values": cache}
     assert compat.with_cache(New(), cache) == {"cache": cache}
-    with pytest.raises(NotSupported, match="Unknown.forward has no argument for a KV cache"):
+    with pytest.raises(NotSupported, match=r"Unknown\.forward has no argument for a KV cache"):
         compat.with_cache(Unknown(), cache)
     with pytest.raises(ValueError, match="given twice"):
         compat.given_cache({"cache": cache, "past_key_values": cache})

@@ -1,7 +1,7 @@
 """Names that differ between the supported versions of transformers, in one place.
 
-transformers 5.24 calls the KV cache `cache` in arguments and outputs; up to 5.23 it is `past_key_values`. A model's code may be older
-than the installed version, so the argument's name is taken from the signature of the forward that is called.
+transformers 5.24 calls the KV cache `cache` in arguments and outputs; up to 5.23 it is `past_key_values`. A model's code may be
+older than the installed version: the argument's name is taken from the signature of the forward that is called.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ def _own_plain_attention(call: LayerCall) -> Tensor:
     mask = (
         call.mask if call.mask is not None else causal_mask(call.query.shape[2], call.key.shape[2], call.query.device)
     )
-    key, value, mask = with_zero_key(call.key, call.value, mask)
-    return _plain_attention(replace(call, key=key, value=value, mask=mask))
+    key, value, with_zero = with_zero_key(call.key, call.value, mask)
+    return _plain_attention(replace(call, key=key, value=value, mask=with_zero))
 
 
 @contextlib.contextmanager
