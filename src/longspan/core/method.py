@@ -91,7 +91,7 @@ class Method(Registered):
         settings = [
             f"{f.name}={text}"
             for f in dataclasses.fields(self)
-            if (text := _format(getattr(self, f.name))) != _format(f.default)
+            if (text := format_setting(getattr(self, f.name))) != format_setting(f.default)
         ]
         return self.name + (":" + ",".join(settings) if settings else "")
 
@@ -274,7 +274,7 @@ def _read_value(what: str, text: str, hint: Any) -> Any:
     return text
 
 
-def _format(value: Any) -> str:
+def format_setting(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.12g}" if isinstance(value, float) else str(value)
