@@ -47,14 +47,15 @@ def chunk_size(model: PreTrainedModel, length: int) -> int:
     config = text_config(model.config)
     hidden = config.hidden_size
     width = 8 * hidden + 4 * (getattr(config, "intermediate_size", None) or 4 * hidden)
-    memory, itemsize = _device_memory(model.device) // 8, model.dtype.itemsize
+    memory, itemsize = device_memory(model.device) // 8, model.dtype.itemsize
     if length <= memory // (width * itemsize):
         return length
     most = memory // (width * itemsize + length * (1 + itemsize))
     return max(128, 2 ** (most.bit_length() - 1))
 
 
-def _device_memory(device: torch.device) -> int:
+def device_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device's memory, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
