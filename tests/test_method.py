@@ -208,8 +208,8 @@ def test_two_methods_combine_unless_they_share_a_slot(first: str, second: str) -
         parse(f"{first} + {second}")
     assert f"{first} and {second} cannot be combined" in str(error.value)
     assert all(slot in str(error.value) for slot in shared)
-    partners = str(error.value).rpartition("combines with: ")[2]
-    for name in partners.split(", ") if "combines with" in str(error.value) else ():
+    names = str(error.value).rpartition("combines with: ")[2]
+    for name in names.split(", ") if "combines with" in str(error.value) else ():
         assert parse(f"{first} + {name}") if name != "longrope" else not methods[name].slots & methods[first].slots
 
 
