@@ -53,6 +53,9 @@ class Method(Registered):
     exportable: ClassVar[bool] = False
     """Whether a saved checkpoint holds the whole method, so that plain transformers runs it."""
     why_not_exportable: ClassVar[str] = ""
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Two specs for a tiny model (a window of 32 tokens, a text of 40): the first changes its logits, the second changes nothing.
+    With them the tests of all methods and the page on conformance take up a method by themselves."""
 
     def require(self, condition: bool, message: str) -> None:
         """Raises `SpecError` with the method's name before `message` unless `condition` holds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterable
 from importlib.metadata import entry_points
@@ -23,6 +24,7 @@ class Registered:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        _check_settings(cls)
         if "noun" in cls.__dict__:
             cls.registry = {}
         if name := cls.__dict__.get("name"):
@@ -32,6 +34,18 @@ class Registered:
                     f"two {cls.noun}s are named {name!r}, in {other.__module__} and {cls.__module__}; rename one"
                 )
             cls.registry[name] = cls
+
+
+def _check_settings(cls: type[Registered]) -> None:
+    """Raises `TypeError` for a setting with the name of a class variable that describes every method or task."""
+    described: set[str] = set()
+    for base in cls.__mro__[1:]:
+        described |= {name for name, hint in inspect.get_annotations(base).items() if "ClassVar" in str(hint)}
+    for name, hint in inspect.get_annotations(cls).items():
+        if name in described and "ClassVar" not in str(hint):
+            raise TypeError(
+                f"{cls.__name__}: a setting cannot be called {name!r}, which describes every {cls.noun}; rename it"
+            )
 
 
 def import_all(folders: Iterable[str], group: str) -> None:

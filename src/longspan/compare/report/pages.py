@@ -22,7 +22,7 @@ from rich.text import Text
 
 from longspan.compare.report import figures
 from longspan.compare.report.advice import Advice, advise
-from longspan.compare.report.protocol import environment, first_prompt, methods_asked, task_protocol
+from longspan.compare.report.protocol import environment, first_prompt, methods_requested, task_protocol
 from longspan.compare.report.results import (
     BARE,
     COSTS,
@@ -154,7 +154,7 @@ def render(manifest: dict[str, Any], cells: Sequence[Record]) -> str:
         swatches={m: swatch(how[m]) for m in results.methods},
         environment=environment(results),
         tasks=[(t, task_protocol(results, t), first_prompt(results, t)) for t in results.tasks],
-        methods=methods_asked(results),
+        methods=methods_requested(results),
         endings=_endings(results),
         failures=_failures(results),
         most_failures=MOST_FAILURES,
