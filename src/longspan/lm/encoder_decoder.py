@@ -47,9 +47,11 @@ class LongspanForConditionalGeneration(LongspanPreTrainedModel, GenerationMixin)
         self.post_init()
 
     def get_encoder(self, modality: str | None = None) -> LongspanModel:
+        """The encoder's stack."""
         return self.encoder
 
     def get_input_embeddings(self) -> nn.Module:
+        """The embeddings, which both stacks share."""
         return self.encoder.embed_tokens
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:

@@ -472,7 +472,10 @@ class LongspanForMaskedLM(_LabelHead):
 
 
 class LongspanForSequenceClassification(_LabelHead):
-    """One label for a text, from the mean of its states in an encoder, from the last real token's in a decoder."""
+    """A classifier of texts.
+
+    It reads the mean of a text's states in an encoder, and the state of the last real token in a decoder.
+    """
 
     accepts_loss_kwargs = False
     """Tells the Trainer that the loss is the mean over a batch's texts, whatever else it accumulates."""
