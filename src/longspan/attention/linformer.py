@@ -67,12 +67,17 @@ class LinformerAttention(MixerModule, LongspanAttention):
         if method.share != "layerwise":
             self.projection = Projection(method, config.num_key_value_heads, config.max_position_embeddings)
 
+    @property
+    def projection_in_use(self) -> Projection:
+        """This layer's projection, or the one that it shares with another layer."""
+        return self._shared[0] if self._shared else self.projection
+
     def mixed(self, call: MixerCall) -> Tensor:
         query = self._heads(self.q_proj(call.hidden))
         key, value = self._keys(call.hidden, None, None)
         if call.padding is not None:
             key, value = _aligned(key, call.padding), _aligned(value, call.padding)
-        key, value = (self._shared[0] if self._shared else self.projection)(key, value)
+        key, value = self.projection_in_use(key, value)
         dropout = float(self.config.attention_dropout) if self.training else 0.0
         out = attention(query, key, value, None, self.scaling, dropout=dropout)
         return self.o_proj(out.transpose(1, 2).reshape(*call.hidden.shape[:-1], -1))

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.core.method import format_setting, read_settings
+from longspan.core.method import format_value, read_settings
 from longspan.core.registry import Registered, import_all
 from longspan.meter import Meter
 from longspan.util.errors import LongspanError, SpecError, nearest
@@ -107,7 +107,7 @@ class Task(Registered, ABC):
     def spec(self) -> str:
         """The task as text, with the settings that differ from their defaults; `parse_task` reads it back."""
         settings = [
-            f"{f.name}={format_setting(value)}"
+            f"{f.name}={format_value(value)}"
             for f in dataclasses.fields(self)
             if (value := getattr(self, f.name)) != f.default
         ]
