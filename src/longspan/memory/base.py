@@ -104,8 +104,8 @@ class TextReader:
     def restore(
         self, tensors: dict[str, Tensor], numbers: list[dict[str, Any]], tensors_of: LayerTensors, spec: str | None
     ) -> Cache:
-        """The cache that `parts` was taken of. tensors: the whole file's, on the CPU; tensors_of: the tensors of one layer, on its
-        device, by the layer's number."""
+        """The cache that `parts` was taken of. tensors: the whole file's, on the CPU; tensors_of: the tensors of one layer, on
+        its device, by the layer's number."""
         layers = self.empty_layers(tensors, numbers)
         for number, layer in enumerate(layers):
             layer.restore(numbers[number], tensors_of(number))

@@ -137,8 +137,8 @@ def check_keeps(model: PreTrainedModel, reader: TextReader) -> None:
     """Raises `NotSupported` for a model whose cache cannot be kept, which one token shows."""
     if model.config.is_encoder_decoder:
         raise NotSupported(
-            f"{type(model).__name__} has an encoder, and a memory is a decoder's KV cache; keep longspan.Encoded.of(model, ids), or "
-            "longspan.memory.gist.compress"
+            f"{type(model).__name__} has an encoder, and a memory is a decoder's KV cache; keep longspan.Encoded.of(model, ids), "
+            "or longspan.memory.gist.compress"
         )
     reader.read(torch.zeros(1, dtype=torch.long))
 
