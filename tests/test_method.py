@@ -208,8 +208,8 @@ def test_two_methods_combine_unless_they_share_a_slot(first: str, second: str) -
         parse(f"{first} + {second}")
     assert f"{first} and {second} cannot be combined" in str(error.value)
     assert all(slot in str(error.value) for slot in shared)
-    partners = str(error.value).rpartition("combines with: ")[2]
-    for name in partners.split(", ") if "combines with" in str(error.value) else ():
+    names = str(error.value).rpartition("combines with: ")[2]
+    for name in names.split(", ") if "combines with" in str(error.value) else ():
         assert parse(f"{first} + {name}") if name != "longrope" else not methods[name].slots & methods[first].slots
 
 
@@ -296,7 +296,7 @@ def test_combinations_are_compared_by_what_they_are() -> None:
 
 
 def test_the_table_of_slots_is_that_of_the_catalogue() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "decisions.md").read_text()
     rows = re.findall(
         r"^\| `([a-z-]+)`[^|]*\| (`.*) \|$", page.partition("| slot | filled by |")[2].partition("##")[0], re.M
     )

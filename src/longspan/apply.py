@@ -82,7 +82,7 @@ def apply(
         if previous is not None:
             apply(model, previous)
         raise
-    object.__setattr__(model, SITE, site)
+    object.__setattr__(site.decoder, SITE, site)
     # An encoder's model has one configuration, of which `text_config` gives a copy.
     config = model.config if site.facts.encoder_decoder else text_config(model.config)
     before = getattr(config, "longspan", None)  # a checkpoint may have been saved with a method in it

@@ -46,7 +46,7 @@ _ENCODER_DECODER = replace(
 )
 
 
-def partners(cls: type[Method]) -> list[str]:
+def combinable(cls: type[Method]) -> list[str]:
     """Names of the methods that can stand beside `cls` with the settings that both have by default, ascending."""
     return [name for name, other in catalogue().items() if _fit(cls, other)]
 

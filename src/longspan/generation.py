@@ -27,12 +27,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from longspan.apply import SITE
 from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.core.method import combination
 from longspan.core.tokens import encode, with_bos
 from longspan.hf.compat import cache_of, with_cache
-from longspan.hf.site import current
+from longspan.hf.site import current, site_of
 from longspan.meter import cache_bytes
 from longspan.reading.chat_template import Messages, encode_rendered, render
 from longspan.reading.prefill import chunk_size
@@ -189,7 +188,7 @@ def reach_warning(model: PreTrainedModel, length: int) -> str | None:
 
 def plain_facts(model: PreTrainedModel) -> ModelFacts:
     """Facts of the model as it was before a method was put on it."""
-    site = getattr(model, SITE, None)
+    site = site_of(model)
     return site.facts if site is not None else facts_of(model)
 
 

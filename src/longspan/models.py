@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import longspan.lm
 import longspan.memory.rmt  # noqa: F401 - makes transformers know the models of this package
@@ -236,8 +236,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     """The folder's configuration; refuses what is no decoder-only model."""
-    from transformers import AutoConfig
-
+    _read_json(folder / "config.json")  # whose absence has an error of its own
     with reading(f"{folder}/config.json is of no model that transformers itself knows"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kinds = config.architectures or []

@@ -25,7 +25,7 @@ from longspan.compare.report import figures
 from longspan.compare.report import pages as report
 from longspan.compare.report.advice import advise
 from longspan.compare.report.results import Results, curve, pareto
-from longspan.compare.store import Run
+from longspan.compare.storing import Run
 from longspan.util.drawing import name_points, spread, styles, swatch
 from longspan.util.errors import LongspanError
 from longspan.util.units import duration, size, tokens

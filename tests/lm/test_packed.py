@@ -78,7 +78,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
     cache = DynamicCache()
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    with pytest.raises(NotSupported, match="goes on with one text"):
+    with pytest.raises(NotSupported, match="continues one text"):
         model(ids, position_ids=places(), past_key_values=cache)
     with pytest.raises(NotSupported, match="whole rows"):
         model(ids, position_ids=places(), output_hidden_states=True)

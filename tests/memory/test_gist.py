@@ -179,6 +179,26 @@ def test_pieces_and_single_tokens_give_what_one_pass_gives(family: str) -> None:
     assert torch.allclose(torch.cat(parts, 1), whole, **CLOSE)
 
 
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize("rows", [[1, 0], [0, 0, 1, 1], [1], [1, 1, 0]])
+def test_what_is_hidden_follows_the_rows_of_a_cache(rows: list[int], config: bool) -> None:
+    """The rows' gist tokens stand in other places; rows are reordered, repeated and picked."""
+    model, _ = prepared(decoder())
+    ids = torch.randint(5, 200, (2, 20), generator=torch.Generator().manual_seed(0))
+    ids[0, 4], ids[1, 9] = (gist.method_on(model).id,) * 2
+    cache = DynamicCache(config=model.config) if config else DynamicCache()
+    logits(model, ids[:, :12], past_key_values=cache, use_cache=True)
+    if rows == [0, 0, 1, 1]:
+        cache.batch_repeat_interleave(2)
+    elif rows == [1, 0]:
+        cache.reorder_cache(torch.tensor(rows))
+    else:
+        cache.batch_select_indices(torch.tensor(rows))
+    ids = ids[rows]
+    parts = [logits(model, part, past_key_values=cache, use_cache=True) for part in (ids[:, 12:13], ids[:, 13:])]
+    assert torch.allclose(torch.cat(parts, 1), logits(model, ids)[:, 12:], **CLOSE)
+
+
 def test_sliding_windows_stay() -> None:
     model, tokenizer = prepared(decoder("mistral"))
     long = "Instruction: a longer instruction that no window of nine holds"

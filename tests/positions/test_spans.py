@@ -265,7 +265,7 @@ def test_an_attention_that_takes_no_mask(name: str, biased_attention: str) -> No
     AttentionMaskInterface.register(biased_attention, AttentionMaskInterface()["flash_attention_2"])
     model = dense.llama()
     model.set_attn_implementation(biased_attention)
-    with pytest.raises(NotSupported, match=r"'biased' does not take; load the model with attn_implementation=\"sdpa\""):
+    with pytest.raises(NotSupported, match=r"'biased' takes none; load the model with attn_implementation=\"sdpa\""):
         apply(model, name)
     assert model.config._attn_implementation == "biased"
 

@@ -68,7 +68,9 @@ def test_scores_of_a_model(position: str) -> None:
     place = made.model.place
     rows = []
     for i in range(len(ids)):  # one query at a time: xPos' factors between all pairs would leave the range of a float
-        row, keys = place.turn(q[:, :, i : i + 1], k[:, :, : i + 1], positions[:, i : i + 1], positions[:, : i + 1])
+        row, keys = place.rotate_qk(
+            q[:, :, i : i + 1], k[:, :, : i + 1], positions[:, i : i + 1], positions[:, : i + 1]
+        )
         row = row @ keys.repeat_interleave(2, 1).mT / 4 * place.score_scale
         rows.append(torch.nn.functional.pad(row, (0, len(ids) - i - 1)))
     scores = torch.cat(rows, dim=2)

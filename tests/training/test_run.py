@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import longspan as ls
 import tiny
 from longspan.cli.printing import console
-from longspan.compare.trained import training_cost
+from longspan.compare.planning.trained import training_cost
 from longspan.core.tokens import encode
 from longspan.models import rows_needed
 from longspan.tasks.base import parse_task

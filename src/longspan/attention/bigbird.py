@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -43,13 +42,13 @@ class BigBird(Pattern):
     seed: int = 0
     among: int | None = None
 
-    name: ClassVar[str] = "bigbird"
-    title: ClassVar[str] = "BigBird: window, random and global blocks"
-    works_on: ClassVar[str] = "from scratch, trained encoders (longspan apply)"
-    converts_encoders: ClassVar[bool] = True
-    paper: ClassVar[str] = "Zaheer 2020, arXiv 2007.14062"
-    cost: ClassVar[str] = "time n, encoders only"
-    directions: ClassVar[tuple[str, ...]] = ("bidirectional",)
+    name = "bigbird"
+    title = "BigBird: window, random and global blocks"
+    works_on = "from scratch, trained encoders (longspan apply)"
+    converts_encoders = True
+    paper = "Zaheer 2020, arXiv 2007.14062"
+    cost = "time n, encoders only"
+    directions = ("bidirectional",)
 
     def __post_init__(self) -> None:
         self.require(self.block >= 1, f"block must be at least 1 token, not {self.block}")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from longspan.engine.linear.gated import Heads, Memory, Rule, mixed_both_ways, mixed_causal, quadratic
 from longspan.engine.patterns import text_lengths
-from longspan.lm.base import Mixer
+from longspan.lm.base import Mixer, MixerCall, MixerModule
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.state import state_of
 from longspan.positions.scheme import PositionEncoding
@@ -35,7 +35,7 @@ from longspan.positions.t5_bias import buckets
 from longspan.util.errors import NotSupported
 
 
-class GatedUnit(nn.Module):
+class GatedUnit(MixerModule):
     """What both have in common: gate, values, and one head seen in `views` ways."""
 
     def __init__(self, method: GatedMixer, config: LongspanConfig, layer_idx: int, views: int, *, causal: bool):
@@ -62,36 +62,28 @@ class GatedUnit(nn.Module):
         found = buckets(distance, len(table), self.method.far, causal=self.causal)
         return F.embedding(found, table)[..., 0]  # an index's gradient adds up one by one on a GPU
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        padding: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        gate, value, base = (F.silu(p(hidden_states)) for p in (self.u_proj, self.v_proj, self.z_proj))
+    def mixed(self, call: MixerCall) -> Tensor:
+        gate, value, base = (F.silu(p(call.hidden)) for p in (self.u_proj, self.v_proj, self.z_proj))
         views = base[:, None] * self.gamma[:, None].to(base.dtype) + self.beta[:, None].to(base.dtype)
-        if rotation is not None:
-            views = _turned(views, rotation)
-        if padding is not None:
-            real = padding[:, -value.shape[1] :, None]
+        if call.rotation is not None:
+            views = _rotated(views, call.rotation)
+        if call.real is not None:
+            real = call.real[..., None]
             value, views = value * real.to(value.dtype), views * real[:, None].to(views.dtype)
-        with torch.autocast(hidden_states.device.type, enabled=False):  # which would make scores of half precision
-            mixed = self.mix(views.to(value.dtype).unbind(1), value, padding, past_key_values)
-        return self.o_proj(gate * mixed), None
+        with torch.autocast(call.hidden.device.type, enabled=False):  # which would make scores of half precision
+            mixed = self.mix(views.to(value.dtype).unbind(1), value, call.padding, call.cache)
+        return self.o_proj(gate * mixed)
 
     def mix(self, views: tuple[Tensor, ...], value: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
         """(B, T, e) from views of the head (B, T, s) and values (B, T, e), all zero where there is padding."""
         raise NotImplementedError
 
 
-def _turned(views: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def _rotated(views: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """(B, views, T, s) rotated, in the channels that turn."""
     width = rotation[0].shape[-1]
-    turned, _ = apply_rotary_pos_emb(views[..., :width], views[:, :0, :, :width], *rotation)
-    return torch.cat((turned, views[..., width:]), dim=-1)
+    rotated, _ = apply_rotary_pos_emb(views[..., :width], views[:, :0, :, :width], *rotation)
+    return torch.cat((rotated, views[..., width:]), dim=-1)
 
 
 class QuadraticUnit(GatedUnit):
@@ -172,9 +164,9 @@ class GatedMixer(Mixer):
     buckets: int = 32
     far: int = 128
 
-    positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})
-    knows_order: ClassVar[bool] = True
-    replaces_mlp: ClassVar[bool] = True
+    positions = frozenset({"embed", "rotation"})
+    knows_order = True
+    replaces_mlp = True
 
     def __post_init__(self) -> None:
         self.require(self.expansion > 0, f"expansion must be above 0, not {self.expansion}")
@@ -184,9 +176,9 @@ class GatedMixer(Mixer):
             self.far > self.buckets // 2, f"far must be above {self.buckets // 2}, half the buckets, not {self.far}"
         )
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_position_encoding(config, place)
+        self.check_position_encoding(config, encoding)
         self.check_dropout(config)
         self.require(causal or self.buckets % 4 == 0, "an encoder needs a number of buckets that 4 divides")
         if config.rope_parameters is not None and config.head_dim != self.size:
@@ -208,11 +200,11 @@ class GAU(GatedMixer):
 
     scale: Literal["paper", "count", "su"] = "paper"
 
-    name: ClassVar[str] = "gau"
-    title: ClassVar[str] = "GAU: gated attention unit"
-    also: ClassVar[tuple[str, ...]] = ("gated-attention-unit", "flash-quad")
-    paper: ClassVar[str] = "Hua 2022, arXiv 2202.10447"
-    cost: ClassVar[str] = "time n², cache n"
+    name = "gau"
+    title = "GAU: gated attention unit"
+    also = ("gated-attention-unit", "flash-quad")
+    paper = "Hua 2022, arXiv 2202.10447"
+    cost = "time n², cache n"
 
     def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
         self.require(
@@ -232,11 +224,11 @@ class Flash(GatedMixer):
     scale: Literal["paper", "su"] = "paper"
     linear: Literal["paper", "chunk", "count"] = "paper"
 
-    name: ClassVar[str] = "flash"
-    title: ClassVar[str] = "FLASH: gated attention in chunks"
-    also: ClassVar[tuple[str, ...]] = ("mixed-chunk-attention",)
-    paper: ClassVar[str] = "Hua 2022, arXiv 2202.10447"
-    cost: ClassVar[str] = "time n, state of one size"
+    name = "flash"
+    title = "FLASH: gated attention in chunks"
+    also = ("mixed-chunk-attention",)
+    paper = "Hua 2022, arXiv 2202.10447"
+    cost = "time n, state of one size"
 
     def __post_init__(self) -> None:
         super().__post_init__()

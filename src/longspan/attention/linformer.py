@@ -13,14 +13,13 @@ Layers with fewer projected keys further up, as the paper proposes, are a list: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from longspan.engine.core import attention
-from longspan.lm.base import Mixer
+from longspan.lm.base import Mixer, MixerCall, MixerModule
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention
 from longspan.lm.modeling import LongspanModel
@@ -56,36 +55,31 @@ class Projection(nn.Module):
         return self.keys[..., :new].to(key.dtype) @ key, values[..., :new].to(value.dtype) @ value
 
 
-class LinformerAttention(LongspanAttention):
+class LinformerAttention(MixerModule, LongspanAttention):
     """Attention to projected keys and values. Under layerwise sharing the first layer that has this method holds the
     projection, and the others use it."""
 
-    def __init__(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, method: Linformer):
-        super().__init__(config, layer, place, causal=False)
+    def __init__(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, method: Linformer):
+        super().__init__(config, layer, encoding, causal=False)
         assert config.num_key_value_heads is not None
         self.method = method
-        self._elsewhere: tuple[Projection, ...] = ()  # in a tuple: its parameters belong to another layer, once
+        self._shared: tuple[Projection, ...] = ()  # in a tuple: its parameters belong to another layer, once
         if method.share != "layerwise":
             self.projection = Projection(method, config.num_key_value_heads, config.max_position_embeddings)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        encoder_states: Tensor | None = None,
-        padding: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        query = self._heads(self.q_proj(hidden_states))
-        key, value = self._keys(hidden_states, None, None)
-        if padding is not None:
-            key, value = (_aligned(x, padding) for x in (key, value))
-        key, value = (self._elsewhere[0] if self._elsewhere else self.projection)(key, value)
+    def mixed(self, call: MixerCall) -> Tensor:
+        query = self._heads(self.q_proj(call.hidden))
+        key, value = self._keys(call.hidden, None, None)
+        if call.padding is not None:
+            key, value = _aligned(key, call.padding), _aligned(value, call.padding)
+        key, value = (self._shared[0] if self._shared else self.projection)(key, value)
         dropout = float(self.config.attention_dropout) if self.training else 0.0
         out = attention(query, key, value, None, self.scaling, dropout=dropout)
-        return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
+        return self.o_proj(out.transpose(1, 2).reshape(*call.hidden.shape[:-1], -1))
+
+    def share(self, projection: Projection) -> None:
+        """Uses another layer's projection from now on."""
+        self._shared = (projection,)
 
 
 def _aligned(x: Tensor, padding: Tensor) -> Tensor:
@@ -104,12 +98,12 @@ class Linformer(Mixer):
     k: int = 256
     share: Literal["none", "headwise", "kv", "layerwise"] = "headwise"
 
-    name: ClassVar[str] = "linformer"
-    title: ClassVar[str] = "Linformer"
-    near: ClassVar[tuple[str, ...]] = ("nystromformer",)
-    paper: ClassVar[str] = "Wang 2020, arXiv 2006.04768"
-    cost: ClassVar[str] = "time n, no decoding"
-    directions: ClassVar[tuple[str, ...]] = ("bidirectional",)
+    name = "linformer"
+    title = "Linformer"
+    near = ("nystromformer",)
+    paper = "Wang 2020, arXiv 2006.04768"
+    cost = "time n, no decoding"
+    directions = ("bidirectional",)
 
     def __post_init__(self) -> None:
         self.require(self.k >= 1, f"k must be at least 1, not {self.k}")
@@ -121,14 +115,14 @@ class Linformer(Mixer):
                 "can be part of an encoder (kind=encoder); in a decoder linear or performer take linear time"
             )
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_position_encoding(config, place)
+        self.check_position_encoding(config, encoding)
         length = config.max_position_embeddings
         self.require(
             self.k <= length, f"k={self.k} is more than the {length} tokens that there are; use k={length // 4}"
         )
-        return LinformerAttention(config, layer, place, method=self)
+        return LinformerAttention(config, layer, encoding, method=self)
 
     def join(self, stack: LongspanModel) -> None:
         layers = [m for m in stack.modules() if isinstance(m, LinformerAttention) and m.method == self]
@@ -136,4 +130,4 @@ class Linformer(Mixer):
             return
         shared = layers[0].projection = Projection(self, 1, stack.config.max_position_embeddings)
         for module in layers[1:]:
-            module._elsewhere = (shared,)
+            module.share(shared)

@@ -13,7 +13,6 @@ attention in chunks, with a cache that no query reads past its block, and `overl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,8 +34,8 @@ class Blockwise(Pattern):
     block: int
     globals: int
 
-    paper: ClassVar[str] = "Xiong 2021, arXiv 2112.07210"
-    runs_zero_key: ClassVar[bool] = True
+    paper = "Xiong 2021, arXiv 2112.07210"
+    runs_zero_key = True
 
     @property
     def halo(self) -> int:
@@ -128,10 +127,10 @@ class Local(Blockwise, OnTrained):
     block: int = 512
     globals: int = 1
 
-    name: ClassVar[str] = "local"
-    title: ClassVar[str] = "Attention in disjoint blocks (a trained model loses what lies before them)"
-    also: ClassVar[tuple[str, ...]] = ("local-attention", "disjoint-blocks")
-    cost: ClassVar[str] = "time n, cache n (all keys are kept)"
+    name = "local"
+    title = "Attention in disjoint blocks (a trained model loses what lies before them)"
+    also = ("local-attention", "disjoint-blocks")
+    cost = "time n, cache n (all keys are kept)"
 
     def __post_init__(self) -> None:
         self._check(self.block)
@@ -154,10 +153,10 @@ class Overlap(Blockwise):
     block: int = 128
     globals: int = 1
 
-    name: ClassVar[str] = "overlap"
-    title: ClassVar[str] = "Attention in overlapping blocks"
-    also: ClassVar[tuple[str, ...]] = ("overlapping-blocks",)
-    cost: ClassVar[str] = "time n, cache n"
+    name = "overlap"
+    title = "Attention in overlapping blocks"
+    also = ("overlapping-blocks",)
+    cost = "time n, cache n"
 
     def __post_init__(self) -> None:
         self.require(self.block >= 2 and self.block % 2 == 0, f"block must be an even number, not {self.block}")

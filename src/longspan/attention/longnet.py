@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +48,13 @@ class LongNet(OnTrained):
     dilations: str = "1/2/4/6/12"
     weights: Literal["exact", "detached"] = "exact"
 
-    name: ClassVar[str] = "longnet"
-    title: ClassVar[str] = "Dilated attention (a trained model sees other keys than it learned to)"
-    also: ClassVar[tuple[str, ...]] = ("dilated-attention",)
-    near: ClassVar[tuple[str, ...]] = ("sparse-transformer",)
-    paper: ClassVar[str] = "Ding 2023, arXiv 2307.02486"
-    cost: ClassVar[str] = "time n, cache n (all keys are kept)"
-    runs_zero_key: ClassVar[bool] = True
+    name = "longnet"
+    title = "Dilated attention (a trained model sees other keys than it learned to)"
+    also = ("dilated-attention",)
+    near = ("sparse-transformer",)
+    paper = "Ding 2023, arXiv 2307.02486"
+    cost = "time n, cache n (all keys are kept)"
+    runs_zero_key = True
 
     def __post_init__(self) -> None:
         sizes, steps = self._list("segments"), self._list("dilations")
@@ -141,14 +141,14 @@ class LongNet(OnTrained):
                     parts.append(Part(1, at, at, causal, some))
         return parts
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
-        added = place.defines("bias") or place.defines("query_scores")
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
+        added = encoding.defines("bias") or encoding.defines("query_scores")
         if self.weights == "detached" and (added or config.attention_dropout):
             raise NotSupported(
                 "weights=detached needs a position scheme that adds nothing to scores, such as rope or xpos, and "
                 "attention_dropout=0; use weights=exact"
             )
-        return super().build(config, layer, place, causal=causal)
+        return super().build(config, layer, encoding, causal=causal)
 
     # On trained models.
 

@@ -26,9 +26,8 @@ computes, equal where no bucket is longer than a chunk (`paper`). A piece of sev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ from transformers import Cache
 
 from longspan.engine.core import expand_heads
 from longspan.engine.recorded_choices import decided
-from longspan.lm.base import Mixer
+from longspan.lm.base import Mixer, MixerCall, MixerModule
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import rotated
 from longspan.lm.state import state_of
@@ -67,14 +66,14 @@ class Lsh(Mixer):
     scaled: bool = False
     seed: int = 0
 
-    name: ClassVar[str] = "lsh"
-    title: ClassVar[str] = "LSH attention (Reformer)"
-    also: ClassVar[tuple[str, ...]] = ("reformer", "lsh-attention")
-    near: ClassVar[tuple[str, ...]] = ("routing-transformer", "sinkhorn-transformer")
-    paper: ClassVar[str] = "Kitaev 2020, arXiv 2001.04451"
-    cost: ClassVar[str] = "time n log n, cache n"
-    positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})
-    former_defaults: ClassVar[Mapping[str, str]] = {"form": "paper"}
+    name = "lsh"
+    title = "LSH attention (Reformer)"
+    also = ("reformer", "lsh-attention")
+    near = ("routing-transformer", "sinkhorn-transformer")
+    paper = "Kitaev 2020, arXiv 2001.04451"
+    cost = "time n log n, cache n"
+    positions = frozenset({"embed", "rotation"})
+    former_defaults = {"form": "paper"}
 
     def __post_init__(self) -> None:
         self.require(self.chunk >= 1, f"chunk must be at least 1 token, not {self.chunk}")
@@ -99,12 +98,12 @@ class Lsh(Mixer):
         first = 2 ** math.ceil(math.log2(buckets) / 2)
         return first, 2 * math.ceil(buckets / (2 * first))
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
-        self.check_position_encoding(config, place)
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
+        self.check_position_encoding(config, encoding)
         return LshAttention(config, self, layer, causal=causal)
 
 
-class LshAttention(nn.Module):
+class LshAttention(MixerModule):
     """One projection for queries and keys, (heads · D); values may be shared by groups of heads."""
 
     rotations: Tensor
@@ -132,29 +131,19 @@ class LshAttention(nn.Module):
             rounds.append(torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu"))
         return torch.stack(rounds, dim=1)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        padding: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        qk, value = self._heads(self.qk_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
-        if rotation is not None:  # before the hash: tokens that attend to each other shall fall into one bucket
-            qk = rotated(qk, rotation)
+    def mixed(self, call: MixerCall) -> Tensor:
+        qk, value = self._heads(self.qk_proj(call.hidden)), self._heads(self.v_proj(call.hidden))
+        if call.rotation is not None:  # before the hash: tokens that attend to each other shall fall into one bucket
+            qk = rotated(qk, call.rotation)
         buckets = decided(lambda: self.buckets_of(qk))
-        new, past = hidden_states.shape[1], 0
-        if past_key_values is not None:
-            qk, value, buckets = self._with_past(past_key_values, qk, value, buckets)
+        new, past = call.hidden.shape[1], 0
+        if call.cache is not None:
+            qk, value, buckets = self._with_past(call.cache, qk, value, buckets)
             past = qk.shape[2] - new
-        single = past > 0 and new == 1
-        attend = newest_attention if single else hashed_attention
+        attend = newest_attention if past > 0 and new == 1 else hashed_attention
         dropout = self.dropout if self.training else 0.0
-        out = attend(qk, expand_heads(value, self.heads), buckets, self.method, self.is_causal, padding, dropout)
-        out = out[:, :, -new:].transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
-        return self.o_proj(out), None
+        out = attend(qk, expand_heads(value, self.heads), buckets, self.method, self.is_causal, call.padding, dropout)
+        return self.o_proj(out[:, :, -new:].transpose(1, 2).reshape(*call.hidden.shape[:-1], -1))
 
     @torch.no_grad()
     def buckets_of(self, qk: Tensor) -> Tensor:
@@ -233,8 +222,8 @@ def newest_attention(
     if padding is not None:
         same &= padding[:, None, None]
     if method.form == "aligned":
-        place = same.cumsum(-1) - 1  # within the bucket, where it counts
-        same &= place >= (place[..., -1:] // method.chunk - 1) * method.chunk
+        rank = same.cumsum(-1) - 1  # within the bucket, where it counts
+        same &= rank >= (rank[..., -1:] // method.chunk - 1) * method.chunk
     found = same.any(2)[..., :-1]
     real = torch.ones_like(found) if padding is None else padding[:, None, :-1].expand_as(found)
     newest = torch.arange(length - 1, device=qk.device) + length * (found.long() + real)
@@ -255,14 +244,14 @@ def _slots(buckets: Tensor, groups: int, size: int, aligned: bool) -> tuple[Tens
     """Where each token comes to lie, (B, H, rounds, T), and how many slots there are, a multiple of `size`: sorted by
     bucket and time, without gaps or, `aligned`, with each bucket's first token at the beginning of a chunk."""
     order = buckets.argsort(dim=-1, stable=True)
-    place = torch.empty_like(order)
-    place.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
     if not aligned:
-        return place, -(-order.shape[-1] // size) * size
+        return rank, -(-order.shape[-1] // size) * size
     count = buckets.new_zeros(*buckets.shape[:-1], groups).scatter_add_(-1, buckets, torch.ones_like(buckets))
     room = -(-count // size) * size
     moved = (room.cumsum(-1) - room) - (count.cumsum(-1) - count)
-    return place + moved.gather(-1, buckets), int(room.sum(-1).max())
+    return rank + moved.gather(-1, buckets), int(room.sum(-1).max())
 
 
 def _roll(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ cache keeps keys and values as before: one token costs the features of all keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,10 @@ from longspan.util.errors import NotSupported
 
 
 class PerformerAttention(KernelAttention):
-    def __init__(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool, method: Performer):
-        super().__init__(config, layer, place, causal=causal)
+    def __init__(
+        self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool, method: Performer
+    ):
+        super().__init__(config, layer, encoding, causal=causal)
         self.method = method
         self.features = method.random_features(self.head_dim, layer)
 
@@ -57,16 +59,14 @@ class Performer(KernelMixer):
     redraw: int = 0
     seed: int = 0
 
-    name: ClassVar[str] = "performer"
-    title: ClassVar[str] = "Performer (FAVOR+ random features)"
-    also: ClassVar[tuple[str, ...]] = ("favor", "favor+")
-    near: ClassVar[tuple[str, ...]] = ("random-feature-attention", "rfa")
-    paper: ClassVar[str] = "Choromanski 2021, arXiv 2009.14794"
-    works_on: ClassVar[str] = "from scratch, or a trained model that is then fine-tuned"
-    cost: ClassVar[str] = (
-        "time n, state of one size (on a trained model: cache n, and features of all keys for each new token)"
-    )
-    why_not_exportable: ClassVar[str] = "it replaces softmax, and a checkpoint only holds weights and settings"
+    name = "performer"
+    title = "Performer (FAVOR+ random features)"
+    also = ("favor", "favor+")
+    near = ("random-feature-attention", "rfa")
+    paper = "Choromanski 2021, arXiv 2009.14794"
+    works_on = "from scratch, or a trained model that is then fine-tuned"
+    cost = "time n, state of one size (on a trained model: cache n, and features of all keys for each new token)"
+    why_not_exportable = "it replaces softmax, and a checkpoint only holds weights and settings"
 
     def __post_init__(self) -> None:
         self.require(self.features >= 1, f"features must be at least 1, not {self.features}")
@@ -77,9 +77,9 @@ class Performer(KernelMixer):
         draw = Draw(self.features, self.orthogonal, self.norms)
         return RandomFeatures(draw, width, self.seed, layer, kernel=self.kernel, redraw=self.redraw)
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
-        self.check_config(config, place, causal=causal)
-        return PerformerAttention(config, layer, place, causal=causal, method=self)
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
+        self.check_config(config, encoding, causal=causal)
+        return PerformerAttention(config, layer, encoding, causal=causal, method=self)
 
     def join(self, stack: LongspanModel) -> None:
         """Forwards are counted where gradient checkpointing does not run them twice."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from longspan.engine.state_space.attention import (
     unpack,
     vandermonde_kernel,
 )
-from longspan.lm.base import Mixer
+from longspan.lm.base import Mixer, MixerCall, MixerModule
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.state import MixerState, state_of
 from longspan.positions.scheme import PositionEncoding
@@ -157,31 +157,23 @@ class LowRankSpace(StateSpace):
         return cauchy_kernel(modes, reach)[:, :length]
 
 
-class StateSpaceLayer(nn.Module):
+class StateSpaceLayer(MixerModule):
     def __init__(self, space: StateSpace, layer_idx: int, width: int, *, causal: bool):
         super().__init__()
         self.ssm = space
         self.layer_idx, self.causal = layer_idx, causal
         self.o_proj = nn.Linear(width, 2 * width)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        padding: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        real = None if padding is None else padding[:, -hidden_states.shape[1] :]
-        with torch.autocast(hidden_states.device.type, enabled=False):  # no Fourier transform is known in bfloat16
-            x = hidden_states.mT.to(self.ssm.modes().step.dtype)
+    def mixed(self, call: MixerCall) -> Tensor:
+        real, dtype = call.real, call.hidden.dtype
+        with torch.autocast(call.hidden.device.type, enabled=False):  # there is no Fourier transform in bfloat16
+            x = call.hidden.mT.to(self.ssm.modes().step.dtype)
             x, order = (x, None) if real is None else _padding_first(x, real)
-            mixed = self._mixed(x, real, past_key_values) + self.ssm.direct.to(x.dtype)[:, None] * x
+            mixed = self._mixed(x, real, call.cache) + self.ssm.direct.to(x.dtype)[:, None] * x
             if order is not None:
                 mixed = torch.zeros_like(mixed).scatter(2, order, mixed)
-            mixed = F.gelu(mixed).mT.to(hidden_states.dtype)
-        return F.glu(self.o_proj(mixed), dim=-1), None
+            mixed = F.gelu(mixed).mT.to(dtype)
+        return F.glu(self.o_proj(mixed), dim=-1)
 
     def _mixed(self, x: Tensor, real: Tensor | None, cache: Cache | None) -> Tensor:
         """(B, H, T) from x (B, H, T), whose padding is zero and comes first."""
@@ -238,9 +230,9 @@ class StateSpaceMixer(Mixer):
     lr: float | None = 1e-3
     mlp: bool = False
 
-    cost: ClassVar[str] = "time n log n, state of one size"
-    knows_order: ClassVar[bool] = True
-    replaces_mlp: ClassVar[bool] = True
+    cost = "time n log n, state of one size"
+    knows_order = True
+    replaces_mlp = True
 
     def __post_init__(self) -> None:
         self.require(
@@ -253,9 +245,9 @@ class StateSpaceMixer(Mixer):
         self.require(self.lr is None or self.lr > 0, f"lr must be above 0, not {self.lr}")
         object.__setattr__(self, "replaces_mlp", not self.mlp)
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_position_encoding(config, place)
+        self.check_position_encoding(config, encoding)
         width = config.hidden_size
         self.require(
             width % self.systems == 0, f"{width} channels cannot share {self.systems} systems evenly; use a divisor"
@@ -274,9 +266,9 @@ class S4(StateSpaceMixer):
 
     length: int | None = None
 
-    name: ClassVar[str] = "s4"
-    title: ClassVar[str] = "S4: state spaces with a part of rank one"
-    paper: ClassVar[str] = "Gu 2022, arXiv 2111.00396"
+    name = "s4"
+    title = "S4: state spaces with a part of rank one"
+    paper = "Gu 2022, arXiv 2111.00396"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -294,10 +286,10 @@ class S4D(StateSpaceMixer):
     init: Literal["lin", "inv", "real", "legs"] = "lin"
     rule: Literal["zoh", "bilinear"] = "zoh"
 
-    name: ClassVar[str] = "s4d"
-    title: ClassVar[str] = "S4D: diagonal state spaces"
-    near: ClassVar[tuple[str, ...]] = ("dss", "s5", "mamba")
-    paper: ClassVar[str] = "Gu 2022, arXiv 2206.11893"
+    name = "s4d"
+    title = "S4D: diagonal state spaces"
+    near = ("dss", "s5", "mamba")
+    paper = "Gu 2022, arXiv 2206.11893"
 
     def _space(self, config: LongspanConfig, directions: int) -> StateSpace:
         return DiagonalSpace(self, config.hidden_size, directions)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,10 +28,8 @@ QUERIES_AT_ONCE = 512
 class OnTrained(Pattern):
     """Base of the patterns that trained models can be tried with."""
 
-    works_on: ClassVar[str] = "pretrained, from scratch"
-    why_not_exportable: ClassVar[str] = (
-        "it changes what the attention sees, and a checkpoint only holds weights and settings"
-    )
+    works_on = "pretrained, from scratch"
+    why_not_exportable = "it changes what the attention sees, and a checkpoint only holds weights and settings"
 
     def check(self, facts: ModelFacts) -> None:
         if facts.absolute_positions:

@@ -10,7 +10,7 @@ reading the last `size` tokens alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,13 @@ class Window(Span, Pattern):
     size: int | None = None
     sinks: int = 0
 
-    name: ClassVar[str] = "window"
-    title: ClassVar[str] = "Window (on trained models Su's strong baseline)"
-    also: ClassVar[tuple[str, ...]] = ("sliding-window", "swa")
-    paper: ClassVar[str] = "Su 2023, kexue.fm/archives/9431"
-    seam: ClassVar[Any] = "attention"
-    works_on: ClassVar[str] = "pretrained, from scratch"
-    runs_zero_key: ClassVar[bool] = True
+    name = "window"
+    title = "Window (on trained models Su's strong baseline)"
+    also = ("sliding-window", "swa")
+    paper = "Su 2023, kexue.fm/archives/9431"
+    seam = "attention"
+    works_on = "pretrained, from scratch"
+    runs_zero_key = True
 
     def __post_init__(self) -> None:
         self.require(self.size is None or self.size >= 1, f"size must be at least 1 token, not {self.size}")
@@ -62,9 +62,9 @@ class Window(Span, Pattern):
     def least(self, size: int) -> int:
         return size
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.require(self.size is not None, "say how many tokens it sees, such as window:size=256")
-        return super().build(config, layer, place, causal=causal)
+        return super().build(config, layer, encoding, causal=causal)
 
     def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         assert self.size is not None

@@ -109,12 +109,12 @@ class Method(Registered):
 class NoMethod(Method):
     """The model as it is: the baseline beside every method."""
 
-    name: ClassVar[str] = "none"
-    title: ClassVar[str] = "The model as it is"
-    also: ClassVar[tuple[str, ...]] = ("baseline",)
-    cost: ClassVar[str] = "time n², cache n"
-    exportable: ClassVar[bool] = True
-    encoder_decoders: ClassVar[bool] = True
+    name = "none"
+    title = "The model as it is"
+    also = ("baseline",)
+    cost = "time n², cache n"
+    exportable = True
+    encoder_decoders = True
 
 
 class CannotCombine(NotSupported):
@@ -127,7 +127,7 @@ class CannotCombine(NotSupported):
     def __str__(self) -> str:
         """The reason, with what the first method can be combined with, which is only found out where the message is read."""
         shared = " and ".join(sorted(self.first.slots & self.second.slots))
-        legal = importlib.import_module("longspan.combinable").partners(type(self.first))
+        legal = importlib.import_module("longspan.combinable").combinable(type(self.first))
         hint = f"{self.first.name} combines with: {', '.join(legal)}" if legal else f"use {self.first.name} alone"
         return f"{self.first.name} and {self.second.name} cannot be combined: both take the model's {shared}. {hint}"
 

@@ -41,7 +41,7 @@ class Stored:
     `stored_tensors` with the batch first."""
 
     kind: ClassVar[str] = ""
-    """The layer's name in files."""
+    """The layer's name in files; a subclass that is saved has its own."""
     kinds: ClassVar[dict[str, type[Stored]]] = {}
     written_in_place: ClassVar[bool] = True
     """Whether `update` writes into the tensors, so that two layers cannot share them."""
@@ -120,12 +120,45 @@ class CountedLayer(Stored, CacheLayerMixin):
         self.each_row(lambda x: x[indices.to(x.device)])
 
 
-class StoredKeys(Stored):
-    """The part of transformers' growing layers that is written to files."""
+class Ordinary(Owned, Stored):
+    """Mixed into transformers' own layers: emptied they are any model's, and what a method knows of their tokens goes where their
+    rows go."""
 
     written_in_place = False
     keys: Any
     values: Any
+    marks: Tensor | None = None
+    """(B, T), of the tokens in the layer."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.check_owner()
+        made: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        return made
+
+    def reset(self) -> None:
+        self.is_initialized = False  # or transformers 5.17 keeps zeros in the tokens' places
+        super().reset()  # type: ignore[misc]
+        self.filled_by, self.expected, self.marks = None, False, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._pick(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.marks is not None:
+            self.marks = self.marks.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._pick(indices)
+
+    def _pick(self, rows: Tensor) -> None:
+        if self.marks is not None:
+            self.marks = self.marks[rows.to(self.marks.device)]
+
+    def stored_numbers(self) -> dict[str, Any]:
+        return {}
 
     def stored_tensors(self) -> dict[str, Tensor]:
         return {"key": self.keys, "value": self.values}
@@ -135,20 +168,13 @@ class StoredKeys(Stored):
         self.keys, self.values = tensors["key"], tensors["value"]
 
 
-class OwnedDynamicLayer(Owned, StoredKeys, DynamicLayer):
+class OwnedDynamicLayer(Ordinary, DynamicLayer):
     """A layer that keeps all keys, for one method."""
 
     kind = "full"
 
-    def stored_numbers(self) -> dict[str, Any]:
-        return {}
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.check_owner()
-        return super().update(key_states, value_states, *args, **kwargs)
-
-
-class OwnedSlidingLayer(Owned, StoredKeys, DynamicSlidingWindowLayer):
+class OwnedSlidingLayer(Ordinary, DynamicSlidingWindowLayer):
     """A layer that keeps a sliding window of keys, for one method."""
 
     kind = "sliding"
@@ -164,34 +190,35 @@ class OwnedSlidingLayer(Owned, StoredKeys, DynamicSlidingWindowLayer):
         super().restore(numbers, tensors)
         self.cumulative_length = int(numbers["seen"])
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.check_owner()
-        return super().update(key_states, value_states, *args, **kwargs)
-
 
 def claim(cache: Cache, spec: str, *, checked: bool) -> None:
     """Makes `cache` the method's before a forward of it. Raises `NotSupported` where another method, or the plain model, has put
     tokens into it. checked: whether the method has looked by itself, as those with layers of their own do."""
     before: str | None = getattr(cache, _FILLED_BY, None)
+    if any(isinstance(layer, Ordinary) and layer.filled_by is None for layer in cache.layers):
+        before = None  # emptied since
     if before != spec:
         if cache.get_seq_length() > 0 and not (checked and before is None):
             raise NotSupported(_mixed(before or "the model as it is", spec))
         setattr(cache, _FILLED_BY, spec)
         if type(cache) is DynamicCache:
-            _own_layers(cache)
+            own_layers(cache)
     for layer in cache.layers:
         if isinstance(layer, Owned):
             layer.filled_by, layer.expected = spec, True
 
 
 def mark(cache: Cache, spec: str) -> None:
-    """Makes a cache the method's that a forward of it has made and filled."""
+    """Makes a cache the method's that a forward of it has made and filled, with the layers that were made in this forward."""
     if getattr(cache, _FILLED_BY, None) is None:
         setattr(cache, _FILLED_BY, spec)
+    for layer in cache.layers:
+        if isinstance(layer, Ordinary) and layer.filled_by is None:
+            layer.filled_by = spec
 
 
-def _own_layers(cache: DynamicCache) -> None:
-    """Replaces the layers of an empty cache by those that know their owner."""
+def own_layers(cache: DynamicCache, count: int = 0) -> None:
+    """Replaces the layers of an empty cache by those that know their owner, and makes it have `count` at least."""
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = OwnedDynamicLayer
     for number, layer in enumerate(cache.layers):
@@ -201,6 +228,8 @@ def _own_layers(cache: DynamicCache) -> None:
             owned = OwnedSlidingLayer(layer.sliding_window)
             owned.record_past = layer.record_past
             cache.layers[number] = owned
+    if cache.layer_class_to_replicate is OwnedDynamicLayer:
+        cache.layers.extend(OwnedDynamicLayer() for _ in range(len(cache.layers), count))
 
 
 def stored_layers(cache: Cache) -> list[Stored]:
@@ -211,7 +240,7 @@ def stored_layers(cache: Cache) -> list[Stored]:
 
 def _stored(layer: Any) -> Stored:
     made: OwnedDynamicLayer | OwnedSlidingLayer
-    if isinstance(layer, Stored):
+    if isinstance(layer, Stored) and Stored.kinds.get(layer.kind) is type(layer):
         return layer
     if type(layer) is DynamicLayer:
         made = OwnedDynamicLayer()

@@ -63,17 +63,19 @@ def _in_its_form(module: nn.Module, positions: Tensor) -> Tensor:
 
 
 def rotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, D) turned by the angles, in the layout of attention `module`'s architecture; channels past the rotated
-    ones pass. Layers that the architecture leaves without positions (SmolLM3's) are left alone."""
+    """x (B, H, T, D) rotated by cos and sin (B, T, W) as `module`'s architecture rotates its queries and keys.
+
+    module: an attention layer. The first W channels are rotated, the others pass. Layers without positions (SmolLM3's) return x.
+    """
     if not getattr(module, "use_rope", True):
         return x
-    # Tables are in float32 where a model computes so around its 16-bit attention: what is turned stays what it was.
-    if hasattr(module, "turn"):  # a model of ours
-        return module.turn(x, cos, sin).to(x.dtype)  # type: ignore[operator]
-    turn = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    # Models that compute angles in float32 around 16-bit attention have float32 tables: the result keeps the dtype of x.
+    if hasattr(module, "rotate"):  # a model of longspan.lm
+        return module.rotate(x, cos, sin).to(x.dtype)  # type: ignore[operator]
+    apply_rotary = sys.modules[type(module).__module__].apply_rotary_pos_emb
     width = cos.shape[-1]
-    turned = turn(x[..., :width], x[:, :0, :, :width], cos, sin)[0].to(x.dtype)
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
+    rotated = apply_rotary(x[..., :width], x[:, :0, :, :width], cos, sin)[0].to(x.dtype)
+    return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)
 
 
 def unrotated_copy(module: nn.Module) -> nn.Module:

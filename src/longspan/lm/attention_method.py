@@ -17,10 +17,10 @@ from longspan.util.errors import NotSupported
 class AttentionMethod(Method):
     """What a configuration knows of a pattern or a mixer; `longspan.lm.base.Attention` is their base."""
 
-    seam: ClassVar[Any] = "attention"
-    slots: ClassVar[frozenset[str]] = frozenset({"attention", "span"})
-    works_on: ClassVar[str] = "from scratch"
-    why_not_exportable: ClassVar[str] = "a model is trained with it; longspan train makes one"
+    seam = "attention"
+    slots = frozenset({"attention", "span"})
+    works_on = "from scratch"
+    why_not_exportable = "a model is trained with it; longspan train makes one"
     takes_mask: ClassVar[bool] = False
     """Whether it wants the mask of (new tokens × all tokens) that transformers makes."""
     replaces_mlp: ClassVar[bool] = False
@@ -33,7 +33,7 @@ class AttentionMethod(Method):
     former_defaults: ClassVar[Mapping[str, str]] = {}
     """Settings whose default is another by now, with what it was: a saved configuration that does not name them means that."""
 
-    def build(self, config: Any, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: Any, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         """The module of layer number `layer`. Where a part of it has a `draw_weights()`, that is called in place of the usual
         drawing; it goes through `transformers.initialization`, so that what a checkpoint holds stays. Raises `NotSupported`
         for a configuration that it cannot be part of."""

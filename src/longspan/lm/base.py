@@ -8,13 +8,14 @@ Both are methods with settings. `docs/adding-a-method.md` shows a pattern.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from longspan.core.facts import ModelFacts
-from longspan.engine import backends as routes
+from longspan.engine import backends
 from longspan.engine.blocks.tables import SIZE, Blocks, band
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.lm.attention_method import AttentionMethod
@@ -104,11 +105,11 @@ class Pattern(Attention):
     def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
         """Attention of all tokens of a text on themselves, (B, H, T, D), the fastest way that can run it
         (`longspan.engine.backends`) unless a pattern has one of its own. Rows are aligned at their first real token."""
-        return routes.run(self, call, grid)
+        return backends.run(self, call, grid)
 
-    def check_position_encoding(self, config: LongspanConfig, place: PositionEncoding) -> None:
+    def check_position_encoding(self, config: LongspanConfig, encoding: PositionEncoding) -> None:
         """Refuses a scheme that cannot be joined with the pattern."""
-        if place.defines("pair_bias"):
+        if encoding.defines("pair_bias"):
             raise NotSupported(
                 f"position={config.position} scores every pair of places, which {self.spec} is there to avoid; "
                 "use attention=full, or another scheme such as rope, alibi or kerple"
@@ -118,22 +119,22 @@ class Pattern(Attention):
         """What it is part of: ordinary attention, unless it has weights of its own."""
         return LongspanAttention
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_position_encoding(config, place)
-        return self.module_class()(config, layer, place, causal=causal, pattern=self)
+        self.check_position_encoding(config, encoding)
+        return self.module_class()(config, layer, encoding, causal=causal, pattern=self)
 
 
 @dataclass(frozen=True)
 class Full(Pattern):
     """Every key: transformers' own implementations run it."""
 
-    name: ClassVar[str] = "full"
-    title: ClassVar[str] = "Full attention"
-    also: ClassVar[tuple[str, ...]] = ("full-attention", "dense-attention", "softmax-attention")
-    paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
-    cost: ClassVar[str] = "time n², cache n"
-    takes_mask: ClassVar[bool] = True
+    name = "full"
+    title = "Full attention"
+    also = ("full-attention", "dense-attention", "softmax-attention")
+    paper = "Vaswani 2017, arXiv 1706.03762"
+    cost = "time n², cache n"
+    takes_mask = True
 
     def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         return torch.ones(1, 1, queries.shape[1], keys.shape[1], dtype=torch.bool, device=queries.device)
@@ -142,11 +143,53 @@ class Full(Pattern):
         lengths = grid.length, grid.length
         return band(lengths, window=grid.length, causal=grid.causal, size=size, device=device)
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
-        return LongspanAttention(config, layer, place, causal=causal)
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
+        return LongspanAttention(config, layer, encoding, causal=causal)
 
     def _refuse(self, facts: ModelFacts) -> NoReturn:
         raise NotSupported("full attention is what a trained model has; use none")
+
+
+@dataclass(frozen=True)
+class MixerCall:
+    """One call of a mixer's module.
+
+    hidden (B, T, width): normed hidden states. rotation: cos and sin of the new tokens, each (B or 1, T, W), or None. cache: the
+    caller's, or None. padding: boolean (B, tokens so far), True where a token is real, or None where all are. extra: the other
+    keyword arguments.
+    """
+
+    hidden: Tensor
+    rotation: tuple[Tensor, Tensor] | None
+    cache: Cache | None
+    padding: Tensor | None
+    extra: dict[str, Any]
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which of the new tokens are real, boolean (B, T); None where all are."""
+        return None if self.padding is None else self.padding[:, -self.hidden.shape[1] :]
+
+
+class MixerModule(nn.Module):
+    """Base of the modules that mixers build: takes the arguments that every layer passes, and asks `mixed` for the output."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        encoder_states: Tensor | None = None,
+        padding: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """The output (B, T, width), before the residual, and None in the place of attention weights."""
+        return self.mixed(MixerCall(hidden_states, rotation, past_key_values, padding, kwargs)), None
+
+    def mixed(self, call: MixerCall) -> Tensor:
+        """The output (B, T, width) for the call's hidden states."""
+        raise NotImplementedError
 
 
 class Mixer(Attention):
@@ -156,10 +199,10 @@ class Mixer(Attention):
     positions: ClassVar[frozenset[str]] = frozenset({"embed"})
     """The parts of a position scheme that it has a use for, besides `rotation` for RoPE."""
 
-    def check_position_encoding(self, config: LongspanConfig, place: PositionEncoding) -> None:
+    def check_position_encoding(self, config: LongspanConfig, encoding: PositionEncoding) -> None:
         """Refuses a scheme whose part would be lost."""
         parts = {
-            p for p in ("embed", "rotate_qk", "query_scale", "bias", "pair_bias", "query_scores") if place.defines(p)
+            p for p in ("embed", "rotate_qk", "query_scale", "bias", "pair_bias", "query_scores") if encoding.defines(p)
         }
         if config.rope_parameters is not None:
             parts.add("rotation")

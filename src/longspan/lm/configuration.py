@@ -112,14 +112,14 @@ class LongspanConfig(PreTrainedConfig):
     def build_position_encoding(self, *, causal: bool) -> PositionEncoding:
         """The scheme in a stack of this configuration, with log-n around it where `position` says so."""
         scheme, logn = read_position(self.position)
-        place = scheme.build(self.shape(causal=causal))
+        encoding = scheme.build(self.shape(causal=causal))
         if logn is None:
-            return place
+            return encoding
         if not causal:
             raise NotSupported(
                 "logn scales a query by how many keys it has seen, and in an encoder it sees all; leave it out"
             )
-        return LogNEncoding(place, logn.window or max(2, self.max_position_embeddings))
+        return LogNEncoding(encoding, logn.window or max(2, self.max_position_embeddings))
 
     @property
     def attentions(self) -> tuple[AttentionMethod, ...]:

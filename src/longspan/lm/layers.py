@@ -32,7 +32,7 @@ class LongspanAttention(nn.Module):
         self,
         config: LongspanConfig,
         layer_idx: int,
-        place: PositionEncoding,
+        encoding: PositionEncoding,
         *,
         causal: bool,
         cross: bool = False,
@@ -46,7 +46,7 @@ class LongspanAttention(nn.Module):
         self.zero_key = config.sink == "zero" and not cross
         self.scaling = self.head_dim**-0.5
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self._place = (place,)  # in a tuple: its parameters belong to the model, once
+        self._place = (encoding,)  # in a tuple: its parameters belong to the model, once
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
@@ -84,8 +84,8 @@ class LongspanAttention(nn.Module):
         )
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, H, T, D) rotated as queries and keys are, for methods that are put on the model."""
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, H, T, D) rotated by cos and sin (B or 1, T, W), for methods that are applied to the model."""
         return rotated(x, (cos, sin))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -150,18 +150,18 @@ def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 class LongspanLayer(GradientCheckpointingLayer):
     def __init__(
-        self, config: LongspanConfig, layer_idx: int, place: PositionEncoding, *, causal: bool, cross: bool = False
+        self, config: LongspanConfig, layer_idx: int, encoding: PositionEncoding, *, causal: bool, cross: bool = False
     ):
         super().__init__()
         attentions = config.attentions_of(causal=causal)
         attention = attentions[layer_idx % len(attentions)]
-        self.self_attn = attention.build(config, layer_idx, place, causal=causal)
+        self.self_attn = attention.build(config, layer_idx, encoding, causal=causal)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not attention.replaces_mlp:
             self.mlp = LlamaMLP(config)
             self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if cross:
-            self.cross_attn = LongspanAttention(config, layer_idx, place, causal=False, cross=True)
+            self.cross_attn = LongspanAttention(config, layer_idx, encoding, causal=False, cross=True)
             self.cross_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.mlp_chunk = config.mlp_chunk

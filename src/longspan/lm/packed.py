@@ -15,15 +15,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts of like length: `place` (texts, longest) says where their tokens stand among all tokens of all rows, `real` which
+    """Texts of like length: `index` (texts, longest) says where their tokens stand among all tokens of all rows, `real` which
     of them are theirs."""
 
-    place: Tensor
+    index: Tensor
     real: Tensor
 
     def take(self, x: Tensor) -> Tensor:
         """x (B, T, …) → (texts, longest, …)."""
-        return x.flatten(0, 1)[self.place]
+        return x.flatten(0, 1)[self.index]
 
 
 def packed(positions: Tensor | None, mask: Tensor | None) -> bool:
@@ -48,6 +48,6 @@ def texts_in(positions: Tensor) -> list[Texts]:
 
 def put_back(parts: list[tuple[Texts, Tensor]], rows: int) -> Tensor:
     """What came of the texts, each (texts, longest, …), in its `rows` again: (B, T, …)."""
-    place = torch.cat([texts.place[texts.real] for texts, _ in parts])
+    index = torch.cat([texts.index[texts.real] for texts, _ in parts])
     states = torch.cat([out[texts.real] for texts, out in parts])
-    return states[place.argsort()].unflatten(0, (rows, -1))
+    return states[index.argsort()].unflatten(0, (rows, -1))

@@ -7,8 +7,7 @@ CacheReader   a method at work on a model (streaming, focused, landmark, gist): 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar, cast
 
 import torch
@@ -19,7 +18,8 @@ from longspan.core.facts import decoder_of, text_config
 from longspan.core.method import Method
 from longspan.hf import compat
 from longspan.hf.caches import CountedLayer, Stored, cache_of_layers, filled_by, stored_layers
-from longspan.hf.site import SITE, Site, current
+from longspan.hf.site import Site, current, site_of
+from longspan.hf.trial import evaluating
 from longspan.util.errors import LongspanError, NotSupported
 
 AT_ONCE = 2**13
@@ -237,7 +237,7 @@ def requested_cache(site: Site, arguments: dict[str, Any]) -> Cache | None:
 
 def reader_on(model: PreTrainedModel) -> TextReader:
     """What reads texts with a model: the method that owns its cache, or the model as it is."""
-    state = getattr(getattr(model, SITE, None), "state", None)
+    state = getattr(site_of(model), "state", None)
     return state if isinstance(state, TextReader) else TextReader(model)
 
 
@@ -249,15 +249,3 @@ def reading_spec(model: PreTrainedModel) -> str:
         for m in (methods.methods if methods else ())
     ]
     return " + ".join(parts) or "none"
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards every module is in the mode that it was in."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

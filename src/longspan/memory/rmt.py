@@ -268,6 +268,9 @@ class RMTModel(RMTPreTrainedModel):
         """attention_mask (B, all tokens so far): padding, on either side. position_ids may only count a text's tokens: within a
         segment these stand behind the memory, and that is all the model has ever seen."""
         compat.refuse_unknown(self, kwargs)
+        for what in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(what, getattr(self.config, what, False)):
+                raise NotSupported(f"rmt reads a text segment by segment and keeps nothing for {what}; ask without it")
         past_key_values = compat.one_cache(cache, past_key_values)
         embeds: Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         self._check_positions(position_ids, attention_mask, embeds)

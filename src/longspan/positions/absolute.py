@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ def sinusoid(positions: Tensor, width: int, base: float = 10_000.0) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).float()
 
 
-class SinusoidalPlace(PositionEncoding):
+class SinusoidalEncoding(PositionEncoding):
     def __init__(self, base: float):
         super().__init__()
         self.base = base
@@ -38,20 +38,20 @@ class Sinusoidal(Scheme):
 
     base: float = 10_000.0
 
-    name: ClassVar[str] = "sinusoidal"
-    title: ClassVar[str] = "Sinusoidal positions"
-    also: ClassVar[tuple[str, ...]] = ("sinusoids",)
-    paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
+    name = "sinusoidal"
+    title = "Sinusoidal positions"
+    also = ("sinusoids",)
+    paper = "Vaswani 2017, arXiv 1706.03762"
 
     def __post_init__(self) -> None:
         self.require(self.base > 1, f"base must be above 1, not {self.base}")
 
     def build(self, shape: Shape) -> PositionEncoding:
         self.require(shape.hidden % 2 == 0, f"the hidden size must be even, not {shape.hidden}")
-        return SinusoidalPlace(self.base)
+        return SinusoidalEncoding(self.base)
 
 
-class LearnedPlace(PositionEncoding):
+class LearnedEncoding(PositionEncoding):
     def __init__(self, size: int, hidden: int):
         super().__init__()
         self.reach = size
@@ -71,26 +71,26 @@ class Learned(Scheme):
 
     size: int | None = None
 
-    name: ClassVar[str] = "learned"
-    title: ClassVar[str] = "Learned absolute positions"
-    also: ClassVar[tuple[str, ...]] = ("learned-positions",)
-    paper: ClassVar[str] = "Gehring 2017, arXiv 1705.03122"
+    name = "learned"
+    title = "Learned absolute positions"
+    also = ("learned-positions",)
+    paper = "Gehring 2017, arXiv 1705.03122"
 
     def __post_init__(self) -> None:
         self.require(self.size is None or self.size >= 1, f"size must be at least 1, not {self.size}")
 
     def build(self, shape: Shape) -> PositionEncoding:
-        return LearnedPlace(self.size or shape.window, shape.hidden)
+        return LearnedEncoding(self.size or shape.window, shape.hidden)
 
 
 @dataclass(frozen=True)
 class NoPositions(Scheme):
     """Nothing: a causal model can count by itself."""
 
-    name: ClassVar[str] = "nope"
-    title: ClassVar[str] = "NoPE: no positions at all"
-    also: ClassVar[tuple[str, ...]] = ("no-positions",)
-    paper: ClassVar[str] = "Kazemnejad 2023, arXiv 2305.19466"
+    name = "nope"
+    title = "NoPE: no positions at all"
+    also = ("no-positions",)
+    paper = "Kazemnejad 2023, arXiv 2305.19466"
 
     def build(self, shape: Shape) -> PositionEncoding:
         self.require(
@@ -106,10 +106,10 @@ class RoPE(Scheme):
     theta: float = 10_000.0
     share: float = 1.0
 
-    name: ClassVar[str] = "rope"
-    title: ClassVar[str] = "RoPE: rotary positions"
-    also: ClassVar[tuple[str, ...]] = ("rotary", "roformer")
-    paper: ClassVar[str] = "Su 2021, arXiv 2104.09864"
+    name = "rope"
+    title = "RoPE: rotary positions"
+    also = ("rotary", "roformer")
+    paper = "Su 2021, arXiv 2104.09864"
 
     def __post_init__(self) -> None:
         self.require(self.theta > 1, f"theta must be above 1, not {self.theta}")

@@ -7,7 +7,6 @@ authors' code takes the slopes of the power of two below, then every other one o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ def slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
     return 2.0 ** (-8 * torch.cat((first, between))[:heads])
 
 
-class ALiBiPlace(PositionEncoding):
+class ALiBiEncoding(PositionEncoding):
     def __init__(self, heads: int):
         super().__init__()
         self.heads = heads
@@ -40,10 +39,10 @@ class ALiBiPlace(PositionEncoding):
 class ALiBi(Scheme):
     """In an encoder the slope runs both ways, which the paper leaves open."""
 
-    name: ClassVar[str] = "alibi"
-    title: ClassVar[str] = "ALiBi: attention with linear biases"
-    also: ClassVar[tuple[str, ...]] = ("linear-biases",)
-    paper: ClassVar[str] = "Press 2022, arXiv 2108.12409"
+    name = "alibi"
+    title = "ALiBi: attention with linear biases"
+    also = ("linear-biases",)
+    paper = "Press 2022, arXiv 2108.12409"
 
     def build(self, shape: Shape) -> PositionEncoding:
-        return ALiBiPlace(shape.heads)
+        return ALiBiEncoding(shape.heads)

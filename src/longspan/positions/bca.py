@@ -8,7 +8,7 @@ which shows a token other keys than the prompt's tokens had.) In the paper it st
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ class BlockwiseCausal(Span):
 
     size: int | None = None
 
-    name: ClassVar[str] = "bca"
-    title: ClassVar[str] = "Blockwise causal attention"
-    also: ClassVar[tuple[str, ...]] = ("blockwise-causal-attention",)
-    paper: ClassVar[str] = "Sun 2023, arXiv 2212.10554"
+    name = "bca"
+    title = "Blockwise causal attention"
+    also = ("blockwise-causal-attention",)
+    paper = "Sun 2023, arXiv 2212.10554"
 
     def __post_init__(self) -> None:
         self.require(

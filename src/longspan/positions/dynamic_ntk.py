@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,15 +33,15 @@ class DynamicNTK(Method):
     factor: float = 1.0
     step: int = 512
 
-    name: ClassVar[str] = "dynamic-ntk"
-    title: ClassVar[str] = "Dynamic NTK with unrotated keys"
-    also: ClassVar[tuple[str, ...]] = ("dynamic", "ntk-dynamic")
-    paper: ClassVar[str] = "emozilla 2023; Peng 2023, arXiv 2309.00071 §3.3"
-    seam: ClassVar[Any] = "position"
-    slots: ClassVar[frozenset[str]] = frozenset({"frequencies", "attention"})
-    cost: ClassVar[str] = "time n² (keys rotated again for every step), cache n"
-    why_not_exportable: ClassVar[str] = (
-        "its keys are cached unrotated, which no checkpoint can say; transformers' own `dynamic` type caches rotated keys"
+    name = "dynamic-ntk"
+    title = "Dynamic NTK with unrotated keys"
+    also = ("dynamic", "ntk-dynamic")
+    paper = "emozilla 2023; Peng 2023, arXiv 2309.00071 §3.3"
+    slots = frozenset({"frequencies", "attention"})
+    cost = "time n² (keys rotated again for every step), cache n"
+    why_not_exportable = (
+        "its keys are cached unrotated, which no checkpoint can say; "
+        "transformers' own `dynamic` type caches rotated keys"
     )
 
     def __post_init__(self) -> None:

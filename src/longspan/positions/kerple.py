@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 LEAST = 0.01
 
 
-class KerplePlace(PositionEncoding):
+class KerpleEncoding(PositionEncoding):
     def __init__(self, heads: int, kind: Literal["log", "power"], factor: float):
         super().__init__()
         self.kind, self.factor = kind, factor
@@ -61,11 +61,11 @@ class Kerple(Scheme):
     kind: Literal["log", "power"] = "log"
     scale: Literal["after", "before"] = "after"
 
-    name: ClassVar[str] = "kerple"
-    title: ClassVar[str] = "KERPLE: kernelised relative positions"
-    also: ClassVar[tuple[str, ...]] = ("kernelized-relative-positions",)
-    near: ClassVar[tuple[str, ...]] = ("fire",)
-    paper: ClassVar[str] = "Chi 2022, arXiv 2205.09921"
+    name = "kerple"
+    title = "KERPLE: kernelised relative positions"
+    also = ("kernelized-relative-positions",)
+    near = ("fire",)
+    paper = "Chi 2022, arXiv 2205.09921"
 
     def build(self, shape: Shape) -> PositionEncoding:
-        return KerplePlace(shape.heads, self.kind, shape.head_dim**-0.5 if self.scale == "before" else 1.0)
+        return KerpleEncoding(shape.heads, self.kind, shape.head_dim**-0.5 if self.scale == "before" else 1.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,16 +30,15 @@ class LogN(Method):
 
     window: int | None = None
 
-    name: ClassVar[str] = "logn"
-    title: ClassVar[str] = "Log-n attention scale"
-    also: ClassVar[tuple[str, ...]] = ("log-n-scaling",)
-    paper: ClassVar[str] = "Su 2021, kexue.fm/archives/8823; Chiang 2022, arXiv 2202.12172"
-    seam: ClassVar[Any] = "position"
-    slots: ClassVar[frozenset[str]] = frozenset({"queries", "span"})
+    name = "logn"
+    title = "Log-n attention scale"
+    also = ("log-n-scaling",)
+    paper = "Su 2021, kexue.fm/archives/8823; Chiang 2022, arXiv 2202.12172"
+    slots = frozenset({"queries", "span"})
     """With a span that is bounded by another method the number of keys does not grow, and the factor would be wrong."""
-    works_on: ClassVar[str] = "pretrained, from scratch"
-    cost: ClassVar[str] = "time n², cache n"
-    why_not_exportable: ClassVar[str] = "it scales queries by their position, which no setting of a checkpoint can say"
+    works_on = "pretrained, from scratch"
+    cost = "time n², cache n"
+    why_not_exportable = "it scales queries by their position, which no setting of a checkpoint can say"
 
     def __post_init__(self) -> None:
         self.require(self.window is None or self.window >= 2, f"window must be at least 2 tokens, not {self.window}")

@@ -8,7 +8,6 @@ SDPA call over such keys is the merged softmax, for any kernel, with gradients.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,12 +32,9 @@ class NearFar(Method):
 
     window: int | None
 
-    seam: ClassVar[Any] = "position"
-    slots: ClassVar[frozenset[str]] = frozenset({"attention"})
-    cost: ClassVar[str] = "time n² (about twice plain attention), cache n"
-    why_not_exportable: ClassVar[str] = (
-        "it changes the attention itself, and a checkpoint only holds weights and settings"
-    )
+    slots = frozenset({"attention"})
+    cost = "time n² (about twice plain attention), cache n"
+    why_not_exportable = "it changes the attention itself, and a checkpoint only holds weights and settings"
 
     def far(self, positions: Tensor, *, query: bool) -> Tensor:
         """The places (B or 1, T) of queries or of keys whose differences are the far distances."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,10 +30,10 @@ class ReRoPE(NearFar):
 
     window: int | None = None
 
-    name: ClassVar[str] = "rerope"
-    title: ClassVar[str] = "ReRoPE: distances end at the window"
-    also: ClassVar[tuple[str, ...]] = ("rectified-rope",)
-    paper: ClassVar[str] = _SOURCE
+    name = "rerope"
+    title = "ReRoPE: distances end at the window"
+    also = ("rectified-rope",)
+    paper = _SOURCE
 
     def __post_init__(self) -> None:
         self.require(self.window is None or self.window >= 1, f"window must be at least 1 token, not {self.window}")
@@ -60,9 +60,9 @@ class LeakyReRoPE(NearFar):
     window: int | None = None
     factor: float | None = None
 
-    name: ClassVar[str] = "leaky-rerope"
-    title: ClassVar[str] = "Leaky ReRoPE: distances grow slowly past the window"
-    paper: ClassVar[str] = _SOURCE
+    name = "leaky-rerope"
+    title = "Leaky ReRoPE: distances grow slowly past the window"
+    paper = _SOURCE
 
     def __post_init__(self) -> None:
         self.require(self.window is None or self.window >= 1, f"window must be at least 1 token, not {self.window}")

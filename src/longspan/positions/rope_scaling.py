@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -35,10 +35,9 @@ class RopeScaling(Method):
 
     factor: float | None = None
 
-    seam: ClassVar[Any] = "position"
-    slots: ClassVar[frozenset[str]] = frozenset({"frequencies"})
-    cost: ClassVar[str] = "time n², cache n"
-    exportable: ClassVar[bool] = True
+    slots = frozenset({"frequencies"})
+    cost = "time n², cache n"
+    exportable = True
 
     def __post_init__(self) -> None:
         self.require(
@@ -113,10 +112,10 @@ def as_longrope(rope: RopeFacts, frequencies: Frequencies, factor: float, attent
 class PositionInterpolation(RopeScaling):
     """Every frequency divided by s, which squeezes positions into the trained range. Made for a short fine-tuning."""
 
-    name: ClassVar[str] = "pi"
-    title: ClassVar[str] = "Position interpolation"
-    also: ClassVar[tuple[str, ...]] = ("linear-scaling", "linear-interpolation")
-    paper: ClassVar[str] = "Chen 2023, arXiv 2306.15595"
+    name = "pi"
+    title = "Position interpolation"
+    also = ("linear-scaling", "linear-interpolation")
+    paper = "Chen 2023, arXiv 2306.15595"
 
     def frequencies(self, rope: RopeFacts) -> Frequencies:
         return plain_frequencies(rope) / (self.factor or 1.0)
@@ -133,10 +132,10 @@ class NTKAware(RopeScaling):
     ratio (1 where nothing is to be lengthened).
     """
 
-    name: ClassVar[str] = "ntk"
-    title: ClassVar[str] = "NTK-aware scaling"
-    also: ClassVar[tuple[str, ...]] = ("ntk-aware-scaling", "ntk-scaling", "ntk-aware-scaled-rope")
-    paper: ClassVar[str] = "bloc97 2023; Peng 2023, arXiv 2309.00071 §3.1"
+    name = "ntk"
+    title = "NTK-aware scaling"
+    also = ("ntk-aware-scaling", "ntk-scaling", "ntk-aware-scaled-rope")
+    paper = "bloc97 2023; Peng 2023, arXiv 2309.00071 §3.1"
 
     def factor_for(self, ratio: float) -> float:
         return 1.0 if ratio <= 1 else 2 * super().factor_for(ratio)
@@ -188,9 +187,9 @@ class NTKByParts(RopeScaling):
     slow: float = 1.0
     fast: float = 32.0
 
-    name: ClassVar[str] = "ntk-by-parts"
-    title: ClassVar[str] = "NTK-by-parts"
-    paper: ClassVar[str] = "Peng 2023, arXiv 2309.00071 §3.2"
+    name = "ntk-by-parts"
+    title = "NTK-by-parts"
+    paper = "Peng 2023, arXiv 2309.00071 §3.2"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,9 +209,9 @@ class YaRN(NTKByParts):
 
     ramp: Literal["code", "paper"] = "code"
 
-    name: ClassVar[str] = "yarn"
-    title: ClassVar[str] = "YaRN"
-    paper: ClassVar[str] = "Peng 2023, arXiv 2309.00071"
+    name = "yarn"
+    title = "YaRN"
+    paper = "Peng 2023, arXiv 2309.00071"
 
     def attention_factor(self, rope: RopeFacts) -> float:
         return 0.1 * math.log(self.factor or 1.0) + 1.0
@@ -241,10 +240,10 @@ class Llama3(RopeScaling):
     low: float = 1.0
     high: float = 4.0
 
-    name: ClassVar[str] = "llama3"
-    title: ClassVar[str] = "Llama 3.1 scaling"
-    also: ClassVar[tuple[str, ...]] = ("llama-3.1",)
-    paper: ClassVar[str] = "Llama 3.1 model release, 2024"
+    name = "llama3"
+    title = "Llama 3.1 scaling"
+    also = ("llama-3.1",)
+    paper = "Llama 3.1 model release, 2024"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -272,10 +271,10 @@ class LongRoPE(RopeScaling):
 
     factors: str | None = None
 
-    name: ClassVar[str] = "longrope"
-    title: ClassVar[str] = "LongRoPE with given factors"
-    near: ClassVar[tuple[str, ...]] = ("longrope2",)
-    paper: ClassVar[str] = "Ding 2024, arXiv 2402.13753"
+    name = "longrope"
+    title = "LongRoPE with given factors"
+    near = ("longrope2",)
+    paper = "Ding 2024, arXiv 2402.13753"
 
     def __post_init__(self) -> None:
         super().__post_init__()

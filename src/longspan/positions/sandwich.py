@@ -8,7 +8,6 @@ is learned. D is the width of the sinusoid that is imagined, not of the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
-class SandwichPlace(PositionEncoding):
+class SandwichEncoding(PositionEncoding):
     def __init__(self, heads: int, width: int):
         super().__init__()
         self.heads, self.width = heads, width
@@ -36,12 +35,12 @@ class Sandwich(Scheme):
 
     width: int = 128
 
-    name: ClassVar[str] = "sandwich"
-    title: ClassVar[str] = "Sandwich: the place-to-place part of sinusoidal attention"
-    paper: ClassVar[str] = "Chi 2023, arXiv 2212.10356"
+    name = "sandwich"
+    title = "Sandwich: the place-to-place part of sinusoidal attention"
+    paper = "Chi 2023, arXiv 2212.10356"
 
     def __post_init__(self) -> None:
         self.require(self.width >= 2 and self.width % 2 == 0, f"width must be even and at least 2, not {self.width}")
 
     def build(self, shape: Shape) -> PositionEncoding:
-        return SandwichPlace(shape.heads, self.width)
+        return SandwichEncoding(shape.heads, self.width)

@@ -17,7 +17,7 @@ model's rotation scales ours. `docs/adding-a-method.md` shows a whole scheme.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -106,11 +106,10 @@ class PositionEncoding(nn.Module):
 class Scheme(Method):
     """Base of all schemes. A model is trained with its scheme, so none can be put on one afterwards."""
 
-    seam: ClassVar[Any] = "position"
-    slots: ClassVar[frozenset[str]] = frozenset({"position"})
-    works_on: ClassVar[str] = "from scratch"
-    cost: ClassVar[str] = "time n², cache n"
-    why_not_exportable: ClassVar[str] = "a model is trained with its positions; longspan train makes one"
+    slots = frozenset({"position"})
+    works_on = "from scratch"
+    cost = "time n², cache n"
+    why_not_exportable = "a model is trained with its positions; longspan train makes one"
 
     def build(self, shape: Shape) -> PositionEncoding:
         """The scheme's part of a model. Raises `NotSupported` for a model that cannot have it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,11 +26,11 @@ class SelfExtend(NearFar):
     group: int | None = None
     window: int | None = None
 
-    name: ClassVar[str] = "self-extend"
-    title: ClassVar[str] = "Self-Extend (LongLM)"
-    also: ClassVar[tuple[str, ...]] = ("longlm",)
-    near: ClassVar[tuple[str, ...]] = ("dual-chunk-attention", "chunkllama")
-    paper: ClassVar[str] = "Jin 2024, arXiv 2401.01325"
+    name = "self-extend"
+    title = "Self-Extend (LongLM)"
+    also = ("longlm",)
+    near = ("dual-chunk-attention", "chunkllama")
+    paper = "Jin 2024, arXiv 2401.01325"
 
     def __post_init__(self) -> None:
         self.require(self.group is None or self.group >= 1, f"group must be at least 1, not {self.group}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,12 +28,9 @@ class Span(Method):
 
     size: int | None
 
-    seam: ClassVar[Any] = "position"
-    slots: ClassVar[frozenset[str]] = frozenset({"attention", "span"})
-    cost: ClassVar[str] = "time n, cache n (all keys are kept; streaming:sinks=0 keeps a window of them)"
-    why_not_exportable: ClassVar[str] = (
-        "it changes what the attention sees, and a checkpoint only holds weights and settings"
-    )
+    slots = frozenset({"attention", "span"})
+    cost = "time n, cache n (all keys are kept; streaming:sinks=0 keeps a window of them)"
+    why_not_exportable = "it changes what the attention sees, and a checkpoint only holds weights and settings"
 
     def first(self, positions: Tensor) -> Tensor:
         """The position of the first token that queries at `positions` see."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,7 @@ def buckets(distance: Tensor, count: int, far: int, *, causal: bool) -> Tensor:
     return start + torch.where(distance < exact, distance, (exact + grown.long()).clamp(max=count - 1))
 
 
-class T5Place(PositionEncoding):
+class T5Encoding(PositionEncoding):
     def __init__(self, heads: int, count: int, far: int, causal: bool):
         super().__init__()
         self.count, self.far, self.causal = count, far, causal
@@ -63,10 +62,10 @@ class T5Bias(Scheme):
     buckets: int = 32
     far: int = 128
 
-    name: ClassVar[str] = "t5"
-    title: ClassVar[str] = "T5's relative position bias"
-    also: ClassVar[tuple[str, ...]] = ("t5-relative-bias", "relative-position-bias")
-    paper: ClassVar[str] = "Raffel 2020, arXiv 1910.10683"
+    name = "t5"
+    title = "T5's relative position bias"
+    also = ("t5-relative-bias", "relative-position-bias")
+    paper = "Raffel 2020, arXiv 1910.10683"
 
     def __post_init__(self) -> None:
         self.require(self.buckets == 1 or self.buckets >= 4, f"buckets must be 1, or 4 and more, not {self.buckets}")
@@ -76,4 +75,4 @@ class T5Bias(Scheme):
 
     def build(self, shape: Shape) -> PositionEncoding:
         self.require(shape.causal or self.buckets % 4 == 0, "an encoder needs a number of buckets that 4 divides")
-        return T5Place(shape.heads, self.buckets, self.far, shape.causal)
+        return T5Encoding(shape.heads, self.buckets, self.far, shape.causal)

@@ -11,7 +11,6 @@ A table of places ends with the table: TUPE does not read past its training leng
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 
 from longspan.engine.core import distances
 from longspan.positions.scheme import PositionEncoding, Scheme, Shape
-from longspan.positions.t5_bias import T5Place
+from longspan.positions.t5_bias import T5Encoding
 
 
-class TupePlace(PositionEncoding):
+class TupeEncoding(PositionEncoding):
     score_scale = 2**-0.5
 
-    def __init__(self, shape: Shape, relative: T5Place | None, cls: bool):
+    def __init__(self, shape: Shape, relative: T5Encoding | None, cls: bool):
         super().__init__()
         self.reach, self.heads, self.head_dim = shape.window, shape.heads, shape.head_dim
         self.places = nn.Parameter(torch.empty(shape.window, shape.hidden))
@@ -64,12 +63,12 @@ class Tupe(Scheme):
     relative: bool = False
     cls: bool | None = None
 
-    name: ClassVar[str] = "tupe"
-    title: ClassVar[str] = "TUPE: untied positional encoding"
-    also: ClassVar[tuple[str, ...]] = ("untied-positional-encoding",)
-    paper: ClassVar[str] = "Ke 2021, arXiv 2006.15595"
+    name = "tupe"
+    title = "TUPE: untied positional encoding"
+    also = ("untied-positional-encoding",)
+    paper = "Ke 2021, arXiv 2006.15595"
 
     def build(self, shape: Shape) -> PositionEncoding:
         cls = not shape.causal if self.cls is None else self.cls
-        relative = T5Place(shape.heads, 32, 128, shape.causal) if self.relative else None
-        return TupePlace(shape, relative, cls)
+        relative = T5Encoding(shape.heads, 32, 128, shape.causal) if self.relative else None
+        return TupeEncoding(shape, relative, cls)

@@ -10,7 +10,6 @@ W_R is each layer's own. Nothing is added to embeddings, so states may be used a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
-class XLPlace(PositionEncoding):
+class XLEncoding(PositionEncoding):
     def __init__(self, shape: Shape, clamp: int | None):
         super().__init__()
         self.clamp = clamp
@@ -31,7 +30,7 @@ class XLPlace(PositionEncoding):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
 
-    def turn(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate_qk(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
         return query + self.content[:, None].to(query.dtype), key
 
     def query_scores(self, query: Tensor, distance: Tensor, layer: int) -> Tensor:
@@ -54,10 +53,10 @@ class XL(Scheme):
 
     clamp: int | None = None
 
-    name: ClassVar[str] = "xl"
-    title: ClassVar[str] = "Transformer-XL's relative positions"
-    also: ClassVar[tuple[str, ...]] = ("transformer-xl-positions",)
-    paper: ClassVar[str] = "Dai 2019, arXiv 1901.02860"
+    name = "xl"
+    title = "Transformer-XL's relative positions"
+    also = ("transformer-xl-positions",)
+    paper = "Dai 2019, arXiv 1901.02860"
 
     def __post_init__(self) -> None:
         self.require(self.clamp is None or self.clamp >= 1, f"clamp must be at least 1 token, not {self.clamp}")
@@ -65,4 +64,4 @@ class XL(Scheme):
     def build(self, shape: Shape) -> PositionEncoding:
         self.require(shape.causal, "it is defined for looking back; an encoder can have rope or t5")
         self.require(shape.hidden % 2 == 0, f"the hidden size must be even, not {shape.hidden}")
-        return XLPlace(shape, self.clamp)
+        return XLEncoding(shape, self.clamp)

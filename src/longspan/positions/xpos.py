@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ _EXPONENTS = {torch.float16: 2.5}
 pairs reach the square of e to this, which must still be a number."""
 
 
-class XPosPlace(PositionEncoding):
+class XPosEncoding(PositionEncoding):
     def __init__(self, width: int, theta: float, scale_base: float, gamma: float):
         super().__init__()
         self.width, self.theta, self.scale_base, self.gamma = width, theta, scale_base, gamma
@@ -79,9 +78,9 @@ class XPos(Scheme):
     scale_base: float = 512.0
     gamma: float = 0.4
 
-    name: ClassVar[str] = "xpos"
-    title: ClassVar[str] = "xPos: extrapolatable rotary positions"
-    paper: ClassVar[str] = "Sun 2023, arXiv 2212.10554"
+    name = "xpos"
+    title = "xPos: extrapolatable rotary positions"
+    paper = "Sun 2023, arXiv 2212.10554"
 
     def __post_init__(self) -> None:
         self.require(self.theta > 1, f"theta must be above 1, not {self.theta}")
@@ -91,4 +90,4 @@ class XPos(Scheme):
     def build(self, shape: Shape) -> PositionEncoding:
         self.require(shape.causal, "keys after the query would grow without bound; an encoder can have rope or t5")
         self.require(shape.head_dim % 2 == 0, f"the head size must be even, not {shape.head_dim}")
-        return XPosPlace(shape.head_dim, self.theta, self.scale_base, self.gamma)
+        return XPosEncoding(shape.head_dim, self.theta, self.scale_base, self.gamma)

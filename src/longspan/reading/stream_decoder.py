@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from longspan.hf.compat import cache_of, given_cache, with_cache
 from longspan.hf.rolling import StreamingLayer
-from longspan.hf.site import Site
+from longspan.hf.site import Site, site_of
 from longspan.memory.streaming import SinkKeys, Streaming
 from longspan.util.device import on_device
 from longspan.util.errors import NotSupported
@@ -246,7 +246,7 @@ def steps_are_faster(model: PreTrainedModel) -> bool:
 
 
 def _streaming_site(model: PreTrainedModel) -> Site | None:
-    site: Site | None = getattr(model, "_longspan", None)
+    site = site_of(model)
     return site if site is not None and isinstance(site.state, Streaming) else None
 
 

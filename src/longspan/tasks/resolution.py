@@ -131,7 +131,7 @@ def _add_scores(
     if place is None:
         _add_block(query, key, scale, 0, sums)
         return
-    asking = query_scores(place, query, positions, cast(int, module.layer_idx))
+    scores = query_scores(place, query, positions, cast(int, module.layer_idx))
     factor, pair_bias = place.query_scale(positions), kwargs.get("pair_bias")
     scale *= place.score_scale
 
@@ -140,9 +140,9 @@ def _add_scores(
         added: Tensor | float = 0.0
         if place.defines("bias"):
             added = place.bias(_distances(start, end, key)).double().mean(0)
-        if asking is not None:
+        if scores is not None:
             some = slice(start, end)
-            added = added + scale * relative_scores(asking, some, positions[:, some], positions).double().mean(1)[0]
+            added = added + scale * relative_scores(scores, some, positions[:, some], positions).double().mean(1)[0]
         return added if pair_bias is None else added + pair_bias[0, :, start:end].double().mean(0)
 
     for start, end in place.query_blocks(positions, key.dtype):

@@ -13,13 +13,12 @@ A decoder that looks at such an encoder is the paper's LED: kind=encoder-decoder
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from longspan.attention.longformer.layer import LongformerAttention
-from longspan.engine import backends as routes
+from longspan.engine import backends
 from longspan.engine.blocks.tables import Blocks, band
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.patterns import masked_attention, some_heads
@@ -42,14 +41,14 @@ class Longformer(Pattern):
     dilation: int = 1
     globals: int = 0
 
-    name: ClassVar[str] = "longformer"
-    title: ClassVar[str] = "Longformer: window, dilated heads, global tokens"
-    also: ClassVar[tuple[str, ...]] = ("led", "longformer-encoder-decoder")
-    works_on: ClassVar[str] = "from scratch, trained encoders (longspan apply)"
-    converts_encoders: ClassVar[bool] = True
-    paper: ClassVar[str] = "Beltagy 2020, arXiv 2004.05150"
-    cost: ClassVar[str] = "time n, cache constant"
-    takes_globals: ClassVar[bool] = True
+    name = "longformer"
+    title = "Longformer: window, dilated heads, global tokens"
+    also = ("led", "longformer-encoder-decoder")
+    works_on = "from scratch, trained encoders (longspan apply)"
+    converts_encoders = True
+    paper = "Beltagy 2020, arXiv 2004.05150"
+    cost = "time n, cache constant"
+    takes_globals = True
 
     def __post_init__(self) -> None:
         self.require(self.window >= 1, f"window must be at least 1 token, not {self.window}")
@@ -62,7 +61,7 @@ class Longformer(Pattern):
             "dilated=2,dilation=2, or neither",
         )
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         heads = config.num_attention_heads
         self.require(self.dilated <= heads, f"{self.dilated} heads are to be dilated, and there are {heads}")
         if causal and self.globals:
@@ -74,7 +73,7 @@ class Longformer(Pattern):
             raise NotSupported(
                 f"attention={self.spec}: an encoder sees half of the window on either side; use window={self.window + 1}"
             )
-        return super().build(config, layer, place, causal=causal)
+        return super().build(config, layer, encoding, causal=causal)
 
     def module_class(self) -> type[LongspanAttention]:
         return LongformerAttention
@@ -105,8 +104,8 @@ class Longformer(Pattern):
     def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
         if call.query_scores is not None:
             return masked_attention(self, call, grid)
-        if not self.dilated and call.always_visible is None and routes.choose(self, call, grid).way != "masks":
-            return routes.run(self, call, grid)
+        if not self.dilated and call.always_visible is None and backends.choose(self, call, grid).way != "masks":
+            return backends.run(self, call, grid)
         before, after = self._sides(grid)
         plain = grid.heads - self.dilated
         if plain == grid.heads:

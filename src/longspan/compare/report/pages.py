@@ -130,7 +130,7 @@ def render(manifest: dict[str, Any], cells: Sequence[Record]) -> str:
     how = styles(results.methods)
     advice = advise(results)
     page = Environment(
-        loader=PackageLoader("longspan.compare"),
+        loader=PackageLoader("longspan.compare.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -46,7 +46,7 @@ from longspan.hf.call import LayerCall
 from longspan.hf.compat import CACHE
 from longspan.hf.forward import forward_of
 from longspan.hf.rotary import rotate
-from longspan.hf.site import Site, layer_number
+from longspan.hf.site import Site, layer_number, site_of
 from longspan.hf.trial import prove_rotation
 from longspan.memory.base import AT_ONCE, CacheReader
 from longspan.memory.focused.cache import FocusedLayer
@@ -223,7 +223,7 @@ class Reader(CacheReader[FocusedLayer]):
         start = layers[0].seen if layers else 0
         mask = arguments.get("attention_mask")
         pads = self._padding(mask, start, new, layers)
-        training = self.site.model.training and start == 0
+        training = self.site.training and start == 0
         real = mask.bool() if mask is not None and training else None
         shift = None
         if real is not None and pads is not None:
@@ -255,13 +255,12 @@ class Reader(CacheReader[FocusedLayer]):
 
     def _cache(self, arguments: dict[str, Any]) -> list[FocusedLayer] | None:
         """The layers of this forward's cache; None in training, which reads whole rows."""
-        model = self.site.model
         if self.site.drops_caches:
             return None
-        if model.training and arguments.get("cache") is None:
+        if self.site.training and arguments.get("cache") is None:
             arguments["use_cache"] = False  # or the memory of a row would stand in for crossbatch
             return None
-        if model.training and torch.is_grad_enabled():
+        if self.site.training and torch.is_grad_enabled():
             raise NotSupported(
                 "focused trains on whole rows, by crossbatch, and a cache holds parts; leave "
                 f"{CACHE} out, or call model.eval()"
@@ -440,8 +439,7 @@ class Steps(TrainerCallback):
 
 def reader_of(model: PreTrainedModel) -> Reader:
     """The method on a model, as it runs. Raises `NotSupported` where it is not on."""
-    site = getattr(model, "_longspan", None)
-    state = getattr(site, "state", None)
+    state = getattr(site_of(model), "state", None)
     if not isinstance(state, Reader):
         raise NotSupported('this model has no memory: longspan.apply(model, "focused") first')
     return state
@@ -449,7 +447,7 @@ def reader_of(model: PreTrainedModel) -> Reader:
 
 def callbacks(model: PreTrainedModel) -> list[TrainerCallback]:
     """What a Trainer must call while it trains `model`: nothing where the method is not on it."""
-    state = getattr(getattr(model, "_longspan", None), "state", None)
+    state = getattr(site_of(model), "state", None)
     return [Steps(state)] if isinstance(state, Reader) else []
 
 

@@ -21,14 +21,17 @@ from longspan.core.tokens import encode
 from longspan.engine.core import causal_mask
 from longspan.engine.retrieval.gist_masks import visible
 from longspan.hf import compat
+from longspan.hf.caches import Ordinary, own_layers
 from longspan.hf.call import LayerCall
 from longspan.hf.forward import forward_of
-from longspan.memory.base import CacheReader, LayerTensors, OnTokens, evaluating, requested_cache
+from longspan.hf.trial import evaluating
+from longspan.memory.base import CacheReader, LayerTensors, OnTokens, requested_cache
 from longspan.memory.gist.settings import method_on
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 _GIST, _AT = "_longspan_gist", "_longspan_at"
-"""On a cache: which of its tokens are gist tokens, (B, T) boolean, and, of a `GistCache`, at which positions all stand."""
+"""On a cache: which of its tokens are gist tokens, (B, T) boolean, where its first layer does not know that (`Ordinary.marks`),
+and, of a `GistCache`, at which positions all stand."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,22 @@ class DecoderReader(CacheReader[Any]):
         ids = arguments.get("input_ids")
         if ids is None:
             raise NotSupported("gist finds its tokens by their ids: give the model input_ids, not inputs_embeds")
-        cache, gist = requested_cache(self.site, arguments), ids == self.method.id
+        cache, gist = self._cache(arguments), ids == self.method.id
         at = real = None
         if cache is not None:
             gist = torch.cat((_marks(cache, gist), gist), dim=1)
-            setattr(cache, _GIST, gist)
+            _mark(cache, gist)
         if isinstance(cache, GistCache):
             at, real = cache.place(arguments, ids.shape[1]), arguments.get("attention_mask")
         hides = self.method.mode != "positive" and bool(gist.any())
         forward_of(arguments).keep(self, Pass(gist if hides else None, at, real))
+
+    def _cache(self, arguments: dict[str, Any]) -> Cache | None:
+        """The caller's; an empty one is put in where the model would make it, since the marks belong on it."""
+        cache = requested_cache(self.site, arguments)
+        if type(cache) is DynamicCache and not cache.get_seq_length():
+            own_layers(cache, self.site.facts.layers)
+        return cache
 
     # A prompt that was read
 
@@ -255,11 +265,20 @@ class GistCache(DynamicCache):
                 setattr(self, name, held[rows.to(held.device)])
 
 
+def _mark(cache: Cache, gist: Tensor) -> None:
+    """Keeps `gist` (B, T) with the cache, where it follows the rows that are reordered or picked."""
+    if cache.layers and isinstance(first := cache.layers[0], Ordinary):
+        first.marks = gist
+    else:
+        setattr(cache, _GIST, gist)
+
+
 def _marks(cache: Cache, new: Tensor) -> Tensor:
     """Which tokens of the cache are gist tokens, (B, T), for `new` (B, …) to go on with. Raises `NotSupported` for one that was
     filled without the method."""
     length = cache.get_seq_length()
-    marks: Tensor | None = getattr(cache, _GIST, None)
+    first = cache.layers[0] if cache.layers else None
+    marks: Tensor | None = first.marks if isinstance(first, Ordinary) else getattr(cache, _GIST, None)
     if marks is None or marks.shape[1] < length:
         if length:
             raise NotSupported(

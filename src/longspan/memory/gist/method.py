@@ -35,8 +35,9 @@ from longspan.core.facts import ModelFacts
 from longspan.core.method import Combination, combination
 from longspan.core.tokens import encode, with_bos
 from longspan.hf.site import Site
+from longspan.hf.trial import evaluating
 from longspan.memory import files
-from longspan.memory.base import evaluating, reader_on
+from longspan.memory.base import reader_on
 from longspan.memory.gist import decoder as gist_decoder
 from longspan.memory.gist import encoder as gist_encoder
 from longspan.memory.gist.decoder import DecoderReader, GistCache

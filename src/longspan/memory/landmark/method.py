@@ -36,7 +36,7 @@ from longspan.core.method import Combination, combination
 from longspan.core.tokens import encode, with_bos
 from longspan.engine.retrieval.landmarks import Layout
 from longspan.hf import compat
-from longspan.hf.site import Site
+from longspan.hf.site import Site, site_of
 from longspan.memory import files
 from longspan.memory.landmark.cache import PageLayer, Rows
 from longspan.memory.landmark.reader import LandmarkReader, copied
@@ -147,7 +147,7 @@ class Landmark(TokenMethod):
 
 def _suppress(site: Site, id: int) -> None:
     """Keeps `generate` from saying the landmark, which is put in and never said."""
-    settings = site.model.generation_config
+    settings = getattr(site.model, "generation_config", None)  # a model without a head has none
     if settings is None:
         return
     before = settings.suppress_tokens
@@ -166,7 +166,7 @@ def landmark_of(method: Combination | str | None) -> Landmark | None:
 
 def reader_on(model: PreTrainedModel) -> LandmarkReader:
     """The landmark attention that is on a model. Raises `NotSupported` where there is none."""
-    site: Site | None = getattr(model, "_longspan", None)
+    site = site_of(model)
     if site is None or not isinstance(site.state, LandmarkReader):
         raise NotSupported(
             "this model has no landmarks: load one that was trained with them, or "
@@ -248,7 +248,7 @@ def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str 
 def read_ids(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, *, at_once: int = 16_000) -> Memory:
     """The same for tokens (B, T), some at once."""
     reader = reader_on(model)
-    if model.training:
+    if reader.site.training:
         raise NotSupported("landmark retrieves in evaluation mode only; call model.eval() first")
     return Memory(reader.prefill(ids, mask, at_once))
 

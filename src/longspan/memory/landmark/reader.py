@@ -97,7 +97,7 @@ class LandmarkReader(CacheReader[PageLayer]):
             raise NotSupported(f"a cache of {len(tokens)} rows does not go with {len(ids)} rows of input")
         self._check_positions(arguments.get("position_ids"), real)
         now = self._plan(tokens, real, ids, rows, layers)
-        if self.site.model.training and now.width > self.site.facts.window:
+        if self.site.training and now.width > self.site.facts.window:
             raise NotSupported(
                 f"landmark trains with all of a text in sight, {now.width:,} tokens with landmarks, and this model's window "
                 f"is {self.site.facts.window:,}; train on shorter texts, it reads longer ones afterwards"
@@ -129,7 +129,7 @@ class LandmarkReader(CacheReader[PageLayer]):
 
     def _layers(self, arguments: dict[str, Any]) -> list[PageLayer] | None:
         """The layers of this forward's cache; None in training, which reads whole texts."""
-        if self.site.model.training:
+        if self.site.training:
             if arguments.get("cache") is not None:
                 raise NotSupported(
                     "landmark trains on whole texts, without a cache; call model.eval() to read with one"
@@ -174,7 +174,7 @@ class LandmarkReader(CacheReader[PageLayer]):
         own = number + number // block + ((number + 1) % block == 0)
         out = (own - begin).clamp(min=0)
         pieces, order = self._pieces(start, width, device)
-        return Pass(start, filled, width, slot, out, pieces, order, layers, rows, ids, real, self.site.model.training)
+        return Pass(start, filled, width, slot, out, pieces, order, layers, rows, ids, real, self.site.training)
 
     def _pieces(self, start: Tensor, width: int, device: torch.device) -> tuple[list[Piece], Tensor | None]:
         """Queries by their chunks; a row that has no more of them repeats its last one."""
