@@ -51,16 +51,19 @@ class TextReader:
         """The settings that decide keys and values, as text: caches of equal text are interchangeable."""
         return ""
 
-    def at_once(self) -> int:
-        """Tokens of one forward."""
-        return AT_ONCE
+    separator: ClassVar[str] = "\n\n"
+    """What is written between a document and a question."""
+
+    def at_once(self, most: int | None = None) -> int:
+        """Tokens of one forward, `most` or about as many."""
+        return most or AT_ONCE
 
     def read(self, ids: Tensor, at_once: int | None = None, on_tokens: OnTokens | None = None) -> tuple[Tensor, Cache]:
         """The document's ids as `generate` is given them, (n,), and the filled cache of ids (n,).
 
         at_once: tokens of one forward. on_tokens: called after each forward with the tokens read so far.
         """
-        cache = self.prefill(ids[None], None, at_once or self.at_once(), on_tokens)
+        cache = self.prefill(ids[None], None, self.at_once(at_once), on_tokens)
         return ids, cache_of_layers(cast(list[Any], stored_layers(cache)), filled_by(cache))
 
     @torch.no_grad()

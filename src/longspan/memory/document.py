@@ -37,6 +37,8 @@ class Memory:
     tokens: int
     method: str
     model: PreTrainedModel = field(repr=False)
+    chat: bool = False
+    """Whether the document begins a user's message in the tokenizer's chat template, which a question goes on with."""
 
     @classmethod
     def read(
@@ -45,12 +47,14 @@ class Memory:
         tokenizer: PreTrainedTokenizerBase | None,
         document: str | Tensor,
         *,
+        chat: bool = False,
         at_once: int | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Memory:
         """Reads a document, text or ids (n,) or (1, n), with whatever method is on the model.
 
-        at_once: tokens of one forward. on_tokens: called after each forward with the tokens read so far. tokenizer: None for
+        chat: kept with the memory. at_once: tokens of one forward. on_tokens: called after each
+        forward with the tokens read so far. tokenizer: None for
         ids.
         Raises `SpecError` for an empty document and `NotSupported`, before reading, for a model whose cache cannot be kept.
         """
@@ -68,7 +72,7 @@ class Memory:
         ids = document.reshape(-1)
         given, cache = reader.read(ids, at_once, on_tokens)
         methods = current(model)
-        return cls(given.cpu(), cache, len(ids), methods.spec if methods else "none", model)
+        return cls(given.cpu(), cache, len(ids), methods.spec if methods else "none", model, chat)
 
     @classmethod
     def of(cls, model: PreTrainedModel, input_ids: Tensor) -> Memory:
@@ -117,7 +121,7 @@ class Memory:
             raise LongspanError(
                 f"the model no longer has {self.method} on it, under which the document was read; apply it again"
             )
-        files.write(path, self.model, self.cache, self.tokens, {"ids": self.ids})
+        files.write(path, self.model, self.cache, self.tokens, {"ids": self.ids}, chat=self.chat)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> Memory:
@@ -130,7 +134,7 @@ class Memory:
         methods = current(model)
         spec = methods.spec if methods else None
         cache = reader.restore(file.tensors, file.layers, file.layer_tensors(model), spec)
-        return cls(ids[0], cache, file.tokens, spec or "none", model)
+        return cls(ids[0], cache, file.tokens, spec or "none", model, file.chat)
 
 
 def check_keeps(model: PreTrainedModel, reader: TextReader) -> None:

@@ -10,9 +10,10 @@ Tensors are named by layer and part, such as `0.key`. Files that earlier version
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class MemoryFile:
     dtype: torch.dtype | None
     layers: list[dict[str, Any]]
     tensors: dict[str, Tensor]
+    chat: bool = False
     by_vectors: bool = False
     """Whether `model` is a fingerprint of the weights' vectors, as it was for landmark and gist."""
 
@@ -98,9 +100,15 @@ class MemoryFile:
 
 
 def write(
-    path: str | Path, model: PreTrainedModel, cache: Cache | None, tokens: int, tensors: dict[str, Tensor]
+    path: str | Path,
+    model: PreTrainedModel,
+    cache: Cache | None,
+    tokens: int,
+    tensors: dict[str, Tensor],
+    *,
+    chat: bool = False,
 ) -> None:
-    """Writes a cache of `model` and further tensors, such as `ids`. tokens: length of the document."""
+    """Writes a cache of `model` and further tensors, such as `ids`. tokens: length of the document; chat: `Memory.chat`."""
     reader, methods = reader_on(model), current(model)
     layers, parts = reader.parts(cache) if cache is not None else ([], {})
     said = {
@@ -112,10 +120,34 @@ def write(
         "model": weights_fingerprint(model),
         "config": config_fingerprint(model),
         "tokens": str(tokens),
+        "chat": str(chat).lower(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": json.dumps(layers),
     }
     save(path, {**tensors, **parts}, said)
+
+
+def method_of(path: str | Path) -> str | None:
+    """The spec that a file's document was read under; None for the plain model. Raises `LongspanError` for no such file."""
+    with opened(path) as (said, _):
+        mark = said["longspan"]
+        spec = f"focused:{said['settings']}" if _BEFORE.get(mark) == "focused" else said["method"]
+    return None if spec == "none" else spec
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[tuple[dict[str, str], Any]]:
+    """A memory's file: its metadata, and what gives its tensors. Raises `LongspanError` where it is none or is damaged."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            said = file.metadata() or {}
+            if said.get("longspan") not in (_MARK, *_BEFORE):
+                raise LongspanError(f"{path} holds no memory; write one with longspan read, or Memory.save")
+            yield said, file
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise LongspanError(
+            f"{path} cannot be read as a memory: {error}; it may be cut short: read the text again"
+        ) from error
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], said: dict[str, str]) -> None:
@@ -127,17 +159,8 @@ def save(path: str | Path, tensors: dict[str, Tensor], said: dict[str, str]) -> 
 def read(path: str | Path, model: PreTrainedModel) -> MemoryFile:
     """A file that `model` may read. Raises `LongspanError` where it is none, is damaged, or was written by another model or under
     another method."""
-    try:
-        with safe_open(str(path), "pt") as file:
-            said = file.metadata() or {}
-            mark = said.get("longspan", "")
-            if mark != _MARK and mark not in _BEFORE:
-                raise LongspanError(f"{path} holds no memory; write one with longspan read, or Memory.save")
-            found = _parsed(Path(path), said, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise LongspanError(
-            f"{path} cannot be read as a memory: {error}; it may be cut short: read the text again"
-        ) from error
+    with opened(path) as (said, file):
+        found = _parsed(Path(path), said, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     found.check(model)
     return found
 
@@ -156,6 +179,7 @@ def _parsed(path: Path, said: dict[str, str], tensors: dict[str, Tensor]) -> Mem
         getattr(torch, said["dtype"]),
         json.loads(said["layers"]),
         tensors,
+        chat=said["chat"] == "true",
     )
 
 
@@ -184,7 +208,7 @@ def _of_earlier_version(path: Path, said: dict[str, str], tensors: dict[str, Ten
         None,
         [layer] * len(numbers),
         tensors,
-        kind != "focused",
+        by_vectors=kind != "focused",
     )
 
 

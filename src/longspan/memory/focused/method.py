@@ -278,9 +278,9 @@ class Reader(CacheReader[FocusedLayer]):
     def stays_on_cpu(self, name: str) -> bool:
         return bool(self.method.offload) and name.startswith("memory.")
 
-    def at_once(self) -> int:
+    def at_once(self, most: int | None = None) -> int:
         """Whole contexts."""
-        return max(1, AT_ONCE // self.local) * self.local
+        return max(1, (most or AT_ONCE) // self.local) * self.local
 
     def _padding(self, mask: Any, start: int, new: int, layers: list[FocusedLayer] | None) -> tuple[int, ...] | None:
         """Left-padding tokens of each row, as far as has been read; None where there are none."""

@@ -84,6 +84,8 @@ class DecoderReader(CacheReader[Any]):
 
     # A prompt that was read
 
+    separator = ""
+
     def reading(self) -> str:
         return f"gist:id={self.method.id}"
 

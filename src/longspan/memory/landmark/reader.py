@@ -150,9 +150,10 @@ class LandmarkReader(CacheReader[PageLayer]):
     def reading(self) -> str:
         return replace(self.method, offload=False).spec
 
-    def at_once(self) -> int:
+    def at_once(self, most: int | None = None) -> int:
         """Whole chunks."""
-        return CHUNKS_AT_ONCE * self.method.local
+        local = self.method.local
+        return int((CHUNKS_AT_ONCE if most is None else max(1, most // local)) * local)
 
     def copy(self, cache: Cache, rows: int) -> Cache:
         return copied(cache, torch.zeros(rows, dtype=torch.long))
