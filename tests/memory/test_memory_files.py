@@ -60,7 +60,7 @@ CONFIGS: dict[str, Any] = {
     ),
     "ours": LongspanConfig(position="rope", **SIZES),
     "ours, window": LongspanConfig(position="rope", attention="window:size=8", **SIZES),
-    "ours, linear": LongspanConfig(position="none", attention="linear", **SIZES),
+    "ours, linear": LongspanConfig(position="nope", attention="linear", **SIZES),
 }
 KINDS: dict[str, tuple[str, str]] = {
     "plain": ("llama", "none"),
@@ -245,7 +245,7 @@ def test_what_cannot_be_read_is_refused_before_it_is() -> None:
         Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "conv"], conv_L_cache=3)
     )
     linear.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
-    with pytest.raises(NotSupported, match="cannot be kept as a memory|does not return a KV cache"):
+    with pytest.raises(NotSupported, match=r"cannot be kept as a memory|does not return a KV cache"):
         ls.Memory.read(linear, tokenizer, TEXT)
     assert max(seen) == 1
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}

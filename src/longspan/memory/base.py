@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from longspan.core.facts import decoder_of, text_config
-from longspan.core.method import Method
+from longspan.core.method import Method, NoMethod
 from longspan.hf import compat
 from longspan.hf.caches import CountedLayer, Stored, cache_of_layers, filled_by, stored_layers
 from longspan.hf.site import Site, current, site_of
@@ -244,11 +244,15 @@ def reader_on(model: PreTrainedModel) -> TextReader:
     return state if isinstance(state, TextReader) else TextReader(model)
 
 
+def spec_on(model: PreTrainedModel) -> str:
+    """The spec of what is on a model; `none` for the model as it is."""
+    methods = current(model)
+    return methods.spec if methods else NoMethod.name
+
+
 def reading_spec(model: PreTrainedModel) -> str:
     """All settings that decide what a cache of the model holds, as text."""
     methods, reader = current(model), reader_on(model)
-    parts = [
-        reader.reading() if reader.method is not None and m.name == reader.method.name else m.spec
-        for m in (methods.methods if methods else ())
-    ]
-    return " + ".join(parts) or "none"
+    own = reader.method.name if reader.method is not None else None
+    parts = [reader.reading() if method.name == own else method.spec for method in (methods.methods if methods else ())]
+    return " + ".join(parts) or NoMethod.name

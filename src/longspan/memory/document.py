@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.core.method import NoMethod
 from longspan.core.tokens import encode, with_bos
 from longspan.hf import compat
 from longspan.hf.caches import Stored
-from longspan.hf.site import current
 from longspan.memory import files
-from longspan.memory.base import OnTokens, TextReader, reader_on
+from longspan.memory.base import OnTokens, TextReader, reader_on, spec_on
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 
@@ -53,9 +53,8 @@ class Memory:
     ) -> Memory:
         """Reads a document, text or ids (n,) or (1, n), with whatever method is on the model.
 
-        chat: kept with the memory. at_once: tokens of one forward. on_tokens: called after each
-        forward with the tokens read so far. tokenizer: None for
-        ids.
+        tokenizer: None for ids. chat: kept with the memory. at_once: tokens of one forward. on_tokens: called after each forward
+        with the tokens read so far.
         Raises `SpecError` for an empty document and `NotSupported`, before reading, for a model whose cache cannot be kept.
         """
         if isinstance(document, str):
@@ -71,8 +70,7 @@ class Memory:
         check_keeps(model, reader)
         ids = document.reshape(-1)
         given, cache = reader.read(ids, at_once, on_tokens)
-        methods = current(model)
-        return cls(given.cpu(), cache, len(ids), methods.spec if methods else "none", model, chat)
+        return cls(given.cpu(), cache, len(ids), spec_on(model), model, chat)
 
     @classmethod
     def of(cls, model: PreTrainedModel, input_ids: Tensor) -> Memory:
@@ -116,8 +114,7 @@ class Memory:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file that the same model, with the same method on it, can read again."""
-        methods = current(self.model)
-        if (methods.spec if methods else "none") != self.method:
+        if spec_on(self.model) != self.method:
             raise LongspanError(
                 f"the model no longer has {self.method} on it, under which the document was read; apply it again"
             )
@@ -131,10 +128,10 @@ class Memory:
         ids = torch.atleast_2d(reader.ids_of(file.tensors))
         if len(ids) != 1 or not bool(file.tensors.get("real", torch.ones(1)).all()):
             raise LongspanError(f"{path} holds {len(ids)} documents; load them with longspan.memory.{file.kind}.load")
-        methods = current(model)
-        spec = methods.spec if methods else None
-        cache = reader.restore(file.tensors, file.layers, file.layer_tensors(model), spec)
-        return cls(ids[0], cache, file.tokens, spec or "none", model, file.chat)
+        spec = spec_on(model)
+        owner = None if spec == NoMethod.name else spec
+        cache = reader.restore(file.tensors, file.layers, file.layer_tensors(model), owner)
+        return cls(ids[0], cache, file.tokens, spec, model, file.chat)
 
 
 def check_keeps(model: PreTrainedModel, reader: TextReader) -> None:

@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from longspan.core.facts import decoder_of, text_config
+from longspan.core.method import NoMethod
 from longspan.hf import compat
-from longspan.hf.site import current
-from longspan.memory.base import LayerTensors, TextReader, reader_on, reading_spec
+from longspan.memory.base import LayerTensors, TextReader, reader_on, reading_spec, spec_on
 from longspan.util.errors import LongspanError, writing
 from longspan.util.version import __version__
 
@@ -60,8 +60,7 @@ class MemoryFile:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises `LongspanError` where another model wrote the file, or this one under another method or other settings."""
-        reader, methods = reader_on(model), current(model)
-        spec = methods.spec if methods else "none"
+        reader, spec = reader_on(model), spec_on(model)
         if self.kind != reader.kind:
             raise LongspanError(
                 f"{self.path} was read under {self.method}, and the model has {spec} on it; apply that method, or read the text "
@@ -109,13 +108,13 @@ def write(
     chat: bool = False,
 ) -> None:
     """Writes a cache of `model` and further tensors, such as `ids`. tokens: length of the document; chat: `Memory.chat`."""
-    reader, methods = reader_on(model), current(model)
+    reader = reader_on(model)
     layers, parts = reader.parts(cache) if cache is not None else ([], {})
     said = {
         "longspan": _MARK,
         "version": __version__,
         "kind": reader.kind,
-        "method": methods.spec if methods else "none",
+        "method": spec_on(model),
         "reading": reading_spec(model),
         "model": weights_fingerprint(model),
         "config": config_fingerprint(model),
@@ -132,7 +131,7 @@ def method_of(path: str | Path) -> str | None:
     with opened(path) as (said, _):
         mark = said["longspan"]
         spec = f"focused:{said['settings']}" if _BEFORE.get(mark) == "focused" else said["method"]
-    return None if spec == "none" else spec
+    return None if spec == NoMethod.name else spec
 
 
 @contextlib.contextmanager
