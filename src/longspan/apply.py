@@ -56,9 +56,9 @@ def apply(
     """Applies `method` to `model` in place, in the place of methods applied before, and returns the model.
 
     method: a spec string, a method, or several that are combined. length: the target length in tokens, from which settings that
-    were left out follow. tokenizer: gets the token of a method that needs one (gist, landmark), and the model a row for it.
-    Raises `SpecError` for a method that cannot be parsed and `NotSupported` for one that cannot work on this model, which is
-    then as before.
+    were left out follow. tokenizer: where the method needs a special token (gist, landmark), it gets that token, and the model a
+    row for it. Raises `SpecError` for a method that cannot be parsed and `NotSupported` for one that cannot work on this model,
+    which is then as before.
     """
     methods = combination(method)
     previous = current(model)

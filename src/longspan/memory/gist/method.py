@@ -23,17 +23,12 @@ In Python, on a model of one's own, decoder or encoder-decoder, before any train
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.core.facts import ModelFacts
@@ -41,13 +36,16 @@ from longspan.core.method import Combination, combination
 from longspan.core.tokens import encode, with_bos
 from longspan.core.training_setup import TrainingSetup
 from longspan.hf.site import Site
+from longspan.hf.trial import evaluating
+from longspan.memory import files
+from longspan.memory.base import reader_on
 from longspan.memory.gist import decoder as gist_decoder
 from longspan.memory.gist import encoder as gist_encoder
 from longspan.memory.gist.decoder import DecoderReader, GistCache
 from longspan.memory.gist.encoder import EncoderReader, GistStates
 from longspan.memory.gist.settings import TOKEN, method_on
 from longspan.memory.special_tokens import TokenMethod, known_id
-from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
+from longspan.util.errors import NotSupported, SpecError
 
 Held = GistCache | GistStates
 
@@ -158,7 +156,7 @@ def compress(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     ids, mask = gist_encoder.padded([[*row, *_gists(method)] for row in rows], pad, model.device)
     first = torch.tensor([len(row) for row in rows], device=model.device)
     side = gist_encoder if model.config.is_encoder_decoder else gist_decoder
-    with _evaluating(model):
+    with evaluating(model):
         return side.compressed(model, ids, mask, first, method.tokens)
 
 
@@ -174,65 +172,24 @@ def _gists(method: Gist) -> list[int]:
     return [method.id] * method.tokens
 
 
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 # Files
 
 
 def save(held: Held, path: str | Path, model: PreTrainedModel) -> None:
     """Writes compressed prompts as a safetensors file that `model` can read again."""
-    tensors = {"shift": held.shift}
     if isinstance(held, GistStates):
-        tensors["states"] = held.states
+        files.write(path, model, None, held.tokens, {"shift": held.shift, "states": held.states})
     else:
-        for number, (key, value) in enumerate(held.copy().pairs()):
-            tensors |= {f"{number}.key": key, f"{number}.value": value}
-    said = {"longspan": "gist tokens", "method": method_on(model).spec, "model": _fingerprint(model)}
-    with writing(path):
-        save_file({name: x.detach().contiguous().cpu() for name, x in tensors.items()}, str(path), metadata=said)
+        files.write(path, model, held, int(held.shift.max()), {})
 
 
 def load(path: str | Path, model: PreTrainedModel) -> Held:
     """Reads what `save` wrote, onto the model's device and in its dtype. Raises `LongspanError` where it is no such file, or
     another model made it."""
-    method = method_on(model)
-    try:
-        with safe_open(str(path), "pt", device=str(model.device)) as file:
-            said = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except (SafetensorError, OSError) as error:
-        raise LongspanError(f"{path} cannot be read as gist tokens: {error}; save them again") from error
-    if said.get("longspan") != "gist tokens":
-        raise LongspanError(f"{path} holds no gist tokens; write them with longspan.memory.gist.save")
-    if said.get("model") != _fingerprint(model):
-        raise LongspanError(
-            f"{path} was made by another model, or before this one was trained further ({said.get('method')}; here "
-            f"{method.spec}); compress the prompts again"
-        )
-    shift = tensors.pop("shift")
-    tensors = {name: x.to(model.dtype) for name, x in tensors.items()}
-    if "states" in tensors:
-        return GistStates(tensors["states"], shift)
-    count = len(tensors) // 2
-    return GistCache([(tensors[f"{i}.key"], tensors[f"{i}.value"]) for i in range(count)], shift)
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """sha256, in hex, of the gist token's row and of all vectors among the weights, such as those of norms: any training changes
-    them, and they are few. As bfloat16, so that a model in another dtype is the same one."""
-    table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    vectors = [("gist", table[method_on(model).id]), *((n, p) for n, p in model.named_parameters() if p.ndim == 1)]
-    total = hashlib.sha256()
-    for name, vector in sorted(vectors, key=lambda one: one[0]):
-        total.update(f"{name} {tuple(vector.shape)}\n".encode())
-        total.update(vector.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    method_on(model)
+    file = files.read(path, model)
+    if "states" in file.tensors:
+        states, shift = file.tensors["states"].to(model.device), file.tensors["shift"].to(model.device)
+        return GistStates(file.cast(states, model), shift)
+    restored = reader_on(model).restore(file.tensors, file.layers, file.layer_tensors(model), None)
+    return cast(GistCache, restored)
