@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, LongformerConfig, LongformerModel
 
+import checks
 from growth import growth
 from longspan.attention.longformer.layer import LongformerAttention
 from longspan.attention.longformer.pattern import Longformer
@@ -17,18 +18,7 @@ from longspan.engine.patterns import attend, masked_attention
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration, LongspanForMaskedLM
 from longspan.util.errors import NotSupported, SpecError
 
-SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
-}
+SIZES = {**checks.SIZES, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2, "eos_token_id": 1}
 
 
 def config(spec: str, **settings: Any) -> LongspanConfig:
