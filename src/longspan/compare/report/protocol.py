@@ -84,10 +84,10 @@ def methods_requested(results: Results) -> list[dict[str, str]]:
     """Each method as requested, with the spec that was measured, its title, reach and exportability."""
     return [
         {
-            "asked": str(m["asked"]),
+            "requested": str(m["asked"]),
             "spec": str(m["spec"]),
             "title": str(m.get("title") or ""),
-            "reach": f"{m['reach']:,} tokens" if m.get("reach") else "no end",
+            "reach": f"{m['reach']:,} tokens" if m.get("reach") else "unlimited",
             "exportable": "yes" if m.get("exportable") else "no",
         }
         for m in results.manifest["methods"]
