@@ -28,8 +28,8 @@ FORWARDS = "## Concurrent and nested forwards, and images"
 HEAD = """# Which method runs on which model
 
 Written by `python tests/conformance/matrix.py > docs/conformance.md`, from tiny random models of each family. Every cell
-that runs is tested (`tests/conformance/test_matrix.py`): logits stay where the method changes nothing, are the same in one forward,
-in chunks, token by token and in left-padded batches, and `remove` restores the model bit for bit.
+that runs is tested (`tests/conformance/test_matrix.py`): logits stay where the method changes nothing, are the same in one
+forward, in chunks, token by token and in left-padded batches, and `remove` restores the model bit for bit.
 """
 
 
