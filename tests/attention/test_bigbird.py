@@ -282,7 +282,7 @@ def test_reads_for_a_decoder() -> None:
         ({"block": 0}, "at least 1"),
         ({"random": -1}, "0 or more"),
         ({"globals": -1}, "0 or more"),
-        ({"among": 10}, "no block of 64"),
+        ({"among": 10}, "less than a block of 64"),
         ({"random": 0, "seed": 1}, "have no effect"),
         ({"random": 0, "among": 1024}, "have no effect"),
     ],

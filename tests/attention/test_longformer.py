@@ -298,7 +298,7 @@ def test_led_reads_with_windows_and_writes_with_full_attention(tmp_path: Any) ->
     [
         ({"window": 0}, "at least 1"),
         ({"dilated": 2}, "dilated=2,dilation=2"),
-        ({"dilation": 2}, "give both"),
+        ({"dilation": 2}, "set both"),
         ({"dilated": -1, "dilation": 2}, "0 or more"),
         ({"globals": -1}, "0 or more"),
     ],
@@ -314,7 +314,7 @@ def test_what_cannot_be_built_or_called() -> None:
         LongspanForCausalLM(config("longformer:globals=1", **causal))
     with pytest.raises(NotSupported, match="window=8"):
         LongspanForMaskedLM(config("longformer:window=7"))
-    with pytest.raises(SpecError, match="5 heads"):
+    with pytest.raises(SpecError, match="dilated=5 exceeds the 4 heads"):
         LongspanForMaskedLM(config("longformer:dilated=5,dilation=2"))
     with pytest.raises(NotSupported, match="attention=full"):
         LongspanForMaskedLM(config("longformer", position="tupe"))
