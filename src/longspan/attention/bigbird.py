@@ -176,10 +176,10 @@ class BigBird(Pattern):
 def _table(pattern: BigBird, count: int, heads: int, layer: int) -> Tensor:
     """(H, count, slots): the blocks that each block sees, each once, -1 where there are fewer."""
     blocks = np.arange(count)
-    seen = [blocks - 1, blocks, np.where(blocks + 1 < count, blocks + 1, -1)]
+    visible = [blocks - 1, blocks, np.where(blocks + 1 < count, blocks + 1, -1)]
     if not pattern.globals:
-        seen += [np.zeros_like(blocks), np.full_like(blocks, count - 1)]
-    table = np.broadcast_to(np.stack(seen, axis=1), (heads, count, len(seen)))
+        visible += [np.zeros_like(blocks), np.full_like(blocks, count - 1)]
+    table = np.broadcast_to(np.stack(visible, axis=1), (heads, count, len(visible)))
     bound = count if pattern.among is None else min(count, pattern.among // pattern.block)
     raw = np.random.PCG64([pattern.seed, layer]).random_raw(count * heads * pattern.random)
     raw = raw.reshape(count, heads, pattern.random).transpose(1, 0, 2)
