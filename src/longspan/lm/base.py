@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.core.facts import ModelFacts
-from longspan.engine import backends as routes
+from longspan.engine import backends
 from longspan.engine.blocks.tables import SIZE, Blocks, band
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.lm.attention_method import AttentionMethod
@@ -104,7 +104,7 @@ class Pattern(Attention):
     def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
         """Attention of all tokens of a text on themselves, (B, H, T, D), the fastest way that can run it
         (`longspan.engine.backends`) unless a pattern has one of its own. Rows are aligned at their first real token."""
-        return routes.run(self, call, grid)
+        return backends.run(self, call, grid)
 
     def check_position_encoding(self, config: LongspanConfig, place: PositionEncoding) -> None:
         """Refuses a scheme that cannot be joined with the pattern."""

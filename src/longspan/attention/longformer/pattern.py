@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.attention.longformer.layer import LongformerAttention
-from longspan.engine import backends as routes
+from longspan.engine import backends
 from longspan.engine.blocks.tables import Blocks, band
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.patterns import masked_attention, some_heads
@@ -105,8 +105,8 @@ class Longformer(Pattern):
     def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
         if call.query_scores is not None:
             return masked_attention(self, call, grid)
-        if not self.dilated and call.always_visible is None and routes.choose(self, call, grid).way != "masks":
-            return routes.run(self, call, grid)
+        if not self.dilated and call.always_visible is None and backends.choose(self, call, grid).backend != "masks":
+            return backends.run(self, call, grid)
         before, after = self._sides(grid)
         plain = grid.heads - self.dilated
         if plain == grid.heads:

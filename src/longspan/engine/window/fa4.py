@@ -43,7 +43,7 @@ def _function() -> Callable:
 def refusal(query: Tensor, key: Tensor, value: Tensor, *, sinks: int = 0) -> str | None:
     """Why it cannot answer, or None."""
     if not query.is_cuda:
-        return "the device is no CUDA device"
+        return "the device is not a CUDA device"
     if not installed():
         return f"FlashAttention 4 is not installed ({INSTALL})"
     if torch.cuda.get_device_capability(query.device) < OLDEST:
