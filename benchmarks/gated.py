@@ -25,9 +25,9 @@ from typing import Any
 import torch
 import transformers
 
-from longspan.compare.worker import is_out_of_memory
 from longspan.engine.backends import dense_first
 from longspan.lm import LongspanConfig, LongspanForCausalLM
+from longspan.util.failures import is_out_of_memory
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ from transformers import DynamicCache
 
 import longspan as ls
 from longspan.bench.timings import generate_row
-from longspan.compare.worker import is_out_of_memory
 from longspan.core.facts import facts_of
 from longspan.core.method import combination
 from longspan.memory.streaming import StreamingLLM
 from longspan.reading.stream_decoder import StreamDecoder
+from longspan.util.failures import is_out_of_memory
 from longspan.util.units import read_size
 
 SEGMENTS = 10

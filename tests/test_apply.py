@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -164,7 +164,7 @@ def test_in_half_precision(spec: str) -> None:
     ("kind", "said"),
     [
         (odd_attention.OddlyRotatedAttention, "rotates or attends in a way that the method does not know"),
-        (odd_attention.DeafAttention, "rotates or attends in a way|asked for 0 of 2"),
+        (odd_attention.DeafAttention, "rotates or attends in a way|called it in 0 of 2"),
         (odd_attention.FailingAttention, "does not run on LlamaForCausalLM: TypeError: unexpected implementation"),
     ],
 )
@@ -186,7 +186,7 @@ def test_what_rotates_nothing_runs_under_any_rotation(spec: str) -> None:
     expected = apply(dense.llama(layers=2), spec)(ids).logits  # its layers turn as Llama's do, whatever its module says
     torch.testing.assert_close(apply(odd, spec)(ids).logits, expected)
     for kind in (odd_attention.DeafAttention, odd_attention.FailingAttention):
-        with pytest.raises(NotSupported, match=r"asked for 0 of 2|does not run on LlamaForCausalLM"):
+        with pytest.raises(NotSupported, match=r"called it in 0 of 2|does not run on LlamaForCausalLM"):
             apply(odd_attention.with_layers(dense.llama(layers=2), kind), spec)
 
 
@@ -275,6 +275,51 @@ def test_a_copy_has_the_method_on_it(model: LlamaForCausalLM, untouched: Callabl
     assert current(twin) is None and torch.equal(logits(twin, ids), plain)
 
 
+class Adapted(torch.nn.Module):
+    """What PEFT's models do: they hand every attribute on, and have a mode and attributes of their own."""
+
+    def __init__(self, inner: PreTrainedModel):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("spec", EVERY_KIND)
+@pytest.mark.parametrize("around", [Adapted, lambda model: model.model], ids=["adapter", "decoder"])
+def test_a_method_is_found_through_any_wrapper(
+    model: LlamaForCausalLM, untouched: Callable[[], None], spec: str, around: Callable
+) -> None:
+    """Put on with an adapter around the model and taken off without it, or the other way round."""
+    ids, other = dense.tokens(1, 40), around(model)
+    expected = apply(copy.deepcopy(model), spec)(ids).logits
+    for first, second in ((model, other), (other, model)):
+        apply(first, "rerope:window=6")
+        apply(second, spec)
+        assert torch.equal(model(ids).logits, expected) and current(first).spec == current(second).spec
+        remove(first)
+        untouched()
+        assert current(other) is None
+
+
+@pytest.mark.parametrize("spec", ["focused:local=8", "landmark:block=4,retrieve=2,local=8,id=90"])
+def test_the_mode_is_the_decoders(spec: str) -> None:
+    """An adapter that stays in training mode when the model within it is taken out."""
+    model = dense.llama(layers=2)
+    adapted, ids = Adapted(model), dense.tokens(1, 25)
+    apply(adapted, spec)
+    expected = model(ids).logits
+    adapted.training = True
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
 def test_a_model_with_a_method_is_not_pickled(model: LlamaForCausalLM) -> None:
     apply(model, "streaming")
     with pytest.raises(NotSupported, match=r"cannot be pickled.*save_pretrained"):
@@ -319,7 +364,7 @@ def test_a_rotary_module_that_is_never_called() -> None:
     model, ids = falcon(alibi=True), dense.tokens(1, 20)
     before, config = model(ids).logits, model.config.to_dict()
     for spec in ("yarn:factor=4", "ntk:factor=2", "llama3:factor=2"):
-        with pytest.raises(NotSupported, match=r"changes nothing here.*does not use it for its attention"):
+        with pytest.raises(NotSupported, match=r"changes nothing.*does not use it in its attention"):
             apply(model, spec)
     assert torch.equal(model(ids).logits, before) and model.config.to_dict() == config
     rotary = falcon(alibi=False)
@@ -436,7 +481,9 @@ def test_only_the_decoders_rotary_module(kind: str) -> None:
     assert unchanged(model, before) and torch.equal(model(input_ids=ids).logits, logits)
 
 
-@pytest.mark.parametrize("spec", [*EVERY_KIND, "focused:local=8", "performer:features=32"])
+@pytest.mark.parametrize(
+    "spec", [*EVERY_KIND, "focused:local=8", "performer:features=32", "landmark:block=4,retrieve=2,local=8,id=90"]
+)
 def test_a_model_with_another_head_or_none(spec: str) -> None:
     """Or whose weights accelerate keeps elsewhere, and which is on the meta device itself."""
     config, ids = LlamaConfig(**SMALL, vocab_size=96), dense.tokens(1, 20)

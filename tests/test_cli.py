@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 import longspan as ls
 import tiny
 from longspan.cli import printing
-from longspan.cli.main import _default_out, run
+from longspan.cli.compare import default_folder
+from longspan.cli.main import run
 from longspan.core import method
 from longspan.generation import generate_text
 from longspan.meter import Meter
@@ -187,7 +188,7 @@ class TestPublicNames:
             "import types, longspan.apply, longspan as ls\n"
             "from longspan import apply\n"
             "assert isinstance(apply, types.FunctionType) and ls.apply is longspan.apply is apply\n"
-            "import longspan.compare.worker, sys\n"
+            "import longspan.compare.running.worker, sys\n"
             "assert 'longspan.training' not in sys.modules, 'a comparison trains nothing, and its imports take seconds'\n"
         )
         assert done.stderr == ""
@@ -353,7 +354,7 @@ class TestInclude:
         model, ids = tiny.model(), torch.arange(200)[None]
         with torch.no_grad():
             before = model(ids).logits
-            for spec in ("cutoff:factor=4", "sharpen", "cutoff:factor=2 + self-extend:group=2", "strided:near=9"):
+            for spec in ("cutoff:factor=4", "sharpen", "cutoff:factor=2 + self-extend:group=2", "strided:recent=9"):
                 with ls.applied(model, spec):
                     assert not torch.allclose(model(ids).logits, before, atol=1e-5)
                     assert torch.allclose(model(ids[:, :1]).logits, before[:, :1], atol=1e-4)
@@ -395,7 +396,7 @@ class TestCompare:
         [("runs/pose/model", "pose-model-"), ("smollm2-135m", "smollm2-135m-"), ("model", "model-")],
     )
     def test_the_folder_that_is_chosen_tells_models_apart(self, model: str, begins: str) -> None:
-        assert _default_out(model).name.startswith(begins)
+        assert default_folder(model).name.startswith(begins)
 
     def test_a_users_method_reaches_the_workers(
         self, command: Command, model: Path, tmp_path: Path, examples: dict[str, Path]

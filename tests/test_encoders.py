@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from longspan.encoders import longer_encoder
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -27,7 +26,7 @@ from transformers import (
 
 import tiny
 from longspan.cli.main import run
-from longspan.export import export
+from longspan.export import export, longer_encoder
 from longspan.util.errors import NotSupported, SpecError
 
 SIZES: dict[str, Any] = {

@@ -246,7 +246,7 @@ def test_a_failure_leaves_what_was_there(source: Path, tmp_path: Path, monkeypat
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("longspan.export._write", full)
+    monkeypatch.setattr("longspan.export.checkpoint.write_json", full)
     with pytest.raises(LongspanError, match="No space left"):
         export(source, "yarn:factor=4", out, overwrite=True)
     assert (out / "config.json").read_text() == before

@@ -1,4 +1,4 @@
-"""Prints what longspan and its development extras require, without version bounds: `make test-newest` installs these.
+"""Prints what longspan and its tests require, without version bounds: `make test-newest` installs these.
 
 pip install --upgrade $(python tools/unbounded.py)
 """
@@ -11,9 +11,10 @@ from pathlib import Path
 
 
 def requirements() -> list[str]:
-    """Names of the required packages, those of every extra among them, in alphabetical order."""
+    """Names of the required packages, those of every extra but docs among them, in alphabetical order."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "docs"]
+    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
     names = {re.match(r"[\w.-]+", line).group() for line in lines}  # type: ignore[union-attr]
     return sorted(names - {project["name"]})
 

@@ -5,8 +5,8 @@
     ls.apply(model, "yarn:factor=4")                      # ls.remove(model) undoes it
     run = ls.compare("smollm2-135m", methods=["none", "ntk"], tasks=["ppl"], lengths=[8192, 16384], out="runs/first")
 
-Names are imported when they are first used, so that `import longspan` and the command line's help cost no time. Every
-method of the catalogue is here by the name of its class: `ls.YaRN(factor=4)`.
+Names are imported on first use, so that `import longspan` and the help of the command line take no time. Every method of the
+catalogue is an attribute by the name of its class: `ls.YaRN(factor=4)`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from longspan.generation import Chat as Chat
     from longspan.generation import generate_text as generate_text
     from longspan.hf.site import remove as remove
-    from longspan.memory.focused.document import Memory as Memory
+    from longspan.memory.document import Memory as Memory
     from longspan.memory.unlimiformer import Encoded as Encoded
     from longspan.models import load as load
     from longspan.reading.stream_decoder import StreamDecoder as StreamDecoder
@@ -49,7 +49,7 @@ _WHERE = {
     "StreamDecoder": "longspan.reading.stream_decoder:StreamDecoder",
     "stream_generate": "longspan.reading.stream_decoder:stream_generate",
     "Encoded": "longspan.memory.unlimiformer:Encoded",
-    "Memory": "longspan.memory.focused.document:Memory",
+    "Memory": "longspan.memory.document:Memory",
     "LongspanError": "longspan.util.errors:LongspanError",
     "NotSupported": "longspan.util.errors:NotSupported",
     "SpecError": "longspan.util.errors:SpecError",
@@ -66,7 +66,7 @@ __all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported on first use, or the class of a method of the catalogue."""
+    """A public name, imported on first use, or the class of a method of the catalogue. Raises `AttributeError` for others."""
     if name in _WHERE:
         module, _, attribute = _WHERE[name].partition(":")
         value = globals()[name] = getattr(importlib.import_module(module), attribute)

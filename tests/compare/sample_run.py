@@ -124,7 +124,7 @@ def sample_run(
 
 def write_run(folder: Path, manifest: dict[str, Any], cells: list[dict[str, Any]]) -> Path:
     """The run as files, through the code that writes real ones."""
-    from longspan.compare.store import Store
+    from longspan.compare.storing import Store
 
     with Store(folder) as store:
         store.write_manifest(manifest)

@@ -10,14 +10,17 @@ import torch
 from compare_tiny import TinyHit, TinyLoss, TinyTrouble
 
 import tiny as tiny_model
-from longspan.compare import cost
-from longspan.compare import planning as cells
-from longspan.compare.planning import Cell, Request, choose_lengths, make_plan, read_lengths, read_methods, scale_of
+from longspan.compare.planning import cells, cost, requests
+from longspan.compare.planning.cells import Cell, scale_of
+from longspan.compare.planning.lengths import choose_lengths
+from longspan.compare.planning.plan import make_plan
+from longspan.compare.planning.requests import Request, read_lengths, read_methods
 from longspan.compare.report.results import by_reason
-from longspan.compare.store import canonical, clean
+from longspan.compare.storing import canonical, clean
 from longspan.core import method
 from longspan.core.facts import facts_of
 from longspan.core.method import Method, combination
+from longspan.util import environment
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 FACTS = facts_of(tiny_model.model(window=128))
@@ -37,7 +40,7 @@ def cell(**changes) -> Cell:
     settings = {
         "model": "m",
         "fingerprint": "f",
-        "asked": "ntk",
+        "requested": "ntk",
         "method": combination("ntk:factor=4"),
         "task": TinyLoss(),
         "length": 256,
@@ -71,7 +74,7 @@ def test_the_key_changes_with_the_cell(change):
 
 def test_the_key_is_the_same_in_another_process_and_under_another_name():
     assert pickle.loads(pickle.dumps(cell())).key == cell().key
-    assert cell(asked="ntk:factor=4", model="elsewhere").key == cell().key
+    assert cell(requested="ntk:factor=4", model="elsewhere").key == cell().key
     assert len(cell().key) == 64
 
 
@@ -79,9 +82,9 @@ def test_the_key_changes_with_versions_and_code(monkeypatch):
     before = cell().key
     monkeypatch.setattr(TinyLoss, "version", 2)
     task_version = cell().key
-    monkeypatch.setattr(cost, "versions", lambda: {"torch": "0", "python": "3.0.1"})
+    monkeypatch.setattr(environment, "versions", lambda: {"torch": "0", "python": "3.0.1"})
     versions = cell().key
-    monkeypatch.setattr(cost, "versions", lambda: {"torch": "0", "python": "3.0.2"})
+    monkeypatch.setattr(environment, "versions", lambda: {"torch": "0", "python": "3.0.2"})
     assert cell().key == versions  # a bug-fix release of Python is not another language
     monkeypatch.setattr(cells, "code_digest", lambda: "other sources")
     code = cell().key
@@ -90,16 +93,23 @@ def test_the_key_changes_with_versions_and_code(monkeypatch):
 
 
 def test_the_code_digest_covers_the_files_that_decide_results(tmp_path, monkeypatch):
-    for name in ("core/method.py", "cli/main.py", "positions/a.py", "compare/worker.py", "compare/store.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("core/method.py", "cli/main.py", "positions/a.py", "compare/running/worker.py", "compare/storing.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("x = 1\n")
-    monkeypatch.setattr(cells, "__file__", str(tmp_path / "compare" / "cells.py"))
+    monkeypatch.setattr(cells, "__file__", str(tmp_path / "compare" / "planning" / "cells.py"))
     digests = {}
-    for name in ("nothing", "cli/main.py", "compare/store.py", "core/method.py", "positions/a.py", "compare/worker.py"):
+    for name in (
+        "nothing",
+        "cli/main.py",
+        "compare/storing.py",
+        "core/method.py",
+        "positions/a.py",
+        "compare/running/worker.py",
+    ):
         with open(tmp_path / name, "a") as file:
             file.write("# changed\n")
         digests[name] = cells.code_digest.__wrapped__()
-    assert digests["nothing"] == digests["cli/main.py"] == digests["compare/store.py"]
+    assert digests["nothing"] == digests["cli/main.py"] == digests["compare/storing.py"]
     assert len(set(digests.values())) == 4
 
 
@@ -125,7 +135,7 @@ def test_the_bare_model_is_always_first_and_none_comes_twice():
 
 def test_methods_are_resolved_for_the_longest_length():
     (_, ntk), _ = read_methods(["ntk"], FACTS, 1024, "base")
-    assert ntk.asked == "ntk"
+    assert ntk.requested == "ntk"
     assert ntk.spec == combination("ntk").resolve(FACTS, 1024).spec != "ntk"
 
 
@@ -145,9 +155,9 @@ def test_what_was_chosen_automatically_is_left_out_with_the_reason(monkeypatch):
         works_on = "from scratch"
 
     listed = {"ntk": method.catalogue()["ntk"], "picky": Picky, "needy": Needy, "scratch": Scratch}
-    monkeypatch.setattr(cells, "catalogue", lambda: listed)
+    monkeypatch.setattr(requests, "catalogue", lambda: listed)
     found, left_out = read_methods(None, FACTS, 512, "base")
-    assert [c.asked for c in found] == ["none", "ntk"]
+    assert [c.requested for c in found] == ["none", "ntk"]
     assert left_out["picky"] == "picky: not this model; any other works"
     assert "needs settings" in left_out["needy"]
     assert "from scratch" in left_out["scratch"]

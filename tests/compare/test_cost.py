@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import tiny as tiny_model
-from longspan.compare import cost
+from longspan.compare.planning import cost
 from longspan.core.facts import facts_of
 from longspan.meter import Meter, cache_bytes, weights_bytes
 from longspan.util import environment

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from longspan.compare import Run
-from longspan.compare.store import CELLS, read_cells
+from longspan.compare.storing import CELLS, read_cells
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("LONGSPAN_KILLS", "1"))

@@ -16,9 +16,10 @@ import pytest
 from compare_tiny import TinyHit, TinyLoss, TinyTooLong, TinyTrouble
 
 import tiny as tiny_model
-from longspan.compare import Run, compare, runner, worker
-from longspan.compare.screen import result_line
-from longspan.compare.store import CELLS, LOGS, Store
+from longspan.compare import Run, compare
+from longspan.compare.running import runner, worker
+from longspan.compare.running.screen import result_line
+from longspan.compare.storing import CELLS, LOGS, Store
 from longspan.util import environment
 from longspan.util.errors import LongspanError
 
@@ -163,12 +164,10 @@ def test_failed_cells_run_again_and_cells_out_of_memory_do_not(tiny, tmp_path):
 
 
 def test_out_of_memory_is_tried_again_on_a_larger_machine(tiny, tmp_path, monkeypatch):
-    from longspan.compare import cost
-
     mark = tmp_path / "mark"
     trouble(tiny, tmp_path / "run", kind="cuda", mark=str(mark))
     small = environment.machine
-    monkeypatch.setattr(cost, "machine", lambda d: small(d) | {"device_memory": 2 * small(d)["device_memory"]})
+    monkeypatch.setattr(environment, "machine", lambda d: small(d) | {"device_memory": 2 * small(d)["device_memory"]})
     trouble(tiny, tmp_path / "run", kind="cuda", mark=str(mark))
     assert len(mark.read_text().split()) == 2
 
@@ -360,21 +359,21 @@ def test_a_fork_server_that_has_touched_cuda_is_noticed(monkeypatch):
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA, use the 'spawn' start method")
 
     monkeypatch.setattr(worker.torch.cuda, "init", poisoned)
-    assert worker._cuda_is_broken("cuda:0")
-    assert not worker._cuda_is_broken("cpu")
+    assert worker.cuda_is_broken("cuda:0")
+    assert not worker.cuda_is_broken("cpu")
     receive, send = multiprocessing.Pipe(duplex=False)
     send.send(("hello", True))
     workers = runner.Workers.__new__(runner.Workers)
-    assert workers._listen(None, receive, None, None) is None
+    assert workers.listen(None, receive, None, None) is None
 
 
 @pytest.mark.slow
 def test_the_fork_server_imports_everything_without_touching_cuda():
     code = (
-        "import importlib, torch; from longspan.compare.runner import _modules_to_preload\n"
+        "import importlib, torch; from longspan.compare.running.runner import modules_to_preload\n"
         "def touched(*a, **k): raise SystemExit('CUDA was touched')\n"
         "for name in ('is_available', 'device_count', 'current_device', 'init'): setattr(torch.cuda, name, touched)\n"
-        "for name in _modules_to_preload('llama'): importlib.import_module(name)\n"
+        "for name in modules_to_preload('llama'): importlib.import_module(name)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

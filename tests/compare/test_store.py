@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from longspan.compare.store import CELLS, MANIFEST, TORN, Run, Store, clean, digest, is_finished
+from longspan.compare.storing import CELLS, MANIFEST, TORN, Run, Store, clean, digest, is_finished
 from longspan.util.errors import LongspanError
 from longspan.util.files import write_atomically
 
@@ -121,7 +121,9 @@ def test_a_run_has_one_writer(tmp_path):
 
 
 def test_the_lock_of_a_dead_process_is_no_obstacle(tmp_path):
-    code = f"from longspan.compare.store import Store; s = Store({str(tmp_path)!r}); print('held', flush=True); input()"
+    code = (
+        f"from longspan.compare.storing import Store; s = Store({str(tmp_path)!r}); print('held', flush=True); input()"
+    )
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(LongspanError, match=f"process {holder.pid}"):
@@ -136,7 +138,7 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
     with pytest.raises(LongspanError, match=r"thesis\.tex"):
         Store(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
-    with pytest.raises(LongspanError, match="cannot hold a run"):
+    with pytest.raises(LongspanError, match="cannot be the folder of a run"):
         Store(tmp_path / "thesis.tex")
 
 

@@ -85,10 +85,10 @@ def test_the_stored_passkeys_have_an_effective_window(results):
     assert results.effective_window("ntk:factor=8", loss, 4096) is None
 
 
-def test_the_readme_quotes_the_stored_speeds():
+def test_the_page_on_speed_quotes_the_stored_speeds():
     rows = json.loads((ROOT / "reproductions" / "speed" / "decode.json").read_text())["rows"]
     ms = {row["name"]: 1e3 * row["seconds"] for row in rows}
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "docs" / "speed.md").read_text()
     for said, name in {
         "longspan, rolling cache, step of fixed shape": "longspan rolling cache, fixed step",
         "transformers, static cache, compiled": "stock generate, static cache, compiled",
@@ -99,9 +99,9 @@ def test_the_readme_quotes_the_stored_speeds():
         assert shown == f"{ms[name]:.{len(shown.partition('.')[2])}f}"
 
 
-def test_the_readme_quotes_the_stored_study():
+def test_the_page_on_methods_quotes_the_stored_study():
     made = json.loads((ROOT / "reproductions" / "extrapolation" / "study.json").read_text())
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "docs" / "methods.md").read_text()
     said = readme.split("loss in nats a token: ")[1].split("\n\n")[0].replace("\n", " ")
     curves = made["curves"]["non-overlapping"]
     assert made["settings"]["seeds"] == 3 and curves[0]["lengths"][0] == 512 and curves[0]["lengths"][-1] == 16384

@@ -13,8 +13,8 @@ from rich.console import Console
 
 import longspan as ls
 from longspan.compare import Run, compare
+from longspan.compare.planning.trained import is_folder, training_cost
 from longspan.compare.report import pages as report
-from longspan.compare.trained import is_folder, training_cost
 from longspan.util.errors import LongspanError, NotSupported
 
 COST = {"seconds": 90.0, "tokens": 1_000_000, "steps": 50, "peak_bytes": 3_000_000_000}
@@ -91,7 +91,7 @@ def test_folders(training: Path, tmp_path: Path) -> None:
         is_folder(training) and is_folder(str(training / "model")) and not is_folder("ntk") and not is_folder(tmp_path)
     )
     assert training_cost(training) == training_cost(training / "model") == COST
-    with pytest.raises(LongspanError, match="no folder of a model"):
+    with pytest.raises(LongspanError, match="not a folder of a model"):
         compare(training / "model", methods=[tmp_path], out=tmp_path / "out")
-    with pytest.raises(LongspanError, match="runs/nosuch is no folder of a model"):
+    with pytest.raises(LongspanError, match="runs/nosuch is not a folder of a model"):
         compare(training / "model", methods=["runs/nosuch"], out=tmp_path / "out")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from longspan.attention.longnet import LongNet
-from longspan.compare.runner import _modules_to_preload
+from longspan.compare.running.runner import modules_to_preload
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.dilated.shards import dilated_over_processes
 from longspan.util.errors import NotSupported
@@ -53,7 +53,7 @@ def work(rank: int, count: int, folder: str) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_equals_one_process(count: int, tmp_path: Path) -> None:
     # One server imports for all; where comparisons are tested in this process too, it is theirs.
-    multiprocessing.set_forkserver_preload(["pytest", *_modules_to_preload("llama")])
+    multiprocessing.set_forkserver_preload(["pytest", *modules_to_preload("llama")])
     mp.start_processes(work, (count, str(tmp_path)), count, start_method="forkserver")
     shards = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
     number = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,7 @@ def test_a_models_own_signature_says_what_its_cache_is_called() -> None:
     cache = DynamicCache()
     assert compat.with_cache(Old(), cache) == {"past_key_values": cache}
     assert compat.with_cache(New(), cache) == {"cache": cache}
-    with pytest.raises(NotSupported, match="Unknown takes no KV cache by the names that are known"):
+    with pytest.raises(NotSupported, match=r"Unknown\.forward has no argument for a KV cache"):
         compat.with_cache(Unknown(), cache)
     with pytest.raises(ValueError, match="given twice"):
         compat.given_cache({"cache": cache, "past_key_values": cache})
@@ -82,7 +83,7 @@ class Renamed(LlamaModel):
 def test_a_renamed_cache_is_refused_and_never_swallowed(spec: str) -> None:
     model = dense.llama(layers=2)
     model.model.__class__ = Renamed
-    with pytest.raises(NotSupported, match="takes no KV cache by the names that are known"):
+    with pytest.raises(NotSupported, match="has no argument for a KV cache"):
         apply(model, spec)
     assert current(model) is None and not model.model._forward_pre_hooks
 
@@ -115,14 +116,44 @@ SPECS = [
 ]
 
 
+def _configured(model: LlamaForCausalLM, ids: Tensor) -> DynamicCache:
+    return _read(model, DynamicCache(config=model.config), ids)
+
+
+def _bare(model: LlamaForCausalLM, ids: Tensor) -> DynamicCache:
+    """Of a cache that knows of no layer before the first forward."""
+    return _read(model, DynamicCache(), ids)
+
+
+def _models_own(model: LlamaForCausalLM, ids: Tensor) -> DynamicCache:
+    return compat.cache_of(model(ids, use_cache=True))
+
+
+def _in_training(model: LlamaForCausalLM, ids: Tensor) -> DynamicCache:
+    """Or where the method keeps none in training, as usual."""
+    cache = compat.cache_of(model.train()(ids, use_cache=True))
+    model.eval()
+    return _models_own(model, ids) if cache is None else cache
+
+
+def _emptied(model: LlamaForCausalLM, ids: Tensor) -> DynamicCache:
+    cache = _configured(model, ids.flip(1))
+    cache.reset()
+    return _read(model, cache, ids)
+
+
+def _read(model: LlamaForCausalLM, cache: DynamicCache, ids: Tensor) -> DynamicCache:
+    model(ids, use_cache=True, **compat.with_cache(model, cache))
+    return cache
+
+
+@pytest.mark.parametrize("fill", [_configured, _bare, _models_own, _in_training, _emptied])
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_cache_goes_on_under_the_method_that_filled_it_alone(spec: str) -> None:
-    model, ids = dense.llama(layers=2), dense.tokens(1, 24)
+def test_a_cache_goes_on_under_the_method_that_filled_it_alone(spec: str, fill: Callable) -> None:
+    model, ids = dense.llama(layers=2), dense.tokens(2, 24)
 
     def filled(model: LlamaForCausalLM) -> DynamicCache:
-        cache = DynamicCache(config=model.config)
-        model(ids[:, :12], use_cache=True, **compat.with_cache(model, cache))
-        return cache
+        return fill(model, ids[:, :12])
 
     def goes_on(cache: DynamicCache) -> Tensor:
         return model(ids[:, 12:], use_cache=True, **compat.with_cache(model, cache)).logits
@@ -143,3 +174,25 @@ def test_a_cache_goes_on_under_the_method_that_filled_it_alone(spec: str) -> Non
     apply(model, "none")
     apply(model, spec)
     torch.testing.assert_close(goes_on(third), expected)
+
+
+@pytest.mark.parametrize("spec", ["yarn:factor=2", "self-extend:group=2,window=4", "gist:id=90"])
+@pytest.mark.parametrize("config", [True, False])
+def test_an_emptied_cache_is_any_models(spec: str, config: bool) -> None:
+    """And what the plain model then fills it with is the plain model's."""
+    model, ids = dense.llama(layers=2), dense.tokens(1, 24)
+    model(ids)
+    cache = DynamicCache(config=model.config) if config else DynamicCache()
+
+    def goes_on(part: Tensor) -> Tensor:
+        return model(part, use_cache=True, **compat.with_cache(model, cache)).logits
+
+    apply(model, spec)
+    goes_on(ids)
+    cache.reset()
+    apply(model, "none")
+    plain = torch.cat([goes_on(part) for part in ids.split(8, dim=1)], dim=1)
+    torch.testing.assert_close(plain, model(ids).logits)
+    apply(model, spec)
+    with pytest.raises(NotSupported, match="empty"):
+        goes_on(ids[:, :3])

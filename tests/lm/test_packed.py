@@ -78,7 +78,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
     cache = DynamicCache()
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    with pytest.raises(NotSupported, match="goes on with one text"):
+    with pytest.raises(NotSupported, match="continues one text"):
         model(ids, position_ids=places(), past_key_values=cache)
     with pytest.raises(NotSupported, match="whole rows"):
         model(ids, position_ids=places(), output_hidden_states=True)
@@ -86,5 +86,5 @@ def test_what_cannot_be_packed_is_refused() -> None:
     both = LongspanForConditionalGeneration(
         LongspanConfig(**sizes, kind="encoder-decoder", attention="window:size=9", decoder_start_token_id=0)
     )
-    with pytest.raises(NotSupported, match="what the encoder read"):
+    with pytest.raises(NotSupported, match="an encoder's states"):
         both(ids, decoder_input_ids=ids, position_ids=places())

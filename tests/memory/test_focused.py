@@ -27,10 +27,10 @@ from longspan.core.facts import facts_of
 from longspan.core.method import combination, parse
 from longspan.engine.retrieval import memories
 from longspan.hf.call import LayerCall
-from longspan.hf.compat import CACHE
+from longspan.hf.compat import CACHE, cache_of
 from longspan.hf.rotary import rotate
 from longspan.hf.site import Site, layer_number
-from longspan.memory.focused.document import Memory
+from longspan.memory.document import Memory
 from longspan.memory.focused.method import Focused, reader_of
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 from shared_model import assert_checkpoints_change_no_gradient
@@ -254,6 +254,29 @@ def test_generate_over_contexts_beams_and_turns() -> None:
     assert torch.equal(made.generate(tokens, **beams), made.generate(tokens, **beams, use_cache=False))
 
 
+@pytest.mark.parametrize("more", ["", ",k=5", ",k=5,search=faiss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pieces_under_autocast_and_across_its_end(dtype: torch.dtype, more: str) -> None:
+    """Angles are float32 there, and so are the keys that a cache takes in, beside values of 16 bits."""
+    if "faiss" in more:
+        pytest.importorskip("faiss")
+    made, tokens = model(dtype=torch.float32), ids(2, 40)
+    ls.apply(made, SPEC + more)
+    whole = made(tokens, use_cache=False).logits
+
+    def piece(part: slice, cache: Any) -> Any:
+        with torch.no_grad():
+            return made(tokens[:, part], use_cache=True, **({} if cache is None else {CACHE: cache}))
+
+    with torch.autocast("cpu", dtype=dtype):
+        read = piece(slice(0, 25), None)
+        parts, cache = [read.logits], cache_of(read)
+        parts += [piece(slice(at, at + 1), cache).logits for at in range(25, 33)]
+    parts.append(piece(slice(33, 40), cache).logits)
+    got = torch.cat([part.float() for part in parts], dim=1)
+    assert (got - whole).norm() / whole.norm() < 0.05
+
+
 def test_what_grows_is_the_memory_of_its_layers() -> None:
     made = model()
     ls.apply(made, SPEC)
@@ -310,7 +333,7 @@ def test_another_process_reads_it(tmp_path: Path) -> None:
     code = (
         "import sys, torch, longspan as ls\n"
         "from transformers import AutoModelForCausalLM\n"
-        "from longspan.memory.focused.document import Memory\n"
+        "from longspan.memory.document import Memory\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         f"ls.apply(model, '{SPEC}')\n"
         "memory = Memory.load(sys.argv[2], model)\n"

@@ -264,3 +264,6 @@ def test_what_cannot_be_is_refused() -> None:
     model(tokens(1, 5), past_key_values=cache)
     with pytest.raises(NotSupported, match="empty"):
         build()(tokens(1, 5), past_key_values=cache, use_cache=True)
+    for what in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(NotSupported, match=f"keeps nothing for {what}"):
+            build()(tokens(1, 5), **{what: True})

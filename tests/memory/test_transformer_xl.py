@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.lm.attention import query_scores, relative_scores
 from longspan.positions.scheme import Shape
-from longspan.positions.xl import XL, XLPlace
+from longspan.positions.xl import XL, XLEncoding
 from longspan.util.errors import NotSupported, SpecError
 
 SIZES = {
@@ -147,7 +147,7 @@ def test_scores_are_the_formula() -> None:
     """(q + v) · W_R R_(i-j) for every pair, whichever way the positions run."""
     torch.manual_seed(0)
     place = XL().build(Shape(layers=2, hidden=16, heads=2, head_dim=4, window=8, causal=True))
-    assert isinstance(place, XLPlace)
+    assert isinstance(place, XLEncoding)
     torch.nn.init.normal_(place.projection)
     q = torch.randn(2, 2, 3, 4)
     for queries, keys in (
@@ -198,7 +198,7 @@ def test_what_cannot_be_is_refused() -> None:
         build("transformer-xl", "tupe")
     with pytest.raises(NotSupported, match="leave one of them out"):
         build("transformer-xl", "rope", attention="window:size=8")
-    with pytest.raises(SpecError, match="no memory"):
+    with pytest.raises(SpecError, match="is not a memory"):
         build("window:size=8")
     with pytest.raises(SpecError, match="at least 1 token"):
         build("transformer-xl:segment=0")

@@ -20,7 +20,7 @@ HEADS, WIDTH, LENGTH = 4, 16, 24
 FAR = torch.tensor([0, 1, 2, 4, 8, 16, 64, 128, 512, 1024, 4096])
 
 
-def place(spec: str, heads: int = HEADS, causal: bool = True) -> PositionEncoding:
+def encoding(spec: str, heads: int = HEADS, causal: bool = True) -> PositionEncoding:
     shape = Shape(layers=2, hidden=heads * WIDTH, heads=heads, head_dim=WIDTH, window=64, causal=causal)
     return parse(spec).methods[0].build(shape)
 
@@ -65,7 +65,7 @@ def score(at: PositionEncoding, spec: str, h: int, q: Tensor, k: Tensor, i: int,
     "spec", ["alibi", "kerple", "kerple:scale=before", "kerple:kind=power", "sandwich", "t5", "xpos"]
 )
 def test_forward_and_gradients_equal_the_formula(spec: str) -> None:
-    at = place(spec)
+    at = encoding(spec)
     module = nn.Module()
     module.place, module.is_causal = at, True
     shapes = ((1, HEADS, LENGTH, WIDTH), (1, 2, LENGTH, WIDTH), (1, 2, LENGTH, WIDTH))
@@ -86,7 +86,7 @@ def test_forward_and_gradients_equal_the_formula(spec: str) -> None:
 @pytest.mark.parametrize("gap", [0, 9])
 def test_rows_of_distances_equal_pairs(spec: str, gap: int) -> None:
     """Whether positions run on or jump, each pair gets the bias of its distance."""
-    at = place(spec)
+    at = encoding(spec)
     keys = torch.arange(20)[None].clone()
     keys[:, 12:] += gap
     queries = keys[:, 8:]
@@ -107,13 +107,13 @@ def test_alibi_is_blooms() -> None:
 
     for heads in (8, 12, 16, 20):
         theirs = build_alibi_tensor(torch.ones(1, 30), heads, torch.float32).view(heads, 30)
-        ours = place("alibi", heads).bias(29 - torch.arange(30))
+        ours = encoding("alibi", heads).bias(29 - torch.arange(30))
         torch.testing.assert_close(ours - ours[:, -1:], theirs - theirs[:, -1:])
 
 
 def test_sandwich_vectors() -> None:
     wanted = [-1.4466, -5.2020, -13.7603, -17.1340, -22.3407, -32.8718, -41.0083, -47.9613, -50.9083, -67.2693]
-    got = place("sandwich", heads=8).bias(FAR)
+    got = encoding("sandwich", heads=8).bias(FAR)
     torch.testing.assert_close(
         got[0], torch.tensor([0.0, *wanted]), rtol=0, atol=2e-3
     )  # the first of 8 heads divides by 1
@@ -121,15 +121,15 @@ def test_sandwich_vectors() -> None:
 
 
 def test_kerple_reduces_to_alibi() -> None:
-    at = place("kerple:kind=power")
+    at = encoding("kerple:kind=power")
     with torch.no_grad():
         at.r1.copy_(100 * slopes(HEADS))  # the slowest slope lies below the least r1
         at.r2.fill_(1.0)
-    torch.testing.assert_close(at.bias(FAR), 100 * place("alibi").bias(FAR))
+    torch.testing.assert_close(at.bias(FAR), 100 * encoding("alibi").bias(FAR))
 
 
 def test_kerple_parameters_stay_within_bounds() -> None:
-    at = place("kerple:kind=power")
+    at = encoding("kerple:kind=power")
     with torch.no_grad():
         at.r1.fill_(-3.0)
         at.r2.fill_(5.0)
@@ -182,7 +182,7 @@ def test_xpos_scale_vectors() -> None:
 
 
 def test_xpos_far_away_is_finite_in_16_bit() -> None:
-    at = place("xpos")
+    at = encoding("xpos")
     x = torch.randn(1, 2, 4000, WIDTH, dtype=torch.bfloat16)
     positions = torch.arange(200_000, 204_000)[None]
     query, key = at.rotate_qk(x, x, positions, positions)
@@ -207,7 +207,7 @@ def xpos_scores(query: Tensor, key: Tensor, positions: Tensor) -> Tensor:
 def test_xpos_holds_past_every_float_s_range(dtype: torch.dtype, step: int, close: float, kind: str) -> None:
     """Places up to 144,000 in float32 and 19,200 in float16: scales leave the range of the dtype unless counted anew."""
     module = nn.Module()
-    module.place, module.is_causal, module.zero_key = place("xpos"), True, kind == "zero"
+    module.place, module.is_causal, module.zero_key = encoding("xpos"), True, kind == "zero"
     positions = torch.arange(97) * step
     if kind == "packed":
         positions = torch.cat((positions[:60], positions[:37]))
@@ -252,7 +252,7 @@ def test_xpos_holds_past_every_float_s_range(dtype: torch.dtype, step: int, clos
 
 
 def test_xpos_blocks_are_few_and_short() -> None:
-    at, line = place("xpos"), torch.arange(100_000)[None]
+    at, line = encoding("xpos"), torch.arange(100_000)[None]
     assert at.query_blocks(line[:, :26_157], torch.float32) == [(0, 26_157)]
     for dtype, most in ((torch.float32, 26_157), (torch.bfloat16, 26_157), (torch.float16, 2_043)):
         blocks = at.query_blocks(line, dtype)
@@ -269,7 +269,7 @@ def test_xpos_blocks_are_few_and_short() -> None:
 
 def test_tupe_has_word_and_place_terms_only() -> None:
     """With the words' projections at zero the score depends on the places alone, and the other way round."""
-    at = place("tupe")
+    at = encoding("tupe")
     positions = torch.arange(10)[None]
     bias = at.pair_bias(positions, positions)
     places = torch.nn.functional.layer_norm(at.places, at.places.shape[-1:])[:10]
@@ -281,7 +281,7 @@ def test_tupe_has_word_and_place_terms_only() -> None:
 
 
 def test_tupe_unties_the_first_token() -> None:
-    at = place("tupe:relative=true", causal=False)
+    at = encoding("tupe:relative=true", causal=False)
     with torch.no_grad():
         at.cls.copy_(torch.arange(2 * HEADS).float().view(2, HEADS))
     positions = torch.arange(6)[None]

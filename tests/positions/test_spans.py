@@ -250,7 +250,7 @@ def test_refusals(name: str) -> None:
     with pytest.raises(NotSupported, match=r"GPT2LMHeadModel adds absolute positions.*use a model with RoPE"):
         apply(absolute, f"{name}:size=6")
     sliding = facts_of(MistralConfig(sliding_window=10, max_position_embeddings=64, num_hidden_layers=1))
-    with pytest.raises(NotSupported, match=r"looks back 10 tokens only, so size=64 changes nothing"):
+    with pytest.raises(NotSupported, match=r"sees the last 10 tokens only, so size=64 changes nothing"):
         parse(name).resolve(sliding)
     assert parse(f"{name}:size=8").resolve(sliding).spec == f"{name}:size=8"
     with pytest.raises(SpecError, match="size must be"):
@@ -265,7 +265,7 @@ def test_an_attention_that_takes_no_mask(name: str, biased_attention: str) -> No
     AttentionMaskInterface.register(biased_attention, AttentionMaskInterface()["flash_attention_2"])
     model = dense.llama()
     model.set_attn_implementation(biased_attention)
-    with pytest.raises(NotSupported, match=r"'biased' does not take; load the model with attn_implementation=\"sdpa\""):
+    with pytest.raises(NotSupported, match=r"'biased' takes none; load the model with attn_implementation=\"sdpa\""):
         apply(model, name)
     assert model.config._attn_implementation == "biased"
 

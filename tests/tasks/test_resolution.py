@@ -68,7 +68,9 @@ def test_scores_of_a_model(position: str) -> None:
     place = made.model.place
     rows = []
     for i in range(len(ids)):  # one query at a time: xPos' factors between all pairs would leave the range of a float
-        row, keys = place.turn(q[:, :, i : i + 1], k[:, :, : i + 1], positions[:, i : i + 1], positions[:, : i + 1])
+        row, keys = place.rotate_qk(
+            q[:, :, i : i + 1], k[:, :, : i + 1], positions[:, i : i + 1], positions[:, : i + 1]
+        )
         row = row @ keys.repeat_interleave(2, 1).mT / 4 * place.score_scale
         rows.append(torch.nn.functional.pad(row, (0, len(ids) - i - 1)))
     scores = torch.cat(rows, dim=2)
@@ -93,7 +95,7 @@ def test_what_cannot_be_seen_is_refused() -> None:
     with pytest.raises(NotSupported, match="every key"):
         mean_scores(model("rope", attention="window:size=8"), [3, 4, 5])
     made = llama()
-    with applied(made, "streaming:window=16"), pytest.raises(NotSupported, match="of their own"):
+    with applied(made, "streaming:window=16"), pytest.raises(NotSupported, match="methods that replace attention"):
         mean_scores(made, [3, 4, 5])
 
 

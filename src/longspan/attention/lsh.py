@@ -1,34 +1,33 @@
-"""Attention to what hashes alike (Reformer): a token sees the tokens of its own bucket, whatever their distance.
+"""LSH attention of Reformer: a token sees the tokens of its own hash bucket, at any distance (Kitaev 2020).
 
-Queries and keys are one vector, the key scaled to length 1. A random rotation R sends a vector x to the bucket
-argmax[xR; -xR] (section 2); close vectors fall into the same. Tokens are sorted by bucket, and by time within one, and cut
-into chunks; a token sees those of its bucket in its own chunk and in the one before (equation 5). Several rounds with other
-rotations make up for neighbours that fell apart, and their results are joined as one softmax over the union (equations
-13-16): a pair found in N rounds counts 1/N in each. A token sees itself only where it sees nothing else.
+Queries and keys are one vector, the key scaled to length 1. A random rotation R maps a vector x to the bucket argmax[xR; -xR]
+(section 2); close vectors share a bucket. Tokens are sorted by bucket, by position within a bucket, and split into chunks; a
+token sees those of its bucket in its own chunk and in the one before (equation 5). Several rounds with other rotations find
+neighbours that one round separates. Their results are joined as one softmax over the union (equations 13-16): a pair found in N
+rounds counts 1/N in each. A token sees itself only where it sees no other.
 
 Three forms:
-    aligned  ours, the default: every bucket begins with a chunk of its own. What a token sees depends on the tokens before it
-             alone, decoding computes the same as training, and padding and chunks change nothing. It costs empty slots, less
-             than a chunk for each bucket in use.
-    paper    as above. Where the chunks begin in the sorted text depends on all tokens, later ones too. No value of a later
-             token is ever mixed in, but when a bucket is longer than a chunk, later tokens have a part in which of the
-             earlier ones are seen. In a random model (two layers, chunk 4, 4 buckets, 40 tokens) what follows changes logits
-             of a prefix by up to 2.4, decoding is off by up to 3.0, and their standard deviation is 1.6.
-    trax     the authors' code, and transformers': a token sees all of its chunk and the one before, of whatever bucket,
-             the first chunk of a round the last one of the round before; a pair counts as often as it is found. Later tokens
-             have a part in what is seen as in `paper`.
+    aligned  longspan's, the default: every bucket begins a chunk. The keys that a token sees depend on earlier tokens alone,
+             decoding computes the same as training, and padding and chunks change nothing. It costs empty slots, less than a
+             chunk per bucket in use.
+    paper    as above. The chunks of the sorted text depend on all tokens, later ones too. No value of a later token is used, but
+             where a bucket is longer than a chunk, later tokens change which earlier ones are seen. In a random model (two
+             layers, chunk 4, 4 buckets, 40 tokens) they change logits of a prefix by up to 2.4, and decoding differs by up to
+             3.0, where the standard deviation of logits is 1.6.
+    trax     the authors' code, and transformers': a token sees all tokens of its chunk and the one before, of any bucket, in the
+             first chunk of a round the last one of the round before; a pair counts as often as it is found. Later tokens change
+             which keys are seen, as in `paper`.
 
-Decoding takes a token's candidates from the cache: those of its buckets, newest first, up to 2·chunk·hashes of them (in
-`trax` filled up with the newest of all). In the forms `paper` and `trax` that is an approximation of what training
-computes, equal where no bucket is longer than a chunk (`paper`). A piece of several tokens is run with all before it.
+Decoding selects keys from the KV cache: those of the token's buckets, newest first, up to 2·chunk·hashes (in `trax` filled up
+with the newest of all). For `paper` and `trax` this approximates what training computes; for `paper` it is exact where no
+bucket is longer than a chunk. A chunk of several tokens runs with all tokens before it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,28 +36,27 @@ from transformers import Cache
 
 from longspan.engine.core import expand_heads
 from longspan.engine.recorded_choices import decided
-from longspan.lm.base import Mixer
+from longspan.lm.base import Mixer, MixerCall, MixerModule
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import rotated
 from longspan.lm.state import state_of
 from longspan.positions.scheme import PositionEncoding
 
 HIDDEN = -1e9
-"""The score of a key that is not seen: a number, so that padding that sees nothing gets numbers."""
+"""The score of an invisible key: finite, so that rows of padding, which see no keys, are finite."""
 ITSELF = 1e5
-"""What a token's score with itself loses (equation 16)."""
+"""Subtracted from a token's score with itself (equation 16)."""
 ONE_FACTOR = 128
-"""More buckets than these are numbered by two hashes, as in the authors' code."""
+"""The most buckets of one hash; more are numbered by two hashes, as in the authors' code."""
 
 
 @dataclass(frozen=True)
 class Lsh(Mixer):
-    """`chunk` in tokens (section 5 names 128 as typical); `hashes` rounds (2 in the authors' enwik8 settings; a model may be
-    run with more than it was trained with); `buckets` even, or 1 for no hashing; left out, they are 2·L/chunk for the
-    training length L. `form=aligned` sees what came before alone, and decodes as it was trained; `paper` and `trax` are the
-    publication's and its code's, in which later tokens have a part in what earlier ones see once a bucket outgrows a chunk,
-    and decoding is an approximation. `scaled` divides scores by sqrt(d) on top of the key's length 1. `seed` draws the
-    rotations."""
+    """Attention within hash buckets. `chunk` in tokens (section 5 names 128 as typical). `hashes`: rounds (2 in the authors'
+    enwik8 settings; a model can run with more than in training). `buckets`: even, or 1 for no hashing, by default 2·L/chunk for
+    the training length L. `form`: `aligned` depends on earlier tokens alone and decodes as it was trained; in `paper` and
+    `trax`, the publication's and its code's, later tokens change which keys are seen where a bucket is longer than a chunk, and
+    decoding is an approximation. `scaled`: scores are divided by sqrt(d), besides the key's length 1. `seed` of the rotations."""
 
     chunk: int = 128
     hashes: int = 2
@@ -67,14 +65,14 @@ class Lsh(Mixer):
     scaled: bool = False
     seed: int = 0
 
-    name: ClassVar[str] = "lsh"
-    title: ClassVar[str] = "LSH attention (Reformer)"
-    also: ClassVar[tuple[str, ...]] = ("reformer", "lsh-attention")
-    near: ClassVar[tuple[str, ...]] = ("routing-transformer", "sinkhorn-transformer")
-    paper: ClassVar[str] = "Kitaev 2020, arXiv 2001.04451"
-    cost: ClassVar[str] = "time n log n, cache n"
-    positions: ClassVar[frozenset[str]] = frozenset({"embed", "rotation"})
-    former_defaults: ClassVar[Mapping[str, str]] = {"form": "paper"}
+    name = "lsh"
+    title = "LSH attention (Reformer)"
+    also = ("reformer", "lsh-attention")
+    near = ("routing-transformer", "sinkhorn-transformer")
+    paper = "Kitaev 2020, arXiv 2001.04451"
+    cost = "time n log n, cache n"
+    positions = frozenset({"embed", "rotation"})
+    former_defaults = {"form": "paper"}
 
     def __post_init__(self) -> None:
         self.require(self.chunk >= 1, f"chunk must be at least 1 token, not {self.chunk}")
@@ -85,12 +83,15 @@ class Lsh(Mixer):
             f"buckets must be even, or 1 for no hashing, not {buckets}",
         )
         self.require(
-            buckets != 1 or (self.hashes == 1 and self.seed == 0), "with one bucket there is nothing to hash or to draw"
+            buckets != 1 or (self.hashes == 1 and self.seed == 0),
+            f"buckets=1 has no hashes, so hashes={self.hashes} and seed={self.seed} have no effect; leave them out",
         )
 
     def factors(self, length: int) -> tuple[int, ...]:
-        """How many buckets each hash of a round has; their product is the number of buckets for a training length of
-        `length` tokens. Above 128 they are two, the first a power of 2."""
+        """The number of buckets of each hash of a round, for a training length of `length` tokens.
+
+        Their product is the number of buckets. Above 128 there are two hashes, the first with a power of 2.
+        """
         if self.buckets == 1:
             return ()
         buckets = self.buckets or 2 * max(1, length // self.chunk)
@@ -99,13 +100,13 @@ class Lsh(Mixer):
         first = 2 ** math.ceil(math.log2(buckets) / 2)
         return first, 2 * math.ceil(buckets / (2 * first))
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
-        self.check_position_encoding(config, place)
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
+        self.check_position_encoding(config, encoding)
         return LshAttention(config, self, layer, causal=causal)
 
 
-class LshAttention(nn.Module):
-    """One projection for queries and keys, (heads · D); values may be shared by groups of heads."""
+class LshAttention(MixerModule):
+    """LSH attention with one projection for queries and keys; groups of heads may share values."""
 
     rotations: Tensor
 
@@ -123,7 +124,8 @@ class LshAttention(nn.Module):
         self.register_buffer("rotations", self._draw())
 
     def _draw(self) -> Tensor:
-        """(H, rounds, D, half of all factors). Each round has a seed of its own, so that more rounds begin with the same."""
+        """The rotations (H, rounds, D, sum of factors / 2). Each round has its own seed, so more rounds begin with the same
+        ones."""
         shape = self.heads, self.head_dim, sum(self.factors) // 2
         rounds = []
         for number in range(self.method.hashes):
@@ -132,41 +134,31 @@ class LshAttention(nn.Module):
             rounds.append(torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu"))
         return torch.stack(rounds, dim=1)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        padding: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        qk, value = self._heads(self.qk_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
-        if rotation is not None:  # before the hash: tokens that attend to each other shall fall into one bucket
-            qk = rotated(qk, rotation)
+    def mixed(self, call: MixerCall) -> Tensor:
+        qk, value = self._heads(self.qk_proj(call.hidden)), self._heads(self.v_proj(call.hidden))
+        if call.rotation is not None:  # before the hash: tokens that attend to each other shall fall into one bucket
+            qk = rotated(qk, call.rotation)
         buckets = decided(lambda: self.buckets_of(qk))
-        new, past = hidden_states.shape[1], 0
-        if past_key_values is not None:
-            qk, value, buckets = self._with_past(past_key_values, qk, value, buckets)
+        new, past = call.hidden.shape[1], 0
+        if call.cache is not None:
+            qk, value, buckets = self._with_past(call.cache, qk, value, buckets)
             past = qk.shape[2] - new
-        single = past > 0 and new == 1
-        attend = newest_attention if single else hashed_attention
+        attend = newest_attention if past > 0 and new == 1 else hashed_attention
         dropout = self.dropout if self.training else 0.0
-        out = attend(qk, expand_heads(value, self.heads), buckets, self.method, self.is_causal, padding, dropout)
-        out = out[:, :, -new:].transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
-        return self.o_proj(out), None
+        out = attend(qk, expand_heads(value, self.heads), buckets, self.method, self.is_causal, call.padding, dropout)
+        return self.o_proj(out[:, :, -new:].transpose(1, 2).reshape(*call.hidden.shape[:-1], -1))
 
     @torch.no_grad()
     def buckets_of(self, qk: Tensor) -> Tensor:
-        """Bucket numbers (B, H, rounds, T) of qk (B, H, T, D), in float32 whatever its dtype."""
+        """Bucket numbers (B, H, rounds, T) of qk (B, H, T, D), computed in float32 for every dtype."""
         batch, heads, length, _ = qk.shape
         number = torch.zeros(batch, heads, self.method.hashes, length, dtype=torch.long, device=qk.device)
         begin, step = 0, 1
         with torch.autocast(qk.device.type, enabled=False):
             for buckets in self.factors:
                 part = self.rotations[..., begin : begin + buckets // 2].float()
-                turned = torch.einsum("bhtd,hrdn->bhrtn", qk.float(), part)
-                number += step * torch.cat((turned, -turned), dim=-1).argmax(-1)
+                rotated_qk = torch.einsum("bhtd,hrdn->bhrtn", qk.float(), part)
+                number += step * torch.cat((rotated_qk, -rotated_qk), dim=-1).argmax(-1)
                 begin, step = begin + buckets // 2, step * buckets
         return number.to(torch.int16 if step < 2**15 else torch.int32)
 
@@ -174,13 +166,15 @@ class LshAttention(nn.Module):
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _with_past(self, cache: Cache, *new: Tensor) -> tuple[Tensor, ...]:
-        """All tokens' vectors, values and buckets, which the cache keeps for the next ones."""
+        """qk, value and buckets of the cached and the new tokens; the cache keeps them."""
 
         state = state_of(cache, self.layer_idx)
         names = ("qk", "value", "buckets")
         if state.seen:
-            kept = (state.tensors[name] for name in names)
-            new = tuple(torch.cat(pair, dim=i) for pair, i in zip(zip(kept, new, strict=True), (2, 2, 3), strict=True))
+            cached = (state.tensors[name] for name in names)
+            new = tuple(
+                torch.cat(pair, dim=i) for pair, i in zip(zip(cached, new, strict=True), (2, 2, 3), strict=True)
+            )
         state.keep(new[0].shape[2] - state.seen, **dict(zip(names, new, strict=True)))
         return new
 
@@ -188,8 +182,11 @@ class LshAttention(nn.Module):
 def hashed_attention(
     qk: Tensor, value: Tensor, buckets: Tensor, method: Lsh, causal: bool, padding: Tensor | None, dropout: float
 ) -> Tensor:
-    """(B, H, T, D): a text that attends to itself. qk and value (B, H, T, D), buckets (B, H, rounds, T), padding boolean
-    (B, T), True where a token is real, or None. Memory grows with T · rounds · chunk."""
+    """Self-attention (B, H, T, D) of whole texts.
+
+    qk and value (B, H, T, D), buckets (B, H, rounds, T); padding: boolean (B, T), True where a token is real, or None. Memory
+    grows with T · rounds · chunk.
+    """
     length, size = qk.shape[2], method.chunk
     groups = int(buckets.max()) + 1
     buckets = buckets.long()
@@ -203,9 +200,9 @@ def hashed_attention(
     if method.form != "trax":
         before[:, :, :, 0] = length  # before a round's first chunk there is nothing
     keys = torch.cat((before, queries), dim=-1)
-    query, seen = _rows(qk, queries), _rows(value, queries)
+    query, values = _rows(qk, queries), _rows(value, queries)
     key = _unit(query)
-    key, seen = (torch.cat((_roll(x), x), dim=-2) for x in (key, seen))
+    key, values = (torch.cat((_roll(x), x), dim=-2) for x in (key, values))
     scores = _wide(query @ key.mT) * _scale(method, qk)
     with torch.no_grad():
         visible = _visible(queries, keys, length, padding, causal)
@@ -217,7 +214,7 @@ def hashed_attention(
     scores = (scores - counted).masked_fill(~visible, HIDDEN) - ITSELF * (queries[..., None] == keys[..., None, :])
     total = scores.logsumexp(-1)
     weights = F.dropout((scores - total[..., None]).exp(), dropout, training=dropout > 0)
-    out = weights.to(seen.dtype) @ seen
+    out = weights.to(values.dtype) @ values
     index = slot[..., None].expand(*slot.shape, out.shape[-1])
     out, total = out.flatten(3, 4).gather(3, index), total.flatten(3, 4).gather(3, slot)
     return (total.softmax(2)[..., None] * out).sum(2).to(value.dtype)
@@ -226,15 +223,17 @@ def hashed_attention(
 def newest_attention(
     qk: Tensor, value: Tensor, buckets: Tensor, method: Lsh, causal: bool, padding: Tensor | None, dropout: float
 ) -> Tensor:
-    """(B, H, 1, D): what the last token gets. All as in `hashed_attention`; time and memory grow with T · rounds, of small
-    whole numbers, and with the candidates."""
+    """Attention (B, H, 1, D) of the last token; arguments as for `hashed_attention`.
+
+    Time and memory grow with T · rounds, of small integers, and with the number of candidates.
+    """
     length = qk.shape[2]
     same = buckets == buckets[..., -1:]
     if padding is not None:
         same &= padding[:, None, None]
     if method.form == "aligned":
-        place = same.cumsum(-1) - 1  # within the bucket, where it counts
-        same &= place >= (place[..., -1:] // method.chunk - 1) * method.chunk
+        rank = same.cumsum(-1) - 1  # within the bucket, where it counts
+        same &= rank >= (rank[..., -1:] // method.chunk - 1) * method.chunk
     found = same.any(2)[..., :-1]
     real = torch.ones_like(found) if padding is None else padding[:, None, :-1].expand_as(found)
     newest = torch.arange(length - 1, device=qk.device) + length * (found.long() + real)
@@ -252,40 +251,45 @@ def newest_attention(
 
 
 def _slots(buckets: Tensor, groups: int, size: int, aligned: bool) -> tuple[Tensor, int]:
-    """Where each token comes to lie, (B, H, rounds, T), and how many slots there are, a multiple of `size`: sorted by
-    bucket and time, without gaps or, `aligned`, with each bucket's first token at the beginning of a chunk."""
+    """The slot of each token (B, H, rounds, T), sorted by bucket and position, and the number of slots, a multiple of `size`.
+
+    Slots have no gaps or, `aligned`, every bucket begins a chunk.
+    """
     order = buckets.argsort(dim=-1, stable=True)
-    place = torch.empty_like(order)
-    place.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
     if not aligned:
-        return place, -(-order.shape[-1] // size) * size
+        return rank, -(-order.shape[-1] // size) * size
     count = buckets.new_zeros(*buckets.shape[:-1], groups).scatter_add_(-1, buckets, torch.ones_like(buckets))
     room = -(-count // size) * size
     moved = (room.cumsum(-1) - room) - (count.cumsum(-1) - count)
-    return place + moved.gather(-1, buckets), int(room.sum(-1).max())
+    return rank + moved.gather(-1, buckets), int(room.sum(-1).max())
 
 
 def _roll(x: Tensor) -> Tensor:
-    """(B, H, rounds, chunks, ...) moved on by one chunk, over the ends of rounds."""
+    """x (B, H, rounds, chunks, ...) shifted by one chunk, across the ends of rounds."""
     return x.flatten(2, 3).roll(1, 2).view_as(x)
 
 
 def _visible(queries: Tensor, keys: Tensor, length: int, padding: Tensor | None, causal: bool) -> Tensor:
-    """Which pairs there are, whatever their buckets: boolean (B, H, rounds, chunks, size, 2·size)."""
-    there = keys < length
+    """Boolean (B, H, rounds, chunks, size, 2·size): pairs of real tokens that causality allows, of any buckets."""
+    real_keys = keys < length
     if padding is not None:
         real = F.pad(padding, (0, 1), value=False)[:, None, None, None].expand(*keys.shape[:-1], -1)
-        there = there & real.gather(-1, keys)
-    there = there[..., None, :]
-    return there & (keys[..., None, :] <= queries[..., None]) if causal else there.expand(*queries.shape, -1).clone()
+        real_keys = real_keys & real.gather(-1, keys)
+    real_keys = real_keys[..., None, :]
+    if causal:
+        return real_keys & (keys[..., None, :] <= queries[..., None])
+    return real_keys.expand(*queries.shape, -1).clone()
 
 
 def _found(buckets: Tensor, chunk: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the tokens of a pair share their bucket in the round they lie in, and in how many rounds they do and their
-    chunks are the same or neighbours, at least 1. buckets and chunk (B, H, rounds, T)."""
-    code = F.pad(
-        buckets * (int(chunk.max()) + 2) + chunk, (0, 1), value=-9
-    )  # one below: the same bucket's chunk before
+    """Whether the tokens of a pair share a bucket in its round, and the number of rounds, at least 1, that find the pair.
+
+    A round finds it in one bucket of the same or of neighbouring chunks. buckets and chunk (B, H, rounds, T).
+    """
+    # The code below another by 1 is the same bucket's chunk before.
+    code = F.pad(buckets * (int(chunk.max()) + 2) + chunk, (0, 1), value=-9)
     found, times = None, torch.zeros(*queries.shape, keys.shape[-1], dtype=torch.int16, device=keys.device)
     rounds = torch.arange(code.shape[2], device=code.device).view(-1, 1, 1, 1)
     for number in range(code.shape[2]):
@@ -293,8 +297,8 @@ def _found(buckets: Tensor, chunk: Tensor, queries: Tensor, keys: Tensor) -> tup
         ahead = each.gather(-1, queries)[..., None] - each.gather(-1, keys)[..., None, :]
         together = (ahead == 0) | (ahead == 1)
         times += together
-        own = together & (rounds == number)
-        found = own if found is None else found | own
+        here = together & (rounds == number)
+        found = here if found is None else found | here
     assert found is not None
     return found, times.clamp_(min=1)
 
@@ -306,7 +310,7 @@ def _rows(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x|; the small number under the root is the authors' code's, 1e-6 of the mean square."""
+    """x / |x|, with the authors' code's 1e-6 of the mean square under the root."""
     wide = _wide(x)
     return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6 * x.shape[-1]).rsqrt()).to(x.dtype)
 

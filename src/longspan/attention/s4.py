@@ -1,18 +1,18 @@
-"""S4 and S4D: every channel passes through a linear state space of its own (Gu 2022, arXiv 2111.00396 and 2206.11893).
+"""S4 and S4D: a linear state space per channel (Gu 2022, arXiv 2111.00396 and 2206.11893).
 
-A text is one convolution, a token one step of a recurrence, and both give the same. As in the authors' stack a layer is whole:
-the state space with a direct path D, GELU, a linear layer and a gated linear unit, without a feed-forward network after it;
-their language model has one after every second layer, which is `attention=[s4, "s4:mlp=true"]`.
+A text is one convolution, a token one step of a recurrence, and both compute the same. As in the authors' stack a layer is whole:
+the state space with a direct path D, GELU, a linear layer and a gated linear unit, without a feed-forward network after it. Their
+language model has one after every second layer: `attention=[s4, "s4:mlp=true"]`.
 
-Of the authors' code two habits are left out: B is not clipped to 2, and the step is e^x and not softplus, as in the papers.
-Order is in the recurrence, so no position scheme is needed; what is added to embeddings can be.
+Unlike the authors' code, and like the papers, B is not clipped to 2, and the step is e^x and not softplus. The recurrence knows
+the order of tokens, so no position scheme is needed; schemes that add to embeddings can be used.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,17 @@ from longspan.engine.state_space.attention import (
     unpack,
     vandermonde_kernel,
 )
-from longspan.lm.base import Mixer
+from longspan.lm.base import Mixer, MixerCall, MixerModule
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.state import MixerState, state_of
 from longspan.positions.scheme import PositionEncoding
 
 
 class StateSpace(nn.Module):
-    """The state spaces of one layer's channels, and a second way out for the other direction where there are two. Weights stay
-    float32 in a model that is loaded in less: a small error of a pole grows with every token."""
+    """The state spaces of one layer's channels, with an output matrix per direction.
+
+    Weights stay float32 in a model of 16 bits, since a small error of a pole grows with every token.
+    """
 
     own_rate: tuple[str, ...] = ("log_step", "log_decay", "turn", "entry")
 
@@ -57,12 +59,12 @@ class StateSpace(nn.Module):
         self.direct = nn.Parameter(torch.empty(channels))
 
     def optimizer_settings(self) -> dict[str, dict[str, float]]:
-        """A, B and Δ learn at a rate of their own and without weight decay (Gu 2022, appendix D)."""
+        """The optimizer settings of A, B and Δ by parameter: `lr` where it is set, and no weight decay (Gu 2022, appendix D)."""
         rate = {} if self.method.lr is None else {"lr": self.method.lr}
         return {name: {**rate, "weight_decay": 0.0} for name in self.own_rate}
 
     def draw_weights(self) -> None:
-        """Δ between the two settings, evenly in its logarithm; C and D normal; A and B as `_draw_system` says."""
+        """Draws Δ between the two settings, uniform in its logarithm, C and D normal, and A and B by `_draw_system`."""
         low, high = math.log(self.method.dt_min), math.log(self.method.dt_max)
         nn.init.uniform_(self.log_step, low, high)
         nn.init.normal_(self.exit, std=math.sqrt(0.5))
@@ -73,26 +75,27 @@ class StateSpace(nn.Module):
         raise NotImplementedError
 
     def recurrence(self, direction: int = 0, memory: MixerState | None = None) -> Recurrence:
-        """One direction's system as it steps. memory: where what is made once for all tokens is kept."""
+        """The system of one direction as a recurrence. memory: a cache layer for what is computed once for all tokens."""
         raise NotImplementedError
 
     def kernel(self, direction: int, length: int) -> Tensor:
-        """(channels, length)."""
+        """The convolution kernel (channels, length) of one direction."""
         raise NotImplementedError
 
     def modes(self, direction: int = 0) -> Modes:
+        """The modes of one direction's system, (channels, N/2), in float32 or wider."""
         wide = torch.promote_types(self.log_step.dtype, torch.float32)
         poles = torch.complex(-self.log_decay.to(wide).exp(), self.turn.to(wide))
         step, exit = self.log_step.to(wide).exp(), torch.view_as_complex(self.exit[direction].to(wide))
         return Modes(step, self._spread(poles), self._spread(torch.view_as_complex(self.entry.to(wide))), exit)
 
     def _spread(self, x: Tensor) -> Tensor:
-        """Of every system's, each channel's: neighbours share one."""
+        """x by system as x by channel; neighbouring channels share a system."""
         return x.repeat_interleave(len(self.log_step) // len(x), dim=0)
 
 
 class DiagonalSpace(StateSpace):
-    """S4D's."""
+    """The diagonal state spaces of S4D."""
 
     method: S4D
 
@@ -114,7 +117,7 @@ class DiagonalSpace(StateSpace):
 
 
 class LowRankSpace(StateSpace):
-    """S4's. `exit` holds C~ = C(I - Ā^L) for L = `length`, so that training never makes a power of Ā (Gu 2022, appendix C.3)."""
+    """The state spaces of S4. `exit` is C~ = C(I - Ā^L) for L = `length`, so training computes no power of Ā (appendix C.3)."""
 
     own_rate = (*StateSpace.own_rate, "low")
 
@@ -130,15 +133,15 @@ class LowRankSpace(StateSpace):
         init.copy_(self.entry, torch.view_as_real(entry).expand_as(self.entry))
         init.copy_(self.low, torch.view_as_real(low).expand_as(self.low))
         drawn = [m.exit for m in map(self.modes, range(len(self.exit)))]
-        kept = torch.stack([LowRankRecurrence(self.modes()).truncated(c, self.length) for c in drawn])
-        init.copy_(self.exit, torch.view_as_real(kept))
+        truncated = torch.stack([LowRankRecurrence(self.modes()).truncated(c, self.length) for c in drawn])
+        init.copy_(self.exit, torch.view_as_real(truncated))
 
     def modes(self, direction: int = 0) -> Modes:
         modes = super().modes(direction)
         return replace(modes, low=self._spread(torch.view_as_complex(self.low.to(modes.step.dtype))))
 
     def recurrence(self, direction: int = 0, memory: MixerState | None = None) -> LowRankRecurrence:
-        """C itself is solved for once a cache."""
+        """The recurrence, whose C is computed once and kept in `memory`."""
         modes = self.modes(direction)
         if memory is not None and "exit" in memory.shared:
             return LowRankRecurrence(replace(modes, exit=unpack(memory.shared["exit"])))
@@ -148,7 +151,7 @@ class LowRankSpace(StateSpace):
         return LowRankRecurrence(replace(modes, exit=exit))
 
     def kernel(self, direction: int, length: int) -> Tensor:
-        """That of `self.length`, or of as many doublings as it takes, cut to what is asked."""
+        """The kernel (channels, length), cut from that of `self.length` or of as many doublings as needed."""
         modes, reach = self.modes(direction), self.length
         doubling = LowRankRecurrence(modes)
         while reach < length:
@@ -157,42 +160,36 @@ class LowRankSpace(StateSpace):
         return cauchy_kernel(modes, reach)[:, :length]
 
 
-class StateSpaceLayer(nn.Module):
+class StateSpaceLayer(MixerModule):
+    """State spaces, GELU, a linear layer and a gated linear unit; width: channels."""
+
     def __init__(self, space: StateSpace, layer_idx: int, width: int, *, causal: bool):
         super().__init__()
         self.ssm = space
         self.layer_idx, self.causal = layer_idx, causal
         self.o_proj = nn.Linear(width, 2 * width)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        padding: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        real = None if padding is None else padding[:, -hidden_states.shape[1] :]
-        with torch.autocast(hidden_states.device.type, enabled=False):  # no Fourier transform is known in bfloat16
-            x = hidden_states.mT.to(self.ssm.modes().step.dtype)
+    def mixed(self, call: MixerCall) -> Tensor:
+        real, dtype = call.real, call.hidden.dtype
+        with torch.autocast(call.hidden.device.type, enabled=False):  # there is no Fourier transform in bfloat16
+            x = call.hidden.mT.to(self.ssm.modes().step.dtype)
             x, order = (x, None) if real is None else _padding_first(x, real)
-            mixed = self._mixed(x, real, past_key_values) + self.ssm.direct.to(x.dtype)[:, None] * x
+            mixed = self._mixed(x, real, call.cache) + self.ssm.direct.to(x.dtype)[:, None] * x
             if order is not None:
                 mixed = torch.zeros_like(mixed).scatter(2, order, mixed)
-            mixed = F.gelu(mixed).mT.to(hidden_states.dtype)
-        return F.glu(self.o_proj(mixed), dim=-1), None
+            mixed = F.gelu(mixed).mT.to(dtype)
+        return F.glu(self.o_proj(mixed), dim=-1)
 
     def _mixed(self, x: Tensor, real: Tensor | None, cache: Cache | None) -> Tensor:
-        """(B, H, T) from x (B, H, T), whose padding is zero and comes first."""
+        """The state spaces' output (B, H, T) for x (B, H, T), in which padding is zero and comes first."""
         length = x.shape[2]
         if cache is not None and self.causal:
-            return self._remembered(x, real, state_of(cache, self.layer_idx))
+            return self._recurrent(x, real, state_of(cache, self.layer_idx))
         reverse = None if self.causal else self.ssm.kernel(1, length)
         return convolve(x, self.ssm.kernel(0, length), reverse)
 
-    def _remembered(self, x: Tensor, real: Tensor | None, memory: MixerState) -> Tensor:
-        """The same behind the state in `memory`, which is carried on. Padding is no time."""
+    def _recurrent(self, x: Tensor, real: Tensor | None, memory: MixerState) -> Tensor:
+        """The same output after the state in `memory`, which is updated. Padding is no time step."""
         length, before = x.shape[2], memory.tensors.get("state")
         recurrence = self.ssm.recurrence(0, memory)
         if before is not None and length == 1:
@@ -216,8 +213,8 @@ class StateSpaceLayer(nn.Module):
 
 
 def _padding_first(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x (B, H, T) with zeros for padding, each row's padding moved before its text where it is not there already; the order of
-    columns, (B, H, T), where something moved."""
+    """x (B, H, T) with padding set to zero and moved before the text of its row; the order of columns (B, H, T), or None where
+    nothing moved."""
     x = x * real[:, None].to(x.dtype)
     if bool((real[:, 1:] >= real[:, :-1]).all()):
         return x, None
@@ -227,9 +224,9 @@ def _padding_first(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(frozen=True)
 class StateSpaceMixer(Mixer):
-    """`states` is N, the real size of every channel's state; `systems` how many A and B there are, which channels share evenly;
-    steps are drawn between `dt_min` and `dt_max`; `lr` is the learning rate of A, B and Δ (none: the training's own), and
-    `mlp` says whether a feed-forward network follows."""
+    """Base of both mixers. `states`: N, the real size of a channel's state; `systems`: the number of A and B, which channels
+    share evenly; `dt_min`, `dt_max`: bounds of the initial steps; `lr`: the learning rate of A, B and Δ (none: the training's);
+    `mlp`: whether a feed-forward network follows."""
 
     states: int = 64
     systems: int = 1
@@ -238,9 +235,9 @@ class StateSpaceMixer(Mixer):
     lr: float | None = 1e-3
     mlp: bool = False
 
-    cost: ClassVar[str] = "time n log n, state of one size"
-    knows_order: ClassVar[bool] = True
-    replaces_mlp: ClassVar[bool] = True
+    cost = "time n log n, state of one size"
+    knows_order = True
+    replaces_mlp = True
 
     def __post_init__(self) -> None:
         self.require(
@@ -248,17 +245,17 @@ class StateSpaceMixer(Mixer):
         )
         self.require(self.systems >= 1, f"systems must be at least 1, not {self.systems}")
         self.require(
-            0 < self.dt_min <= self.dt_max, f"0 < dt_min <= dt_max must hold, not {self.dt_min:g} and {self.dt_max:g}"
+            0 < self.dt_min <= self.dt_max, f"needs 0 < dt_min <= dt_max, not {self.dt_min:g} and {self.dt_max:g}"
         )
         self.require(self.lr is None or self.lr > 0, f"lr must be above 0, not {self.lr}")
         object.__setattr__(self, "replaces_mlp", not self.mlp)
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_position_encoding(config, place)
+        self.check_position_encoding(config, encoding)
         width = config.hidden_size
         self.require(
-            width % self.systems == 0, f"{width} channels cannot share {self.systems} systems evenly; use a divisor"
+            width % self.systems == 0, f"systems={self.systems} does not divide the {width} channels; use a divisor"
         )
         self.check_dropout(config)
         return StateSpaceLayer(self._space(config, 1 if causal else 2), layer, width, causal=causal)
@@ -269,14 +266,14 @@ class StateSpaceMixer(Mixer):
 
 @dataclass(frozen=True)
 class S4(StateSpaceMixer):
-    """From HiPPO-LegS, by the bilinear rule. `length` is the L that C~ is kept for, by default the training length; longer
-    texts take doublings of it."""
+    """State spaces of HiPPO-LegS, diagonal plus rank one, by the bilinear rule. `length`: the L of C~, by default the training
+    length; longer texts need doublings of it."""
 
     length: int | None = None
 
-    name: ClassVar[str] = "s4"
-    title: ClassVar[str] = "S4: state spaces with a part of rank one"
-    paper: ClassVar[str] = "Gu 2022, arXiv 2111.00396"
+    name = "s4"
+    title = "S4: state spaces with a part of rank one"
+    paper = "Gu 2022, arXiv 2111.00396"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -289,15 +286,15 @@ class S4(StateSpaceMixer):
 
 @dataclass(frozen=True)
 class S4D(StateSpaceMixer):
-    """`init` is where the poles start, `rule` how steps are made of them."""
+    """Diagonal state spaces. `init`: the initial poles; `rule`: the discretisation."""
 
     init: Literal["lin", "inv", "real", "legs"] = "lin"
     rule: Literal["zoh", "bilinear"] = "zoh"
 
-    name: ClassVar[str] = "s4d"
-    title: ClassVar[str] = "S4D: diagonal state spaces"
-    near: ClassVar[tuple[str, ...]] = ("dss", "s5", "mamba")
-    paper: ClassVar[str] = "Gu 2022, arXiv 2206.11893"
+    name = "s4d"
+    title = "S4D: diagonal state spaces"
+    near = ("dss", "s5", "mamba")
+    paper = "Gu 2022, arXiv 2206.11893"
 
     def _space(self, config: LongspanConfig, directions: int) -> StateSpace:
         return DiagonalSpace(self, config.hidden_size, directions)

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from longspan.bench.contenders import DENSE, Contender, Shape, Work, contenders, wait
-from longspan.compare.worker import is_out_of_memory, one_line
 from longspan.engine.backends import forget_compiled
 from longspan.util.errors import LongspanError, SpecError, writing
+from longspan.util.failures import is_out_of_memory, one_line
 from longspan.util.files import write_atomically
 from longspan.util.growth import Growth, growth_of
 

@@ -71,9 +71,9 @@ def _combines(cls: Any) -> dict[str, list[str]]:
 
     if not issubclass(cls, Method):
         return {}
-    from longspan.combinable import partners
+    from longspan.combinable import combinable
 
-    return {"combines_with": partners(cls)}
+    return {"combines_with": combinable(cls)}
 
 
 def _settings_of(cls: Any) -> dict[str, dict[str, Any]]:

@@ -1,13 +1,13 @@
-"""Attention under a position scheme, for every layer of a model of ours.
+"""Attention under a position scheme, for the layers of `longspan.lm` models.
 
-A bias by distance runs in the engine's kernels on a GPU, forward and backward. Elsewhere, and for whatever else a scheme says, it
-is added to the scores in float32, a block of queries at a time, so that memory grows with the length and not with its square.
+A bias by distance runs in the engine's kernels on a GPU, forward and backward. Elsewhere, and for every other term of a scheme,
+it is added to the scores in float32, a block of queries at a time, so that memory grows with the length and not its square.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -26,9 +26,11 @@ from longspan.hf.rolling import WindowLayer
 from longspan.positions.scheme import PositionEncoding
 
 SCHEME = "longspan_scheme"
-"""The attention implementation of models whose scheme takes part in the scores."""
+"""The attention implementation of models whose scheme changes the scores."""
 SCORES_AT_ONCE = 2**24
-"""How many biases are held at once outside training: 64 MB."""
+"""How many float32 biases are in memory at once outside training: 64 MB."""
+Scores = Callable[[slice, Tensor], Tensor]
+"""(some of the queries, distances (N,)) -> scores (B, H, rows, N), before the scale."""
 
 
 def scheme_attention(
@@ -48,48 +50,52 @@ def scheme_attention(
     in_order: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), mask None or boolean
-    (B, 1, Tq, Tk), key_positions (B or 1, Tk) where they do not just end at the queries',
-    pair_bias None or (B or 1, H, Tq, Tk); for patterns padding None or boolean (B, tokens so far), shown the keys that all see,
-    None or boolean (B, Tk), and rolling the layer of a cache that kept a part of the keys; in_order says that positions run
-    without a gap, alike in all rows, and that no mask hides a key; returns (B, Tq, H, D)."""
-    place = cast(PositionEncoding, module.place)
-    assert position_ids is not None, "the model gives positions to every layer"
-    queries, keys = position_ids, ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
+    """The attention function registered with transformers: attention under the scheme of `module.place`, (B, Tq, H, D).
+
+    query (B, H, Tq, D), key and value (B, H_kv, Tk, D); attention_mask None or boolean (B, 1, Tq, Tk); position_ids (B or 1, Tq);
+    key_positions (B or 1, Tk) where keys do not just end where queries end; pair_bias None or (B or 1, H, Tq, Tk).
+    For patterns: padding None or boolean (B, tokens so far), always_visible None or boolean (B, Tk), rolling the cache layer that
+    kept a part of the keys. in_order: positions run without a gap, alike in all rows, and no mask hides a key.
+    """
+    encoding = cast(PositionEncoding, module.place)
+    assert position_ids is not None, "the model passes positions to every layer"
+    k_positions = ending_at(position_ids, key.shape[2]) if key_positions is None else key_positions
     columns, total = (None, key.shape[2]) if rolling is None else (rolling.columns, rolling.seen)
     if columns is not None:
-        keys = position_ids[:, -1:] - (total - 1 - columns)
-    whole = _Inputs(
-        query,
-        key,
-        value,
-        attention_mask,
-        queries,
-        keys,
-        pair_bias,
-        padding,
-        always_visible,
-        columns,
-        total,
+        k_positions = position_ids[:, -1:] - (total - 1 - columns)
+    inputs = _Inputs(
+        query=query,
+        key=key,
+        value=value,
+        mask=attention_mask,
+        q_positions=position_ids,
+        k_positions=k_positions,
+        pair_bias=pair_bias,
+        padding=padding,
+        always_visible=always_visible,
+        columns=columns,
+        total=total,
         in_order=in_order,
     )
-    blocks = place.query_blocks(queries, value.dtype)
-    parts = [whole] if len(blocks) == 1 else [whole.block(start, end, bool(module.is_causal)) for start, end in blocks]
-    out = [_attend_block(module, place, part, scaling, dropout) for part in parts]
+    blocks = encoding.query_blocks(position_ids, value.dtype)
+    parts = [inputs]
+    if len(blocks) > 1:
+        parts = [inputs.block(start, end, bool(module.is_causal)) for start, end in blocks]
+    out = [_attend_block(module, encoding, part, scaling, dropout) for part in parts]
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """Queries and the keys that they meet, as `scheme_attention` is given them. queries (B or 1, Tq) and keys (B or 1, Tk) are
-    positions; columns the tokens that keys of a rolling cache are; total how many tokens there are up to the last query."""
+    """Queries and keys of one call of `scheme_attention`, whose shapes these are. q_positions (B or 1, Tq) and k_positions (B or
+    1, Tk); columns: the token numbers of a rolling cache's keys; total: the number of tokens up to the last query."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     mask: Tensor | None
-    queries: Tensor
-    keys: Tensor
+    q_positions: Tensor
+    k_positions: Tensor
     pair_bias: Tensor | None
     padding: Tensor | None
     always_visible: Tensor | None
@@ -100,7 +106,7 @@ class _Inputs:
     def block(self, start: int, end: int, causal: bool) -> _Inputs:
         """The queries `start` … `end` - 1 and, `causal`, the keys up to the last of them."""
         later = self.query.shape[2] - end if causal else 0
-        held, rows = self.key.shape[2] - later, slice(start, end)
+        keys, rows = self.key.shape[2] - later, slice(start, end)
 
         def ending(x: Tensor | None) -> Tensor | None:
             return x if x is None else x[..., : x.shape[-1] - later]
@@ -109,82 +115,93 @@ class _Inputs:
             return ending(x if x is None or x.shape[2] == 1 else x[:, :, rows])
 
         return _Inputs(
-            self.query[:, :, rows],
-            self.key[:, :, :held],
-            self.value[:, :, :held],
-            cut(self.mask),
-            self.queries[:, rows],
-            self.keys[:, :held],
-            cut(self.pair_bias),
-            ending(self.padding),
-            ending(self.always_visible),
-            ending(self.columns),
-            self.total - later,
+            query=self.query[:, :, rows],
+            key=self.key[:, :, :keys],
+            value=self.value[:, :, :keys],
+            mask=cut(self.mask),
+            q_positions=self.q_positions[:, rows],
+            k_positions=self.k_positions[:, :keys],
+            pair_bias=cut(self.pair_bias),
+            padding=ending(self.padding),
+            always_visible=ending(self.always_visible),
+            columns=ending(self.columns),
+            total=self.total - later,
         )
 
 
-def _attend_block(module: nn.Module, place: PositionEncoding, given: _Inputs, scaling: float, dropout: float) -> Tensor:
-    """Attention (B, H, Tq, D) of queries and keys that meet in one call of the scheme's `rotate_qk`."""
-    query, key, value, queries, keys = given.query, given.key, given.value, given.queries, given.keys
-    attention_mask, pair_bias = given.mask, given.pair_bias
+def _attend_block(
+    module: nn.Module, encoding: PositionEncoding, inputs: _Inputs, scaling: float, dropout: float
+) -> Tensor:
+    """Attention (B, H, Tq, D) of queries and keys that one call of the scheme's `rotate_qk` can take."""
     layer = cast(int, getattr(module, "layer_idx", 0))
-    asking = query_scores(place, query, queries, layer)
-    query, key = (x.to(value.dtype) for x in place.rotate_qk(query, key, queries, keys))
-    scale = place.query_scale(queries)
-    if scale is not None:
-        query = query * scale[:, None, :, None].to(query.dtype)
-    scaling *= place.score_scale
+    scores = query_scores(encoding, inputs.query, inputs.q_positions, layer)
+    inputs = _rotated(encoding, inputs)
+    query, key, value = inputs.query, inputs.key, inputs.value
+    scaling *= encoding.score_scale
     zero_key = bool(getattr(module, "zero_key", False))
     if pattern := getattr(module, "pattern", None):
-        by_distance = place.bias if place.defines("bias") else None
-        call = AttentionCall(
-            query,
-            key,
-            value,
-            scaling,
-            given.padding,
-            by_distance,
-            dropout,
-            asking,
-            given.columns,
-            given.always_visible,
-            zero_key,
-        )
-        grid = AttentionShape(query.shape[1], given.total, layer, bool(module.is_causal), text_lengths(given.padding))
-        return attend(pattern, call, grid)
-    causal = bool(module.is_causal) and attention_mask is None and query.shape[2] > 1
-    if pair_bias is None and asking is None and not place.defines("bias"):
-        return _plain_attention(
-            query, key, value, attention_mask, scaling, dropout=dropout, causal=causal, zero_key=zero_key
-        )
-    if given.in_order and pair_bias is None and asking is None and not zero_key and not dropout and query.shape[2] > 1:
-        law = place.distance_bias(key.shape[2] - 1, 0 if causal else key.shape[2] - 1, query.device)
-        if serves(query, key, law):
-            return biased_attention(query, key, value, law, scale=scaling, causal=causal)
-    heads, total = query.shape[1], key.shape[2]
-    wide = query.float(), expand_heads(key, heads).float(), expand_heads(value, heads).float()
-    q_slices, k_slices, v_slices = map(Slices, wide)
-    pairs = None if pair_bias is None else Slices(pair_bias)
-    blocks = []
-    for start, end in _blocks(query, key):
-        seen = total - query.shape[2] + end if causal else total
-        asked, offered = queries[:, start:end], keys[:, :seen]
+        bias = encoding.bias if encoding.defines("bias") else None
+        optional = (inputs.padding, bias, dropout, scores, inputs.columns, inputs.always_visible, zero_key)
+        grid = AttentionShape(query.shape[1], inputs.total, layer, bool(module.is_causal), text_lengths(inputs.padding))
+        return attend(pattern, AttentionCall(query, key, value, scaling, *optional), grid)
+    causal = bool(module.is_causal) and inputs.mask is None and query.shape[2] > 1
+    if inputs.pair_bias is None and scores is None:
+        if not encoding.defines("bias"):
+            options: Any = {"dropout": dropout, "causal": causal, "zero_key": zero_key}
+            return _plain_attention(query, key, value, inputs.mask, scaling, **options)
+        if inputs.in_order and not zero_key and not dropout and query.shape[2] > 1:
+            ahead = 0 if causal else key.shape[2] - 1
+            distance_bias = encoding.distance_bias(key.shape[2] - 1, ahead, query.device)
+            if serves(query, key, distance_bias):
+                return biased_attention(query, key, value, distance_bias, scale=scaling, causal=causal)
+    return _scored_attention(encoding, inputs, scores, scaling, dropout, causal=causal, zero_key=zero_key)
+
+
+def _rotated(encoding: PositionEncoding, inputs: _Inputs) -> _Inputs:
+    """The inputs with queries and keys as the scheme's `rotate_qk` and `query_scale` make them."""
+    pair = encoding.rotate_qk(inputs.query, inputs.key, inputs.q_positions, inputs.k_positions)
+    query, key = (x.to(inputs.value.dtype) for x in pair)
+    scale = encoding.query_scale(inputs.q_positions)
+    if scale is not None:
+        query = query * scale[:, None, :, None].to(query.dtype)
+    return replace(inputs, query=query, key=key)
+
+
+def _scored_attention(
+    encoding: PositionEncoding,
+    inputs: _Inputs,
+    scores: Scores | None,
+    scaling: float,
+    dropout: float,
+    *,
+    causal: bool,
+    zero_key: bool,
+) -> Tensor:
+    """Attention (B, H, Tq, D) in float32 with what the scheme adds to scores, a block of queries at a time."""
+    heads, total, new = inputs.query.shape[1], inputs.key.shape[2], inputs.query.shape[2]
+    query = Slices(inputs.query.float())
+    key, value = (Slices(expand_heads(x, heads).float()) for x in (inputs.key, inputs.value))
+    pairs = None if inputs.pair_bias is None else Slices(inputs.pair_bias)
+    outputs = []
+    for start, end in _blocks(inputs.query, inputs.key):
+        last = total - new + end if causal else total
+        q_positions, k_positions = inputs.q_positions[:, start:end], inputs.k_positions[:, :last]
         if pairs is not None:
-            extra = pairs[:, :, start:end, :seen]
-        elif asking is not None:
-            extra = scaling * relative_scores(asking, slice(start, end), asked, offered)
+            added = pairs[:, :, start:end, :last]
+        elif scores is not None:
+            added = scaling * relative_scores(scores, slice(start, end), q_positions, k_positions)
         else:
-            extra = relative_bias(place, asked, offered)
-        mask = causal_mask(end - start, seen, query.device) if causal else _rows(attention_mask, start, end)
+            added = relative_bias(encoding, q_positions, k_positions)
+        mask = causal_mask(end - start, last, added.device) if causal else _rows(inputs.mask, start, end)
         if mask is not None:  # rows that see nothing are padding: what they get is never read, but must be numbers
-            extra = extra.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))
-        q, k, v = q_slices[:, :, start:end], k_slices[:, :, :seen], v_slices[:, :, :seen]
+            added = added.masked_fill(~(mask | ~mask.any(-1, keepdim=True)), float("-inf"))
+        q, k, v = query[:, :, start:end], key[:, :, :last], value[:, :, :last]
         if zero_key:
             k, v, _ = with_zero_key(k, v, None)
-            extra = F.pad(extra, (0, 1))
-        block = F.scaled_dot_product_attention(q, k, v, attn_mask=extra, dropout_p=dropout, scale=scaling)
-        blocks.append(block.to(query.dtype))
-    return torch.cat(blocks, dim=2)
+            added = F.pad(added, (0, 1))
+        block = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scaling)
+        outputs.append(block.to(inputs.query.dtype))
+    return torch.cat(outputs, dim=2)
 
 
 def _plain_attention(
@@ -198,8 +215,10 @@ def _plain_attention(
     causal: bool,
     zero_key: bool,
 ) -> Tensor:
-    """As `attention`, with `zero_key` over a key and a value of zeros too, which every query sees. Without a mask, queries go
-    through flash kernels also where there are keys before the first of them."""
+    """Attention without a bias, (B, H, Tq, D); with `zero_key` over one more key and value of zeros, which every query sees.
+
+    Without a mask, queries that follow cached keys run in flash kernels too.
+    """
     new, before = query.shape[2], key.shape[2] - query.shape[2]
     if causal and (zero_key or before) and not dropout:
         rows = Lane(0, new)
@@ -214,53 +233,55 @@ def _plain_attention(
     return attention(query, key, value, mask, scale, dropout=dropout, causal=causal)
 
 
-def relative_bias(place: PositionEncoding, queries: Tensor, keys: Tensor) -> Tensor:
-    """(B or 1, H, Tq, Tk) from a scheme that knows distances; queries (B or 1, Tq), keys (B or 1, Tk) positions. Where both
-    run without a gap, as they mostly do, each distance is asked for once and the rows are views of one another."""
-    if consecutive(queries) and consecutive(keys):
-        first, last = int(queries[0, 0]), int(keys[0, -1])
-        asked = range(first, first + queries.shape[1])
-        return bias_rows(place.bias, asked, range(last + 1 - keys.shape[1], last + 1), keys.device)[None]
-    return place.bias(distances(queries, keys)).transpose(0, 1)
+def relative_bias(encoding: PositionEncoding, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """The scheme's `bias` of every pair, (B or 1, H, Tq, Tk).
+
+    q_positions (B or 1, Tq), k_positions (B or 1, Tk). Where both run without a gap, as they mostly do, each distance is
+    computed once and the rows are views of one another.
+    """
+    if consecutive(q_positions) and consecutive(k_positions):
+        first, last = int(q_positions[0, 0]), int(k_positions[0, -1])
+        queries = range(first, first + q_positions.shape[1])
+        keys = range(last + 1 - k_positions.shape[1], last + 1)
+        return bias_rows(encoding.bias, queries, keys, k_positions.device)[None]
+    return encoding.bias(distances(q_positions, k_positions)).transpose(0, 1)
 
 
-Asking = Callable[[slice, Tensor], Tensor]
-"""Some of the queries and distances (N,) to scores (B, H, rows, N), before the scale."""
-
-
-def query_scores(place: PositionEncoding, query: Tensor, queries: Tensor, layer: int) -> Asking | None:
-    """What the scheme's `query_scores` says of these queries (B, H, Tq, D) at positions (B or 1, Tq), with the scheme's
-    `query_scale`; None where it says nothing."""
-    if not place.defines("query_scores"):
+def query_scores(encoding: PositionEncoding, query: Tensor, positions: Tensor, layer: int) -> Scores | None:
+    """The scheme's `query_scores` of queries (B, H, Tq, D) at positions (B or 1, Tq), times its `query_scale`; None without."""
+    if not encoding.defines("query_scores"):
         return None
-    scale, some = place.query_scale(queries), Slices(query)
+    scale, slices = encoding.query_scale(positions), Slices(query)
 
-    def ask(rows: slice, far: Tensor) -> Tensor:
-        scores = place.query_scores(some[:, :, rows], far, layer)
-        return scores if scale is None else scores * scale[:, None, rows, None]
+    def scores(rows: slice, distance: Tensor) -> Tensor:
+        found = encoding.query_scores(slices[:, :, rows], distance, layer)
+        return found if scale is None else found * scale[:, None, rows, None]
 
-    return ask
+    return scores
 
 
-def relative_scores(asking: Asking, rows: slice, queries: Tensor, keys: Tensor) -> Tensor:
-    """(B, H, rows, Tk) of the queries `rows`, which are at positions queries (B or 1, rows), with keys (B or 1, Tk)."""
-    far = distances(queries, keys)
-    low, high = int(far.min()), int(far.max())
-    line = asking(rows, torch.arange(low, high + 1, device=keys.device))
-    if consecutive(queries) and consecutive(keys):
-        return shifted(line, keys.shape[1])
-    return line.gather(-1, (far - low)[:, None].expand(line.shape[0], line.shape[1], -1, -1))
+def relative_scores(scores: Scores, rows: slice, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """Scores (B, H, rows, Tk) of the queries `rows` with all keys.
+
+    q_positions (B or 1, rows), of these queries; k_positions (B or 1, Tk).
+    """
+    distance = distances(q_positions, k_positions)
+    low, high = int(distance.min()), int(distance.max())
+    line = scores(rows, torch.arange(low, high + 1, device=k_positions.device))
+    if consecutive(q_positions) and consecutive(k_positions):
+        return shifted(line, k_positions.shape[1])
+    return line.gather(-1, (distance - low)[:, None].expand(line.shape[0], line.shape[1], -1, -1))
 
 
 def consecutive(positions: Tensor) -> bool:
-    """Whether positions (B or 1, T) are the same in every row and each is one more than the one before."""
+    """Whether positions (B or 1, T) are equal in all rows and rise by one."""
     if positions.shape[0] > 1 and not bool((positions == positions[:1]).all()):
         return False
     return positions.shape[1] < 2 or bool((positions[0].diff() == 1).all())
 
 
 def _blocks(query: Tensor, key: Tensor) -> list[tuple[int, int]]:
-    """Where blocks of queries begin and end. With gradients all biases are kept anyway, so there is one block."""
+    """(start, end) of blocks of queries. With gradients every bias is kept anyway, so there is one block."""
     total = query.shape[2]
     size = total
     if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):

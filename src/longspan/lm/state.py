@@ -1,5 +1,4 @@
-"""What is remembered between calls, in the caller's own cache: a mixer's tensors of fixed size, or the keys and values of a
-pattern that sees no others."""
+"""Layers of the caller's cache for mixers, a state of fixed size, and for patterns with a window, rolling keys and values."""
 
 from __future__ import annotations
 
@@ -8,18 +7,21 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
+from longspan.hf.caches import CountedLayer, refuse_filled
 from longspan.hf.rolling import WindowLayer
 from longspan.util.errors import NotSupported
 
 
-class MixerState(CacheLayerMixin):
-    """`tensors` by name, each with the batch first; `seen` is the number of tokens read, which the module counts up; `shared`
-    is what all rows have in common, made once from the weights."""
+class MixerState(CountedLayer):
+    """The state of a mixer's module between calls.
 
-    is_compileable = False
-    is_sliding = False
+    tensors: by name, each with the batch first; seen: the number of tokens read so far; shared: tensors that are alike for all
+    rows, computed once from the weights.
+    """
+
+    kind = "state"
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,75 +30,84 @@ class MixerState(CacheLayerMixin):
         self.seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
-        raise NotSupported("this layer keeps a state and no keys and values")
+        """Raises `NotSupported`: a state has no keys and values."""
+        raise NotSupported(
+            "this cache layer holds a mixer's state, and keys and values cannot be added; begin with an empty cache"
+        )
 
     update = lazy_initialization  # type: ignore[assignment]
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
     def reset(self) -> None:
         self.tensors, self.shared, self.seen = {}, {}, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise NotSupported("a state cannot forget single tokens: assisted decoding needs attention=full")
+            raise NotSupported(
+                f"a mixer's state cannot drop its last {tokens_to_remove:,} tokens, as assisted decoding does; use attention=full"
+            )
 
     def offload(self) -> None:
-        self._each(lambda x: x.to("cpu", non_blocking=True))
+        self.each_row(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._each(lambda x: x.to(self._device, non_blocking=True))
+        self.each_row(lambda x: x.to(self._device, non_blocking=True))
 
     def keep(self, seen: int, **tensors: Tensor) -> None:
-        """What is remembered after `seen` more tokens."""
+        """Stores the tensors of the state after `seen` more tokens."""
         self.tensors = tensors
         self._device = next(iter(tensors.values())).device
         self.seen += seen
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+    def batch_size(self) -> int:
+        return len(next(iter(self.tensors.values()), ()))
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         self.tensors = {name: change(x) for name, x in self.tensors.items()}
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+    def stored_numbers(self) -> dict[str, Any]:
+        return {"seen": self.seen}
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+    def stored_tensors(self) -> dict[str, Tensor]:
+        return self.tensors
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda x: x[indices, ...])
+    def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.keep(int(numbers["seen"]), **tensors)
 
 
 def state_of(cache: Cache, layer: int) -> MixerState:
-    """The state of layer number `layer` in a cache, put there if the cache is new."""
+    """The state of layer `layer` in a cache, added where the layer is empty.
+
+    Raises `NotSupported` where the layer holds keys and values.
+    """
     layers = _layers(cache, layer)
     if not isinstance(layers[layer], MixerState):
-        if layers[layer].get_seq_length():
-            raise NotSupported("this cache holds keys and values of another model; begin with an empty one")
+        refuse_filled(layers[layer])
         layers[layer] = MixerState()
     return layers[layer]
 
 
 def rolling_of(cache: Cache, layer: int, sinks: int, window: int) -> WindowLayer | None:
-    """The rolling layer number `layer` of a cache, put there if the cache is a new and growing one. None where the caller
-    brought another kind, which then keeps every key."""
+    """The rolling layer `layer` of a cache, put in the place of an empty `DynamicLayer`; sinks and window in tokens.
+
+    None where the caller's cache has layers of another class, which then keep every key. Raises `NotSupported` where it rolls
+    with another window.
+    """
     layers = _layers(cache, layer)
     if type(layers[layer]) is DynamicLayer and not layers[layer].get_seq_length():
         layers[layer] = WindowLayer(sinks, window)
-    held = layers[layer]
-    if isinstance(held, WindowLayer) and (held.sinks, held.window) != (sinks, window):
-        raise NotSupported("this cache keeps a window of another model; begin with an empty one")
-    return held if isinstance(held, WindowLayer) else None
+    rolling = layers[layer]
+    if not isinstance(rolling, WindowLayer):
+        return None
+    if (rolling.sinks, rolling.window) != (sinks, window):
+        raise NotSupported(
+            f"this cache keeps {rolling.sinks} sinks and a window of {rolling.window}, and the model needs {sinks} and {window}; "
+            "begin with an empty cache"
+        )
+    return rolling
 
 
 def _layers(cache: Cache, layer: int) -> list[Any]:
-    """The layers of a cache, at least up to number `layer`."""
+    """The layers of a cache, extended to contain layer `layer`."""
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())
     return cache.layers

@@ -61,18 +61,18 @@ class TransformerXL(Pattern):
             not self.same_length or self.length >= 1, "same_length needs a length of at least 1: a token sees itself"
         )
 
-    def check_position_encoding(self, config: LongspanConfig, place: PositionEncoding) -> None:
-        super().check_position_encoding(config, place)
-        if place.defines("embed"):
+    def check_position_encoding(self, config: LongspanConfig, encoding: PositionEncoding) -> None:
+        super().check_position_encoding(config, encoding)
+        if encoding.defines("embed"):
             raise NotSupported(
                 f"position={config.position} is in the embeddings, so a state is true at one place only and cannot be a memory "
                 "of another segment; use position=xl, rope, alibi or another relative scheme"
             )
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
-        self.check_position_encoding(config, place)
-        return SegmentAttention(config, layer, place, causal=causal, pattern=self)
+        self.check_position_encoding(config, encoding)
+        return SegmentAttention(config, layer, encoding, causal=causal, pattern=self)
 
     def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         far = queries[:, None, :, None] - keys[:, None, None, :]
@@ -199,7 +199,7 @@ class SegmentAttention(LongspanAttention):
         """Puts constant keys and values into the cache. Returns those that new tokens may see, which tokens they are, (B or 1,
         Tk), and how many there are in all."""
         given: dict[str, Any] = {"padding": padding}
-        key, value = self._remember(cache, key, value, given)
+        key, value = self._update(cache, key, value, given)
         rolling = given["rolling"]
         total = key.shape[2] if rolling is None else rolling.seen
         if rolling is None or rolling.columns is None:
@@ -225,10 +225,10 @@ class SegmentAttention(LongspanAttention):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, factor: Tensor, mask: Tensor) -> Tensor:
         """Of all segments side by side: query (B·n, H, S, D), key and value (B·n, H_kv, M + S, D), factor (B·n, 1, S, 1)."""
-        place, size, heads = self.place, query.shape[2], query.shape[1]
+        encoding, size, heads = self.place, query.shape[2], query.shape[1]
         held = key.shape[2]
         places = torch.arange(held, device=query.device)[None]  # within the memory and its segment
-        blocks = place.query_blocks(places[:, held - size :], value.dtype)
+        blocks = encoding.query_blocks(places[:, held - size :], value.dtype)
         if len(blocks) > 1:
             parts = []
             for start, end in blocks:
@@ -237,14 +237,14 @@ class SegmentAttention(LongspanAttention):
                 parts.append(self._attend(query[:, :, rows], *seen, factor[:, :, rows], mask[:, :, rows, :last]))
             return torch.cat(parts, dim=2)
         dropout = self.config.attention_dropout if self.training else 0.0
-        scale = self.scaling * place.score_scale
+        scale = self.scaling * encoding.score_scale
         bias: Tensor | None = None
-        if place.defines("query_scores"):
+        if encoding.defines("query_scores"):
             line = torch.arange(1 - size, held, device=query.device)
-            bias = scale * factor.float() * shifted(place.query_scores(query, line, self.layer_idx), held)
-        elif place.defines("bias"):
-            bias = place.bias(places[0, held - size :, None] - places)[None]
-        query, key = place.rotate_qk(query, key, places[:, held - size :], places)
+            bias = scale * factor.float() * shifted(encoding.query_scores(query, line, self.layer_idx), held)
+        elif encoding.defines("bias"):
+            bias = encoding.bias(places[0, held - size :, None] - places)[None]
+        query, key = encoding.rotate_qk(query, key, places[:, held - size :], places)
         query = query * factor.to(query.dtype)
         if bias is not None:
             query, key, value = query.float(), key.float(), value.float()

@@ -394,14 +394,14 @@ class Reader:
 
     def _check_training(self, longest: int) -> None:
         assert self.method.window, "resolve() has filled it in"
-        if self.model.training and self.method.training == "none" and longest > self.method.window:
+        if self._site.training and self.method.training == "none" and longest > self.method.window:
             raise NotSupported(
                 f"{self.method.spec} is for test time: in training the model reads its window of {self.method.window:,} tokens, "
                 f"and this input has {longest:,}. Cut it, use training=random, retrieval or alternating, or model.eval()"
             )
 
     def _how(self) -> How:
-        if not self.model.training:
+        if not self._site.training:
             return "retrieval"
         self._forwards += 1
         if self.method.training == "alternating":

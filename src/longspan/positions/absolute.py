@@ -1,14 +1,14 @@
-"""Positions on the embeddings, or none at all: sinusoidal, learned, NoPE; and RoPE, which turns queries and keys.
+"""Position schemes that every study of length compares with: sinusoidal, learned, RoPE, and no positions (NoPE).
 
-These are the baselines of every study of length: learned positions end with their table, sinusoidal ones and RoPE's have no
-end but were never trained past the window, and without any the causal mask alone tells where a token stands.
+Learned positions end with their table. Sinusoidal positions and RoPE have no limit, but the model was not trained past its
+window. Without positions only the causal mask tells the order of tokens.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ def sinusoid(positions: Tensor, width: int, base: float = 10_000.0) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).float()
 
 
-class SinusoidalPlace(PositionEncoding):
+class SinusoidalEncoding(PositionEncoding):
+    """Scaled embeddings plus a sinusoid of their positions."""
+
     def __init__(self, base: float):
         super().__init__()
         self.base = base
@@ -34,24 +36,26 @@ class SinusoidalPlace(PositionEncoding):
 
 @dataclass(frozen=True)
 class Sinusoidal(Scheme):
-    """Embeddings are scaled by the square root of their width before positions are added."""
+    """Sines and cosines of positions, added to embeddings times the square root of their width (Vaswani 2017, §3.5)."""
 
     base: float = 10_000.0
 
-    name: ClassVar[str] = "sinusoidal"
-    title: ClassVar[str] = "Sinusoidal positions"
-    also: ClassVar[tuple[str, ...]] = ("sinusoids",)
-    paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
+    name = "sinusoidal"
+    title = "Sinusoidal positions"
+    also = ("sinusoids",)
+    paper = "Vaswani 2017, arXiv 1706.03762"
 
     def __post_init__(self) -> None:
         self.require(self.base > 1, f"base must be above 1, not {self.base}")
 
     def build(self, shape: Shape) -> PositionEncoding:
         self.require(shape.hidden % 2 == 0, f"the hidden size must be even, not {shape.hidden}")
-        return SinusoidalPlace(self.base)
+        return SinusoidalEncoding(self.base)
 
 
-class LearnedPlace(PositionEncoding):
+class LearnedEncoding(PositionEncoding):
+    """Embeddings plus a trained row for each of `size` positions."""
+
     def __init__(self, size: int, hidden: int):
         super().__init__()
         self.reach = size
@@ -67,58 +71,60 @@ class LearnedPlace(PositionEncoding):
 
 @dataclass(frozen=True)
 class Learned(Scheme):
-    """A table of `size` positions, by default the training length. There is nothing past its end."""
+    """A trained table of `size` positions, by default the training length; longer inputs are refused."""
 
     size: int | None = None
 
-    name: ClassVar[str] = "learned"
-    title: ClassVar[str] = "Learned absolute positions"
-    also: ClassVar[tuple[str, ...]] = ("learned-positions",)
-    paper: ClassVar[str] = "Gehring 2017, arXiv 1705.03122"
+    name = "learned"
+    title = "Learned absolute positions"
+    also = ("learned-positions",)
+    paper = "Gehring 2017, arXiv 1705.03122"
 
     def __post_init__(self) -> None:
         self.require(self.size is None or self.size >= 1, f"size must be at least 1, not {self.size}")
 
     def build(self, shape: Shape) -> PositionEncoding:
-        return LearnedPlace(self.size or shape.window, shape.hidden)
+        return LearnedEncoding(self.size or shape.window, shape.hidden)
 
 
 @dataclass(frozen=True)
 class NoPositions(Scheme):
-    """Nothing: a causal model can count by itself."""
+    """No positions: a causal model tells the order of tokens by its mask (Kazemnejad 2023)."""
 
-    name: ClassVar[str] = "nope"
-    title: ClassVar[str] = "NoPE: no positions at all"
-    also: ClassVar[tuple[str, ...]] = ("no-positions",)
-    paper: ClassVar[str] = "Kazemnejad 2023, arXiv 2305.19466"
+    name = "nope"
+    title = "NoPE: no positions at all"
+    also = ("no-positions",)
+    paper = "Kazemnejad 2023, arXiv 2305.19466"
 
     def build(self, shape: Shape) -> PositionEncoding:
         self.require(
-            shape.causal or shape.ordered, "without positions an encoder cannot tell any order; use rope or t5"
+            shape.causal or shape.ordered,
+            "without positions an encoder cannot tell the order of tokens; use rope or t5",
         )
         return PositionEncoding()
 
 
 @dataclass(frozen=True)
 class RoPE(Scheme):
-    """`theta` is the base of the wavelengths, `share` the part of each head that turns."""
+    """Rotary positions (Su 2021). `theta`: the base of the wavelengths; `share`: the share of a head's channels that rotate."""
 
     theta: float = 10_000.0
     share: float = 1.0
 
-    name: ClassVar[str] = "rope"
-    title: ClassVar[str] = "RoPE: rotary positions"
-    also: ClassVar[tuple[str, ...]] = ("rotary", "roformer")
-    paper: ClassVar[str] = "Su 2021, arXiv 2104.09864"
+    name = "rope"
+    title = "RoPE: rotary positions"
+    also = ("rotary", "roformer")
+    paper = "Su 2021, arXiv 2104.09864"
 
     def __post_init__(self) -> None:
         self.require(self.theta > 1, f"theta must be above 1, not {self.theta}")
         self.require(0 < self.share <= 1, f"share must be above 0 and at most 1, not {self.share}")
 
     def build(self, shape: Shape) -> PositionEncoding:
-        turned = shape.head_dim * self.share
+        width = shape.head_dim * self.share
         self.require(
-            turned == int(turned) and turned % 2 == 0, f"share={self.share} of {shape.head_dim} is no even width"
+            width == int(width) and width % 2 == 0,
+            f"share={self.share} of {shape.head_dim} channels is not an even number of channels; use another share",
         )
         return PositionEncoding()
 

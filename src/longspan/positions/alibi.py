@@ -1,13 +1,12 @@
-"""ALiBi: every score loses a little for each token of distance, at a fixed slope for each head; nothing is learned.
+"""ALiBi: a bias on scores that falls linearly with the distance, with a fixed slope per head (Press 2022, §3).
 
-score = q·k / sqrt(d) - m_h · |i - j|, with slopes 2^(-8h/H) for a power-of-two number of heads H. For other numbers the
-authors' code takes the slopes of the power of two below, then every other one of the power of two above.
+score = q·k / sqrt(d) - m_h · |i - j|, with slopes m_h = 2^(-8h/H), h = 1 … H, where H is a power of two. For other numbers of
+heads the authors' code takes the slopes of the power of two below, then every other slope of the power of two above.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,14 +16,19 @@ from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
 def slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
-    """The slope of each head, (H,) float32 (Press 2022, §3, and the authors' code for numbers that are no power of two)."""
+    """The slope of each head, (H,) float32.
+
+    By Press 2022, §3, and by the authors' code where H is not a power of two.
+    """
     below = 1 << (heads.bit_length() - 1)
     first = torch.arange(1, below + 1, device=device) / below
     between = torch.arange(1, 2 * below, 2, device=device) / (2 * below)
     return 2.0 ** (-8 * torch.cat((first, between))[:heads])
 
 
-class ALiBiPlace(PositionEncoding):
+class ALiBiEncoding(PositionEncoding):
+    """ALiBi in one model, without parameters."""
+
     def __init__(self, heads: int):
         super().__init__()
         self.heads = heads
@@ -38,12 +42,12 @@ class ALiBiPlace(PositionEncoding):
 
 @dataclass(frozen=True)
 class ALiBi(Scheme):
-    """In an encoder the slope runs both ways, which the paper leaves open."""
+    """A linear bias by distance. In an encoder it falls in both directions, which the paper leaves open."""
 
-    name: ClassVar[str] = "alibi"
-    title: ClassVar[str] = "ALiBi: attention with linear biases"
-    also: ClassVar[tuple[str, ...]] = ("linear-biases",)
-    paper: ClassVar[str] = "Press 2022, arXiv 2108.12409"
+    name = "alibi"
+    title = "ALiBi: attention with linear biases"
+    also = ("linear-biases",)
+    paper = "Press 2022, arXiv 2108.12409"
 
     def build(self, shape: Shape) -> PositionEncoding:
-        return ALiBiPlace(shape.heads)
+        return ALiBiEncoding(shape.heads)

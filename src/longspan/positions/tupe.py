@@ -1,17 +1,16 @@
-"""TUPE: places meet places in projections of their own, words meet words, and neither meets the other.
+"""TUPE: scores of tokens plus scores of positions, each with projections of its own, and no mixed terms (Ke 2021).
 
-score = (x_i W_Q)(x_j W_K)ᵀ / sqrt(2d) + (p_i U_Q)(p_j U_K)ᵀ / sqrt(2d), with learned places p (normalised before they are
-projected, as in the authors' code), U of each head shared by all layers, so that the second term is computed once. TUPE-R adds
-T5's buckets. `cls` unties the first token: its row gets one learned number for each head, and its column another (§3.2),
-drawn as in the formula, as free parameters; the code makes them of two more places instead.
+score = (x_i W_Q)(x_j W_K)ᵀ / sqrt(2d) + (p_i U_Q)(p_j U_K)ᵀ / sqrt(2d), with trained positions p, normalised before they are
+projected, as in the authors' code. All layers share U, so the second term is computed once. TUPE-R adds T5's buckets. `cls`
+unties the first token (§3.2): its row has one trained number per head, its column another. They are free parameters, as in the
+formula; the code computes them from two more positions.
 
-A table of places ends with the table: TUPE does not read past its training length.
+The table of positions ends with the training length, and longer inputs are refused.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +18,15 @@ from torch import Tensor, nn
 
 from longspan.engine.core import distances
 from longspan.positions.scheme import PositionEncoding, Scheme, Shape
-from longspan.positions.t5_bias import T5Place
+from longspan.positions.t5_bias import T5Encoding
 
 
-class TupePlace(PositionEncoding):
+class TupeEncoding(PositionEncoding):
+    """TUPE's table of positions and their projections; relative: TUPE-R's buckets; cls: whether the first token is untied."""
+
     score_scale = 2**-0.5
 
-    def __init__(self, shape: Shape, relative: T5Place | None, cls: bool):
+    def __init__(self, shape: Shape, relative: T5Encoding | None, cls: bool):
         super().__init__()
         self.reach, self.heads, self.head_dim = shape.window, shape.heads, shape.head_dim
         self.places = nn.Parameter(torch.empty(shape.window, shape.hidden))
@@ -42,9 +43,9 @@ class TupePlace(PositionEncoding):
             nn.init.zeros_(self.cls)
 
     def pair_bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        places = F.layer_norm(self.places.float(), self.places.shape[-1:])
+        positions = F.layer_norm(self.places.float(), self.places.shape[-1:])
         query, key = (
-            F.linear(places, weight.float()).view(-1, self.heads, self.head_dim) for weight in (self.query, self.key)
+            F.linear(positions, weight.float()).view(-1, self.heads, self.head_dim) for weight in (self.query, self.key)
         )
         products = torch.einsum("bqhd,bkhd->bhqk", query[q_positions], key[k_positions])
         bias = products * (2 * self.head_dim) ** -0.5
@@ -59,17 +60,17 @@ class TupePlace(PositionEncoding):
 
 @dataclass(frozen=True)
 class Tupe(Scheme):
-    """`relative` adds T5's buckets (TUPE-R); `cls` unties the first token, by default in an encoder."""
+    """Untied scores of positions. `relative` adds T5's buckets (TUPE-R); `cls` unties the first token, by default in encoders."""
 
     relative: bool = False
     cls: bool | None = None
 
-    name: ClassVar[str] = "tupe"
-    title: ClassVar[str] = "TUPE: untied positional encoding"
-    also: ClassVar[tuple[str, ...]] = ("untied-positional-encoding",)
-    paper: ClassVar[str] = "Ke 2021, arXiv 2006.15595"
+    name = "tupe"
+    title = "TUPE: untied positional encoding"
+    also = ("untied-positional-encoding",)
+    paper = "Ke 2021, arXiv 2006.15595"
 
     def build(self, shape: Shape) -> PositionEncoding:
         cls = not shape.causal if self.cls is None else self.cls
-        relative = T5Place(shape.heads, 32, 128, shape.causal) if self.relative else None
-        return TupePlace(shape, relative, cls)
+        relative = T5Encoding(shape.heads, 32, 128, shape.causal) if self.relative else None
+        return TupeEncoding(shape, relative, cls)

@@ -1,19 +1,18 @@
-"""Longformer: a window around every token, in some heads with gaps, and in an encoder tokens that see all and are seen by all.
+"""Longformer: window attention, dilated in some heads, and in encoders global tokens (Beltagy 2020).
 
-A token sees `window` others, half of them before it and half after; in a decoder all of them before it (section 3.1).
-Through the layers it reads window · layers tokens, and `dilation` times as many in the heads that look only at every
-`dilation`-th. A global token is seen by all tokens as any other key is, in the same softmax and once, though it may be in the
-window too. Its own row is attention to all tokens with projections of its own, which begin as copies of the others
-(sections 3.1 and 3.2). Windows and dilations that differ by layer are a list in `attention=`; the paper's grow with the
-layer, and only two heads of the upper layers are dilated.
+A token sees `window` others, half of them before it and half after; in a decoder all of them before (section 3.1). Through the
+layers information reaches window · layers tokens, and `dilation` times as many in heads that see only every `dilation`-th. All
+tokens see a global token as any other key, in the same softmax and once, though it may be in the window too. Its own row is
+attention to all tokens, with projections that are initialised as copies of the others (sections 3.1 and 3.2). Windows and
+dilations that differ by layer are a list in `attention=`; the paper's windows grow with the layer, and two heads of the upper
+layers are dilated.
 
-A decoder that looks at such an encoder is the paper's LED: kind=encoder-decoder with decoder_attention=full.
+The paper's LED is a decoder with cross-attention to such an encoder: kind=encoder-decoder with decoder_attention=full.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,23 +32,23 @@ from longspan.util.errors import NotSupported
 
 @dataclass(frozen=True)
 class Longformer(Pattern):
-    """window: tokens that one sees besides itself, even in an encoder. dilated: in how many heads, the last ones, they are
-    `dilation` apart. globals: how many tokens at the beginning of a text are global, besides those that a call names with
-    `global_attention_mask` (B, T); in an encoder only, as in the paper."""
+    """Window attention with global tokens. `window`: tokens that a token sees besides itself, an even number in an encoder.
+    `dilated`: the number of heads, the last ones, in which they are `dilation` apart. `globals`: first tokens of a text that are
+    global, besides those of `global_attention_mask` (B, T); in an encoder only, as in the paper."""
 
     window: int = 512
     dilated: int = 0
     dilation: int = 1
     globals: int = 0
 
-    name: ClassVar[str] = "longformer"
-    title: ClassVar[str] = "Longformer: window, dilated heads, global tokens"
-    also: ClassVar[tuple[str, ...]] = ("led", "longformer-encoder-decoder")
-    works_on: ClassVar[str] = "from scratch, trained encoders (longspan apply)"
-    converts_encoders: ClassVar[bool] = True
-    paper: ClassVar[str] = "Beltagy 2020, arXiv 2004.05150"
-    cost: ClassVar[str] = "time n, cache constant"
-    takes_globals: ClassVar[bool] = True
+    name = "longformer"
+    title = "Longformer: window, dilated heads, global tokens"
+    also = ("led", "longformer-encoder-decoder")
+    works_on = "from scratch, trained encoders (longspan apply)"
+    converts_encoders = True
+    paper = "Beltagy 2020, arXiv 2004.05150"
+    cost = "time n, cache constant"
+    takes_globals = True
 
     def __post_init__(self) -> None:
         self.require(self.window >= 1, f"window must be at least 1 token, not {self.window}")
@@ -58,23 +57,23 @@ class Longformer(Pattern):
         self.require(self.dilation >= 1, f"dilation must be 1 or more, not {self.dilation}")
         self.require(
             (self.dilated == 0) == (self.dilation == 1),
-            f"dilated={self.dilated} heads with dilation={self.dilation} say different things; give both, such as "
+            f"dilated={self.dilated} heads with dilation={self.dilation} contradict each other; set both, such as "
             "dilated=2,dilation=2, or neither",
         )
 
-    def build(self, config: LongspanConfig, layer: int, place: PositionEncoding, *, causal: bool) -> nn.Module:
+    def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         heads = config.num_attention_heads
-        self.require(self.dilated <= heads, f"{self.dilated} heads are to be dilated, and there are {heads}")
+        self.require(self.dilated <= heads, f"dilated={self.dilated} exceeds the {heads} heads of the model")
         if causal and self.globals:
             raise NotSupported(
-                f"attention={self.spec}: what a global token sees lies ahead of those that see it, so a decoder has none; leave "
-                "globals out, or use kind=encoder, or kind=encoder-decoder with decoder_attention=full"
+                f"attention={self.spec}: a global token sees later tokens, so a decoder has none; leave globals out, or use "
+                "kind=encoder, or kind=encoder-decoder with decoder_attention=full"
             )
         if not causal and self.window % 2:
             raise NotSupported(
                 f"attention={self.spec}: an encoder sees half of the window on either side; use window={self.window + 1}"
             )
-        return super().build(config, layer, place, causal=causal)
+        return super().build(config, layer, encoding, causal=causal)
 
     def module_class(self) -> type[LongspanAttention]:
         return LongformerAttention
@@ -117,5 +116,5 @@ class Longformer(Pattern):
         return torch.cat((banded_attention(some_heads(call, 0, plain), before, after), dilated), dim=1)
 
     def _sides(self, grid: AttentionShape) -> tuple[int, int]:
-        """How many tokens are seen before and after a token's own."""
+        """The numbers of visible tokens before and after a token."""
         return (self.window, 0) if grid.causal else (self.window // 2, self.window // 2)

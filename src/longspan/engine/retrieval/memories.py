@@ -116,7 +116,8 @@ class Store:
 
 @dataclass
 class Earlier:
-    """The first `length` tokens of rows that are alike: of a store, from its column `first` on, and, behind them, of `late`."""
+    """The first `length` tokens of rows that are alike: of a store, from its column `first` on, and, behind them, of `late`.
+    All are read in the dtype of `late`: under autocast a store holds keys in float32."""
 
     store: Store | None
     rows: slice
@@ -143,7 +144,7 @@ class Earlier:
                 cuts.append(slice(left, right))
             at += size
         for moved, cut in zip(ahead(wanted, device), cuts, strict=True):
-            yield tuple(x[..., cut, :] for x in moved)
+            yield tuple(x[..., cut, :].to(self.late[i].dtype) for i, x in zip(which, moved, strict=True))
         if self.late_count:
             yield tuple(self.late[i][:, heads] for i in which)
 
@@ -154,7 +155,7 @@ class Earlier:
         for at, size, pair in self._places(row, head):
             here = ((flat >= at) & (flat < at + size)).nonzero()[:, 0]
             for out, x in zip(found, pair, strict=True):
-                out[here] = x.index_select(0, (flat[here] - at).to(x.device)).to(out.device)
+                out[here] = x.index_select(0, (flat[here] - at).to(x.device)).to(out)
         key, value = (x.view(*index.shape, -1) for x in found)
         return key, value
 

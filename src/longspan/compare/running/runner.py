@@ -1,10 +1,9 @@
-"""The main job: plans the cells, runs what is missing one process after another, and stores each as soon as it is done.
+"""Runs a comparison: plans the cells, runs the missing ones one after another, and stores each when it is done.
 
-Everything that a user can have got wrong is found before the first cell starts. After that nothing but Ctrl-C, a kill
-or a full disk ends a run: a cell that runs out of memory is a result, a cell that fails is recorded and runs again
-next time. The same command goes on where the run stopped.
+A wrong request is refused before the first cell starts. After that only Ctrl-C, a kill or a full disk ends a run: running
+out of memory is a result, and a cell that fails is recorded and runs again next time. The same command resumes a run.
 
-Worker processes come from a fork server that has torch, transformers and longspan imported but has never touched a
+Worker processes come from a fork server that has imported torch, transformers and longspan but never initialises a
 device: a fresh process for each cell, without the seconds that the imports take.
 """
 
@@ -27,12 +26,14 @@ from typing import Any
 
 import torch
 
-from longspan.compare import cost
-from longspan.compare.planning import SOURCES, Cell, MethodLike, Plan, Request, as_list, make_plan
+from longspan.compare.planning import cost
+from longspan.compare.planning.cells import SOURCES, Cell
+from longspan.compare.planning.plan import Plan, make_plan
+from longspan.compare.planning.requests import MethodLike, Request, as_list
 from longspan.compare.report.results import by_reason
-from longspan.compare.screen import Screen
-from longspan.compare.store import LOGS, MANIFEST, Record, Run, Store, is_finished, read_manifest
-from longspan.compare.worker import Job, run_job
+from longspan.compare.running.screen import Screen
+from longspan.compare.running.worker import Job, run_job
+from longspan.compare.storing import LOGS, MANIFEST, Record, Run, Store, is_finished, read_manifest
 from longspan.core.method import Combination, Method
 from longspan.tasks.base import Task
 from longspan.util import environment
@@ -40,7 +41,7 @@ from longspan.util.errors import LongspanError, SpecError
 from longspan.util.units import duration, size
 
 Ending = tuple[str, Any]
-"""How a worker ended: `("done", result)`, `("out_of_memory", text)` or `("failed", text)`."""
+"""The last message of a worker: `("done", result)`, `("out_of_memory", text)` or `("failed", text)`."""
 
 
 def compare(
@@ -59,17 +60,16 @@ def compare(
 ) -> Run:
     """Measures methods × tasks × lengths on a model, for quality and cost, into the folder `out`; returns the run.
 
-    What is not named is chosen: every method of the catalogue that is legal on the model, `ppl` and `passkey`, and
-    lengths from the native window upwards as far as memory and half an hour allow. The native window and the bare
-    model are always among the cells. Cells that `out` already holds are not run again.
+    Defaults: every method of the catalogue that the model can take, the tasks `ppl` and `passkey`, and lengths from the
+    native window upwards as far as memory and half an hour allow. The native window and the bare model are always among
+    the cells. Cells that `out` already contains are not run again.
 
-    A method may also be the folder of a training, or of the model that it made from this one: that model is measured on the same
-    samples, and its row says what the training took.
+    methods: specs, methods, or folders of trainings that started from this model; such a model is measured on the same
+    samples, and its row says what its training took. lengths: tokens, as numbers or like "16k". samples: how many of each
+    cell (None: each task's own number). timeout: seconds after which a cell counts as failed.
 
-    lengths: tokens, as numbers or like "16k". samples: how many of each cell (None: each task's own number).
-    timeout: seconds after which a cell counts as failed.
     Raises `LongspanError` before anything runs where a part of the request cannot be carried out, and
-    `KeyboardInterrupt` after Ctrl-C, when the worker is gone and what is finished is stored.
+    `KeyboardInterrupt` after Ctrl-C, when the worker has ended and finished cells are stored.
     """
     if not isinstance(model, str | Path):
         raise SpecError(
@@ -99,7 +99,9 @@ def _refuse_other_model(folder: Path, plan: Plan) -> None:
     if (folder / MANIFEST).exists():
         before = read_manifest(folder)
         if before["fingerprint"] != plan.fingerprint:
-            raise LongspanError(f"{folder} is a run of {before['model']}, whose weights are others; name a new folder")
+            raise LongspanError(
+                f"{folder} is a run of {before['model']}, whose weights differ from this model's; name a new folder"
+            )
 
 
 def _run(plan: Plan, store: Store, progress: bool, timeout: float | None) -> None:
@@ -113,7 +115,7 @@ def _run(plan: Plan, store: Store, progress: bool, timeout: float | None) -> Non
         try:
             for cell in todo:
                 screen.start(cell)
-                record = _finished(cell, plan, *workers.run(cell, store.folder, timeout, screen))
+                record = _record(cell, plan, *workers.run(cell, store.folder, timeout, screen))
                 store.append(record)
                 done += 1
                 screen.finish(cell, record)
@@ -148,14 +150,14 @@ def _announce(screen: Screen, plan: Plan, store: Store, done: int, todo: list[Ce
         )
 
 
-def _finished(cell: Cell, plan: Plan, kind: str, what: Any) -> Record:
+def _record(cell: Cell, plan: Plan, kind: str, content: Any) -> Record:
     """The record of a cell that ended, however it ended."""
     empty: Record = {"score": None, "interval": None, "n": 0, "samples": [], "cost": {}, "first_prompt": None}
-    result = what if kind == "done" else empty
+    result = content if kind == "done" else empty
     return {
         **cell.describe(),
         "status": "ok" if kind == "done" else kind,
-        "error": None if kind == "done" else what,
+        "error": None if kind == "done" else content,
         **result,
         "dtype": cell.dtype,
         "device": cell.device,
@@ -172,28 +174,31 @@ def _now() -> str:
 
 
 class Workers:
-    """Starts one process after another, a cell in each, and hears how it ends."""
+    """Starts one process after another, a cell in each, and receives how it ends."""
 
     def __init__(self, plan: Plan):
         self.device = str(plan.device)
         # Apple's frameworks do not survive a fork, so macOS pays for the imports in each cell
         self._context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         if sys.platform == "linux":
-            self._context.set_forkserver_preload(_modules_to_preload(plan.facts.model_type))
+            self._context.set_forkserver_preload(modules_to_preload(plan.facts.model_type))
 
     def run(self, cell: Cell, folder: Path, timeout: float | None, screen: Screen) -> Ending:
-        """Runs a cell to its end. Raises `LongspanError` where no worker can be started at all, and lets
-        `KeyboardInterrupt` through; in every case the process is gone afterwards."""
+        """Runs a cell to its end and returns the worker's last message; in every case the process has ended afterwards.
+
+        timeout: seconds. Raises `LongspanError` where no worker can be started at all, and lets `KeyboardInterrupt`
+        through.
+        """
         log = folder.absolute() / LOGS / f"{cell.key[:16]}.log"
-        ours = {k: v for k, v in os.environ.items() if k.startswith("LONGSPAN_")}
-        job = Job(pickle.dumps(cell), self.device, str(log), ours)
+        variables = {k: v for k, v in os.environ.items() if k.startswith("LONGSPAN_")}
+        job = Job(pickle.dumps(cell), self.device, str(log), variables)
         receive, send = self._context.Pipe(duplex=False)
         process = self._context.Process(target=run_job, args=(job, send), daemon=True)
         with _script_hidden(cell):
             process.start()
         send.close()
         try:
-            ending = self._listen(process, receive, timeout, screen)
+            ending = self.listen(process, receive, timeout, screen)
         finally:
             receive.close()
             if process.is_alive():
@@ -207,28 +212,28 @@ class Workers:
             log.unlink()
         return ending
 
-    def _listen(self, process: Any, receive: Connection, timeout: float | None, screen: Screen) -> Ending | None:
-        """Hears a worker out. None where the fork server's process has spoilt CUDA for its children."""
+    def listen(self, process: Any, receive: Connection, timeout: float | None, screen: Screen) -> Ending | None:
+        """Receives a worker's messages up to its last; None where the fork server has made CUDA unusable for its children."""
         started, end = False, None  # the time for the cell begins when the worker has begun
         with contextlib.suppress(EOFError):
             while receive.poll(max(0.0, end - time.monotonic()) if end else None):
-                kind, *what = receive.recv()
+                kind, *content = receive.recv()
                 if kind == "hello":
                     started, end = True, time.monotonic() + timeout if timeout else None
-                    if what[0]:
+                    if content[0]:
                         return None
                 elif kind == "sample":
-                    screen.sample(*what)
+                    screen.sample(*content)
                 else:
                     process.join(10)
-                    return kind, what[0]
+                    return kind, content[0]
             return "failed", f"took longer than the timeout of {timeout:g} s"
         process.join(10)
         return _died(process.exitcode, started)
 
 
 def _died(exitcode: int | None, started: bool) -> Ending:
-    """How a worker ended that said nothing more."""
+    """The ending of a worker that sent no last message. Raises `LongspanError` for one that never began."""
     if exitcode == -signal.SIGKILL:
         return "out_of_memory", "killed, most likely by the kernel for memory"
     if exitcode is not None and exitcode < 0:
@@ -243,8 +248,10 @@ def _died(exitcode: int | None, started: bool) -> Ending:
 
 @contextlib.contextmanager
 def _script_hidden(cell: Cell) -> Iterator[None]:
-    """Keeps multiprocessing from running the user's script again in the worker, so that a script needs no guard. Only
-    where the cell's own method or task is defined in that script must it be read."""
+    """Keeps multiprocessing from running the user's script again in the worker, so that a script needs no guard.
+
+    Only where the cell's own method or task is defined in that script must it be read.
+    """
     main = sys.modules["__main__"]
     if all(type(part).__module__ != "__main__" for part in cell.parts):
         sys.modules["__main__"] = types.ModuleType("__main__")
@@ -254,9 +261,9 @@ def _script_hidden(cell: Cell) -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _modules_to_preload(model_type: str) -> list[str]:
-    """What a worker imports, for the fork server to import once. Importing must not touch a device."""
-    root = Path(__file__).parents[1]
-    own = [f"longspan.{d}.{m.name}" for d in SOURCES for m in pkgutil.iter_modules([str(root / d)])]
+def modules_to_preload(model_type: str) -> list[str]:
+    """Modules that a worker imports, which the fork server imports once; importing them must not initialise a device."""
+    root = Path(__file__).parents[2]
+    package = [f"longspan.{d}.{m.name}" for d in SOURCES for m in pkgutil.iter_modules([str(root / d)])]
     modeling = f"transformers.models.{model_type}.modeling_{model_type}"
-    return ["torch", "transformers.generation.utils", modeling, "longspan.compare.worker", *own]
+    return ["torch", "transformers.generation.utils", modeling, "longspan.compare.running.worker", *package]

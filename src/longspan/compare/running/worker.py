@@ -1,8 +1,7 @@
 """One cell in one process: loads the model, applies the method, runs the samples, and reports through a pipe.
 
-A fresh process gives every cell a memory peak and a device context of its own. The process ends when its parent does,
-however that happens; out of memory is a result that it reports like any other; what libraries print goes to the
-cell's log.
+A fresh process gives every cell its own memory peak and device context. It ends when its parent does, however that
+happens; running out of memory is a result that it reports like any other; what libraries print goes to the cell's log.
 
 Messages, in order: `("hello", cuda_is_broken)`, `("sample", done, of, tokens)` before the first and after each
 sample, then `("done", result)`, `("out_of_memory", text)` or `("failed", text)`.
@@ -31,8 +30,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from longspan.compare import statistics as stats
-from longspan.compare.planning import Cell, scale_of
-from longspan.compare.store import clean
+from longspan.compare.planning.cells import Cell, scale_of
+from longspan.compare.storing import clean
 from longspan.core.facts import text_config
 from longspan.hf.site import current
 from longspan.meter import Meter
@@ -40,13 +39,15 @@ from longspan.models import load
 from longspan.plugins import load_from_environment
 from longspan.tasks.base import Outcome, Sample
 from longspan.util.errors import LongspanError
-
-_NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "not enough memory")
+from longspan.util.failures import is_out_of_memory, one_line
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is given. `cell` is pickled, since its classes may come from files named in `environment`."""
+    """The arguments of a worker: a pickled cell, the device, the path of the log, and environment variables.
+
+    The cell is unpickled in the worker, since its classes may come from files that `environment` names.
+    """
 
     cell: bytes
     device: str
@@ -55,11 +56,11 @@ class Job:
 
 
 def run_job(job: Job, pipe: Connection) -> None:
-    """The whole life of a worker process."""
+    """Runs a worker process from start to end; sends the messages of this module's docstring through `pipe`."""
     _end_with_parent()
-    _settle(job)
+    _prepare_process(job)
     try:
-        pipe.send(("hello", _cuda_is_broken(job.device)))
+        pipe.send(("hello", cuda_is_broken(job.device)))
         load_from_environment()
         message: tuple[str, Any] = ("done", measure(pickle.loads(job.cell), job.device, pipe))
     except BaseException as error:
@@ -70,7 +71,10 @@ def run_job(job: Job, pipe: Connection) -> None:
 
 
 def measure(cell: Cell, device: str, pipe: Connection) -> dict[str, Any]:
-    """Runs a cell and returns the part of its record that it decides, as JSON data."""
+    """Runs a cell and returns its part of the record as JSON data: score, interval, samples, cost, first prompt.
+
+    Raises `LongspanError` for samples that are wrong, or a method that is not on the loaded model.
+    """
     start = time.perf_counter()
     torch.manual_seed(cell.seed)
     if cell.trained is None:
@@ -105,7 +109,7 @@ def measure(cell: Cell, device: str, pipe: Connection) -> dict[str, Any]:
 
 
 def sample_record(sample: Sample, outcome: Outcome) -> dict[str, Any]:
-    """One sample's result as JSON data; a score that is not finite is a failure."""
+    """One sample's result as JSON data; a score that is not finite counts as failed."""
     score = clean(float(outcome.score))
     return {
         "id": sample.id,
@@ -116,7 +120,7 @@ def sample_record(sample: Sample, outcome: Outcome) -> dict[str, Any]:
 
 
 def check_samples(samples: list[Sample], cell: Cell) -> None:
-    """Raises `LongspanError` for what would make a table wrong without a sign of it."""
+    """Raises `LongspanError` where samples are missing, share an id, or are longer than the cell's length."""
     if not samples:
         raise LongspanError(f"{cell.task.spec} has no samples of {cell.length:,} tokens")
     if len({s.id for s in samples}) < len(samples):
@@ -125,35 +129,16 @@ def check_samples(samples: list[Sample], cell: Cell) -> None:
         raise LongspanError(f"{cell.task.spec} drew a sample of {longest:,} tokens for a length of {cell.length:,}")
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """True where the error, or one that it came from, says that memory did not suffice, on any device."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            return True
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def one_line(error: BaseException) -> str:
-    """An error in one short line, with its kind where it is not one that is written for users."""
-    lines = str(error).strip().splitlines() or [""]
-    kind = "" if isinstance(error, LongspanError) else f"{type(error).__name__}: "
-    return f"{kind}{lines[0]}"[:500].removesuffix(": ")
-
-
 def _check_method(model: PreTrainedModel, cell: Cell) -> None:
-    """Raises `LongspanError` unless what is on the model is what the cell says."""
+    """Raises `LongspanError` unless the method on the model is the cell's."""
     present = current(model)
     if present is None or present.spec != cell.method.spec:
         found = present.spec if present else "nothing"
         raise LongspanError(f"{cell.method.spec} was to be measured, but {found} is on the model")
 
 
-def _settle(job: Job) -> None:
-    """Makes the process ready: Ctrl-C is the parent's business, output goes to the log, and where memory runs out the
-    kernel ends this process, not its parent."""
+def _prepare_process(job: Job) -> None:
+    """Leaves Ctrl-C to the parent, sends output to the log, and makes this process the kernel's first to end for memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(job.environment)
     Path(job.log).parent.mkdir(parents=True, exist_ok=True)
@@ -170,8 +155,10 @@ def _settle(job: Job) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process as soon as its parent is gone, be it by SIGKILL: the parent alone holds the other end of a
-    pipe, and the kernel closes it. The fork server's end is watched too."""
+    """Ends this process as soon as its parent has ended, even by SIGKILL.
+
+    The parent alone has the other end of a pipe, which the kernel then closes. The fork server is watched too.
+    """
     parent, above = multiprocessing.parent_process(), os.getppid()
     assert parent is not None, "a worker is always a child process"
 
@@ -183,8 +170,8 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
-def _cuda_is_broken(device: str) -> bool:
-    """True where the fork server had touched CUDA, which a forked process then cannot use."""
+def cuda_is_broken(device: str) -> bool:
+    """True where the fork server has initialised CUDA, which a forked process then cannot use."""
     if torch.device(device).type != "cuda":
         return False
     try:

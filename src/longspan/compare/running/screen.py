@@ -1,5 +1,4 @@
-"""What a comparison says while it runs: what will run, bars with the time left on a terminal, one line for each
-finished cell.
+"""The terminal while a comparison runs: progress bars with the time left, and one line for each finished cell.
 
 All of it goes to standard error, so that standard output stays free for results.
 """
@@ -14,29 +13,29 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from longspan.compare.planning import Cell
+from longspan.compare.planning.cells import Cell
 from longspan.util.units import duration, size
 
 
 def result_line(record: dict[str, Any], metric: str) -> str:
-    """One finished cell in one line."""
+    """One line about a finished cell: score with interval, time, peak memory, failed samples; or how it ended."""
     head = f"{record['method']}  {record['task_spec']}  {record['length']:,}  "
     if record["status"] != "ok":
-        what = "out of memory" if record["status"] == "out_of_memory" else "failed"
-        return f"{head}{what}: {record['error']}"
+        status = "out of memory" if record["status"] == "out_of_memory" else "failed"
+        return f"{head}{status}: {record['error']}"
     low, high = record["interval"]
-    spent = record["cost"]
-    peak = max(spent["peak_prefill_bytes"] or 0, spent["peak_decode_bytes"] or 0)
-    lost = sum(s["failed"] for s in record["samples"])
+    cost = record["cost"]
+    peak = max(cost["peak_prefill_bytes"] or 0, cost["peak_decode_bytes"] or 0)
+    failed = sum(s["failed"] for s in record["samples"])
     return (
-        f"{head}{metric} {record['score']:.3g}  [{low:.3g}, {high:.3g}]  {duration(spent['wall_s'])}"
+        f"{head}{metric} {record['score']:.3g}  [{low:.3g}, {high:.3g}]  {duration(cost['wall_s'])}"
         + (f"  {size(peak)}" if peak else "")
-        + (f"  {lost} of {record['n']} samples failed" if lost else "")
+        + (f"  {failed} of {record['n']} samples failed" if failed else "")
     )
 
 
 class Screen:
-    """Shows the cells of a run as they pass. `work` is each cell's estimated time in seconds, by key."""
+    """Shows the cells of a run as they finish. `work`: each cell's estimated time in seconds, by key."""
 
     def __init__(self, enabled: bool, cells: Sequence[Cell], work: dict[str, float]):
         self.console = Console(stderr=True, quiet=not enabled, highlight=False, soft_wrap=True)
@@ -48,7 +47,7 @@ class Screen:
         self._started = time.perf_counter()
 
     def say(self, text: str) -> None:
-        """One line, as it is."""
+        """Prints one line without markup, above the bars where there are any."""
         (self._bars.console if self._bars else self.console).print(text, markup=False)
 
     def __enter__(self) -> Screen:
@@ -62,7 +61,7 @@ class Screen:
             self._bars = None
 
     def start(self, cell: Cell) -> None:
-        """A cell begins; the first one brings the bars up."""
+        """Shows that a cell begins; the first one starts the bars, on a terminal."""
         self._started = time.perf_counter()
         if self._bars is None and self.console.is_terminal and not self.console.quiet:
             columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[note]}"))
@@ -76,14 +75,15 @@ class Screen:
             self._bars.reset(self._samples, total=None, description=name, note="loading the model")
 
     def sample(self, done: int, of: int, tokens: int) -> None:
-        """`done` of `of` samples of the current cell are through, `tokens` tokens in all."""
+        """Shows that `done` of `of` samples of the current cell are finished, with `tokens` tokens in all."""
         if self._bars:
             note = f"{done}/{of} samples" + (f", {tokens:,} tokens" if tokens else "")
             self._bars.update(self._samples, completed=done, total=of, note=note)
             self._bars.update(self._cells, note=self._forecast())
 
     def finish(self, cell: Cell, record: dict[str, Any]) -> None:
-        # the worker's own time, without the fork server's start; a worker that did not end well has told none
+        """Prints the line of a cell that ended, and corrects the forecast by the time that it took."""
+        # the worker's own time, without the fork server's start; a worker that failed has reported none
         self._spent += record["cost"].get("wall_s") or time.perf_counter() - self._started
         self._estimated += self._work[cell.key]
         self._left -= self._work[cell.key]

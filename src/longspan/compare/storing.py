@@ -1,9 +1,9 @@
-"""Where a run lives: `run.json` says what was asked and on which machine, `cells.jsonl` holds one finished cell a line.
+"""A run on disk: `run.json` with the request and the machine, `cells.jsonl` with one finished cell a line.
 
-The cell file is only ever appended to. A line is written by one `os.write` and flushed to disk before the next cell
-starts, and carries a checksum of itself, so a kill at any moment loses at most the cell in flight: the torn tail that
-it may leave is cut off when the run is next opened, and what was cut is kept in `cells.jsonl.torn`. One process at a
-time writes to a run; the lock is the kernel's, so it ends with the process however that ends.
+The cell file is only ever appended to. A line is written by one `os.write`, flushed to disk before the next cell starts,
+and contains its own checksum, so a kill at any moment loses at most the cell that was running: a torn last line is cut off
+when the run is next opened, and kept in `cells.jsonl.torn`. One process at a time writes to a run; the lock is the
+kernel's, so it ends with the process however that ends.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ Record = dict[str, Any]
 
 
 def canonical(value: Any) -> str:
-    """The one JSON text of a value: keys sorted, no spaces, ASCII. Raises `ValueError` for a float that is not
-    finite."""
+    """The canonical JSON text of a value: keys sorted, no spaces, ASCII.
+
+    Raises `ValueError` for a float that is not finite.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -41,8 +43,10 @@ def digest(value: Any) -> str:
 
 
 def clean(value: Any) -> Any:
-    """`value` as plain JSON data: tensors and arrays become numbers or lists, floats that are not finite become
-    None."""
+    """A value as plain JSON data: tensors and arrays as numbers or lists, floats that are not finite as None.
+
+    Raises `TypeError` for what JSON cannot express.
+    """
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float):
@@ -53,11 +57,13 @@ def clean(value: Any) -> Any:
         return [clean(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)]
     if value is None or isinstance(value, str | int):
         return value
-    raise TypeError(f"a result holds a {type(value).__name__}, which a run cannot store")
+    raise TypeError(
+        f"a result contains a {type(value).__name__}, which a run cannot store; return numbers, texts, lists and dicts"
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run. Raises `LongspanError` where `folder` is no run."""
+    """The manifest of a run; raises `LongspanError` where `folder` is not a run, or its manifest is damaged."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -73,7 +79,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_cells(folder: Path) -> tuple[list[Record], list[str]]:
-    """Every whole record in the order of writing, and one line for people about each damaged line that was skipped."""
+    """Every intact record in the order of writing, and a message for each damaged line that was skipped."""
     path = folder / CELLS
     content = path.read_bytes() if path.exists() else b""
     records, problems = [], []
@@ -87,8 +93,10 @@ def read_cells(folder: Path) -> tuple[list[Record], list[str]]:
 
 
 def is_finished(record: Record | None, memory: int | None) -> bool:
-    """True where a cell need not run again: it succeeded, or ran out of memory on a device of this size (in bytes,
-    within 2 %, since two starts of one machine can differ a little)."""
+    """True where a cell need not run again: it succeeded, or ran out of memory on a device of this size.
+
+    memory: of the device, in bytes, compared within 2 %, since two starts of one machine can differ a little.
+    """
     if record is None or record["status"] == "failed":
         return False
     if record["status"] == "ok":
@@ -98,13 +106,12 @@ def is_finished(record: Record | None, memory: int | None) -> bool:
 
 
 class Store:
-    """The cells of a run, opened for writing. Use it as a context manager: it holds the run's lock until it is
-    closed."""
+    """The cells of a run, opened for writing; a context manager that holds the run's lock until it is closed."""
 
     def __init__(self, folder: str | Path):
-        """Creates the folder where there is none, takes the lock, and repairs what a kill left.
+        """Creates the folder where there is none, takes the lock, and cuts off a torn last line.
 
-        Raises `LongspanError` where the folder holds something else, or another process is writing to the run.
+        Raises `LongspanError` where the folder contains something else, or another process is writing to the run.
         """
         self.folder = Path(folder)
         _make_folder(self.folder)
@@ -120,17 +127,19 @@ class Store:
             raise
 
     def append(self, record: Record) -> bool:
-        """Writes a finished cell to disk; returns after it is safe there. A cell that already succeeded is left as it
-        is, and the answer is then False. Raises `LongspanError` where the disk does not take it."""
+        """Writes a finished cell and flushes it to disk; False, and nothing is written, where it already succeeded.
+
+        Raises `LongspanError` where the disk does not take it.
+        """
         known = self.records.get(record["key"])
         if known is not None and known["status"] == "ok":
             return False
         line = _write_line(record)
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
-            size = os.fstat(self._file).st_size
+            size_before = os.fstat(self._file).st_size
             if os.write(self._file, line) != len(line):
-                os.ftruncate(self._file, size)
+                os.ftruncate(self._file, size_before)
                 raise OSError("the disk took only a part of a line")
             os.fsync(self._file)
         except OSError as error:
@@ -143,9 +152,11 @@ class Store:
         return True
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Writes `run.json`, atomically."""
         write_atomically(self.folder / MANIFEST, json.dumps(clean(manifest), indent=1, allow_nan=False) + "\n")
 
     def close(self) -> None:
+        """Closes the cell file and releases the lock."""
         os.close(self._file)
         os.close(self._lock)
 
@@ -157,32 +168,37 @@ class Store:
 
 
 class Run:
-    """A run as it lies on disk, to be read; it may be read while it is being written."""
+    """A run on disk, opened for reading, which is possible while it is being written."""
 
     def __init__(self, folder: str | Path):
-        """Raises `LongspanError` where `folder` is no run."""
+        """Raises `LongspanError` where `folder` is not a run."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         records, self.problems = read_cells(self.folder)
         self._latest: dict[str, Record] = {r["key"]: r for r in records}
 
     def cells(self, *, all: bool = False) -> list[Record]:
-        """The latest record of each planned cell that has one, in the plan's order. With `all`, of every cell in the
-        folder: those of earlier requests, other settings or other versions too, which no table mixes with these."""
+        """The latest record of each planned cell that has one, in the plan's order.
+
+        all: of every cell in the folder, those of earlier requests, other settings and other versions included, which no
+        table mixes with the planned ones.
+        """
         if all:
             return list(self._latest.values())
         return [self._latest[c["key"]] for c in self.manifest["cells"] if c["key"] in self._latest]
 
     def missing(self) -> list[dict[str, Any]]:
-        """The planned cells, as the manifest describes them, that the same command would run: without a result, or
-        failed."""
+        """The planned cells without a result, or failed, which the same command would run; as in the manifest."""
         memory = self.manifest["environment"]["device_memory"]
         return [c for c in self.manifest["cells"] if not is_finished(self._latest.get(c["key"]), memory)]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row for each planned cell, in the plan's order: what it is, its status (`missing` where it has not run), score
-        with interval, number of samples, of independent ones among them and of failures, the paired difference to the bare
-        model on the same samples with its interval, and the cost. Figures that there are none of are None."""
+        """One row for each planned cell, in the plan's order, with its score, difference to the bare model, and cost.
+
+        Keys: `key`, `method`, `asked`, `task`, `task_spec`, `length`; `status` (`missing` where it has not run) and
+        `error`; `score`, `interval`, `n` samples, `independent` ones among them, `failed` ones; `difference` to the bare
+        model on `pairs` of the same samples, `difference_interval`; `cost`. Missing figures are None.
+        """
         planned = self.manifest["cells"]
         bare = {(c["task_spec"], c["length"]): c["key"] for c in planned if c["method"] == "none"}
         return [self._row(c, self._latest.get(bare[c["task_spec"], c["length"]])) for c in planned]
@@ -195,8 +211,9 @@ class Run:
         row |= {k: record.get(k) for k in ("error", "score", "interval", "n")}
         task = self.manifest["tasks"][cell["task_spec"]]
         scale = stats.Scale(task["higher_is_better"], task["worst"])
-        own = stats.score(samples, scale, cell["length"])
-        row["interval"], row["independent"] = list(own.interval) if own.interval else None, own.independent
+        estimate = stats.score(samples, scale, cell["length"])
+        row["interval"] = list(estimate.interval) if estimate.interval else None
+        row["independent"] = estimate.independent
         to_compare = baseline is not None and cell["method"] != "none" and samples
         change = (
             stats.difference(samples, baseline["samples"], scale, cell["length"]) if to_compare and baseline else None
@@ -213,7 +230,7 @@ def _write_line(record: Record) -> bytes:
 
 
 def _read_line(line: bytes) -> Record | None:
-    """The record of a line, or None where the line is not what was once written."""
+    """The record of a line, or None where its checksum does not match."""
     try:
         record = json.loads(line)
         check = record.pop("check")
@@ -223,7 +240,7 @@ def _read_line(line: bytes) -> Record | None:
 
 
 def _repair(path: Path) -> str | None:
-    """Cuts a damaged last line off into the file of torn tails. Returns a line for people where there was one."""
+    """Moves a damaged last line into `cells.jsonl.torn`; returns a message where there was one."""
     content = path.read_bytes() if path.exists() else b""
     body = content.removesuffix(b"\n")
     start = body.rfind(b"\n") + 1
@@ -244,13 +261,13 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         inside = {p.name for p in folder.iterdir()}
     except OSError as error:
-        raise LongspanError(f"{folder} cannot hold a run: {error.strerror or error}") from error
+        raise LongspanError(f"{folder} cannot be the folder of a run: {error.strerror or error}") from error
     if inside - {LOCK} and not inside & {MANIFEST, CELLS}:
         raise LongspanError(f"{folder} is not a run and is not empty ({min(inside)} is in it); name a new folder")
 
 
 def _take_lock(folder: Path) -> int:
-    """The descriptor that holds the run's lock: a kernel lock, which a dead process does not keep."""
+    """The file descriptor of the run's lock, a kernel lock that ends with its process."""
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longspan.combinable import partners
+from longspan.combinable import combinable
 from longspan.core.method import catalogue, parse
 from longspan.util.errors import NotSupported
 
@@ -22,12 +22,12 @@ from longspan.util.errors import NotSupported
         ("none", set()),
     ],
 )
-def test_partners(name: str, beside: set[str]) -> None:
-    assert set(partners(catalogue()[name])) == beside
+def test_combinable(name: str, beside: set[str]) -> None:
+    assert set(combinable(catalogue()[name])) == beside
 
 
 def test_what_can_be_put_on_and_trained_with_has_both_kinds() -> None:
-    assert {"yarn", "alibi", "xpos"} <= set(partners(catalogue()["window"]))
+    assert {"yarn", "alibi", "xpos"} <= set(combinable(catalogue()["window"]))
 
 
 def test_a_refused_pair_is_told_what_works() -> None:

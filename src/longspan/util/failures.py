@@ -1,0 +1,27 @@
+"""What an exception means for a measurement: whether memory ran out, and the error in one line."""
+
+from __future__ import annotations
+
+import torch
+
+from longspan.util.errors import LongspanError
+
+_NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True where the error, or one that caused it, says that memory did not suffice, on any device."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, at most 500 characters, after its class unless it is a `LongspanError`."""
+    lines = str(error).strip().splitlines() or [""]
+    kind = "" if isinstance(error, LongspanError) else f"{type(error).__name__}: "
+    return f"{kind}{lines[0]}"[:500].removesuffix(": ")
