@@ -1,4 +1,4 @@
-"""Who takes part in `longspan bench attention`.
+"""The contenders of `longspan bench attention`.
 
 Patterns are timed as attention alone, on queries, keys and values that are there. What has projections of its own is timed as
 a layer with them, beside full attention as a layer. Dense SDPA comes first. Modules of other libraries take part where they

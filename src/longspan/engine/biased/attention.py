@@ -1,7 +1,7 @@
-"""Attention whose scores get a bias that depends on the distance alone, forward and backward, without a matrix of scores.
+"""Attention with a bias by distance, forward and backward, without a matrix of scores.
 
-`reference` is the formula in plain torch, in blocks of queries: it defines what is right and is what runs on a CPU. On CUDA
-kernels of our own run it, as two operators registered with torch: torch.compile sees calls with known shapes, not kernels.
+`reference` is the formula in plain torch, in blocks of queries: it is the definition, and runs on a CPU. On CUDA Triton
+kernels run it, as two operators registered with torch: torch.compile sees calls with known shapes, not kernels.
 Distance d is query position minus key position; the queries are the last Tq of the Tk keys.
 """
 

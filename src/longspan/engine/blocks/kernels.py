@@ -1,4 +1,4 @@
-"""The kernels of `longspan.engine.blocks.lists`: a program has one block of queries, or of keys, and goes through its list.
+"""The kernels of `longspan.engine.blocks.lists`: a program per block, over that block's list.
 
 A block that sees everything would run alone at the end, so its list is cut into parts, each a program's, which leave what they
 have in float32 to be put together; the longest lists and parts start first. Keys' tiles are computed transposed from the start,

@@ -1,7 +1,7 @@
-"""Attention of blocks of tokens to blocks of tokens that lists name (BigBird), in kernels of our own for CUDA.
+"""Attention of blocks to the blocks in their lists (BigBird), in Triton kernels for CUDA.
 
-Every block of queries has a list of the blocks of keys that it sees, whole and each once; the same turned round serves the
-gradient of the keys. Lists may be of any length: those of blocks that see everything are worked off in parts. Nothing is
+Every block of queries has a list of the blocks of keys that it sees, whole and each once; the transposed lists serve the
+gradient of the keys. Lists may be of any length: those of blocks that see everything are cut into parts. Nothing is
 gathered, and there is no limit to the number of shapes.
 """
 

@@ -1,4 +1,4 @@
-"""Attention of one query a row over everything in a cache, as decoding does it: a kernel of our own for CUDA.
+"""Attention of one query per row over a whole KV cache, in a Triton kernel for decoding.
 
 One query leaves a fused kernel little to do at once, so the keys are split: each program takes a run of keys of one key-value
 head, with all the query heads that share it, and the last one to finish joins the parts, which is one softmax over them.

@@ -1,4 +1,4 @@
-"""Dilated attention (LongNet) in kernels of our own for CUDA, forward and backward: one launch a pattern, nothing gathered.
+"""Dilated attention (LongNet) in Triton kernels, forward and backward: one launch per pattern.
 
 Pattern (size, step) cuts the text into segments of `size` tokens, of each of which head h takes every `step`-th from number
 h mod `step` on, as queries, keys and values alike. All patterns make one softmax, in which a key of m patterns counts m times.

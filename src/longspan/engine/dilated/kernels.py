@@ -1,10 +1,11 @@
 """The kernels of `longspan.engine.dilated.attention`.
 
 In one launch every segment of a pattern takes part: a program has some of the queries that one head takes of one segment, and
-they and their keys are rows `step` apart in memory, which are read as such; nothing is gathered. What a softmax over the keys of
-the launches before came to lies in `lse` and `sums`, and the launch adds its keys to it, so the last one has the result.
+they and their keys are rows `step` apart in memory, which are read as such; nothing is gathered. What a softmax over the keys
+of the launches before came to lies in `lse` and `sums`, and the launch adds its keys to it, so the last one has the result.
 
-Tiles are those of `windowed` with a window without end, and keys' tiles are computed transposed from the start, as there.
+Tiles are those of `longspan.engine.window` with an endless window, and keys' tiles are computed transposed from the start, as
+there.
 """
 
 from __future__ import annotations

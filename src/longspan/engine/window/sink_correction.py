@@ -1,4 +1,4 @@
-"""The first keys beside a window that another library attends over, forward and backward, in kernels of our own for CUDA.
+"""Adds sinks to windowed attention that another library computes, forward and backward.
 
 Attention over a window and sinks is the window's, and that over the sinks that a query is past the window of, weighed by their
 log-sum-exps. Sinks are few: it costs little more than reading and writing each tensor once.
@@ -40,8 +40,8 @@ def with_sinks(
 
 
 class _Enter(torch.autograd.Function):
-    """Nothing on the way in; on the way back the last to run, so that what the window gives is changed in place instead of added
-    to. `handed` is where `_Join` leaves what that takes."""
+    """The identity in the forward; in the backward the last to run, so that the window's gradients are changed in
+    place instead of added to. `handed` is where `_Join` leaves what that takes."""
 
     @staticmethod
     def forward(
@@ -150,7 +150,7 @@ def _add(
     sinks: int,
     scale: float,
 ) -> None:
-    """Adds to the derivatives by query, key and value what comes by way of the sinks."""
+    """Adds to the derivatives by query, key and value what comes through the sinks."""
     from longspan.engine.window.kernels.sink_correction import add_queries
 
     d_query, d_key, d_value = grads

@@ -1,4 +1,4 @@
-"""Causal attention over a window and the first keys, forward and backward, in kernels of our own for CUDA.
+"""Causal attention over a window and sinks, forward and backward, in Triton kernels for CUDA.
 
 A query at position p sees key k where p - window < k <= p or k < sinks, k <= p. The queries are the last Tq of the Tk keys, so
 that keys of a rolling cache, sinks before the window, will do. Two operators registered with torch run the kernels:
@@ -98,7 +98,7 @@ def _forward_described(
     scale: float,
 ) -> None:
     """Writes `out` and `lse`. Tiles are those that were the fastest on an H200 at 32,768 tokens and a window of 1,024: 12 %
-    less time than `windowed.forward`. Sinks want a mask on every tile."""
+    less time than `kernels.forward`. Sinks want a mask on every tile."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from longspan.engine.window.kernels.forward_tma import forward

@@ -1,4 +1,4 @@
-"""The backward kernels of `longspan.engine.biased.attention`: one for the queries, one for keys, values and a bias's parameters.
+"""The backward kernels of `longspan.engine.biased.attention`: for queries, and for keys, values and parameters.
 
 The kernel for keys computes its tiles transposed from the start, keys by queries, so that no transposed accumulator is ever
 an operand: Triton up to 3.7.0 miscompiles that for Hopper GPUs. The derivative by a parameter is a sum of score derivatives

@@ -1,8 +1,8 @@
 """The forward kernel of `longspan.engine.window.window_sinks` for wide heads on Hopper and newer GPUs.
 
-It is `windowed.forward` with keys and values read through tensor descriptors, by the GPU's own engine for copies: no registers
-hold addresses, so that two programs fit on a multiprocessor and one multiplies while the other takes exponentials. Near keys
-pass in one loop. ALWAYS masks all its tiles; without it a tile is masked if it lies at one of the two ends.
+It is the kernel of `forward.py` with keys and values read through tensor descriptors, by the GPU's own engine for copies: no
+registers hold addresses, so that two programs fit on a multiprocessor and one multiplies while the other takes exponentials.
+Near keys pass in one loop. ALWAYS masks all its tiles; without it a tile is masked if it lies at one of the two ends.
 """
 
 from __future__ import annotations
