@@ -130,7 +130,7 @@ class Longformer(Pattern):
     def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
         if call.query_scores is not None:
             return masked_attention(self, call, grid)
-        if not self.dilated and call.always_visible is None and backends.choose(self, call, grid).way != "masks":
+        if not self.dilated and call.always_visible is None and backends.choose(self, call, grid).backend != "masks":
             return backends.run(self, call, grid)
         before, after = self._sides(grid)
         plain = grid.heads - self.dilated
