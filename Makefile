@@ -33,7 +33,7 @@ READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
 MKDOCS := $(VENV)/.mkdocs
 
-.PHONY: demo test test-fast test-python test-kernels test-oldest test-newest lint format docs new-method clean
+.PHONY: demo test test-fast test-python test-kernels test-oldest test-newest lint format docs tables new-method clean
 
 demo: $(READY)
 	PATH="$(BIN):$$PATH" $(FIRST)
@@ -90,6 +90,12 @@ format: $(READY)
 docs: $(MKDOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the site is in site/index.html"
+
+# The tables of the documentation that come from the catalogue, after a method was added or changed.
+tables: $(READY)
+	$(BIN)/python tools/slots.py
+	$(BIN)/python tools/survey.py > docs/survey.md.new && mv docs/survey.md.new docs/survey.md
+	$(BIN)/python tests/conformance/matrix.py > docs/conformance.md.new && mv docs/conformance.md.new docs/conformance.md
 
 # One source file to start from, and what else a method of its kind needs: make new-method NAME=strided KIND=pattern
 new-method:

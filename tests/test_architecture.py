@@ -29,9 +29,9 @@ def test_every_path_exists(page: str) -> None:
 
 @pytest.mark.parametrize("folder", sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()))
 def test_every_file_is_named_in_its_row(folder: str) -> None:
-    """Files of `positions` and `attention`, and tasks, are one a paper, and are not listed."""
+    """Methods and tasks are a file or a folder each, and are not listed."""
     rows = section("What lies where")
-    if folder in ("positions", "attention", "tasks", "prompts"):
+    if folder in ("positions", "attention", "memory", "tasks", "prompts"):
         return
     row = next(line for line in rows.splitlines() if line.startswith(f"| `{folder}/`"))
     files = {p.name for p in (PACKAGE / folder).glob("*.py")} - {"__init__.py"}

@@ -400,7 +400,7 @@ class TestInclude:
         model, ids = tiny.model(), torch.arange(200)[None]
         with torch.no_grad():
             before = model(ids).logits
-            for spec in ("cutoff:factor=4", "sharpen", "cutoff:factor=2 + self-extend:group=2", "strided:near=9"):
+            for spec in ("cutoff:factor=4", "sharpen", "cutoff:factor=2 + self-extend:group=2", "strided:recent=9"):
                 with ls.applied(model, spec):
                     assert not torch.allclose(model(ids).logits, before, atol=1e-5)
                     assert torch.allclose(model(ids[:, :1]).logits, before[:, :1], atol=1e-4)

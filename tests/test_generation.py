@@ -128,7 +128,7 @@ class TestControlTokensInTexts:
         self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
     ) -> None:
         fed, chat = fed_tokens(model), Chat(model, tokenizer, max_new_tokens=2, system="</s>be brief")
-        chat._pick = lambda logits: encode(tokenizer, "k")[0]  # type: ignore[assignment]
+        chat.pick = lambda logits: encode(tokenizer, "k")[0]  # type: ignore[assignment]
         chat.say("<s>one")
         chat.say("</s>two")
         assert chat.stats.refed == 0
@@ -243,7 +243,7 @@ class TestChat:
         fed = fed_tokens(model)
         chat = Chat(model, tokenizer, max_new_tokens=4)
         picks = iter([*encode(tokenizer, "ok"), 1] * 2)
-        chat._pick = lambda logits: next(picks)  # type: ignore[assignment]
+        chat.pick = lambda logits: next(picks)  # type: ignore[assignment]
         assert [chat.say("one"), chat.say("two")] == ["ok", "ok"]
         assert tokenizer.decode(fed) == "<s><|user|>one</s>\n<|assistant|>ok</s>\n<|user|>two</s>\n<|assistant|>ok"
 
@@ -291,7 +291,7 @@ class TestChat:
         space = tokenizer("  ", add_special_tokens=False)["input_ids"][0]
         model.generation_config.eos_token_id = 1
         chat = Chat(model, tokenizer, max_new_tokens=3)
-        chat._pick = lambda logits: space  # type: ignore[assignment]
+        chat.pick = lambda logits: space  # type: ignore[assignment]
         assert chat.say("one") == "   "
         chat.say("two")
         assert chat.stats.refed == 0
@@ -307,7 +307,7 @@ class TestChat:
         with pytest.raises(KeyboardInterrupt):
             broken.say("a turn that is broken off", on_text=stop)
         assert broken.stats.turns == 1
-        ids = template_ids(tokenizer, [*broken._said, user("two")])
+        ids = template_ids(tokenizer, [*broken.messages, user("two")])
         assert broken.say("two") == tokenizer.decode(stock(model, ids, 12), skip_special_tokens=True)
 
     def test_reset_forgets(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -331,11 +331,11 @@ class TestChat:
         bare, fed = tiny.tokenizer(), fed_tokens(model)
         bare.chat_template = None
         chat = Chat(model, bare, max_new_tokens=3, plain=True)
-        chat._pick = lambda logits: encode(bare, "k")[0]  # type: ignore[assignment]
+        chat.pick = lambda logits: encode(bare, "k")[0]  # type: ignore[assignment]
         said = [chat.say("one"), chat.say("<s>two")]
         ids = [0, *encode(bare, f"one{said[0]}\n<s>two{said[1]}")]
         assert said == ["kkk", "kkk"] and fed == ids[:-1]
-        chat._forget()  # as after an answer that was broken off
+        chat.drop_cache()  # as after an answer that was broken off
         del fed[:]
         chat.say("three")
         assert chat.stats.refed == 1

@@ -9,7 +9,6 @@ import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -17,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dense
+import slots
 from longspan.core import method as method_module
 from longspan.core.facts import facts_of
 from longspan.core.method import Combination, Method, NoMethod, catalogue, combination, find, parse, read_settings
@@ -34,7 +34,9 @@ CLOSEST = {
 
 
 def of(name: str) -> st.SearchStrategy[Method]:
-    """Valid settings of a method, drawn field by field."""
+    """Valid settings of a method: its own examples, or drawn field by field."""
+    if examples := catalogue()[name].examples:
+        return st.sampled_from(examples).map(lambda spec: parse(spec).methods[0])
     sizes, numbers = st.integers(1, 2**16), st.floats(1, 4096, allow_nan=False)
     special = {
         "sinks": st.integers(0, 100),
@@ -296,19 +298,9 @@ def test_combinations_are_compared_by_what_they_are() -> None:
 
 
 def test_the_table_of_slots_is_that_of_the_catalogue() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "decisions.md").read_text()
-    rows = re.findall(
-        r"^\| `([a-z-]+)`[^|]*\| (`.*) \|$", page.partition("| slot | filled by |")[2].partition("##")[0], re.M
-    )
-    said = {slot: set(re.findall(r"`([a-z0-9-]+)`", names)) for slot, names in rows}
-    fills: dict[str, set[str]] = {}
-    for name, cls in catalogue().items():
-        if cls.__module__.startswith("longspan.") and re.search(
-            "pretrained|trained model|encoder-decoders", cls.works_on
-        ):
-            for slot in cls.slots:
-                fills.setdefault(slot, set()).add(name)
-    assert said == fills
+    page = slots.PAGE.read_text(encoding="utf-8")
+    assert slots.renewed(page) == page, "make tables"
+    assert "| `frequencies` | " in page and "`yarn`" in slots.table()
 
 
 @pytest.mark.parametrize(

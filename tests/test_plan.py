@@ -73,9 +73,9 @@ def test_operations_are_those_that_torch_counts(tied: bool) -> None:
     attention = sum(n for op, n in counted.items() if "bmm" in str(op))
     case, none = _case(config), combination("none")
     norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
-    assert plan._product_flops(case, length) - 2 * norms * length == sum(counted.values()) - attention
+    assert plan.product_flops(case, length) - 2 * norms * length == sum(counted.values()) - attention
     # torch counts the whole square, and some versions the rotation; a causal pass needs the lower half with the diagonal
-    assert plan._attention_flops(case, none, length) == pytest.approx(attention * (length + 1) / (2 * length), rel=1e-3)
+    assert plan.attention_flops(case, none, length) == pytest.approx(attention * (length + 1) / (2 * length), rel=1e-3)
 
 
 def test_a_window_costs_a_band_of_the_square() -> None:
@@ -83,13 +83,13 @@ def test_a_window_costs_a_band_of_the_square() -> None:
     seen = sum(min(t + 1, 64) for t in range(500))
     for spec, kept in (("streaming:sinks=4,window=60", 64), ("window:size=64", 500)):
         band = combination(spec)
-        assert plan._attention_flops(case, band, 500) == 4 * 2 * 4 * 16 * seen
-        assert plan._kept(case.facts, band, 500) == kept
+        assert plan.attention_flops(case, band, 500) == 4 * 2 * 4 * 16 * seen
+        assert plan.cached_tokens(case.facts, band, 500) == kept
     mistral = MistralConfig(
         **{k: getattr(tiny.model().config, k) for k in ("vocab_size", "hidden_size", "num_hidden_layers")}
     )
     mistral.sliding_window = 64
-    assert plan._kept(facts_of(mistral), combination("none"), 500) == 64
+    assert plan.cached_tokens(facts_of(mistral), combination("none"), 500) == 64
 
 
 def test_time_grows_as_the_method_says() -> None:

@@ -2,8 +2,7 @@
 
     make new-method NAME=strided KIND=pattern        # or scheme, task, memory
 
-Where the file is there already, it only says what is still missing. The lists are those that the tests compare with the
-catalogue, and the guides' tables.
+Where the file is there already, it only says what is still missing. The tests of all methods take a file up by themselves.
 """
 
 from __future__ import annotations
@@ -33,66 +32,35 @@ class Entry:
         return f"{self.path}: add {self.add.format(name=name)}, {self.why}."
 
 
-MATRIX = Entry(
-    "tests/conformance/matrix.py",
-    'Line("{name}:<setting>", "{name}:<setting that changes nothing>") to LINES',
-    "which tests it on every model family",
-)
-PAGE = Entry(
-    "docs/conformance.md",
-    "its column and row by running `python tests/conformance/matrix.py > docs/conformance.md`",
-    "which the tests hold to the results",
-)
-SLOTS = Entry("docs/decisions.md", "`{name}` to the table of slots", "in each row of a slot that it fills")
-
-
 @dataclass(frozen=True)
 class Kind:
-    """What a kind of method is: the folder of its source file, the lists that the tests compare, the tables of the docs."""
+    """What a kind of method is: the folder of its source file, and the tables of the documentation that are written by hand."""
 
     folder: str
-    lists: tuple[Entry, ...]
     tables: tuple[Entry, ...]
 
 
 KINDS = {
     "pattern": Kind(
         "attention",
-        (
-            Entry(
-                "tests/lm/attentions.py", 'Line("{name}:<settings>") to LINES', "which tests it in models of our own"
-            ),
-            Entry("tools/survey.py", 'Entry(…, "{name}", <exponent>) to OTHERS', "with its complexity and class"),
-            Entry("docs/survey.md", "its row by running `python tools/survey.py > docs/survey.md`", "as the test asks"),
-            MATRIX,
-            PAGE,
-            SLOTS,
-        ),
-        (Entry("docs/attention.md", "`{name}` to the table of attentions", "with what it costs and keeps"),),
+        (Entry("docs/attention.md", "`{name}` to the table of attentions", "with its cost and cache"),),
     ),
     "scheme": Kind(
         "positions",
-        (Entry("tests/lm/schemes.py", 'Line("{name}") to LINES', "which tests it in models of our own"),),
         (
             Entry(
                 "docs/positions.md", "`{name}` to the table of schemes", "with where it enters and how far it reaches"
             ),
         ),
     ),
-    "task": Kind("tasks", (), ()),
-    "memory": Kind(
-        "memory", (MATRIX, PAGE, SLOTS), (Entry("docs/memory.md", "`{name}`", "with what it keeps and an example"),)
-    ),
+    "task": Kind("tasks", ()),
+    "memory": Kind("memory", (Entry("docs/memory.md", "`{name}`", "with what it keeps and an example"),)),
 }
 NOTES = {
-    "pattern": "A pattern for models of our own alone derives from Pattern in place of OnTrained; it needs neither the matrix, "
-    "the conformance page nor the table of slots.",
-    "memory": "A method that needs a model tuned with it has its Line in TRAINED of tests/conformance/forwards.py instead.",
+    "pattern": "Run `make tables`. A pattern for models of our own alone derives from Pattern in place of OnTrained.",
+    "memory": "Run `make tables`. A method that needs a tuned model has a line in TRAINED of tests/conformance/forwards.py.",
+    "scheme": "A scheme that is not relative, has an end, or is not for encoders has a line in tests/lm/schemes.py that says so.",
 }
-DRAWN = (
-    "tests/test_method.py: if a setting refuses some values of its type, add it to `special` of `of`, with values that it takes; "
-    "the test of specs draws settings from there."
-)
 
 
 def class_name(name: str) -> str:
@@ -103,7 +71,7 @@ def class_name(name: str) -> str:
 def source(name: str, kind: str) -> str:
     """The source file of a new method: the kind's template under its name."""
     text = (TEMPLATES / f"{kind}.py").read_text(encoding="utf-8")
-    return text.replace('"template"', f'"{name}"').replace("Template", class_name(name))
+    return re.sub('"template(?=[":])', f'"{name}', text).replace("Template", class_name(name))
 
 
 def place(name: str, kind: str) -> Path:
@@ -112,7 +80,7 @@ def place(name: str, kind: str) -> Path:
 
 def missing(name: str, kind: str) -> list[str]:
     """A sentence for each line that the method still needs elsewhere."""
-    return [e.sentence(name) for e in (*KINDS[kind].lists, *KINDS[kind].tables) if e.missing(name)]
+    return [e.sentence(name) for e in KINDS[kind].tables if e.missing(name)]
 
 
 def main(name: str, kind: str) -> str:
@@ -130,7 +98,6 @@ def main(name: str, kind: str) -> str:
         ]
     wanted = missing(name, kind)
     said += ["Still missing:", *(f"  {line}" for line in wanted)] if wanted else ["Nothing else is missing."]
-    said += [f"  {DRAWN}"] if kind != "task" else []
     said += [NOTES[kind]] if kind in NOTES else []
     return "\n".join([*said, "docs/adding-a-method.md says what a method answers and what to test."])
 

@@ -9,10 +9,13 @@ they come from a stored result of `longspan bench attention`, and where there is
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from longspan.core.method import catalogue
+from longspan.lm.base import Attention
 from longspan.util.growth import UNTOLD, Growth, growth_of
 
 MEASURED = Path(__file__).parents[1] / "reproductions" / "speed" / "attention.json"
@@ -141,6 +144,18 @@ OTHERS = (
 """What is here and not in the survey, put into its classes by us."""
 
 
+def here_otherwise() -> tuple[Entry, ...]:
+    """OTHERS, and every pattern and mixer of the package that no table names, as it describes itself."""
+    named = {entry.method for entry in (*SURVEY, *OTHERS)}
+    return OTHERS + tuple(
+        Entry(
+            cls.title, int((re.search(r"\d{4}", cls.paper) or ["0"])[0]), cls.cost, "causal" in cls.directions, (), name
+        )
+        for name, cls in catalogue().items()
+        if issubclass(cls, Attention) and name not in named and cls.__module__.startswith("longspan.")
+    )
+
+
 def measured(path: Path = MEASURED) -> dict[str, Growth]:
     """How the forward's time grows, by method, from the rows that `longspan bench attention` wrote; empty where there is no
     file. Of a method that was measured several times (other settings, other ways) the first counts that has an exponent;
@@ -160,7 +175,7 @@ def _row(entry: Entry, exponents: Mapping[str, Growth]) -> str:
     here = "" if entry.method is None else f"`{entry.method}`" + (f" ({entry.note})" if entry.note else "")
     promised, found = "", ""
     if entry.method is not None:
-        promised = f"{entry.grows:g}"
+        promised = "" if entry.grows is None else f"{entry.grows:g}"
         found = str(exponents[entry.method]) if entry.method in exponents else UNKNOWN
     classes, decodes = " + ".join(entry.classes), "yes" if entry.decodes else "no"
     cells = entry.model, str(entry.year), entry.complexity, decodes, classes, here, promised, found
@@ -194,7 +209,7 @@ def page(exponents: Mapping[str, Growth]) -> str:
             "",
             "Put into its classes by us, where one fits.",
             "",
-            *_table(OTHERS, exponents),
+            *_table(here_otherwise(), exponents),
             "",
             "## Classes",
             "",

@@ -1,9 +1,9 @@
-"""Text from a model with a method on it: one answer through transformers' own `generate`, or a chat without end.
+"""Text from a model with a method applied: one answer through transformers' own `generate`, or a chat without end.
 
-The chat keeps one cache for the whole conversation and feeds only what is new in each turn. With a method that bounds
-the cache (`streaming`) memory stays constant however long it goes on. What a turn adds is read off the tokenizer's own
-chat template, rendered with and without the turn; where the template rewrites what was said before, everything is fed
-again. A model without a template goes on with the text as it stands, when that is asked for.
+A chat keeps one KV cache for the whole conversation and feeds only the new tokens of each turn. With a method that bounds
+the cache (`streaming`) memory is constant however long the conversation. The new tokens of a turn are the difference of the
+chat template rendered with and without it; where the template rewrites earlier turns, the whole conversation is fed again.
+A model without a template continues plain text, on request.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from longspan.reading.stream_decoder import StreamDecoder, steps_are_faster, str
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 CHUNK = 1024
-"""Tokens of a chat's turn that go through the model at once, so that a long turn needs no more memory than a short one."""
+"""Tokens of a chat's turn that pass through the model at once, so that a long turn needs no more memory than a short one."""
 
 OnText = Callable[[str], None]
 _ANSWER = "\u2063answer\u2063"
-"""Stands for the model's answers where the template is rendered only to see what it puts around them: templates trim
-answers, and hide parts of them, which must not look like a changed conversation."""
+"""Placeholder of the model's answers where the template is rendered only for the text around them: templates trim answers,
+and hide parts of them, which must not look like a changed conversation."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: temperature 0 takes the likeliest. Raises `SpecError` for what has no meaning."""
+    """How the next token is chosen; temperature 0 takes the likeliest. Raises `SpecError` for values out of range."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -63,21 +63,21 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise SpecError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.temperature == 0 and self.top_p != 1:
-            raise SpecError("top_p has no effect at temperature 0; give a temperature too, for example 0.7")
+            raise SpecError("top_p has no effect at temperature 0; set a temperature too, for example 0.7")
         if self.temperature == 0 and self.seed is not None:
-            raise SpecError("a seed has no effect at temperature 0; give a temperature too, for example 0.7")
+            raise SpecError("a seed has no effect at temperature 0; set a temperature too, for example 0.7")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise SpecError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
 
     def settings(self) -> dict[str, Any]:
-        """As settings of transformers' `GenerationConfig`."""
+        """The sampling as arguments of transformers' `GenerationConfig`."""
         if self.temperature == 0:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
     @contextlib.contextmanager
     def seeded(self, device: torch.device) -> Iterator[None]:
-        """Random numbers from `seed` for the length of a `with` block; the caller's own are as before afterwards."""
+        """Seeds torch's random numbers within a `with` block; afterwards the caller's state is restored."""
         if self.seed is None:
             yield
             return
@@ -87,7 +87,7 @@ class Sampling:
 
 
 def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> Sampling:
-    """What can be refused before a model is loaded. Raises `SpecError`."""
+    """The sampling for these settings; raises `SpecError` for one out of range, before a model is loaded."""
     if not 1 <= max_new_tokens < 2**31:
         raise SpecError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     return Sampling(temperature, top_p, seed)
@@ -95,8 +95,11 @@ def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: 
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate_text` made. `decode_s_per_token` is None where only one token came; `stop` says whether the model
-    ended by itself or ran into `max_new_tokens`."""
+    """The answer of `generate_text`, with its times in seconds.
+
+    decode_s_per_token: None for an answer of one token. stop: `end` for an end-of-text token, `length` where the answer
+    reached `max_new_tokens`. warnings: sentences for the user.
+    """
 
     text: str
     tokens: tuple[int, ...]
@@ -110,7 +113,7 @@ class Generation:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool | None = None) -> list[int]:
     """The token ids of a prompt, with one beginning-of-text token where the tokenizer uses one.
 
-    chat: True puts the prompt into the tokenizer's chat template as a user's message, False takes it as plain text,
+    chat: True puts the prompt into the tokenizer's chat template as a user's message, False encodes it as plain text,
     None uses the template where there is one. Raises `NotSupported` for True without a template, `SpecError` for an
     empty prompt.
     """
@@ -137,10 +140,11 @@ def generate_text(
     memory: Memory | None = None,
     on_text: OnText | None = None,
 ) -> Generation:
-    """Continues `prompt` with whatever method is on the model; `on_text` gets the text piece by piece as it is made.
+    """Answers `prompt` with the model and the method applied to it; `on_text` receives each new piece of text.
 
-    memory: a document that the model has read, which `prompt` goes on from; `chat` is then the memory's own.
-    Raises `SpecError` for settings without meaning. A prompt that, with its answer, is longer than the method can read
+    chat: as in `prompt_ids`. memory: a document that the model has read, which `prompt` continues; `chat` is then the memory's
+    own. temperature: 0 for greedy decoding. Raises `SpecError` for settings out of range, and `LongspanError` where the
+    tokenizer does not fit the model or its logits are not numbers. A prompt that is too long for the method, with its answer,
     is still answered: `warnings` of the result says so.
     """
     sampling = check_settings(max_new_tokens, temperature, top_p, seed)
@@ -163,7 +167,7 @@ def generate_text(
         output = model.generate(  # type: ignore[operator]
             **given,
             generation_config=config,
-            logits_processor=LogitsProcessorList([_Sound()]),
+            logits_processor=LogitsProcessorList([_CheckLogits()]),
             streamer=stream,
             **({"custom_generate": stream_generate} if steps_are_faster(model) else {}),
         )
@@ -185,7 +189,7 @@ def prompt_inputs(ids: Tensor) -> dict[str, Tensor]:
 
 
 def reach_warning(model: PreTrainedModel, length: int) -> str | None:
-    """A sentence for the user where `length` tokens are more than the model can read with the method on it."""
+    """A warning where `length` tokens are more than the model can read with its method; None otherwise."""
     methods = current(model) or combination("none")
     reach = methods.reach(plain_facts(model))
     if reach is None or length <= reach:
@@ -197,18 +201,18 @@ def reach_warning(model: PreTrainedModel, length: int) -> str | None:
 
 
 def plain_facts(model: PreTrainedModel) -> ModelFacts:
-    """Facts of the model as it was before a method was put on it."""
+    """Facts of the model without the method that is applied to it."""
     site = site_of(model)
     return site.facts if site is not None else facts_of(model)
 
 
 def default_chat_method(facts: ModelFacts) -> str:
-    """A chat without end under constant memory: four sinks and a window of 2,044 tokens, or what the model has."""
+    """The spec of `streaming` for a chat: four sinks and a window of 2,044 tokens, or the model's own window."""
     return f"streaming:sinks=4,window={min(2044, facts.window - 4)}"
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer, by the model's generation settings and by the tokenizer."""
+    """Ids of the tokens that end an answer, by the generation config and the tokenizer, ascending."""
     named = getattr(model.generation_config, "eos_token_id", None)
     found = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
     return sorted(token for token in found if token is not None)
@@ -216,8 +220,10 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 @dataclass
 class ChatStats:
-    """Where a chat stands: tokens that the model has read in this conversation, bytes of its cache, turns, how often
-    everything had to be fed again, and the speed of the last answer."""
+    """Counters of a chat: tokens that the model has read, bytes of its KV cache, turns, and the last answer's speed.
+
+    refed: how often the whole conversation had to be fed again. tokens_per_s: None before the first answer.
+    """
 
     tokens: int = 0
     cache_bytes: int = 0
@@ -227,14 +233,15 @@ class ChatStats:
 
 
 class Chat:
-    """A conversation that goes on as long as the method on the model lets it.
+    """A conversation on one KV cache, as long as the model's method allows.
 
         chat = Chat(model, tokenizer)
         chat.say("Hello", on_text=print)
 
-    plain: without a chat template, each message a new line of one text that the model continues.
+    plain: without a chat template; each message is a new line of one text that the model continues.
+
     Raises `NotSupported` for a tokenizer without a chat template, unless plain, and for a system message in a plain text,
-    which would be no instruction.
+    in which it would not be an instruction; `SpecError` for settings out of range.
     """
 
     def __init__(
@@ -250,47 +257,53 @@ class Chat:
         seed: int | None = None,
     ):
         if plain and system:
-            raise NotSupported("a plain text has no system message; leave it out, and write what the text begins with")
+            raise NotSupported(
+                "a plain text has no system message; leave it out, and write it as the beginning of the text"
+            )
         self.sampling = check_settings(max_new_tokens, temperature, top_p, seed)
         self.model = model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self._system: Messages = [{"role": "system", "content": system}] if system else []
         self._ends = frozenset(end_tokens(model, tokenizer))
-        self._pick = _Picker(self.sampling, model.device)
+        self.pick = _Picker(self.sampling, model.device)
         self._plain = plain
         self.reset()
         if not plain:
             render(tokenizer, [*self._system, {"role": "user", "content": "Hello"}])  # refuses before the first turn
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Starts a new conversation, without the messages and the cache of the last one."""
         self.stats = ChatStats()
-        self._said: Messages = list(self._system)
-        self._forget()
+        self.messages: Messages = list(self._system)
+        self.drop_cache()
 
     def say(self, text: str, on_text: OnText | None = None) -> str:
-        """The model's answer to `text`; `on_text` gets it piece by piece. An answer that is broken off by
-        KeyboardInterrupt leaves the conversation as it was before this turn."""
+        """The model's answer to `text`; `on_text` receives it piece by piece.
+
+        An answer that KeyboardInterrupt stops leaves the conversation as it was before this turn. Raises `SpecError` for
+        an empty message, and `LongspanError` as `generate_text` does.
+        """
         if not text.strip():
             raise SpecError("an empty message; write something, or /exit")
         user = {"role": "user", "content": text}
         try:
             answer = self._answer(self._new_tokens(user), _Stream(self.tokenizer, on_text))
         except BaseException:
-            self._forget()  # the cache may hold half a token: the next turn feeds everything again
+            self.drop_cache()  # the cache may contain a part of the turn: the next one feeds everything again
             raise
-        self._said += [user, {"role": "assistant", "content": answer}]
+        self.messages += [user, {"role": "assistant", "content": answer}]
         self.stats.turns += 1
         self.stats.cache_bytes = cache_bytes(self._cache)
         return answer
 
     @property
     def warning(self) -> str | None:
-        """What the user should know once the conversation is longer than the method can read."""
+        """A warning once the conversation is longer than the method can read; None before."""
         return reach_warning(self.model, self.stats.tokens)
 
-    def _forget(self) -> None:
+    def drop_cache(self) -> None:
+        """Makes the next turn feed the whole conversation again, into a new cache."""
         self._cache: Any = None
         self._decoder: StreamDecoder | None = None
         self._shape: Messages = list(self._system)
@@ -299,7 +312,7 @@ class Chat:
         self.stats.tokens = 0
 
     def _new_tokens(self, user: dict[str, str]) -> list[int]:
-        """What the model has not read yet: the last token of the last answer and what the template puts after it."""
+        """Token ids that the model has not read: the last one of the last answer, and what the template adds after it."""
         if self._plain:
             return self._continued(user)
         rendered = render(self.tokenizer, [*self._shape, user])
@@ -315,23 +328,23 @@ class Chat:
         return unread + encode_rendered(self.tokenizer, tail)
 
     def _continued(self, user: dict[str, str]) -> list[int]:
-        """`_new_tokens` of a text without a template, which goes on in a new line."""
+        """`_new_tokens` of a text without a template, which continues in a new line."""
         if self._cache is not None:
             return self._unread + encode(self.tokenizer, f"\n{user['content']}")
-        if self._said:
+        if self.messages:
             self.stats.refed += 1
-            self._forget()
-        lines = [f"\n{m['content']}" if m["role"] == "user" else m["content"] for m in (*self._said, user)]
+            self.drop_cache()
+        lines = [f"\n{m['content']}" if m["role"] == "user" else m["content"] for m in (*self.messages, user)]
         return with_bos(self.tokenizer, encode(self.tokenizer, "".join(lines).removeprefix("\n")))
 
     def _everything(self, user: dict[str, str]) -> list[int]:
-        """The whole conversation with the new turn: for the first turn, and where the template rewrote earlier ones."""
+        """Token ids of the whole conversation, for the first turn and where the template rewrote earlier ones."""
         if self._cache is not None:
             self.stats.refed += 1
-        self._forget()
-        self._shape = [m if m["role"] != "assistant" else {**m, "content": _ANSWER} for m in self._said]
+        self.drop_cache()
+        self._shape = [m if m["role"] != "assistant" else {**m, "content": _ANSWER} for m in self.messages]
         self._next_shape(user, render(self.tokenizer, [*self._shape, user]))
-        return with_bos(self.tokenizer, encode_rendered(self.tokenizer, render(self.tokenizer, [*self._said, user])))
+        return with_bos(self.tokenizer, encode_rendered(self.tokenizer, render(self.tokenizer, [*self.messages, user])))
 
     def _next_shape(self, user: dict[str, str], rendered: str) -> None:
         self._rendered = rendered
@@ -340,13 +353,13 @@ class Chat:
     @torch.no_grad()
     def _answer(self, ids: list[int], stream: _Stream) -> str:
         _check_ids(self.model, ids)
-        logits = _Sound()(None, self._read(ids))
+        logits = _CheckLogits()(None, self._read(ids))
         stream.start(prompt=False)
         answer: list[int] = []
         while not answer or (answer[-1] not in self._ends and len(answer) < self.max_new_tokens):
             if answer:
                 logits = self._step(answer[-1])
-            answer.append(self._pick(logits))
+            answer.append(self.pick(logits))
             stream.put(torch.tensor(answer[-1:]))
         stream.end()
         self._unread = answer[-1:]
@@ -354,7 +367,7 @@ class Chat:
         return _text(self.tokenizer, answer, special=False)
 
     def _step(self, token: int) -> Tensor:
-        """`_read` of one token, by a CUDA graph where there is one."""
+        """`_read` of one token, through a CUDA graph where that is possible."""
         if self._decoder is None:
             if not steps_are_faster(self.model):
                 return self._read([token])
@@ -363,17 +376,17 @@ class Chat:
         return self._decoder.step(torch.tensor([[token]], device=self.model.device)).float()
 
     def _read(self, ids: list[int]) -> Tensor:
-        """Feeds `ids` in chunks; (1, vocabulary) logits after the last one."""
+        """Feeds `ids` in chunks; returns fp32 logits (1, vocabulary) after the last one."""
         for chunk in torch.tensor([ids], device=self.model.device).split(CHUNK, dim=1):
-            given = with_cache(self.model, self._cache)
-            output = self.model(input_ids=chunk, use_cache=True, logits_to_keep=1, **given)
+            kwargs = with_cache(self.model, self._cache)
+            output = self.model(input_ids=chunk, use_cache=True, logits_to_keep=1, **kwargs)
             self._cache = cache_of(output)
         self.stats.tokens += len(ids)
         return output.logits[:, -1].float()
 
 
 class _Picker:
-    """The next token from (1, vocabulary) logits, as `Sampling` says."""
+    """Picks the next token from logits (1, vocabulary), greedily or by sampling."""
 
     def __init__(self, sampling: Sampling, device: torch.device):
         self.warpers = None
@@ -391,7 +404,7 @@ class _Picker:
 
 
 class _Stream(TextStreamer):
-    """Hands text on in whole words, and notes when each token came (reading a token waits for the device)."""
+    """Passes text on in whole words, and records the time of each token (reading a token waits for the device)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText | None):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
@@ -399,7 +412,7 @@ class _Stream(TextStreamer):
         self.times: list[float] = []
 
     def start(self, *, prompt: bool = True) -> None:
-        """prompt: whether the first tokens that come are the prompt, as `generate` sends them."""
+        """Starts the clock; `prompt`: whether the first tokens are the prompt, as `generate` sends them."""
         self.next_tokens_are_prompt = prompt
         self.started = time.perf_counter()
 
@@ -413,8 +426,8 @@ class _Stream(TextStreamer):
             self.on_text(text)
 
 
-class _Sound(LogitsProcessor):
-    """Lets scores pass; refuses those after the prompt that are not numbers, from which any token could be read."""
+class _CheckLogits(LogitsProcessor):
+    """Returns scores unchanged; raises `LongspanError` where those after the prompt are not numbers."""
 
     def __init__(self) -> None:
         self.checked = False
@@ -432,7 +445,7 @@ def _check_ids(model: PreTrainedModel, ids: list[int]) -> None:
     rows = text_config(model.config).vocab_size
     if max(ids) >= rows:
         raise LongspanError(
-            f"the tokenizer gives token {max(ids):,} and the model has {rows:,}: they do not belong together; copy the "
+            f"the tokenizer has token {max(ids):,} and the model only {rows:,}: they do not belong together; copy the "
             "tokenizer from the model's source"
         )
 

@@ -1,9 +1,8 @@
-"""Time and memory of a forward: prefill and decoding apart, weights, cache and peak apart.
+"""Time and memory of prefill and of decoding, with weights, KV cache and peak as separate figures.
 
-Both ends of a timed phase are synchronised with the device. The peak is reset at the start of each phase: on CUDA it
-is what the allocator held at most, on the CPU the largest resident set of the process, interpreter and libraries
-included (Linux can reset that; elsewhere it is the peak since the process began). Weights, cache and peak are
-separate figures, since most methods lower one of them only. Repeats give the median and the quartiles.
+The device is synchronised before and after a timed phase. The peak is reset at the start of each phase: on CUDA it is the most
+that the allocator held, on a CPU the largest resident set of the process, interpreter and libraries included (Linux can reset it;
+elsewhere it is the peak since the process began). Repeats give the median and the quartiles.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from longspan.core.facts import ModelFacts
 
 @dataclass
 class _Phase:
-    """Repeats of one phase: seconds and tokens of each, and the highest peak of them all, in bytes."""
+    """Repeats of one phase: seconds and tokens of each, and the highest peak of all, in bytes."""
 
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -34,7 +33,7 @@ class _Phase:
 
 
 class Meter:
-    """Takes the cost of the phases that a task marks. `tokens` counts all tokens that passed so far."""
+    """Measures the phases that a task marks. `tokens` is the number of tokens of all phases so far."""
 
     def __init__(self, device: torch.device | str, model: nn.Module | None = None):
         self.device = torch.device(device)
@@ -44,16 +43,16 @@ class Meter:
         self._weights = weights_bytes(model) if model is not None else None
 
     def prefill(self, tokens: int) -> contextlib.AbstractContextManager[None]:
-        """Times the block as the reading of `tokens` input tokens."""
+        """A context that is measured as the prefill of `tokens` tokens."""
         return self._timed(self._prefill, tokens)
 
     def decode(self, tokens: int) -> contextlib.AbstractContextManager[None]:
-        """Times the block as the making of `tokens` output tokens, one after another."""
+        """A context that is measured as the decoding of `tokens` tokens, one after another."""
         return self._timed(self._decode, tokens)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Counts all prefills within the block as one, of all their tokens: a stream that is read turn by turn."""
+        """A context whose prefills count as one, of all their tokens: a stream that is read turn by turn."""
         phase = self._prefill
         before = len(phase.seconds)
         yield
@@ -62,12 +61,14 @@ class Meter:
             phase.tokens[before:] = [sum(phase.tokens[before:])]
 
     def cache(self, past: Any) -> None:
-        """Takes the size of a cache; the largest that was seen is reported."""
+        """Measures the size of a KV cache; `report` has the largest."""
         self._cache = max(self._cache or 0, cache_bytes(past))
 
     def report(self) -> dict[str, Any]:
-        """Seconds, tokens and bytes; None where a figure was not taken. Times are medians over the repeats; the
-        `_quartiles` beside them are None under four repeats."""
+        """Seconds, tokens and bytes by name; None where a figure was not measured.
+
+        Times are medians over the repeats; the `_quartiles` beside them are None for fewer than four repeats.
+        """
         per_token = [s / n for s, n in zip(self._decode.seconds, self._decode.tokens, strict=True) if n]
         return {
             "prefill_s": _median(self._prefill.seconds),
@@ -110,23 +111,23 @@ def _quartiles(values: list[float]) -> list[float] | None:
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits until the device has done all that it was given."""
+    """Waits until the device has finished all work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts a new peak at what is held now."""
+    """Resets the peak of memory to what is in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu":
-        # refused where /proc is read-only or there is none: the peak is then the process's own since its start
+        # fails where /proc is read-only or missing: the peak is then the one since the process began
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
             file.write("5")
 
 
 def read_peak(device: torch.device) -> int | None:
-    """Bytes held at most since `reset_peak`; None on a device that cannot tell."""
+    """The peak of memory in bytes since `reset_peak`; None on devices other than CUDA and CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu":
@@ -142,13 +143,12 @@ def read_peak(device: torch.device) -> int | None:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes of the storages of all parameters; tied weights count once."""
+    """Bytes of the parameters; tied weights count once."""
     return _storage_bytes(model.parameters())
 
 
 def cache_bytes(past: Any) -> int:
-    """Bytes of the distinct storages that a key-value cache holds: a view counts as the whole storage that it keeps
-    alive."""
+    """Bytes of the distinct storages in a KV cache; a view counts as the whole storage that it keeps alive."""
     found: list[Tensor] = []
     _collect(past, found, set())
     return _storage_bytes(found)
@@ -160,8 +160,7 @@ def _storage_bytes(tensors: Any) -> int:
 
 
 def _collect(value: Any, found: list[Tensor], seen: set[int]) -> None:
-    """Gathers the tensors that an object of a cache holds, through lists, dicts and attributes, never through
-    modules."""
+    """Appends to `found` the tensors within an object, through lists, dicts and attributes, but not through modules."""
     if id(value) in seen:
         return
     seen.add(id(value))

@@ -1,9 +1,9 @@
-"""Memory and time before the run: what a model needs for one input of a length, and which methods fit this machine.
+"""Memory and time before a run: what a model needs for one input, and which methods fit this machine.
 
-Memory is counted from the configuration, the way a run here takes it: weights, the key-value cache, the activations of the
-tokens that pass at once, the logits of one token, and the process itself. Time is operations over speed: the speeds of a
-matrix product, of attention, of memory and of the smallest operation are measured on the device for under a second. All of
-it is an estimate; times may be off by a factor of two. No weights are loaded.
+Memory is computed from the configuration, as a run of this package uses it: weights, KV cache, activations of the tokens
+that pass at once, logits of one token, and the process itself. Time is operations divided by speed: the speeds of a matrix
+product, of attention, of memory and of the smallest operation are measured on the device, in less than a second. All figures
+are estimates; times may be wrong by a factor of two. No weights are loaded.
 """
 
 from __future__ import annotations
@@ -35,25 +35,28 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LONGEST = 2**27
-"""Where the search for the longest length ends, in tokens."""
+"""Tokens at which the search for the longest input stops."""
 REMARKS_FROM = 100
-"""Columns of a terminal in which remarks stand in the table, and not under it."""
+"""Columns of a terminal from which remarks are a column of the table, not lines below it."""
 _CUDA_CONTEXT = 600 * 10**6
-# Small operations (norms, rotation, activation, residuals) of a decoder layer: how many, and how often they read or write a
-# hidden or a feed-forward state. Counted on a Llama layer.
+# Small operations (norms, rotation, activation, residuals) of a decoder layer, counted on Llama: their number, and how often
+# they read or write a hidden or a feed-forward state.
 _SMALL_OPS = 60
 _HIDDEN_PASSES = 40
 _WIDE_PASSES = 8
-# What a method adds that computes attention itself over a full cache, as measured on a CPU: scores made more than once, and
-# keys turned again, in fp32, for every token that is written.
+# Factors for a method that computes attention itself over a full cache, measured on a CPU: scores are computed more than
+# once, and keys are rotated again, in fp32, for every token that is written.
 _OWN_ATTENTION = 3.0
-_TURNED_PASSES = 8
+_ROTATION_PASSES = 8
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What the device reaches, measured: operations a second in products and in attention, bytes a second where one large
-    tensor is made of another and where a matrix meets one vector, seconds of the smallest operation."""
+    """Measured speeds of a device.
+
+    product, attention: floating point operations a second. copying, reading: bytes a second where one large tensor is
+    computed from another, and where a matrix multiplies one vector. operation: seconds of the smallest operation.
+    """
 
     product: float
     attention: float
@@ -64,7 +67,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes on the device while `length` tokens are read and some more written."""
+    """Bytes on the device while an input is read and an output written."""
 
     weights: int
     cache: int
@@ -73,13 +76,17 @@ class Needs:
 
     @property
     def total(self) -> int:
+        """The sum of all parts, in bytes."""
         return self.weights + self.cache + self.activations + self.process
 
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """One method at the planned length. Where it is not `legal`, `reason` says why and there are no figures; where it is
-    legal but not made for the length, `reason` says how far it reaches."""
+    """One method at the planned length.
+
+    reason: why a method that is not `legal` on the model is refused, without figures; or how far a legal one reaches where
+    that is less than the length.
+    """
 
     spec: str
     legal: bool
@@ -93,7 +100,7 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan for one method, and all methods beside it. Lengths in tokens, sizes in bytes, times in seconds."""
+    """The plan for one method, with all methods for comparison. Lengths in tokens, sizes in bytes, times in seconds."""
 
     model: str
     method: str
@@ -108,7 +115,7 @@ class Plan:
     available: int
     fits: bool
     longest: int | None
-    """The longest input that fits into memory; None where there is no end within reach."""
+    """The longest input that fits into memory; None from `LONGEST` tokens on."""
     prefill_flops: float
     prefill_s: float
     decode_s_per_token: float
@@ -117,17 +124,17 @@ class Plan:
 
     @property
     def total_s(self) -> float:
-        """Reading the input and writing the output."""
+        """Seconds to read the input and write the output."""
         return self.prefill_s + self.output_tokens * self.decode_s_per_token
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan for programs; every figure is an estimate."""
+        """The plan as JSON data; every figure is an estimate."""
         return {"estimate": True, **asdict(self), "total_bytes": self.needs.total, "total_s": self.total_s}
 
 
 @dataclass(frozen=True)
 class _Case:
-    """What the estimates are made of, but for method and length."""
+    """The inputs of every estimate, except method and length."""
 
     facts: ModelFacts
     config: PreTrainedConfig
@@ -146,22 +153,25 @@ def plan(
     device: str | torch.device | None = None,
     output_tokens: int = 256,
 ) -> Plan:
-    """What reading `length` tokens and writing `output_tokens` needs, with `method` (the bare model if left out) and with
-    every method of the catalogue. Raises `LongspanError` for a model or a method that cannot be."""
+    """Memory and time to read `length` tokens and write `output_tokens`, with `method` and with every other method.
+
+    method: the bare model if left out. Raises `LongspanError` for a model that cannot be read, or a method that it cannot
+    take.
+    """
     if length < 1 or output_tokens < 0:
         raise SpecError("plan needs length ≥ 1 and output_tokens ≥ 0")
     where = models.pick_device(device)
     kind = models.pick_dtype(dtype, where)
     facts, config = models.inspect_model(model), models.read_config(model)
-    wanted = combination(method or "none").resolve(facts, length)
+    applied = combination(method or "none").resolve(facts, length)
     case = _Case(facts, text_config(config), kind, where, _process_bytes(where), output_tokens)
     free = available(where)
     speeds = measure(where, kind, case.config)
-    needs = needed(case, wanted, length)
-    prefill, decode = seconds(case, wanted, length, speeds)
+    needs = needed(case, applied, length)
+    prefill, decode = seconds(case, applied, length, speeds)
     return Plan(
         model=str(model),
-        method=wanted.spec,
+        method=applied.spec,
         length=length,
         output_tokens=output_tokens,
         dtype=str(kind).removeprefix("torch."),
@@ -172,8 +182,8 @@ def plan(
         needs=needs,
         available=free,
         fits=needs.total <= free,
-        longest=longest(case, wanted, free),
-        prefill_flops=prefill_flops(case, wanted, length),
+        longest=longest(case, applied, free),
+        prefill_flops=prefill_flops(case, applied, length),
         prefill_s=prefill,
         decode_s_per_token=decode,
         speeds=speeds,
@@ -182,27 +192,27 @@ def plan(
 
 
 def _in_order() -> list[type[Method]]:
-    """The catalogue, the bare model first."""
+    """The catalogue's methods for trained decoders, the bare model first."""
     known = (cls for cls in catalogue().values() if NoMethod.works_on in cls.works_on)
     return sorted(known, key=lambda cls: cls is not NoMethod)
 
 
 def _row(case: _Case, cls: type[Method], length: int, free: int, speeds: Speeds) -> MethodPlan:
     try:
-        wanted = Combination((cls(),)).resolve(case.facts, length)
+        applied = Combination((cls(),)).resolve(case.facts, length)
     except LongspanError as error:
         return MethodPlan(cls.name, legal=False, reason=str(error).removeprefix(f"{cls.name}: "))
-    needs, reach = needed(case, wanted, length), wanted.reach(case.facts)
-    prefill, decode = seconds(case, wanted, length, speeds)
+    needs, reach = needed(case, applied, length), applied.reach(case.facts)
+    prefill, decode = seconds(case, applied, length, speeds)
     reason = f"made for up to {reach:,} tokens" if reach is not None and reach < length else ""
-    return MethodPlan(wanted.spec, True, reason, reach, needs, needs.total <= free, prefill, decode)
+    return MethodPlan(applied.spec, True, reason, reach, needs, needs.total <= free, prefill, decode)
 
 
 # Memory
 
 
 def available(device: torch.device) -> int:
-    """Bytes that a run could take: what is free, and on the CPU what this process holds as well, since a run holds it too."""
+    """Bytes that a run could use: free memory, and on the CPU also that of this process, which a run has as well."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
@@ -210,33 +220,33 @@ def available(device: torch.device) -> int:
 
 
 def _process_bytes(device: torch.device) -> int:
-    """What a process holds before any model: its libraries, or the context on the device."""
+    """Bytes of a process before any model: its libraries, or the context on the device."""
     return _CUDA_CONTEXT if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
-def needed(case: _Case, wanted: Combination, length: int) -> Needs:
-    """Memory for one input of `length` tokens. A layer whose cache grows holds the old and the new one for a moment."""
+def needed(case: _Case, applied: Combination, length: int) -> Needs:
+    """Memory for one input of `length` tokens; a layer whose cache grows briefly has the old and the new one."""
     facts = case.facts
     per_token = facts.cache_bytes_per_token(case.dtype)
-    cache = per_token * _kept(facts, wanted, length + case.output_tokens)
+    cache = per_token * cached_tokens(facts, applied, length + case.output_tokens)
     at_once = _at_once(case, length)
     width = 8 * facts.hidden + 4 * _feed_forward(case.config)
     activations = at_once * width * case.dtype.itemsize + cache // facts.layers + facts.vocab * 4
     # Chunks after the first attend with a mask, as booleans and as numbers.
-    activations += min(at_once, length - at_once) * _kept(facts, wanted, length) * (1 + case.dtype.itemsize)
+    activations += min(at_once, length - at_once) * cached_tokens(facts, applied, length) * (1 + case.dtype.itemsize)
     return Needs(facts.parameters * case.dtype.itemsize, cache, activations, case.process)
 
 
-def _kept(facts: ModelFacts, wanted: Combination, length: int) -> int:
-    """Tokens in the cache after `length` tokens."""
-    kept = min((m.cache_tokens(facts, length) for m in wanted.methods), default=length)
+def cached_tokens(facts: ModelFacts, applied: Combination, length: int) -> int:
+    """Tokens in the KV cache after `length` tokens."""
+    cached = min((m.cache_tokens(facts, length) for m in applied.methods), default=length)
     if facts.sliding_window and "full_attention" not in facts.layer_types:
-        kept = min(kept, facts.sliding_window)
-    return kept
+        cached = min(cached, facts.sliding_window)
+    return cached
 
 
 def _at_once(case: _Case, length: int) -> int:
-    """Tokens that pass through the model together."""
+    """Tokens that pass through the model at once."""
     model: Any = SimpleNamespace(config=case.config, device=case.device, dtype=case.dtype)
     return min(length, chunk_size(model, length))
 
@@ -245,61 +255,66 @@ def _feed_forward(config: PreTrainedConfig) -> int:
     return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
 
 
-def longest(case: _Case, wanted: Combination, free: int) -> int | None:
-    """The longest input that fits into `free` bytes; 0 where not even one token does, None where the end is out of sight."""
-    if needed(case, wanted, LONGEST).total <= free:
+def longest(case: _Case, applied: Combination, free: int) -> int | None:
+    """The longest input, in tokens, that fits into `free` bytes; 0 for none, None from `LONGEST` on."""
+    if needed(case, applied, LONGEST).total <= free:
         return None
     low, high = 0, LONGEST
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if needed(case, wanted, middle).total <= free else (low, middle)
+        low, high = (middle, high) if needed(case, applied, middle).total <= free else (low, middle)
     return low
 
 
 # Time
 
 
-def prefill_flops(case: _Case, wanted: Combination, length: int) -> float:
-    """Operations of reading `length` tokens: two for each weight that multiplies and token, and four per head, channel and
-    pair of a query and a key that it sees. Embeddings are looked up, and the last token alone gets logits."""
-    return _product_flops(case, length) + _attention_flops(case, wanted, length)
+def prefill_flops(case: _Case, applied: Combination, length: int) -> float:
+    """Floating point operations of a prefill of `length` tokens.
+
+    Two for each token and weight of a matrix product, and four for each head, channel and pair of a query and a key under
+    its mask. Embeddings are looked up, and only the last token has logits.
+    """
+    return product_flops(case, length) + attention_flops(case, applied, length)
 
 
-def _product_flops(case: _Case, length: int) -> float:
+def product_flops(case: _Case, length: int) -> float:
+    """Floating point operations of all matrix products in a prefill of `length` tokens."""
     facts = case.facts
     table = facts.vocab * facts.hidden
     tables = table if getattr(case.config, "tie_word_embeddings", False) else 2 * table
     return 2.0 * (facts.parameters - tables) * length + 2.0 * table
 
 
-def _attention_flops(case: _Case, wanted: Combination, length: int) -> float:
+def attention_flops(case: _Case, applied: Combination, length: int) -> float:
+    """Floating point operations of attention in a prefill of `length` tokens."""
     facts = case.facts
-    seen = min(_kept(facts, wanted, length), length, *(m.keys_seen(facts, length) for m in wanted.methods))
-    pairs = seen * (seen + 1) / 2 + (length - seen) * seen
+    keys = min(cached_tokens(facts, applied, length), length, *(m.keys_seen(facts, length) for m in applied.methods))
+    pairs = keys * (keys + 1) / 2 + (length - keys) * keys
     return 4.0 * facts.layers * facts.heads * facts.head_dim * pairs
 
 
-def seconds(case: _Case, wanted: Combination, length: int, speeds: Speeds) -> tuple[float, float]:
+def seconds(case: _Case, applied: Combination, length: int, speeds: Speeds) -> tuple[float, float]:
     """Seconds to read `length` tokens, and to write each token after them."""
     facts, size = case.facts, case.dtype.itemsize
     states = (_HIDDEN_PASSES * facts.hidden + _WIDE_PASSES * _feed_forward(case.config)) * size * facts.layers
     calls = facts.layers * _SMALL_OPS * speeds.operation
-    cache = facts.cache_bytes_per_token(case.dtype) * _kept(facts, wanted, length)
-    turns = _turns_all_keys(facts, wanted, length)
-    attention = _attention_flops(case, wanted, length) / speeds.attention * (_OWN_ATTENTION if turns else 1)
-    read = _product_flops(case, length) / speeds.product + attention + length * states / speeds.copying + calls
+    cache = facts.cache_bytes_per_token(case.dtype) * cached_tokens(facts, applied, length)
+    rotates = _rotates_all_keys(facts, applied, length)
+    attention = attention_flops(case, applied, length) / speeds.attention * (_OWN_ATTENTION if rotates else 1)
+    read = product_flops(case, length) / speeds.product + attention + length * states / speeds.copying + calls
     write = (facts.parameters * size + cache) / speeds.reading + calls
-    return read, write + (_TURNED_PASSES * cache * 4 / size / speeds.copying if turns else 0)
+    return read, write + (_ROTATION_PASSES * cache * 4 / size / speeds.copying if rotates else 0)
 
 
-def _turns_all_keys(facts: ModelFacts, wanted: Combination, length: int) -> bool:
-    """True for a method with an attention of its own that keeps every key and may see it."""
-    own = any("attention" in m.slots and "span" not in m.slots for m in wanted.methods)
-    return own and all(m.cache_tokens(facts, length) >= length for m in wanted.methods)
+def _rotates_all_keys(facts: ModelFacts, applied: Combination, length: int) -> bool:
+    """True for a method that replaces attention and keeps every key in the cache."""
+    replaces = any("attention" in m.slots and "span" not in m.slots for m in applied.methods)
+    return replaces and all(m.cache_tokens(facts, length) >= length for m in applied.methods)
 
 
 def measure(device: torch.device, dtype: torch.dtype, config: PreTrainedConfig) -> Speeds:
-    """Takes the device's speeds, in about half a second, on shapes of the model."""
+    """Measures the device's speeds on the model's shapes, in about half a second."""
     hidden, wide = config.hidden_size, _feed_forward(config)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or hidden // heads
@@ -324,7 +339,7 @@ def _filled(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) ->
 
 
 def _time(device: torch.device, work: Callable[[], Any], budget: float = 0.12) -> float:
-    """Median seconds of `work`, called as often as `budget` seconds allow, after one call that is not counted."""
+    """Median seconds of `work`, over `budget` seconds and at least three calls, after one that is not counted."""
     times: list[float] = []
     work()
     meter.synchronise(device)
@@ -339,36 +354,36 @@ def _time(device: torch.device, work: Callable[[], Any], budget: float = 0.12) -
 # For people
 
 
-def terminal(made: Plan, console: Console | None = None) -> None:
-    """Prints the plan: what it needs, how long it takes, and the methods beside each other."""
+def terminal(plan: Plan, console: Console | None = None) -> None:
+    """Prints the plan: memory, time, the longest input, and a table of all methods."""
     from rich.console import Console
     from rich.text import Text
 
     console = console or Console(width=None if sys.stdout.isatty() else 160)
-    verdict = "fits" if made.fits else "does not fit"
+    verdict = "fits" if plan.fits else "does not fit"
     console.print(
         Text.assemble(
-            f"{made.model} with {made.method}, {made.length:,} tokens in and {made.output_tokens:,} out: ",
-            (verdict, "bold green" if made.fits else "bold red"),
-            f" on {made.device_name} ({made.device}, {made.dtype}). All figures are estimates.",
+            f"{plan.model} with {plan.method}, {plan.length:,} tokens in and {plan.output_tokens:,} out: ",
+            (verdict, "bold green" if plan.fits else "bold red"),
+            f" on {plan.device_name} ({plan.device}, {plan.dtype}). All figures are estimates.",
         )
     )
-    needs, at_most = made.needs, f"{LONGEST:,} tokens and more"
+    needs, at_most = plan.needs, f"{LONGEST:,} tokens and more"
     console.print(
-        f"memory   {size(needs.total)} of {size(made.available)}: weights {size(needs.weights)}, cache {size(needs.cache)}, "
+        f"memory   {size(needs.total)} of {size(plan.available)}: weights {size(needs.weights)}, cache {size(needs.cache)}, "
         f"activations {size(needs.activations)}, process {size(needs.process)}"
     )
     console.print(
-        f"time     reading {duration(made.prefill_s)} ({made.prefill_flops / 1e12:,.3g} TFLOP), "
-        f"writing {duration(made.decode_s_per_token)} a token, {duration(made.total_s)} in all"
+        f"time     reading {duration(plan.prefill_s)} ({plan.prefill_flops / 1e12:,.3g} TFLOP), "
+        f"writing {duration(plan.decode_s_per_token)} a token, {duration(plan.total_s)} in all"
     )
     console.print(
-        f"longest  {at_most if made.longest is None else f'{made.longest:,} tokens'} fit into memory; the model's own window "
-        f"is {made.window:,}"
+        f"longest  {at_most if plan.longest is None else f'{plan.longest:,} tokens'} fit into memory; the model's own window "
+        f"is {plan.window:,}"
     )
     beside = console.width >= REMARKS_FROM
-    console.print(_table(made, beside))
-    for row in () if beside else made.methods:
+    console.print(_table(plan, beside))
+    for row in () if beside else plan.methods:
         if remark := _remark(row):
             console.print(Text(f"{row.spec}: {remark}"))
 
@@ -377,14 +392,14 @@ def _remark(row: MethodPlan) -> str:
     return row.reason if row.legal else f"not here: {row.reason}"
 
 
-def _table(made: Plan, remarks: bool) -> Table:
+def _table(plan: Plan, remarks: bool) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     table = Table("method", "cache", "memory", "fits", "reading", "writing a token", *(["remark"] if remarks else []))
     for column in table.columns:
         column.overflow, column.no_wrap = "fold", column.header in ("cache", "memory", "fits", "reading")
-    for row in made.methods:
+    for row in plan.methods:
         figures = [""] * 5
         if row.needs and row.prefill_s is not None and row.decode_s_per_token is not None:
             times = duration(row.prefill_s), duration(row.decode_s_per_token)

@@ -83,7 +83,7 @@ def test_encoder_decoder_generates_what_it_computes() -> None:
     ("settings", "says"),
     [
         ({"position": "alibi"}, "bias"),
-        ({"position": "xpos"}, "turn"),
+        ({"position": "xpos"}, "rotate_qk"),
         ({"position": "rope + logn"}, "query_scale"),
         ({"attention_dropout": 0.1}, "hidden_dropout"),
     ],

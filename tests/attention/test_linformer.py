@@ -103,7 +103,7 @@ def test_saved_and_loaded(share: str, tmp_path: Path) -> None:
         assert list(projections(again)) == ["model.layers.0.self_attn.projection.keys"]
         again(ids, labels=ids).loss.backward()
         own = projections(again)["model.layers.0.self_attn.projection.keys"]
-        assert all((m._elsewhere[0] if m._elsewhere else m.projection).keys is own for m in layers(again))
+        assert all(m.projection_in_use.keys is own for m in layers(again))
 
 
 def test_sharing_is_among_layers_of_the_same_settings() -> None:

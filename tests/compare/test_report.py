@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from sample_run import METHODS, PASSKEY, PPL, STREAM, sample_run, write_run
 
-from longspan.cli import main as cli
+from longspan.cli.main import run as run_command
 from longspan.compare import statistics as stats
 from longspan.compare.report import figures
 from longspan.compare.report import pages as report
@@ -122,7 +122,7 @@ def test_a_loss_alone_does_not_decide_where_something_must_be_found():
     advice = advice_of(("none", STREAMING))
     assert advice.method is None
     assert "nothing that was measured works" in advice.sentence
-    assert f"{STREAMING} holds the loss (ppl loss 3.3" in advice.sentence
+    assert f"{STREAMING} keeps the loss (ppl loss 3.3" in advice.sentence
     assert "but forgets: it cannot find what it dropped (passkey 0.00)" in advice.sentence
 
 
@@ -133,7 +133,7 @@ def test_a_small_cache_that_was_not_asked_is_said_to_forget():
 
 
 def test_where_another_is_advised_forgetting_is_a_note():
-    assert any(n.startswith(f"{STREAMING} holds the loss") and "forgets" in n for n in advice_of().notes)
+    assert any(n.startswith(f"{STREAMING} keeps the loss") and "forgets" in n for n in advice_of().notes)
 
 
 def test_no_measurable_harm_is_said():
@@ -160,7 +160,10 @@ def test_a_task_that_the_model_fails_everywhere_is_left_aside():
             sample["score"], sample["detail"]["found"] = 0.0, False
     advice = advise(Results(manifest, cells))
     assert advice.method is not None
-    assert "passkey says nothing here: no method scores, nor does the plain model at its native length." in advice.notes
+    assert (
+        "passkey is not informative here: no method scores, nor does the plain model at its native length."
+        in advice.notes
+    )
 
 
 def test_collapse_everywhere_is_not_called_working():
@@ -581,12 +584,12 @@ def test_a_terminal_that_is_not_unicode_costs_neither_the_report_nor_its_page(
     for encoding in ("utf-8", "ascii", "latin-1"):
         raw = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
-        assert cli.run(["report", str(folder)]) == 0
+        assert run_command(["report", str(folder)]) == 0
         assert f"page: {folder / 'report.html'}" in raw.getvalue().decode("latin-1").replace("\n", "")
         pages.append((folder / "report.html").read_text(encoding="utf-8"))
         (folder / "report.html").unlink()
     monkeypatch.setattr(report, "terminal", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.run(["report", str(folder)])
+        run_command(["report", str(folder)])
     pages.append((folder / "report.html").read_text(encoding="utf-8"))
     assert len(set(pages)) == 1

@@ -359,12 +359,12 @@ def test_a_fork_server_that_has_touched_cuda_is_noticed(monkeypatch):
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA, use the 'spawn' start method")
 
     monkeypatch.setattr(worker.torch.cuda, "init", poisoned)
-    assert worker._cuda_is_broken("cuda:0")
-    assert not worker._cuda_is_broken("cpu")
+    assert worker.cuda_is_broken("cuda:0")
+    assert not worker.cuda_is_broken("cpu")
     receive, send = multiprocessing.Pipe(duplex=False)
     send.send(("hello", True))
     workers = runner.Workers.__new__(runner.Workers)
-    assert workers._listen(None, receive, None, None) is None
+    assert workers.listen(None, receive, None, None) is None
 
 
 @pytest.mark.slow

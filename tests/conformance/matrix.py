@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from longspan.apply import applied
 from longspan.core.facts import facts_of
-from longspan.core.method import parse
+from longspan.core.method import NoMethod, catalogue, parse
 from longspan.util.errors import NotSupported
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
@@ -54,7 +54,7 @@ class Line:
         return re.sub(r"[^a-z0-9-]+", "-", self.title.lower())
 
 
-LINES = (
+LISTED = (
     Line("pi:factor=2", "pi:factor=1", static=True),
     Line("ntk:factor=4", "ntk:factor=1", static=True),
     Line("ntk-by-parts:factor=2", "ntk-by-parts:factor=1", static=True),
@@ -78,7 +78,23 @@ LINES = (
     Line("logn:window=8 + rerope:window=6", "logn:window=64 + rerope:window=31"),
     Line("yarn:factor=2 + streaming:sinks=3,window=9", "yarn:factor=1 + streaming:sinks=3,window=64"),
 )
-"""A new method is one more line."""
+"""Methods with settings of several kinds, and combinations. Any other method is tried with its own `examples`."""
+
+
+def _own_lines() -> tuple[Line, ...]:
+    """A line for each method of the package that can be put on pretrained models and is not listed."""
+    listed = {part.strip().partition(":")[0] for line in LISTED for part in line.spec.split("+")}
+    return tuple(
+        Line(*cls.examples)
+        for name, cls in catalogue().items()
+        if name not in {*listed, NoMethod.name}
+        and NoMethod.works_on in cls.works_on
+        and cls.__module__.startswith("longspan.")
+        and len(cls.examples) == 2
+    )
+
+
+LINES = LISTED + _own_lines()
 
 
 def filled(spec: str, model: PreTrainedModel, folder: Path) -> str:

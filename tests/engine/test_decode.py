@@ -150,7 +150,7 @@ def test_refusals(model: LlamaForCausalLM) -> None:
     with pytest.raises(NotSupported, match="run the prompt first"):
         StreamDecoder(model, DynamicCache())
     near = apply(small("mistral", sliding_window=6), StreamingLLM(4, 10))
-    with pytest.raises(NotSupported, match="look back 6 tokens only"):
+    with pytest.raises(NotSupported, match="attend to the last 6 tokens only"):
         StreamDecoder(near, near(ids).past_key_values)
 
 

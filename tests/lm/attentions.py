@@ -10,7 +10,9 @@ from schemes import SIZES
 from torch import nn
 from transformers import PreTrainedModel
 
+from longspan.core.method import catalogue
 from longspan.lm import LongspanConfig, LongspanForCausalLM
+from longspan.lm.base import Attention
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Line:
     own: float = 1.0
 
 
-LINES = (
+LISTED = (
     Line("window:size=9", full="window:size=64"),
     Line("window:size=9", position="alibi", full="window:size=64"),
     Line("longformer:window=8", full="longformer:window=128"),
@@ -86,7 +88,28 @@ LINES = (
     Line("linformer:k=16", position="sinusoidal", causal=False),
     Line("linformer:k=16,share=layerwise", position="learned", causal=False),
 )
-"""A new pattern or mixer is one more line."""
+"""Patterns and mixers with settings of several kinds. Any other is tried with its own `examples`."""
+
+
+def _own_lines() -> tuple[Line, ...]:
+    """A line for each pattern or mixer of the package that is not listed; its second example equals full attention."""
+    listed = {line.spec.partition(":")[0] for line in LISTED}
+    return tuple(
+        Line(
+            cls.examples[0],
+            full=cls.examples[1],
+            causal="causal" in cls.directions,
+            bidirectional="bidirectional" in cls.directions,
+        )
+        for name, cls in catalogue().items()
+        if issubclass(cls, Attention)
+        and name not in {*listed, "full"}
+        and cls.__module__.startswith("longspan.")
+        and cls.examples
+    )
+
+
+LINES = LISTED + _own_lines()
 
 
 def build(line: Line, spec: str | None = None, cls: type[PreTrainedModel] = LongspanForCausalLM, **more: Any) -> Any:

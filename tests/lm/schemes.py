@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from longspan.core.method import catalogue
 from longspan.lm import LongspanConfig, LongspanForCausalLM
+from longspan.positions.scheme import Scheme
 
 WINDOW = 64
 SIZES = {
@@ -37,7 +39,7 @@ class Line:
     endless: bool = True
 
 
-LINES = (
+LISTED = (
     Line("nope", encoder=False),
     Line("rope"),
     Line("rope:share=0.5"),
@@ -57,7 +59,20 @@ LINES = (
     Line("tupe", relative=False, endless=False),
     Line("tupe:relative=true", relative=False, endless=False),
 )
-"""A new scheme is one more line."""
+"""Schemes with settings, and what is special about some. Any other is taken to be relative, endless, and for encoders too."""
+
+
+def _own_lines() -> tuple[Line, ...]:
+    """A line for each scheme of the package that is not listed."""
+    listed = {part.strip().partition(":")[0] for line in LISTED for part in line.spec.split("+")}
+    return tuple(
+        Line(name)
+        for name, cls in catalogue().items()
+        if issubclass(cls, Scheme) and name not in listed and cls.__module__.startswith("longspan.")
+    )
+
+
+LINES = LISTED + _own_lines()
 
 
 def build(position: str, cls: type[PreTrainedModel] = LongspanForCausalLM, **settings: object) -> PreTrainedModel:

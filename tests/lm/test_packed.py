@@ -86,5 +86,5 @@ def test_what_cannot_be_packed_is_refused() -> None:
     both = LongspanForConditionalGeneration(
         LongspanConfig(**sizes, kind="encoder-decoder", attention="window:size=9", decoder_start_token_id=0)
     )
-    with pytest.raises(NotSupported, match="what the encoder read"):
+    with pytest.raises(NotSupported, match="an encoder's states"):
         both(ids, decoder_input_ids=ids, position_ids=places())

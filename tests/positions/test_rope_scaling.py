@@ -325,7 +325,7 @@ def test_unusable_longrope_files(text: str, tmp_path: Path) -> None:
 
 def test_longrope_factors_of_another_model(factors: Path) -> None:
     wide = facts(hidden_size=128, num_attention_heads=2)
-    with pytest.raises(NotSupported, match="8 factors and LlamaForCausalLM rotates 32 pairs"):
+    with pytest.raises(NotSupported, match="8 factors, and LlamaForCausalLM rotates 32 pairs"):
         parse(f"longrope:factor=2,factors={factors}").resolve(wide, None)
 
 

@@ -250,7 +250,7 @@ def test_refusals(name: str) -> None:
     with pytest.raises(NotSupported, match=r"GPT2LMHeadModel adds absolute positions.*use a model with RoPE"):
         apply(absolute, f"{name}:size=6")
     sliding = facts_of(MistralConfig(sliding_window=10, max_position_embeddings=64, num_hidden_layers=1))
-    with pytest.raises(NotSupported, match=r"looks back 10 tokens only, so size=64 changes nothing"):
+    with pytest.raises(NotSupported, match=r"sees the last 10 tokens only, so size=64 changes nothing"):
         parse(name).resolve(sliding)
     assert parse(f"{name}:size=8").resolve(sliding).spec == f"{name}:size=8"
     with pytest.raises(SpecError, match="size must be"):

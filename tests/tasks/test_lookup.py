@@ -125,5 +125,5 @@ def test_what_does_not_fit_says_what_would() -> None:
         parse_task("lookup").samples(tokenizer, 700, 1, 0)
     need = int(re.findall(r"about ([\d,]+)", str(error.value))[0].replace(",", ""))
     assert len(parse_task("lookup").samples(tokenizer, round(1.2 * need), 1, 0)) == 1
-    with pytest.raises(SpecError, match="only 64 keys, too few for this length; give a larger width, such as width=2"):
+    with pytest.raises(SpecError, match="only 64 keys, too few for this length; use a larger width, such as width=2"):
         parse_task("lookup:width=1,questions=3").samples(tokenizer, 5000, 1, 0)

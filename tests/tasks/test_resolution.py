@@ -95,7 +95,7 @@ def test_what_cannot_be_seen_is_refused() -> None:
     with pytest.raises(NotSupported, match="every key"):
         mean_scores(model("rope", attention="window:size=8"), [3, 4, 5])
     made = llama()
-    with applied(made, "streaming:window=16"), pytest.raises(NotSupported, match="of their own"):
+    with applied(made, "streaming:window=16"), pytest.raises(NotSupported, match="methods that replace attention"):
         mean_scores(made, [3, 4, 5])
 
 

@@ -12,6 +12,8 @@ from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from longspan.core.tokens import bos_id, encode, with_bos
 from longspan.hf.compat import cache_argument
+from longspan.hf.heads import plain_head
+from longspan.reading import prefill
 from longspan.reading.prefill import chunk_size, chunked_prefill, forced, greedy
 from longspan.tasks import base
 from longspan.tasks.base import Outcome, Sample, Task, check_fits, parse_task, task_catalogue
@@ -161,7 +163,7 @@ def test_chunks_give_the_logits_of_one_pass(model: Any, meter: FakeMeter, chunk:
 def test_all_logits_are_handed_over_in_order(
     make: Any, chunk: int | None, first: int, meter: FakeMeter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "ROWS", 16)
+    monkeypatch.setattr(prefill, "ROWS", 16)
     model = make()
     with torch.no_grad():
         whole = model(torch.tensor([IDS])).logits[0]
@@ -180,9 +182,9 @@ def test_all_logits_are_handed_over_in_order(
 
 
 def test_capped_logits_are_never_taken_from_the_bare_matrix() -> None:
-    assert base._plain_head(gemma2()) is None
+    assert plain_head(gemma2()) is None
     plain = llama()
-    assert base._plain_head(plain) is plain.lm_head
+    assert plain_head(plain) is plain.lm_head
 
 
 def test_the_vocabulary_is_never_held_for_the_whole_length(model: Any, meter: FakeMeter) -> None:
@@ -217,10 +219,10 @@ def test_a_method_may_bring_its_own_cache(model: Any, meter: FakeMeter) -> None:
 
 def test_chunk_follows_memory(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     per_token = (8 * 64 + 4 * 96) * 4
-    monkeypatch.setattr(base, "_device_memory", lambda device: 8 * per_token * 5000)
+    monkeypatch.setattr(prefill, "device_memory", lambda device: 8 * per_token * 5000)
     assert chunk_size(model, 5000) == 5000
     assert chunk_size(model, 5001) == 512  # each further chunk brings a mask of chunk × length
-    monkeypatch.setattr(base, "_device_memory", lambda device: 1)
+    monkeypatch.setattr(prefill, "device_memory", lambda device: 1)
     assert chunk_size(model, 5000) == 128
 
 

@@ -124,7 +124,7 @@ def test_what_the_last_scheme_cannot_have_is_said_before_the_first_is_trained(
 ) -> None:
     said: list[str] = []
     settings = Settings(("rope", "tupe"), text=recipe["data"]["train"])
-    with pytest.raises(NotSupported, match="scores every pair of places"):
+    with pytest.raises(NotSupported, match="computes a score for every pair of positions"):
         study(recipe, settings, tmp_path / "study", said.append, **{"model.attention": "window:size=8"})
     assert not said
     assert not (tmp_path / "study").exists()

@@ -35,6 +35,7 @@ class Template(Span):
     seam: ClassVar[Any] = "memory"
     slots: ClassVar[frozenset[str]] = frozenset({*Span.slots, "cache"})
     cost: ClassVar[str] = "time n, cache constant"
+    examples: ClassVar[tuple[str, ...]] = ("template:size=12", "template:size=64")
     why_not_exportable: ClassVar[str] = "it lives in the cache, and a checkpoint only holds weights and settings"
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ class Template(OnTrained):
     title: ClassVar[str] = "A window and every so many tokens"
     paper: ClassVar[str] = "Author year, arXiv number"
     cost: ClassVar[str] = "time n²/step, cache n"
+    examples: ClassVar[tuple[str, ...]] = ("template:recent=6,step=9", "template:recent=64")
 
     def __post_init__(self) -> None:
         self.require(self.recent >= 1 and self.step >= 1, "recent and step must be at least 1 token")

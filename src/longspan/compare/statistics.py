@@ -1,19 +1,18 @@
 """Scores with their uncertainty, and the difference to the baseline on the same samples. All intervals are 95 %.
 
-A sample that failed counts as the worst score and stays in the denominator. Which interval a score gets:
+A failed sample counts as the worst score and stays in the denominator. The interval of a score is:
 
-- a share (every sample is right or wrong, more is better): Wilson's interval; the difference of two shares on the same
-  samples: Newcombe's interval for paired shares (1998, method 10), which stays open where all samples agree;
-- a mean of many samples: the bootstrap over samples, 2,000 resamples with a fixed seed;
-- windows of one text that overlap: the same, with as many draws in a resample as `independent` windows are in them. A text
-  read twice says no more than once, so neither does an interval;
-- a mean of few long windows that carry their loss by position (`nll_by_position`, perplexity): the windows are too
-  few to resample, so positions are. The buckets of all windows are cut into eight strata by position, and buckets are
-  resampled within each stratum: the trend over positions stays fixed and only the scatter around it widens the
-  interval. It says how well these texts were measured; that other texts would differ more, only more windows can
-  show.
+- of a share (every sample is right or wrong, more is better): Wilson's interval; of the difference of two shares on the
+  same samples: Newcombe's interval for paired shares (1998, method 10), which has a width even where all samples agree;
+- of a mean of many samples: the bootstrap over samples, 2,000 resamples with a fixed seed;
+- of overlapping windows of one text: the same, with as many draws in a resample as there are `independent` windows,
+  since reading a text twice adds no information;
+- of a mean of few long windows with their loss by position (`nll_by_position`, perplexity): too few windows to resample,
+  so positions are resampled. The buckets of all windows are split into eight strata by position, and buckets are resampled
+  within each stratum: the trend over positions stays fixed and only the scatter around it widens the interval. It
+  describes the precision on these texts; the variation among texts needs more windows.
 
-A difference is always taken sample by sample (or bucket by bucket), so that what is hard in a sample cancels.
+A difference is computed sample by sample (or bucket by bucket), so that the difficulty of a sample cancels.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ RESAMPLES = 2000
 FEW_WINDOWS = 10
 STRATA = 8
 FOUND = 0.2
-"""Share of the trials at a distance that must find what is hidden there, for the effective window to reach it."""
+"""Share of the trials at a distance that must find the key, for the effective window to reach that distance."""
 _Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 
 Interval = tuple[float, float]
@@ -37,8 +36,10 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score, or a difference of scores, over `n` samples that say as much as `independent` ones; the interval is None where
-    nothing could be counted."""
+    """A score, or a difference of scores, with its 95 % interval, over `n` samples.
+
+    independent: the effective number of samples, below `n` where windows overlap. Both figures are None without samples.
+    """
 
     value: float | None
     interval: Interval | None
@@ -47,64 +48,64 @@ class Estimate:
 
     @property
     def overlapping(self) -> bool:
-        """True where samples share so much text that they count as fewer, by a twentieth of a sample or more."""
+        """True where windows overlap so much that they count as at least 0.05 samples fewer."""
         return self.independent < self.n - 0.05
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How a task's score reads: whether more is better, and the score of a sample that failed."""
+    """The direction of a task's score, and the score of a failed sample."""
 
     higher_is_better: bool
     worst: float
 
 
 def score(samples: Sequence[dict[str, Any]], scale: Scale, length: int | None = None) -> Estimate:
-    """The mean score of a cell's samples, with its interval.
+    """The mean score of a cell's samples, with its interval by the rules of this module.
 
-    samples: records with `score`, `failed` and `detail`. length: of a sample, in tokens; None where they cannot overlap.
+    samples: records with `score`, `failed` and `detail`. length: of a sample, in tokens; None where samples cannot overlap.
     """
     if not samples:
         return Estimate(None, None, 0)
-    values, known = _values(samples, scale), independent(samples, length)
+    values, effective = _values(samples, scale), independent(samples, length)
     if _is_share(values, scale):
-        return Estimate(float(values.mean()), wilson(float(values.sum()), len(values)), len(values), known)
+        return Estimate(float(values.mean()), wilson(float(values.sum()), len(values)), len(values), effective)
     curves = _curves(samples)
-    if curves is not None and known < FEW_WINDOWS:
-        low, high = _bootstrap_positions(*curves, known / len(values))
+    if curves is not None and effective < FEW_WINDOWS:
+        low, high = _bootstrap_positions(*curves, effective / len(values))
     else:
-        low, high = bootstrap(values, known)
+        low, high = bootstrap(values, effective)
     mean = float(values.mean())
-    return Estimate(mean, (min(low, mean), max(high, mean)), len(values), known)
+    return Estimate(mean, (min(low, mean), max(high, mean)), len(values), effective)
 
 
 def difference(
     samples: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], scale: Scale, length: int | None = None
 ) -> Estimate:
-    """Mean of score minus baseline's score over the samples that both have, by id, with its interval."""
+    """The mean paired difference, score minus baseline's score, over samples with the same id, with its interval."""
     others = {s["id"]: s for s in baseline}
-    mine = [s for s in samples if s["id"] in others]
-    theirs = [others[s["id"]] for s in mine]
-    if not mine:
+    paired = [s for s in samples if s["id"] in others]
+    theirs = [others[s["id"]] for s in paired]
+    if not paired:
         return Estimate(None, None, 0)
-    a, b = _values(mine, scale), _values(theirs, scale)
-    mean, known = float((a - b).mean()), independent(mine, length)
+    a, b = _values(paired, scale), _values(theirs, scale)
+    mean, effective = float((a - b).mean()), independent(paired, length)
     if _is_share(np.concatenate([a, b]), scale):
-        return Estimate(mean, newcombe(a, b), len(mine), known)
-    curves, other_curves = _curves(mine), _curves(theirs)
-    if curves is not None and other_curves is not None and known < FEW_WINDOWS:
-        low, high = _bootstrap_positions(curves[0] - other_curves[0], curves[1], known / len(mine))
+        return Estimate(mean, newcombe(a, b), len(paired), effective)
+    curves, other_curves = _curves(paired), _curves(theirs)
+    if curves is not None and other_curves is not None and effective < FEW_WINDOWS:
+        low, high = _bootstrap_positions(curves[0] - other_curves[0], curves[1], effective / len(paired))
     else:
-        low, high = bootstrap(a - b, known)
-    return Estimate(mean, (min(low, mean), max(high, mean)), len(mine), known)
+        low, high = bootstrap(a - b, effective)
+    return Estimate(mean, (min(low, mean), max(high, mean)), len(paired), effective)
 
 
 def independent(samples: Sequence[dict[str, Any]], length: int | None) -> float:
-    """How many windows without overlap say as much as these samples: their effective number (Kish).
+    """The effective number of samples (Kish): how many disjoint windows contain as much information.
 
-    With c(t) the number of windows that hold token t of the text, (Σ c)² / Σ c² tokens, in windows of `length`: the number
-    of samples where none overlap, and at most the text's tokens over `length`. A window says in its detail where it starts
-    (`start`) in a text read as a ring of `text_tokens` tokens; samples of another kind are all independent.
+    With c(t) the number of windows that contain token t of the text, (Σ c)² / Σ c² tokens, in windows of `length`: the
+    number of samples where none overlap, and at most the text's tokens divided by `length`. A window's detail has its
+    `start` in a text that is read as a ring of `text_tokens` tokens; samples without these are all independent.
     """
     details = [s["detail"] or {} for s in samples]
     if length is None or not all("start" in d and "text_tokens" in d for d in details):
@@ -113,7 +114,7 @@ def independent(samples: Sequence[dict[str, Any]], length: int | None) -> float:
     for detail in details:
         total = int(detail["text_tokens"])
         start, rest = int(detail["start"]) % total, min(length, total)
-        while rest:  # past the end a window goes on at the beginning
+        while rest:  # a window continues at the beginning of the text
             end = min(start + rest, total)
             changes[start] = changes.get(start, 0) + 1
             changes[end] = changes.get(end, 0) - 1
@@ -125,10 +126,11 @@ def independent(samples: Sequence[dict[str, Any]], length: int | None) -> float:
 
 
 def effective_window(trials: Iterable[tuple[float, int, bool]]) -> int:
-    """PI's k_max (Chen 2023): the largest distance up to which at least a share `FOUND` of the trials finds, at every depth.
+    """The largest distance, in tokens, up to which at least a share `FOUND` of the trials finds the key, at every depth.
 
-    trials: (depth, distance in tokens from what is hidden to the end, found) of each trial. Keys differ in tokens, so the
-    trials at one depth may differ in distance by a few; the shortest stands for them. 0 where already the shortest fails.
+    PI's k_max (Chen 2023, arXiv 2306.15595). trials: (depth, distance in tokens from the key to the end, found) each. Keys
+    differ in tokens, so the trials at one depth may differ in distance by a few; the shortest represents them. 0 where the
+    shortest distance fails.
     """
     places: dict[float, list[tuple[int, bool]]] = {}
     for depth, distance, hit in trials:
@@ -142,7 +144,7 @@ def effective_window(trials: Iterable[tuple[float, int, bool]]) -> int:
 
 
 def wilson(hits: float, n: int) -> Interval:
-    """Wilson's interval of a share of `hits` in `n` trials."""
+    """Wilson's 95 % interval of the share of `hits` in `n` trials."""
     p = hits / n
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
@@ -150,8 +152,10 @@ def wilson(hits: float, n: int) -> Interval:
 
 
 def newcombe(a: np.ndarray, b: np.ndarray) -> Interval:
-    """Newcombe's interval (1998, method 10) of the difference of two shares, `a` minus `b`, taken on the same
-    samples."""
+    """Newcombe's 95 % interval of the difference of two paired shares, `a` minus `b` (1998, method 10).
+
+    a, b: (n,), 1 for a right sample and 0 for a wrong one, of the same samples.
+    """
     n, p, q = len(a), float(a.mean()), float(b.mean())
     (low_p, high_p), (low_q, high_q) = wilson(a.sum(), n), wilson(b.sum(), n)
     both, neither = float((a * b).sum()), float(((1 - a) * (1 - b)).sum())
@@ -170,10 +174,13 @@ def newcombe(a: np.ndarray, b: np.ndarray) -> Interval:
     return max(-1.0, p - q - reach(p - low_p, high_q - q)), min(1.0, p - q + reach(high_p - p, q - low_q))
 
 
-def bootstrap(values: np.ndarray, known: float | None = None, seed: int = 0) -> Interval:
-    """Percentile interval of the mean of `values` (n,), of which `known` are independent (None: all); a single value has no
-    scatter, so its interval is the value."""
-    size = len(values) if known is None else max(1, round(known))
+def bootstrap(values: np.ndarray, effective: float | None = None, seed: int = 0) -> Interval:
+    """Percentile interval of the mean of `values` (n,), from 2,000 resamples.
+
+    effective: the number of independent values, and of draws in a resample (None: all). The interval of a single value is
+    that value.
+    """
+    size = len(values) if effective is None else max(1, round(effective))
     draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, size))
     low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
@@ -181,8 +188,10 @@ def bootstrap(values: np.ndarray, known: float | None = None, seed: int = 0) -> 
 
 def _bootstrap_positions(means: np.ndarray, counts: np.ndarray, share: float, seed: int = 0) -> Interval:
     """Interval of the mean over all tokens of `means` (windows, buckets), weighted by `counts` of the same shape.
-    Buckets are resampled within strata of neighbouring positions, over all windows together; as many are drawn as
-    `share` of them, which are independent."""
+
+    Buckets are resampled within strata of neighbouring positions, over all windows together; `share` of them, the
+    independent ones, are drawn.
+    """
     generator = np.random.default_rng(seed)
     total = np.zeros(RESAMPLES)
     for part_means, part_counts in zip(
@@ -207,7 +216,7 @@ def _is_share(values: np.ndarray, scale: Scale) -> bool:
 
 
 def _curves(samples: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Loss and token counts by position, each (windows, buckets), where every sample has them in the same shape."""
+    """Loss and token counts by position, each (windows, buckets); None unless every sample has them, in one shape."""
     details = [s["detail"] or {} for s in samples]
     if any(s["failed"] for s in samples) or not all(d.get("nll_by_position") for d in details):
         return None

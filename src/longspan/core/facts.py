@@ -1,4 +1,4 @@
-"""What a model is, known from its configuration alone: enough to refuse an impossible request before weights load."""
+"""Facts of a model from its configuration alone, to refuse an impossible request before weights load."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from longspan.util.errors import NotSupported
 
 @dataclass(frozen=True)
 class RopeFacts:
-    """How the model rotates. `dim` is the number of rotated channels of a head, `window` the length it was trained for
-    before any scaling that the checkpoint already carries."""
+    """The rotary positions of a model. dim: rotated channels of a head; window: the training length in tokens, before any scaling
+    that the checkpoint already has."""
 
     theta: float
     dim: int
@@ -22,11 +22,11 @@ class RopeFacts:
     window: int
     per_layer_type: bool
     varies: bool = False
-    """Whether frequencies depend on the length of the text, so that rotations of different lengths do not add up."""
+    """Whether frequencies depend on the length of the text, so that rotations at different lengths cannot be composed."""
 
     @property
     def beyond(self) -> str:
-        """What reads past the window of positions that are scaled already."""
+        """The method that reads past the window where positions are scaled already."""
         return "self-extend" if self.varies else "streaming"
 
 
@@ -47,21 +47,21 @@ class ModelFacts:
     rope: RopeFacts | None
     attention_interface: bool
     attention: str
-    """The implementation that transformers chooses for it: `sdpa`, `eager`, …"""
+    """The attention implementation that transformers chooses: `sdpa`, `eager`, …"""
     sliding_window: int | None
     layer_types: frozenset[str]
     """Kinds of layers that the configuration names (`full_attention`, `sliding_attention`, …); empty where it names none."""
     absolute_positions: bool = False
-    """Whether a token's place is added to its embedding, learned or sinusoidal."""
+    """Whether positions are added to the embeddings, learned or sinusoidal."""
     encoder_decoder: bool = False
     """Whether an encoder reads the input; `window` is then the encoder's, and `layers` and `heads` are the decoder's."""
     endless: bool = False
-    """Whether it reads a text of any length as it was trained to, as a recurrence does."""
+    """Whether it reads texts of any length, as a recurrence does."""
     schemes: frozenset[str] = frozenset()
-    """Position schemes that the model was trained with, by their names in the catalogue, as far as the configuration says."""
+    """Names of the position schemes that the model was trained with, as far as its configuration says."""
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes that a full key-value cache grows by with each token, over all layers."""
+        """Bytes per token of a full KV cache in `dtype`, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
 
 
@@ -71,7 +71,7 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def rope_parameters(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The rotary settings that scaling methods change: the flat dict, or the full-attention entry of a dict per layer type."""
+    """The rotary settings that scaling methods change, in place: the flat dict, or the entry for full-attention layers."""
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:
         return None
@@ -103,9 +103,10 @@ def _varies(parameters: dict[str, Any]) -> bool:
 
 
 def facts_of(model_or_config: Any) -> ModelFacts:
-    """Facts of a model, or of a configuration (then an empty model is built on the meta device to count parameters).
+    """The facts of a model or of a configuration.
 
-    Raises `NotSupported` for what is not a language model that transformers itself knows.
+    Of a configuration a model is built on the meta device, to count its parameters. Raises `NotSupported` for anything that is
+    not a language model of transformers.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -125,7 +126,9 @@ def facts_of(model_or_config: Any) -> ModelFacts:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     window = _window(config)
     if window < 1:
-        raise NotSupported(f"the configuration says that the model reads {window:,} tokens; copy the model again")
+        raise NotSupported(
+            f"the configuration gives a window of {window:,} tokens, and 1 is the least; copy the model again"
+        )
     can_set = getattr(type(model), "_can_set_attn_implementation", lambda: True)
     return ModelFacts(
         model_type=config.model_type,
@@ -151,9 +154,9 @@ def facts_of(model_or_config: Any) -> ModelFacts:
 
 
 def _schemes(config: PreTrainedConfig) -> frozenset[str]:
-    own = getattr(config, "position", None)
-    if config.model_type == "longspan" and isinstance(own, str):
-        return frozenset(part.partition(":")[0].strip() for part in own.split("+"))
+    position = getattr(config, "position", None)
+    if config.model_type == "longspan" and isinstance(position, str):
+        return frozenset(part.partition(":")[0].strip() for part in position.split("+"))
     if config.model_type == "bloom" or getattr(getattr(config, "attn_config", config), "alibi", False):
         return frozenset({"alibi"})
     if config.model_type in ("gpt2", "opt", "gpt_neo", "biogpt"):
@@ -162,8 +165,8 @@ def _schemes(config: PreTrainedConfig) -> frozenset[str]:
 
 
 def _window(config: PreTrainedConfig) -> int:
-    """Tokens; of an encoder with a decoder, the encoder's. T5 has no end, and was trained with the 512 that some of its
-    configurations name."""
+    """The longest input in tokens; of an encoder-decoder, the encoder's. T5 has no limit: it was trained with 512, which only
+    some of its configurations name."""
     names = ["max_position_embeddings"]
     if config.is_encoder_decoder:
         names = ["max_encoder_position_embeddings", "max_position_embeddings", "n_positions"]
@@ -172,17 +175,19 @@ def _window(config: PreTrainedConfig) -> int:
 
 
 def _absolute_positions(model: torch.nn.Module) -> bool:
-    """Looks for the table of positions by the names that it has in transformers' models; models of ours know by themselves."""
-    place = getattr(getattr(model, "base_model", None), "place", None)
-    if place is not None:
-        return bool(place.defines("embed") or place.defines("pair_bias"))
+    """Whether there is a table of positions, by its names in transformers' models, or a longspan scheme that has one."""
+    encoding = getattr(getattr(model, "base_model", None), "place", None)
+    if encoding is not None:
+        return bool(encoding.defines("embed") or encoding.defines("pair_bias"))
     names = {"wpe", "embed_positions", "position_embeddings"}
     return any(name.rpartition(".")[2] in names for name, _ in model.named_modules())
 
 
 def rotary_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The decoder's rotary modules with their dotted names in the model: those that compute angles from the configuration. An
-    image encoder's have a configuration of their own."""
+    """The decoder's rotary modules, which compute angles from the configuration, with their dotted names in the model.
+
+    An image encoder's are left out: they have a configuration of their own.
+    """
     decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else model
     inside = {id(m) for m in decoder.modules()}
     found = ((name, m) for name, m in model.named_modules() if hasattr(m, "rope_type") and hasattr(m, "config"))
@@ -190,7 +195,7 @@ def rotary_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The stack of decoder layers of a model, whatever is wrapped around it (a head, an image encoder)."""
+    """The stack of decoder layers within a model (within its head, or beside its image encoder)."""
     while (inner := model.get_decoder()) is not model:
         model = inner  # type: ignore[assignment]
     return model

@@ -1,11 +1,11 @@
-"""A method is a frozen dataclass of its settings; a spec string is how it is written in text; a combination is several.
+"""Methods as frozen dataclasses of their settings, as spec strings, and in combination.
 
     yarn:factor=4                      one method with one setting
-    ntk:factor=8 + streaming:window=4k two methods that fill different slots
+    ntk:factor=8 + streaming:window=4k two methods with different slots
 
-A method states as data what it fills (`slots`), and two methods that fill the same slot cannot be combined. It states as
-code what it needs of a model (`check`), how a target length becomes settings (`resolve`), and how it is put on a model
-(`attach`, through the seams of `longspan.apply`). Subclassing `Method` with a `name` is all the registration there is.
+A method declares which parts of a model it changes (`slots`); two methods that share one cannot be combined. Its code says what
+it needs of a model (`check`), how settings follow from a target length (`resolve`) and how it is put on a model (`attach`,
+through `longspan.hf.site.Site`). Subclassing `Method` with a `name` registers it.
 """
 
 from __future__ import annotations
@@ -33,28 +33,31 @@ _FOLDERS = ("positions", "attention", "memory", "prompts")
 
 @dataclass(frozen=True)
 class Method(Registered):
-    """Base of every method. Class variables describe it; dataclass fields are its settings."""
+    """Base of every method. Class attributes describe it; dataclass fields, which have annotations, are its settings."""
 
     noun: ClassVar[str] = "method"
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     also: ClassVar[tuple[str, ...]] = ()
-    """Other names that it goes by, its paper's among them: they are read as `name`. The class's own name is one without being
-    listed; capitals and hyphens do not count in them."""
+    """Other names that are read as `name`, such as its paper's; the class's name is always one of them. Case and hyphens do not
+    matter."""
     near: ClassVar[tuple[str, ...]] = ()
-    """Methods that are not here and that this one is the nearest to: it is named to whoever asks for them."""
+    """Names of methods that are not in the catalogue and for which the error suggests this one."""
     paper: ClassVar[str] = ""
     seam: ClassVar[Literal["position", "attention", "memory", "prompt", "training"]] = "position"
     slots: ClassVar[frozenset[str]] = frozenset()
-    """What the method fills: two methods that share a slot cannot be combined."""
+    """The parts of a model that the method changes: two methods that share a slot cannot be combined."""
     cost: ClassVar[str] = ""
-    """Growth of time and cache with length n, for people: `time n², cache n`."""
+    """How time and cache grow with the length n, as text: `time n², cache n`."""
     works_on: ClassVar[str] = "pretrained"
     encoder_decoders: ClassVar[bool] = False
-    """Whether it can work on an encoder with a decoder."""
+    """Whether it works on an encoder-decoder."""
     exportable: ClassVar[bool] = False
-    """True where a saved checkpoint holds the whole method, so that plain transformers runs it."""
+    """Whether a saved checkpoint holds the whole method, so that plain transformers runs it."""
     why_not_exportable: ClassVar[str] = ""
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Two specs for a tiny model (a window of 32 tokens, a text of 40): the first changes its logits, the second changes nothing.
+    With them the tests of all methods and the page on conformance take up a method by themselves."""
 
     def require(self, condition: bool, message: str) -> None:
         """Raises `SpecError` with the method's name before `message` unless `condition` holds."""
@@ -62,26 +65,29 @@ class Method(Registered):
             raise SpecError(f"{self.name}: {message}")
 
     def check(self, facts: ModelFacts) -> None:
-        """Raises `NotSupported`, with the reason and what works instead, where this model cannot take the method."""
+        """Raises `NotSupported`, with the reason and what works instead, where the method cannot work on this model."""
 
     def resolve(self, facts: ModelFacts, length: int | None) -> Self:
-        """The same method with every setting filled in for a target of `length` tokens (None: settings must suffice)."""
+        """The same method with every setting filled in, for a target of `length` tokens.
+
+        Raises `SpecError` where `length` is None and a setting that follows from it is missing.
+        """
         return self
 
     def reach(self, facts: ModelFacts) -> int | None:
-        """The longest input, in tokens, that these settings are meant for; None where there is no end."""
+        """The longest input in tokens that these settings are meant for; None where there is no limit."""
         return None if facts.endless else facts.window
 
     def neutral_length(self) -> int:
-        """The longest input, in tokens, that the resolved method reads exactly as the plain model does."""
+        """The longest input in tokens for which the resolved method changes nothing."""
         return 0
 
     def cache_tokens(self, facts: ModelFacts, length: int) -> int:
-        """How many tokens' keys and values are kept after `length` tokens were read."""
+        """The number of tokens whose keys and values are in the cache after `length` tokens."""
         return length
 
     def keys_seen(self, facts: ModelFacts, length: int) -> int:
-        """How many keys the last query of `length` tokens attends to."""
+        """The number of keys that the last of `length` queries attends to."""
         return self.cache_tokens(facts, length)
 
     def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -92,22 +98,22 @@ class Method(Registered):
         """Adds embedding rows for the method's special tokens, if any; `prepare_tokenizer` comes first."""
 
     def attach(self, site: Any) -> None:
-        """Puts the method on a model through what `site` (`longspan.hf.site.Site`) lets it change."""
+        """Puts the resolved method on a model through `site` (`longspan.hf.site.Site`), which can undo it."""
 
     @property
     def spec(self) -> str:
-        """The method as text, with the settings that differ from their defaults; `parse` reads it back."""
+        """The method as a spec string, with the settings that differ from their defaults; `parse` reads it back."""
         settings = [
             f"{f.name}={text}"
             for f in dataclasses.fields(self)
-            if (text := _format(getattr(self, f.name))) != _format(f.default)
+            if (text := format_value(getattr(self, f.name))) != format_value(f.default)
         ]
         return self.name + (":" + ",".join(settings) if settings else "")
 
 
 @dataclass(frozen=True)
 class NoMethod(Method):
-    """The model as it is: the baseline beside every method."""
+    """The model without a method, the baseline of every comparison."""
 
     name = "none"
     title = "The model as it is"
@@ -118,14 +124,14 @@ class NoMethod(Method):
 
 
 class CannotCombine(NotSupported):
-    """Two methods that fill the same slots."""
+    """Two methods that share a slot."""
 
     def __init__(self, first: Method, second: Method):
         super().__init__(first, second)
         self.first, self.second = first, second
 
     def __str__(self) -> str:
-        """The reason, with what the first method can be combined with, which is only found out where the message is read."""
+        """The reason, and what the first method can be combined with, which is computed only when the message is read."""
         shared = " and ".join(sorted(self.first.slots & self.second.slots))
         legal = importlib.import_module("longspan.combinable").combinable(type(self.first))
         hint = f"{self.first.name} combines with: {', '.join(legal)}" if legal else f"use {self.first.name} alone"
@@ -134,7 +140,7 @@ class CannotCombine(NotSupported):
 
 @dataclass(frozen=True)
 class Combination:
-    """One or more methods applied together, checked when it is made."""
+    """Methods that are applied together. Raises `CannotCombine` where two of them share a slot."""
 
     methods: tuple[Method, ...]
 
@@ -146,23 +152,29 @@ class Combination:
 
     @property
     def spec(self) -> str:
+        """The spec strings of all methods, joined by " + "."""
         return " + ".join(m.spec for m in self.methods) or NoMethod.name
 
     @property
     def exportable(self) -> bool:
+        """Whether a saved checkpoint holds all methods whole."""
         return all(m.exportable for m in self.methods)
 
     def check(self, facts: ModelFacts) -> None:
+        """Raises `NotSupported` where one of the methods cannot work on this model."""
         for method in self.methods:
             if facts.encoder_decoder and not method.encoder_decoders:
                 raise NotSupported(
-                    f"{method.name} is for a decoder alone, and {facts.architecture} has an encoder too; use unlimiformer, which "
-                    "reads long inputs with it"
+                    f"{method.name} works on decoder-only models, and {facts.architecture} has an encoder too; use unlimiformer, "
+                    "which reads long inputs with it"
                 )
             method.check(facts)
 
     def resolve(self, facts: ModelFacts, length: int | None = None) -> Combination:
-        """Checks against the model and fills in every setting that follows from `length` (in tokens)."""
+        """The same methods, checked against the model and with every setting that follows from `length` (in tokens) filled in.
+
+        Raises `NotSupported` and `SpecError` as the methods do.
+        """
         self.check(facts)
         return Combination(tuple(m.resolve(facts, length) for m in self.methods))
 
@@ -176,33 +188,37 @@ class Combination:
             method.prepare_model(model)
 
     def reach(self, facts: ModelFacts) -> int | None:
+        """The longest input in tokens that one of the methods is meant for; None where there is no limit."""
         reaches = [m.reach(facts) for m in self.methods]
         return None if None in reaches or not reaches else max(r for r in reaches if r is not None)
 
 
 def find(name: str, kind: str, known: Mapping[str, type]) -> str:
-    """The name in `known`, a catalogue of `kind`, of what goes by `name`. Raises `SpecError`, with the nearest that there is."""
+    """The key in `known` of the entry that is also called `name`; kind: what an entry is called in the error.
+
+    Raises `SpecError`, with the nearest names, where there is none.
+    """
     if name in known:
         return name
-    wanted = _spelling(name)
-    for own, cls in known.items():
+    spelling = _spelling(name)
+    for key, cls in known.items():
         others = {_spelling(other) for other in (cls.__name__, *getattr(cls, "also", ()))}
-        if wanted in others - {_spelling(own)}:  # the name itself is written in one way
-            return own
-    for own, cls in known.items():
-        if wanted in map(_spelling, getattr(cls, "near", ())):
-            raise SpecError(f"there is no {kind} {name!r}; the nearest here is {own} ({getattr(cls, 'title', '')})")
+        if spelling in others - {_spelling(key)}:  # the name itself is written in one way
+            return key
+    for key, cls in known.items():
+        if spelling in map(_spelling, getattr(cls, "near", ())):
+            raise SpecError(f"there is no {kind} {name!r}; the nearest here is {key} ({getattr(cls, 'title', '')})")
     raise SpecError(f"there is no {kind} {name!r}; {nearest(name, known)}")
 
 
 def _spelling(name: str) -> str:
-    """A name without what is written in one way or another."""
+    """A name in lower case without hyphens, underscores and spaces."""
     return re.sub("[-_ ]", "", name.lower())
 
 
 def catalogue() -> dict[str, type[Method]]:
-    """Every method by name. Files in the method folders are found by themselves; so are subclasses defined elsewhere and
-    packages that name themselves in the entry-point group `longspan.methods`."""
+    """Every method class by name, ascending: of the package's method folders, of the entry-point group `longspan.methods`, and
+    every other subclass that was defined."""
     _import_methods()
     return dict(sorted(Method.registry.items()))
 
@@ -213,7 +229,7 @@ def _import_methods() -> None:
 
 
 def parse(text: str) -> Combination:
-    """Reads a spec string, `name:key=value,key=value + name…`. Raises `SpecError` with the nearest right form."""
+    """The methods of a spec string, `name:key=value,key=value + name…`. Raises `SpecError` with the nearest valid form."""
     if not isinstance(text, str) or not text.strip():
         raise SpecError('a method is written "name:key=value,key=value", for example "yarn:factor=4"')
     head = text.partition(":")[0].strip().lower()
@@ -223,7 +239,7 @@ def parse(text: str) -> Combination:
 
 
 def combination(method: str | Method | Combination | Iterable[str | Method]) -> Combination:
-    """Whatever a user may hand over as a method, as a checked combination."""
+    """A spec string, a method, or several of them as one combination. Raises `SpecError` and `CannotCombine`."""
     if isinstance(method, Combination):
         return method
     if isinstance(method, str):
@@ -248,7 +264,10 @@ def _parse_one(text: str) -> Method:
 
 
 def read_settings(cls: type[T], name: str, text: str) -> T:
-    """An instance of dataclass `cls` from `key=value,key=value`; methods and tasks are read the same way."""
+    """An instance of the dataclass `cls` from `key=value,key=value`, converted to the types of its fields.
+
+    name: the method or task, for errors. Raises `SpecError` for unknown settings and for values of another type.
+    """
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -292,7 +311,8 @@ def _read_value(what: str, text: str, hint: Any) -> Any:
     return text
 
 
-def _format(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """The value of a setting as it is written in a spec string."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.12g}" if isinstance(value, float) else str(value)

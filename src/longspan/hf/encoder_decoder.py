@@ -1,9 +1,8 @@
-"""The seams of an encoder-decoder: what its encoder reads, what its decoder is given, how its cross-attention is computed.
+"""Changes to encoder-decoders: the input of the encoder, the states that the decoder gets, the cross-attention.
 
-`longspan.apply` puts the method on; this is the part of it that knows encoder-decoders, and like there every change is undone
-by `remove`. Cross-attention is taken over through `AttentionInterface` where the family calls it: the modules of
-cross-attention, and no others, get a copy of their configuration that names ours. Where the family computes attention in its
-own code (LED), a forward hook puts our answer in the place of the module's.
+Every change is undone by `remove`, as in `longspan.hf.site`. Cross-attention is replaced through `AttentionInterface` where the
+family uses it: only the modules of cross-attention get a copy of their configuration, with our implementation. Where the family
+computes attention in its own code (LED), a forward hook replaces the module's output.
 """
 
 from __future__ import annotations
@@ -25,49 +24,52 @@ from longspan.util.errors import LongspanError, NotSupported
 CROSS = "longspan_cross"
 """The attention implementation of cross-attention modules alone."""
 _GIVEN = "_longspan_given"
-"""On a tensor: what `give` hands along with it."""
+"""The attribute of a tensor for what `give` attaches to it."""
 _CALL = "longspan_cross"
-"""The keyword argument by which a module of cross-attention tells the attention function of this call."""
+"""The keyword argument by which a cross-attention module passes this call's function to its attention function."""
 
 _LAYOUTS = {
     "encoder_attn": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "EncDecAttention": ("q", "k", "v", "o"),
 }
-"""Cross-attention modules by the name that they have in their layer, and their projections: of BART's kind and of T5's."""
+"""Names of cross-attention modules within a layer, and of their projections: BART's and T5's."""
 
 Arguments = dict[str, Any]
 CrossAttend = Callable[["Projections", Any, Tensor, float, float], Tensor]
-"""(projections, what was given with the states, query (B, H, T, D), scale, dropout) -> (B, H, T, D)."""
+"""(projections, what `give` attached to the encoder's states, query (B, H, T, D), scale, dropout) -> (B, H, T, D)."""
 
 
 class Projections:
-    """The projections of one cross-attention module, looked up whenever they are used: an adapter may come later."""
+    """The projections of one cross-attention module, looked up at each use, since an adapter may be added later."""
 
     def __init__(self, module: nn.Module, names: tuple[str, str, str, str]):
         self._module = module
         self._query, self._key, self._value, self._out = names
 
     def query(self, hidden: Tensor) -> Tensor:
+        """The query projection of hidden states (B, T, d), heads side by side."""
         return getattr(self._module, self._query)(hidden)
 
     def out(self, attended: Tensor) -> Tensor:
+        """The output projection of attention's result (B, T, H · D)."""
         return getattr(self._module, self._out)(attended)
 
     @property
     def key(self) -> nn.Linear:
+        """The key projection. Raises `NotSupported` where it is not a plain `nn.Linear`."""
         return self._plain(self._key)
 
     @property
     def value(self) -> nn.Linear:
+        """The value projection. Raises `NotSupported` where it is not a plain `nn.Linear`."""
         return self._plain(self._value)
 
     def _plain(self, name: str) -> nn.Linear:
-        """Raises `NotSupported` for what is no plain `nn.Linear`: its weight is not where it can be moved to the query."""
         layer = getattr(self._module, name)
         if type(layer) is not nn.Linear:
             raise NotSupported(
-                f"a cross-attention's keys and values are projected by a {type(layer).__name__} here, and unlimiformer moves "
-                "the weight of a plain nn.Linear to the query; merge the adapter into the model, or load it unquantized"
+                f"cross-attention projects its keys and values by a {type(layer).__name__}, and unlimiformer needs a plain "
+                "nn.Linear, whose weight it multiplies into the query; merge the adapter, or load the model unquantized"
             )
         return layer
 
@@ -77,8 +79,10 @@ def around_encoder(
     before: Callable[[nn.Module, Arguments], Arguments],
     after: Callable[[Arguments, Any], Any],
 ) -> None:
-    """Calls `before` with the encoder and the arguments of each of its calls, to get those that it runs with, and `after`
-    with these and its output, to get the one that it returns. What `after` must know of this call is on those arguments."""
+    """Replaces the arguments and the output of every call of the encoder.
+
+    `before(encoder, arguments)` returns the arguments that it runs with; `after(arguments, output)` returns the output.
+    """
     encoder = site.model.get_encoder()
     enter = partial(_enter_encoder, before, compat.parameters(encoder.forward))
     for handle in (
@@ -105,7 +109,7 @@ def _leave_encoder(
 
 
 def before_model(site: Site, before: Callable[[Arguments], None]) -> None:
-    """Calls `before` with the keyword arguments of each forward of the whole model."""
+    """Calls `before` with all arguments, by name, of each forward of the whole model."""
     enter = partial(_enter_model, before, compat.parameters(site.model.forward))
     site.keep_for_undo(site.model.register_forward_pre_hook(enter, with_kwargs=True).remove)
 
@@ -117,27 +121,31 @@ def _enter_model(
 
 
 def give(states: Tensor, what: Any) -> Tensor:
-    """`states` with `what` on it, which goes with them through layers and through layers computed again. The decoder's
-    `encoder_hidden_states` carry what `cross_attention`'s function is given."""
+    """Attaches `what` to a tensor and returns the tensor, which carries it through layers, recomputed ones too.
+
+    The function of `cross_attention` gets what is attached to the decoder's `encoder_hidden_states`.
+    """
     setattr(states, _GIVEN, what)
     return states
 
 
 def given(states: Any) -> Any:
-    """What `give` put on a tensor; None where there is nothing."""
+    """What `give` attached to a tensor; None where that is nothing."""
     return getattr(states, _GIVEN, None)
 
 
 def taken(states: Tensor) -> Any:
-    """What `give` put on a tensor, which then is let go of: the graph of a training keeps tensors for long."""
+    """What `give` attached to a tensor, removed from it, since a graph of gradients keeps tensors alive."""
     what = given(states)
     delattr(states, _GIVEN)
     return what
 
 
 def cross_attention(site: Site, attend: CrossAttend) -> None:
-    """Runs `attend` as the cross-attention of every layer of the decoder. Raises `NotSupported` for a model whose
-    cross-attention is not known."""
+    """Runs `attend` as the cross-attention of every decoder layer.
+
+    Raises `NotSupported` for an architecture whose cross-attention modules are not known.
+    """
     layers = 0
     for name, module in site.model.get_decoder().named_modules():
         names = _LAYOUTS.get(name.rpartition(".")[2])
@@ -146,15 +154,14 @@ def cross_attention(site: Site, attend: CrossAttend) -> None:
             layers += 1
     if layers != site.facts.layers:
         raise NotSupported(
-            f"{site.methods.spec} needs the cross-attention of every decoder layer, and knows {layers} of {site.facts.layers} in "
-            f"{site.facts.architecture}; use a model of BART's, T5's or LED's family"
+            f"{site.methods.spec} replaces the cross-attention of every decoder layer, and finds it in {layers} of "
+            f"{site.facts.layers} layers of {site.facts.architecture}; use a model of BART's, T5's or LED's family"
         )
 
 
 @dataclass(frozen=True)
 class _TakenOver:
-    """One module of cross-attention whose answer is `attend`'s. Nothing of a call is kept here: the attention function gets
-    it as a keyword argument, which the module passes on."""
+    """One cross-attention module whose result `attend` computes; state of a call is a keyword argument, and is not kept here."""
 
     site: Site
     projections: Projections
@@ -176,7 +183,7 @@ class _TakenOver:
         return args, {**kwargs, _CALL: partial(self.attend, self.projections, self._given(args, kwargs))}
 
     def _instead(self, module: nn.Module, args: tuple, kwargs: Arguments, output: Any) -> Any:
-        """The module's output with our answer in the place of its own, where it computes attention in code of its own."""
+        """The module's output with `attend`'s result in it, where the module computes attention in its own code."""
         projections, what = self.projections, self._given(args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         heads, scale = cast(int, module.num_heads), cast(float, module.scaling)
@@ -188,8 +195,8 @@ class _TakenOver:
         found = next((what for x in (*args, *kwargs.values()) if (what := given(x)) is not None), None)
         if found is None:
             raise NotSupported(
-                f"{self.site.methods.spec}: a decoder layer was given other states than the decoder. With gradient checkpointing "
-                'use gradient_checkpointing_kwargs={"use_reentrant": False}; else run the whole decoder'
+                f"{self.site.methods.spec}: a decoder layer got other encoder states than its decoder. With gradient "
+                'checkpointing use gradient_checkpointing_kwargs={"use_reentrant": False}; otherwise run the whole decoder'
             )
         return found
 
@@ -204,7 +211,7 @@ def _run_cross_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers. The key and value are of the stand-in, and not used."""
+    """The function registered with transformers. key and value come from `stand_in` and are not used."""
     attend: Callable[[Tensor, float, float], Tensor] | None = kwargs.get(_CALL)
     if attend is None:
         raise LongspanError(f"the attention implementation {CROSS!r} runs only on a model that a method was applied to")
@@ -216,11 +223,10 @@ AttentionInterface.register(CROSS, _run_cross_attention)
 
 
 def is_stand_in(states: Tensor) -> bool:
-    """Whether these are `stand_in`'s, of any number of rows."""
+    """Whether states (B, T, d) are those of `stand_in`."""
     return states.shape[1] == 1 and bool(states.isnan().all())
 
 
 def stand_in(rows: int, like: Tensor) -> Tensor:
-    """(rows, 1, d) that stands where a model expects its encoder's states, which are kept elsewhere. Not a number, so that
-    whatever computes with it shows it."""
+    """A placeholder (rows, 1, d) for encoder states that are kept elsewhere. It is NaN, so that any use of it shows."""
     return torch.full((rows, 1, like.shape[-1]), float("nan"), dtype=like.dtype, device=like.device)

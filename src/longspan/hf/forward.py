@@ -1,9 +1,9 @@
-"""The record of one forward of a decoder under a method: whatever belongs to that forward and to no other.
+"""The record of one forward of a decoder under a method, which holds all state of that forward.
 
-A hook before the decoder makes it and hands it along as a keyword argument, which decoder layers pass on to their attention and
-which gradient checkpointing keeps for the recomputation. So threads that share a model, interleaved forwards, models within
-models and layers that are computed again never meet each other's state. An architecture whose layers drop keyword arguments
-(StableLM) gets it as an attribute of `position_ids`, which they all hand on.
+A hook before the decoder creates it and passes it as a keyword argument, which decoder layers pass on to their attention and
+gradient checkpointing keeps for the recomputation. So forwards in several threads, nested or interleaved forwards and recomputed
+layers do not share state. Where an architecture's layers drop keyword arguments (StableLM) the record is an attribute of
+`position_ids`, which all layers pass on.
 """
 
 from __future__ import annotations
@@ -20,46 +20,48 @@ T = TypeVar("T")
 
 
 class Forward:
-    """One forward of a decoder. given: the positions (B or 1, T) of its tokens, where they were given; start: tokens in the
-    cache before it; causal: whether it is known that no query sees later keys, as it is unless masks were made around the
-    decoder."""
+    """One forward of a decoder.
+
+    given: positions (B or 1, T) of its tokens where the caller passed them; start: the number of tokens in the cache before it;
+    causal: no query sees later keys, which is certain unless the caller prepared masks.
+    """
 
     def __init__(self, given: Tensor | None = None, start: int = 0, *, causal: bool = True):
         self.given, self._start, self.causal = given, start, causal
-        self._made: dict[str, Any] = {}
+        self._shared: dict[str, Any] = {}
         self._state: dict[int, Any] = {}
 
     def positions(self, queries: Tensor) -> Tensor:
-        """Positions (B or 1, Tq) of the queries (B, H, Tq, D): those that the caller gave, or the ones that follow the cache."""
+        """Positions (B or 1, Tq) of the queries (B, H, Tq, D): those that the caller passed, or those that follow the cache."""
         if self.given is not None:
             return self.given
         return torch.arange(self._start, self._start + queries.shape[2], device=queries.device)[None]
 
-    def once(self, name: str, make: Callable[[], T]) -> T:
-        """`make()`, computed by the first layer that asks and shared by the others."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """`compute()`, called by the first layer and shared by the others under `name`."""
+        if name not in self._shared:
+            self._shared[name] = compute()
+        return self._shared[name]
 
     def part(self, positions: Tensor) -> Forward:
-        """The record of a part of the batch's texts, read by themselves at `positions` (B, T)."""
+        """The record of a forward of some of the batch's texts, at `positions` (B, T), with the same state of methods."""
         part = Forward(positions, self._start, causal=self.causal)
         part._state = self._state
         return part
 
     def keep(self, owner: object, state: Any) -> None:
-        """Stores what `owner`, the method's object on this model, knows of this forward."""
+        """Stores `state` of this forward for `owner`, the method's object on this model."""
         self._state[id(owner)] = state
 
     def state(self, owner: object) -> Any:
-        """What `owner` has stored with `keep`."""
+        """What `owner` stored with `keep`. Raises `KeyError` where that is nothing."""
         return self._state[id(owner)]
 
 
 def counts_on(positions: Tensor, real: Tensor) -> bool:
-    """Whether positions (B or 1, T) count each row's tokens, those that are `real` (B, T), one by one."""
-    apart = positions - real.cumsum(1)
-    high, low = apart.masked_fill(~real, -(2**31)).amax(-1), apart.masked_fill(~real, 2**31).amin(-1)
+    """Whether positions (B or 1, T) rise by one at each real token of a row; real (B, T) is False for padding."""
+    gaps = positions - real.cumsum(1)
+    high, low = gaps.masked_fill(~real, -(2**31)).amax(-1), gaps.masked_fill(~real, 2**31).amin(-1)
     return not bool((high > low).any())
 
 
@@ -69,13 +71,13 @@ def forward_of(arguments: dict[str, Any]) -> Forward:
 
 
 def tag(positions: Tensor, forward: Forward) -> Tensor:
-    """`positions`, as a tensor that carries the record along."""
+    """A view of `positions` that carries the record as an attribute."""
     tagged = positions.view_as(positions)
     setattr(tagged, FORWARD, forward)
     return tagged
 
 
 def handed(kwargs: dict[str, Any], positions: Tensor | None) -> Forward | None:
-    """The record that reached an attention function, taken out of its keyword arguments; None where it was lost on the way."""
+    """The record that reached an attention function, removed from its keyword arguments; None where a layer dropped it."""
     forward = kwargs.pop(FORWARD, None)
     return getattr(positions, FORWARD, None) if forward is None else forward

@@ -1,4 +1,4 @@
-"""The output matrix of a language model, and the hidden states that it is given."""
+"""The output matrix of a language model, and its input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longspan.core.facts import text_config
 
 @contextlib.contextmanager
 def hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collects what the decoder hands to the output matrix in each forward, (1, T, hidden)."""
+    """A context that collects the decoder's last hidden states (1, T, hidden) of each forward in a list."""
     states: list[Tensor] = []
     handle = model.get_decoder().register_forward_hook(lambda module, args, output: states.append(output[0]))
     try:
@@ -24,8 +24,10 @@ def hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def plain_head(model: PreTrainedModel) -> nn.Module | None:
-    """The output matrix, where logits are its product with the decoder's last state and nothing else: no cap, no scale
-    (Gemma 2, Granite and Cohere have those). Found by trying, bit for bit."""
+    """The output matrix, where logits are its product with the decoder's last state and nothing more; else None.
+
+    Gemma 2, Granite and Cohere cap or scale logits. It is found out by one short forward, bit for bit.
+    """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
         return None

@@ -36,7 +36,7 @@ class ModelHooks:
         self.rotates = False
         """Whether a method rotates queries or keys by itself."""
         self.makes_dynamic_caches = True
-        """Whether the decoder makes itself a `DynamicCache` where the caller passes no cache; MiniMax has a class of its own."""
+        """Whether the decoder makes a `DynamicCache` where the caller passes no cache; MiniMax makes one of its own class."""
         self.tags_positions = False
         """Whether the record of a forward travels on `position_ids`, since the architecture's layers drop keyword arguments."""
         self._undo: list[Callable[[], None]] = []

@@ -1,7 +1,7 @@
-"""The rotary angles of any architecture, and rotation by them with that architecture's own function.
+"""Rotary angles of any architecture, and rotation by that architecture's own function.
 
-Layouts differ (half-split or interleaved pairs, whole or part of the head), and each architecture's
-`apply_rotary_pos_emb` knows its own; so the angles come from its rotary module and the rotation from that function.
+Layouts differ (half-split or interleaved pairs, all or some channels of the head). So angles come from the model's rotary module,
+and rotation is by its `apply_rotary_pos_emb`.
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ from torch import Tensor, nn
 
 
 class Rotary:
-    """Angles of one rotary module. Angles are computed in float32 and hold to about a million positions."""
+    """Angles of one rotary module, computed in float32 and exact enough for about a million positions."""
 
     def __init__(self, module: nn.Module):
         self.module = module
 
     def tables(self, positions: Tensor, like: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (B, T, rotated channels), for `positions` (B, T), in the dtype and on the device of `like`,
-        with the attention factor that scaled models carry in them."""
+        """(cos, sin), each (B, T, W) for W rotated channels, at `positions` (B, T).
+
+        They have the dtype and the device of `like`, and include the attention factor of scaled models. layer_type: the kind of
+        layer, where angles differ by it.
+        """
         at = _in_its_form(self.module, positions)
         return self.module(like, at) if layer_type is None else self.module(like, at, layer_type)
 
     def with_frequencies(self, inverse: list[float], layer_type: str | None = None) -> Rotary:
-        """The same with other inverse frequencies, for layers of full attention; this one's module stays as it is."""
+        """A copy with other inverse frequencies (W/2) for layers of full attention."""
         if layer_type not in (None, "full_attention"):
             return self
         module = copy.copy(self.module)
         module._buffers = dict(self.module._buffers)
         name = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
-        held = getattr(module, name)
-        setattr(module, name, torch.tensor(inverse, dtype=held.dtype, device=held.device))
+        old = getattr(module, name)
+        setattr(module, name, torch.tensor(inverse, dtype=old.dtype, device=old.device))
         return Rotary(module)
 
     def shift_tables(self, shift: Tensor, like: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
-        """The same for moving what is rotated already: rotations add up, the attention factor must not be taken twice."""
+        """(cos, sin) as `tables`, to rotate further by `shift` (B, T) positions what is rotated already: no attention factor."""
         cos, sin = self.tables(shift, like, layer_type)
         prefix = f"{layer_type}_" if layer_type else ""
         factor = getattr(self.module, f"{prefix}attention_scaling", 1.0)
@@ -46,26 +49,30 @@ class Rotary:
 
 
 def angles(module: nn.Module, positions: Tensor) -> Tensor:
-    """cos and sin (2, B, T, channels) of a rotary module in float32, of all its kinds of layers side by side. Llama 4's gives
-    complex numbers."""
+    """cos and sin (2, B, T, W) of a rotary module at positions (B, T), in float32.
+
+    W are the channels of all its kinds of layers, side by side.
+    """
     device = next(module.buffers()).device
     like, at = torch.zeros(1, device=device), _in_its_form(module, positions.to(device))
     kinds: Any = module.rope_type
-    made = [module(like, at, kind) for kind in kinds] if isinstance(kinds, dict) else [module(like, at)]
-    pairs = [torch.stack(x) if isinstance(x, tuple) else torch.view_as_real(x).movedim(-1, 0) for x in made]
+    tables = [module(like, at, kind) for kind in kinds] if isinstance(kinds, dict) else [module(like, at)]
+    # Llama 4's module returns complex numbers.
+    pairs = [torch.stack(x) if isinstance(x, tuple) else torch.view_as_real(x).movedim(-1, 0) for x in tables]
     return torch.cat(pairs, dim=-1)
 
 
 def _in_its_form(module: nn.Module, positions: Tensor) -> Tensor:
-    """positions (B, T) as a rotary module takes them: Qwen-VL's in time, height and width, (3, B, T), here all the same."""
+    """positions (B, T) as the module takes them: Qwen-VL's in time, height and width, (3, B, T), here all three equal."""
     settings = getattr(module.config, "rope_parameters", None) or {}
     return positions[None].expand(3, -1, -1) if "mrope_section" in settings else positions
 
 
 def rotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, D) rotated by cos and sin (B, T, W) as `module`'s architecture rotates its queries and keys.
+    """x (B, H, T, D) rotated by cos and sin (B, T, W).
 
-    module: an attention layer. The first W channels are rotated, the others pass. Layers without positions (SmolLM3's) return x.
+    module: an attention layer, whose architecture's rotation is used. The first W channels are rotated, the others pass. Layers
+    without positions (SmolLM3's) return x.
     """
     if not getattr(module, "use_rope", True):
         return x
@@ -79,7 +86,7 @@ def rotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def unrotated_copy(module: nn.Module) -> nn.Module:
-    """A copy of a rotary module whose angles are all zero (cos 1, sin 0), so that rotation by it changes nothing."""
+    """A copy of a rotary module whose angles are all 0 (cos 1, sin 0)."""
     still = copy.deepcopy(module)
     for name, buffer in still.named_buffers():
         if name.endswith("inv_freq"):

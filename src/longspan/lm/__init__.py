@@ -1,4 +1,4 @@
-"""`longspan.lm`: a transformer of our own, trained from scratch, in which positions are one word of the configuration.
+"""`longspan.lm`: a transformer to train from scratch, whose position scheme is one setting of its configuration.
 
     from longspan.lm import LongspanConfig, LongspanForCausalLM
     model = LongspanForCausalLM(LongspanConfig(position="kerple", max_position_embeddings=512))

@@ -1,4 +1,4 @@
-"""What `attention=` and `memory=` of a configuration may name: the part of patterns and mixers that a configuration asks."""
+"""The interface by which a configuration uses what `attention=` and `memory=` name."""
 
 from __future__ import annotations
 
@@ -15,40 +15,43 @@ from longspan.util.errors import NotSupported
 
 
 class AttentionMethod(Method):
-    """What a configuration knows of a pattern or a mixer; `longspan.lm.base.Attention` is their base."""
+    """A pattern, a mixer or a memory, as a configuration sees it; `longspan.lm.base` has the base classes."""
 
     seam = "attention"
     slots = frozenset({"attention", "span"})
     works_on = "from scratch"
     why_not_exportable = "a model is trained with it; longspan train makes one"
     takes_mask: ClassVar[bool] = False
-    """Whether it wants the mask of (new tokens × all tokens) that transformers makes."""
+    """Whether its module is called with transformers' mask (new tokens × all tokens)."""
     replaces_mlp: ClassVar[bool] = False
-    """Whether it is a whole layer, so that no feed-forward network follows."""
+    """Whether it is a whole layer, which no feed-forward network follows."""
     knows_order: ClassVar[bool] = False
-    """Whether it tells the order of tokens apart without a position scheme, in an encoder too."""
+    """Whether it knows the order of tokens without a position scheme, also in an encoder."""
     takes_globals: ClassVar[bool] = False
-    """Whether a call may name global tokens with `global_attention_mask`."""
+    """Whether the model accepts a `global_attention_mask`."""
     directions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
     former_defaults: ClassVar[Mapping[str, str]] = {}
-    """Settings whose default is another by now, with what it was: a saved configuration that does not name them means that."""
+    """Former defaults by setting: a saved configuration that leaves the setting out means the former default."""
 
     def build(self, config: Any, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
-        """The module of layer number `layer`. Where a part of it has a `draw_weights()`, that is called in place of the usual
-        drawing; it goes through `transformers.initialization`, so that what a checkpoint holds stays. Raises `NotSupported`
-        for a configuration that it cannot be part of."""
+        """The module of layer `layer`, from 0.
+
+        A submodule with a method `draw_weights()` is initialised by it; the method must use `transformers.initialization`, so
+        that weights of a checkpoint stay. Raises `NotSupported` for a configuration that the method cannot be in.
+        """
         raise NotImplementedError
 
     def join(self, stack: Any) -> None:
-        """Called once, when all layers of a stack stand: for what its layers share or do together."""
+        """Called once with a stack whose layers are all built, for what the layers share."""
 
     def check_direction(self, causal: bool) -> None:
+        """Raises `NotSupported` for a direction that is not in `directions`; causal: a decoder."""
         direction = "causal" if causal else "bidirectional"
         if direction not in self.directions:
             kind = "an encoder (kind=encoder)" if causal else "a decoder (kind=decoder)"
             raise NotSupported(
-                f"attention={self.spec} is not {direction}; it can be part of {kind}"
-                + (", and of kind=encoder-decoder with decoder_attention=full" if causal else "")
+                f"attention={self.spec} is not {direction}; use it in {kind}"
+                + (", or in kind=encoder-decoder with decoder_attention=full" if causal else "")
             )
 
     def check(self, facts: ModelFacts) -> None:

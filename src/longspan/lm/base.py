@@ -1,8 +1,8 @@
-"""How tokens mix in a model of ours: what `attention=` of its configuration names.
+"""Base classes of what `attention=` of a `longspan.lm` configuration names: patterns and mixers.
 
-A pattern is softmax attention in which a query sees some of the keys; it says which (`mask`, the definition), and may
-bring a faster way to the same result (`run`). A mixer is anything else; it builds a module that takes attention's place.
-Both are methods with settings. `docs/adding-a-method.md` shows a pattern.
+A pattern is softmax attention in which a query sees some of the keys: `mask` defines which, and `run` may compute the same result
+faster. A mixer is anything else: it builds a module in the place of attention. Both are methods with settings.
+`docs/adding-a-method.md` shows a pattern.
 """
 
 from __future__ import annotations
@@ -25,101 +25,115 @@ from longspan.positions.scheme import PositionEncoding
 from longspan.util.errors import NotSupported
 
 HANDED = "longspan_handed"
-"""The keyword under which what a method's modules need of one forward travels to them: a dictionary by method."""
+"""The keyword argument that carries what a method's modules need of one forward: a dictionary by method."""
 SAMPLED = 256
-"""Queries whose keys are counted in a text that has more."""
+"""The number of queries whose keys are counted in a longer text."""
 
 
 class Attention(AttentionMethod):
-    """Base of patterns and mixers. What `build` returns is called as
+    """Base of patterns and mixers. The module that `build` returns is called as
 
-        module(hidden_states, attention_mask, rotation, past_key_values, position_ids=, padding=, **what the model was given)
+        module(hidden_states, attention_mask, rotation, past_key_values, position_ids=, padding=, **the model's other arguments)
 
-    hidden_states (B, T, hidden), already normed; rotation (cos, sin) of the new tokens or None; position_ids (B or 1, T);
-    past_key_values the caller's cache or None; padding boolean (B, all tokens so far), True where a token is real, or None
-    where all are. attention_mask is what transformers makes for full attention, and None where `takes_mask` is false.
-    The module returns its output (B, T, hidden), before the residual, and None or the weights of attention.
+    hidden_states (B, T, hidden), already normed; rotation: (cos, sin) of the new tokens, or None; position_ids (B or 1, T);
+    past_key_values: the caller's cache, or None; padding: boolean (B, tokens so far), True where a token is real, or None where
+    all are; attention_mask: transformers' mask for full attention, None where `takes_mask` is false. The module returns its
+    output (B, T, hidden), before the residual, and the attention weights or None.
     """
 
 
 class Pattern(Attention):
     """Softmax attention over some of the keys.
 
-    Tokens are known by their number, 0 for a row's first real token, so padding and the cut into chunks change nothing.
+    Tokens are numbered from 0 at a row's first real token, so padding and chunks change nothing. `grid` is the shape of a call.
     """
 
     runs_zero_key: ClassVar[bool] = False
-    """Whether its own `run` knows `AttentionCall.zero_key`; masks do otherwise."""
+    """Whether its own `run` handles `AttentionCall.zero_key`; otherwise such calls run under its mask."""
 
     def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
-        """Which keys each query sees: boolean (B or 1, H or 1, Tq, Tk); queries (B or 1, Tq), keys (B or 1, Tk) token numbers.
-        Causality and padding are added by the caller, and need not be in the answer."""
+        """The keys that each query sees: boolean (B or 1, H or 1, Tq, Tk), for token numbers queries (B or 1, Tq), keys (B or
+        1, Tk).
+
+        The caller adds causality and padding, so the mask may leave them out.
+        """
         raise NotImplementedError
 
     def multiplicity(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor | None:
-        """How often a visible key counts in the softmax: whole numbers, asked for and answered as `mask` is. None: once."""
+        """How often each visible key counts in the softmax: integers, of the shape of `mask`. None: once."""
         return None
 
     def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
-        """Where the keys are that some query of start … end - 1 sees: ascending, disjoint (first, last + 1)."""
+        """Ranges (first, last + 1) of all keys that the queries start … end - 1 see, ascending and disjoint."""
         return [(0, grid.length)]
 
     def blocks(self, grid: AttentionShape, size: int, device: torch.device) -> Blocks | None:
-        """The same as `mask` in blocks of `size` tokens, causality with it, for FlexAttention; None where there are no such
-        blocks. The same object for the same question, made without a mask of pairs."""
+        """`mask` and causality as blocks of `size` tokens, for FlexAttention; None where the pattern has no blocks.
+
+        The same arguments give the same object. No mask of pairs is computed for it.
+        """
         return None
 
     def pairs(self, grid: AttentionShape) -> float:
-        """How many pairs of a query and a key that it sees there are, of all heads together; in a long text estimated from one
-        query out of each of SAMPLED parts."""
+        """The number of visible pairs of a query and a key, summed over heads.
+
+        In texts of more than SAMPLED tokens it is estimated from one random query in each of SAMPLED parts.
+        """
         count = min(grid.length, SAMPLED)
         draw = torch.Generator().manual_seed(0)
         edges = torch.linspace(0, grid.length, count + 1).long()
         chosen = edges[:-1] + (torch.rand(count, generator=draw) * edges.diff()).long()
-        seen = 0.0
+        visible = 0.0
         for query in chosen.tolist():
             keys = torch.cat([torch.arange(low, high) for low, high in self.ranges(query, query + 1, grid)])
             keys = keys[keys <= query] if grid.causal else keys
             mask = self.mask(torch.tensor([[query]]), keys[None], grid)
-            seen += float(mask.expand(1, grid.heads, 1, len(keys)).sum())
-        return seen * grid.length / count
+            visible += float(mask.expand(1, grid.heads, 1, len(keys)).sum())
+        return visible * grid.length / count
 
     def visited(self, grid: AttentionShape, device: torch.device) -> float | None:
-        """Pairs of the blocks that are gone through, of all heads together: those of `blocks`, or a pattern's own. A pair that
-        two of its blocks hold counts twice. None where it has no blocks."""
+        """The number of pairs in the blocks that kernels visit, summed over heads: of `blocks`, or of a pattern's own lists.
+
+        A pair in two blocks counts twice. None where the pattern has no blocks.
+        """
         blocks = self.blocks(grid, SIZE, device)
         return None if blocks is None else float(grid.heads * blocks.visited())
 
     def sinks_and_window(self) -> tuple[int, int] | None:
-        """(sinks, window) where a token of a decoder sees the first `sinks` tokens and the last `window`, itself among them,
-        and no others. None where it sees less of them, or others."""
+        """(sinks, window) where a decoder's token sees exactly the first `sinks` tokens and the last `window`, itself included.
+
+        None where it sees other tokens.
+        """
         return None
 
     def cached(self) -> tuple[int, int] | None:
-        """(sinks, window) of the tokens that a decoder's cache keeps: the first `sinks` and the last `window`, itself among them.
+        """(sinks, window) of the tokens that a decoder's KV cache keeps: the first `sinks` and the last `window`.
 
-        No later token sees another, though it may see fewer. None where any token may be seen again.
+        Later tokens see no others, though they may see fewer. None where any token may be seen again.
         """
         return self.sinks_and_window()
 
     def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
-        """Attention of all tokens of a text on themselves, (B, H, T, D), the fastest way that can run it
-        (`longspan.engine.backends`) unless a pattern has one of its own. Rows are aligned at their first real token."""
+        """Self-attention (B, H, T, D) of whole texts, whose rows begin at their first real token.
+
+        It runs on the fastest backend that can compute it (`longspan.engine.backends`), unless a pattern overrides this.
+        """
         return backends.run(self, call, grid)
 
     def check_position_encoding(self, config: LongspanConfig, encoding: PositionEncoding) -> None:
-        """Refuses a scheme that cannot be joined with the pattern."""
+        """Raises `NotSupported` for a scheme that cannot be combined with the pattern."""
         if encoding.defines("pair_bias"):
             raise NotSupported(
-                f"position={config.position} scores every pair of places, which {self.spec} is there to avoid; "
+                f"position={config.position} computes a score for every pair of positions, which {self.spec} avoids; "
                 "use attention=full, or another scheme such as rope, alibi or kerple"
             )
 
     def module_class(self) -> type[LongspanAttention]:
-        """What it is part of: ordinary attention, unless it has weights of its own."""
+        """The class of the module that `build` returns: `LongspanAttention`, unless the pattern has weights of its own."""
         return LongspanAttention
 
     def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
+        """The attention module of one layer. Raises `NotSupported` and `SpecError` for a configuration that it cannot be in."""
         self.check_direction(causal)
         self.check_position_encoding(config, encoding)
         return self.module_class()(config, layer, encoding, causal=causal, pattern=self)
@@ -127,7 +141,7 @@ class Pattern(Attention):
 
 @dataclass(frozen=True)
 class Full(Pattern):
-    """Every key: transformers' own implementations run it."""
+    """Attention to every key, by transformers' own implementations."""
 
     name = "full"
     title = "Full attention"
@@ -147,7 +161,7 @@ class Full(Pattern):
         return LongspanAttention(config, layer, encoding, causal=causal)
 
     def _refuse(self, facts: ModelFacts) -> NoReturn:
-        raise NotSupported("full attention is what a trained model has; use none")
+        raise NotSupported("full: a trained model has full attention already; use none")
 
 
 @dataclass(frozen=True)
@@ -193,14 +207,17 @@ class MixerModule(nn.Module):
 
 
 class Mixer(Attention):
-    """Mixing that is no softmax over keys. Its module keeps what it must remember in a `longspan.lm.state.MixerState`, got
-    from the caller's cache by `state_of`; the recurrent form and the parallel form give the same."""
+    """Mixing of tokens other than softmax over keys.
+
+    Its module keeps its state in a `longspan.lm.state.MixerState` of the caller's cache (`state_of`); the recurrent form and the
+    parallel form compute the same.
+    """
 
     positions: ClassVar[frozenset[str]] = frozenset({"embed"})
-    """The parts of a position scheme that it has a use for, besides `rotation` for RoPE."""
+    """The methods of a position encoding that it uses, and `rotation` where it uses RoPE."""
 
     def check_position_encoding(self, config: LongspanConfig, encoding: PositionEncoding) -> None:
-        """Refuses a scheme whose part would be lost."""
+        """Raises `NotSupported` for a scheme that defines what the mixer does not use."""
         parts = {
             p for p in ("embed", "rotate_qk", "query_scale", "bias", "pair_bias", "query_scores") if encoding.defines(p)
         }
@@ -211,14 +228,14 @@ class Mixer(Attention):
             if "rotation" not in self.positions and (self.knows_order or "causal" in self.directions):
                 fitting = "sinusoidal, learned or nope"
             raise NotSupported(
-                f"position={config.position} acts on {', '.join(sorted(lost))}, which attention={self.spec} has not; "
+                f"position={config.position} defines {', '.join(sorted(lost))}, which attention={self.spec} does not use; "
                 f"use position={fitting}"
             )
 
     def check_dropout(self, config: LongspanConfig) -> None:
-        """For what has no weights of attention to drop."""
+        """Raises `NotSupported` for `attention_dropout`, where there are no attention weights to drop."""
         if config.attention_dropout:
             raise NotSupported(
-                f"attention_dropout={config.attention_dropout} drops weights of attention, which attention={self.spec} does not; "
+                f"attention_dropout={config.attention_dropout} drops attention weights, and attention={self.spec} computes none; "
                 "use hidden_dropout"
             )

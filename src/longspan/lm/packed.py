@@ -1,8 +1,8 @@
-"""Several texts in one row, which do not see one another: each is read as a row of its own and put back where it was.
+"""Packed rows of several texts: each text is read as a row of its own, and its states are put back where it was.
 
-As transformers has it, positions that do not run on by one begin another text where no mask is given. Full attention in a decoder
-keeps texts apart by its mask of pairs; patterns and mixers have none, and many carry something along the row. Texts whose
-lengths are within a factor of two of one another make a batch, so that padding is less than half of it.
+As in transformers, a position that is not the one before plus 1 begins another text, where there is no mask. Full attention in a
+decoder separates texts by its mask of pairs; patterns and mixers have no such mask, and many carry a state along the row. Texts
+whose lengths are within a factor of two form a batch, so that padding is less than half of it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts of like length: `index` (texts, longest) says where their tokens stand among all tokens of all rows, `real` which
-    of them are theirs."""
+    """Texts of similar length. index (texts, longest): of their tokens among all tokens of all rows; real: False for padding."""
 
     index: Tensor
     real: Tensor
@@ -27,12 +26,12 @@ class Texts:
 
 
 def packed(positions: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether some row holds several texts."""
+    """Whether some row of positions (B, T) holds several texts; never where there is a mask."""
     return positions is not None and mask is None and bool((positions.diff() != 1).any())
 
 
 def texts_in(positions: Tensor) -> list[Texts]:
-    """The texts of rows whose tokens have these positions (B, T)."""
+    """The texts in rows with these positions (B, T), grouped by length."""
     starts = torch.nn.functional.pad(positions.diff() != 1, (1, 0), value=True).flatten()
     begins = starts.nonzero()[:, 0]
     sizes = torch.diff(begins, append=begins.new_tensor([starts.numel()]))
@@ -47,7 +46,7 @@ def texts_in(positions: Tensor) -> list[Texts]:
 
 
 def put_back(parts: list[tuple[Texts, Tensor]], rows: int) -> Tensor:
-    """What came of the texts, each (texts, longest, …), in its `rows` again: (B, T, …)."""
+    """States (texts, longest, …) of the texts, put back into `rows` rows: (B, T, …)."""
     index = torch.cat([texts.index[texts.real] for texts, _ in parts])
     states = torch.cat([out[texts.real] for texts, out in parts])
     return states[index.argsort()].unflatten(0, (rows, -1))

@@ -1,15 +1,15 @@
-"""Reversible residual layers (Reformer, section 3): activations that are not kept but computed back.
+"""Reversible residual layers (Kitaev 2020, Reformer, section 3): activations are recomputed in the backward pass.
 
 Two streams, both as wide as the model, begin as the embeddings. Each branch f, attention or feed-forward network with its
-norm, reads one and is added to the other, in turn:
+norm, reads one stream and is added to the other, in turn:
 
     (a, b) -> (b, a + f(b)),    back: (b, c) -> (c - f(b), b)
 
-Two such steps are equation (9), Y1 = X1 + Attention(X2), Y2 = X2 + FeedForward(Y1). The backward pass has the last
-activations and works its way back, running every branch once more with the random numbers, the precision and the decisions
-(`engine/recorded_choices.py`) of the first time. So memory is that of one branch, whatever the depth, and time about a third
-more. The model reads the mean of both streams: so it has as many parameters as the usual one, as the paper says of its own
-(the authors' encoder-decoder takes the mean as well; their language model sets the streams side by side).
+Two such steps are equation (9), Y1 = X1 + Attention(X2), Y2 = X2 + FeedForward(Y1). The backward pass starts from the last
+activations and runs every branch once more, with the random numbers, the precision and the recorded choices
+(`engine/recorded_choices.py`) of the forward. So memory is that of one branch, at any depth, and time grows by about a third. The
+model's output is the mean of both streams, so it has as many parameters as without (the authors' encoder-decoder takes the mean
+too; their language model concatenates the streams).
 """
 
 from __future__ import annotations
@@ -33,72 +33,73 @@ Branch = Callable[..., Tensor]
 def reversible(
     branches: Sequence[Branch], x: Tensor, parameters: Sequence[Tensor], inputs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Both streams (B, T, hidden) after all branches, from x (B, T, hidden) in both, with nothing kept in between.
+    """Both streams (B, T, hidden) after all branches, from x (B, T, hidden) in both, without activations in memory.
 
-    parameters: all that the branches have and that a gradient shall reach. inputs: what every branch is given by name; a
-    gradient reaches the tensors among them too, unless they are inside of something else. A branch runs twice, with gradients
-    switched on, and must not change what it is given.
+    parameters: of all branches, which get gradients. inputs: the keyword arguments of every branch; tensors among them get
+    gradients too, unless they are within another object. A branch runs twice, with gradients enabled, and must not change its
+    inputs.
     """
     names = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad]
     trained = [p for p in parameters if p.requires_grad]
-    work = _Work(branches, inputs, names, trained)
-    return _Reversible.apply(work, x, *(inputs[name] for name in names), *trained)
+    run = _Run(branches, inputs, names, trained)
+    return _Reversible.apply(run, x, *(inputs[name] for name in names), *trained)
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Run:
+    """The arguments of `reversible`, for its backward pass."""
+
     branches: Sequence[Branch]
     inputs: dict[str, Any]
     names: list[str]
-    """Of the inputs that get a gradient."""
+    """The inputs that get a gradient."""
     parameters: list[Tensor]
 
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, work: _Work, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.work, ctx.circumstances, ctx.decisions = work, [], []
-        decided: list[Tensor] = []
+    def forward(ctx: Any, run: _Run, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.run, ctx.contexts, ctx.counts = run, [], []
+        choices: list[Tensor] = []
         a = b = x
-        for branch in work.branches:
-            circumstances = _Circumstances(x)
+        for branch in run.branches:
+            context = _RandomAndPrecision(x)
             stream = b.detach().requires_grad_()
-            with torch.enable_grad(), circumstances.precision(), keeping() as kept:  # as in the second run
-                change = branch(stream, **work.inputs)
+            with torch.enable_grad(), context.precision(), keeping() as recorded:  # as in the second run
+                change = branch(stream, **run.inputs)
             a, b = b, a + change.detach()
-            ctx.circumstances.append(circumstances)
-            ctx.decisions.append(len(kept))
-            decided += kept
-        ctx.save_for_backward(a, b, *decided)
+            ctx.contexts.append(context)
+            ctx.counts.append(len(recorded))
+            choices += recorded
+        ctx.save_for_backward(a, b, *choices)
         return a, b
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *pulls: Tensor) -> tuple[Tensor | None, ...]:
-        work: _Work = ctx.work
-        a, b, *decided = ctx.saved_tensors
-        pull_a, pull_b = pulls
-        inputs = dict(work.inputs)
-        for name in work.names:  # cut off from what made them, whose turn comes later
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        run: _Run = ctx.run
+        a, b, *choices = ctx.saved_tensors
+        grad_a, grad_b = gradients
+        inputs = dict(run.inputs)
+        for name in run.names:  # detached: autograd goes on behind them after this
             inputs[name] = inputs[name].detach().requires_grad_()
-        wanted = [inputs[name] for name in work.names] + work.parameters
-        sums: list[Tensor | None] = [None] * len(wanted)
-        for branch, circumstances, count in reversed(
-            list(zip(work.branches, ctx.circumstances, ctx.decisions, strict=True))
-        ):
-            own, decided = decided[len(decided) - count :], decided[: len(decided) - count]
+        leaves = [inputs[name] for name in run.names] + run.parameters
+        sums: list[Tensor | None] = [None] * len(leaves)
+        for branch, context, count in reversed(list(zip(run.branches, ctx.contexts, ctx.counts, strict=True))):
+            first = len(choices) - count
+            recorded, choices = choices[first:], choices[:first]
             stream = a.detach().requires_grad_()
-            with torch.enable_grad(), circumstances.again(), repeating(own):
+            with torch.enable_grad(), context.again(), repeating(recorded):
                 change = branch(stream, **inputs)
-            pull, *more = torch.autograd.grad(change, [stream, *wanted], pull_b.to(change.dtype), allow_unused=True)
+            grad, *more = torch.autograd.grad(change, [stream, *leaves], grad_b.to(change.dtype), allow_unused=True)
             sums = [_sum(old, new) for old, new in zip(sums, more, strict=True)]
             a, b = b - change.detach(), a
-            pull_a, pull_b = pull_b, pull_a + pull
-        return None, pull_a + pull_b, *sums
+            grad_a, grad_b = grad_b, grad_a + grad
+        return None, grad_a + grad_b, *sums
 
 
-class _Circumstances:
-    """What a branch's result depends on besides its inputs: random numbers and mixed precision."""
+class _RandomAndPrecision:
+    """The random state and the autocast settings under which a branch ran."""
 
     def __init__(self, x: Tensor):
         self.cpu = torch.get_rng_state()
@@ -109,7 +110,7 @@ class _Circumstances:
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """Mixed precision as it was, without its cache, which would keep the cast weights of all layers."""
+        """A context with the same autocast settings, without the cache, which would keep the cast weights of all layers."""
         with ExitStack() as stack:
             for kind, (enabled, dtype) in self.autocast.items():
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
@@ -117,7 +118,7 @@ class _Circumstances:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """The random numbers as well, and afterwards those that there were."""
+        """A context with the same autocast settings and random numbers, after which the random state is as before."""
         kind = self.device if self.devices else "cuda"
         with self.precision(), torch.random.fork_rng(devices=self.devices, device_type=kind):
             torch.set_rng_state(self.cpu)

@@ -1,5 +1,4 @@
-"""What is remembered between calls, in the caller's own cache: a mixer's tensors of fixed size, or the keys and values of a
-pattern that sees no others."""
+"""Layers of the caller's cache for mixers, a state of fixed size, and for patterns with a window, rolling keys and values."""
 
 from __future__ import annotations
 
@@ -16,8 +15,11 @@ from longspan.util.errors import NotSupported
 
 
 class MixerState(CountedLayer):
-    """`tensors` by name, each with the batch first; `seen` is the number of tokens read, which the module counts up; `shared`
-    is what all rows have in common, made once from the weights."""
+    """The state of a mixer's module between calls.
+
+    tensors: by name, each with the batch first; seen: the number of tokens read so far; shared: tensors that are alike for all
+    rows, computed once from the weights.
+    """
 
     kind = "state"
 
@@ -28,7 +30,10 @@ class MixerState(CountedLayer):
         self.seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
-        raise NotSupported("this layer keeps a state and no keys and values")
+        """Raises `NotSupported`: a state has no keys and values."""
+        raise NotSupported(
+            "this cache layer holds a mixer's state, and keys and values cannot be added; begin with an empty cache"
+        )
 
     update = lazy_initialization  # type: ignore[assignment]
 
@@ -37,7 +42,9 @@ class MixerState(CountedLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise NotSupported("a state cannot forget single tokens: assisted decoding needs attention=full")
+            raise NotSupported(
+                f"a mixer's state cannot drop its last {tokens_to_remove:,} tokens, as assisted decoding does; use attention=full"
+            )
 
     def offload(self) -> None:
         self.each_row(lambda x: x.to("cpu", non_blocking=True))
@@ -46,7 +53,7 @@ class MixerState(CountedLayer):
         self.each_row(lambda x: x.to(self._device, non_blocking=True))
 
     def keep(self, seen: int, **tensors: Tensor) -> None:
-        """What is remembered after `seen` more tokens."""
+        """Stores the tensors of the state after `seen` more tokens."""
         self.tensors = tensors
         self._device = next(iter(tensors.values())).device
         self.seen += seen
@@ -68,7 +75,10 @@ class MixerState(CountedLayer):
 
 
 def state_of(cache: Cache, layer: int) -> MixerState:
-    """The state of layer number `layer` in a cache, put there if the cache is new."""
+    """The state of layer `layer` in a cache, added where the layer is empty.
+
+    Raises `NotSupported` where the layer holds keys and values.
+    """
     layers = _layers(cache, layer)
     if not isinstance(layers[layer], MixerState):
         refuse_filled(layers[layer])
@@ -77,19 +87,27 @@ def state_of(cache: Cache, layer: int) -> MixerState:
 
 
 def rolling_of(cache: Cache, layer: int, sinks: int, window: int) -> WindowLayer | None:
-    """The rolling layer number `layer` of a cache, put there if the cache is a new and growing one. None where the caller
-    brought another kind, which then keeps every key."""
+    """The rolling layer `layer` of a cache, put in the place of an empty `DynamicLayer`; sinks and window in tokens.
+
+    None where the caller's cache has layers of another class, which then keep every key. Raises `NotSupported` where it rolls
+    with another window.
+    """
     layers = _layers(cache, layer)
     if type(layers[layer]) is DynamicLayer and not layers[layer].get_seq_length():
         layers[layer] = WindowLayer(sinks, window)
-    held = layers[layer]
-    if isinstance(held, WindowLayer) and (held.sinks, held.window) != (sinks, window):
-        raise NotSupported("this cache keeps a window of another model; begin with an empty one")
-    return held if isinstance(held, WindowLayer) else None
+    rolling = layers[layer]
+    if not isinstance(rolling, WindowLayer):
+        return None
+    if (rolling.sinks, rolling.window) != (sinks, window):
+        raise NotSupported(
+            f"this cache keeps {rolling.sinks} sinks and a window of {rolling.window}, and the model needs {sinks} and {window}; "
+            "begin with an empty cache"
+        )
+    return rolling
 
 
 def _layers(cache: Cache, layer: int) -> list[Any]:
-    """The layers of a cache, at least up to number `layer`."""
+    """The layers of a cache, extended to contain layer `layer`."""
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())
     return cache.layers

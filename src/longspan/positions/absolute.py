@@ -1,7 +1,7 @@
-"""Positions on the embeddings, or none at all: sinusoidal, learned, NoPE; and RoPE, which turns queries and keys.
+"""Position schemes that every study of length compares with: sinusoidal, learned, RoPE, and no positions (NoPE).
 
-These are the baselines of every study of length: learned positions end with their table, sinusoidal ones and RoPE's have no
-end but were never trained past the window, and without any the causal mask alone tells where a token stands.
+Learned positions end with their table. Sinusoidal positions and RoPE have no limit, but the model was not trained past its
+window. Without positions only the causal mask tells the order of tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def sinusoid(positions: Tensor, width: int, base: float = 10_000.0) -> Tensor:
 
 
 class SinusoidalEncoding(PositionEncoding):
+    """Scaled embeddings plus a sinusoid of their positions."""
+
     def __init__(self, base: float):
         super().__init__()
         self.base = base
@@ -34,7 +36,7 @@ class SinusoidalEncoding(PositionEncoding):
 
 @dataclass(frozen=True)
 class Sinusoidal(Scheme):
-    """Embeddings are scaled by the square root of their width before positions are added."""
+    """Sines and cosines of positions, added to embeddings times the square root of their width (Vaswani 2017, §3.5)."""
 
     base: float = 10_000.0
 
@@ -52,6 +54,8 @@ class Sinusoidal(Scheme):
 
 
 class LearnedEncoding(PositionEncoding):
+    """Embeddings plus a trained row for each of `size` positions."""
+
     def __init__(self, size: int, hidden: int):
         super().__init__()
         self.reach = size
@@ -67,7 +71,7 @@ class LearnedEncoding(PositionEncoding):
 
 @dataclass(frozen=True)
 class Learned(Scheme):
-    """A table of `size` positions, by default the training length. There is nothing past its end."""
+    """A trained table of `size` positions, by default the training length; longer inputs are refused."""
 
     size: int | None = None
 
@@ -85,7 +89,7 @@ class Learned(Scheme):
 
 @dataclass(frozen=True)
 class NoPositions(Scheme):
-    """Nothing: a causal model can count by itself."""
+    """No positions: a causal model tells the order of tokens by its mask (Kazemnejad 2023)."""
 
     name = "nope"
     title = "NoPE: no positions at all"
@@ -94,14 +98,15 @@ class NoPositions(Scheme):
 
     def build(self, shape: Shape) -> PositionEncoding:
         self.require(
-            shape.causal or shape.ordered, "without positions an encoder cannot tell any order; use rope or t5"
+            shape.causal or shape.ordered,
+            "without positions an encoder cannot tell the order of tokens; use rope or t5",
         )
         return PositionEncoding()
 
 
 @dataclass(frozen=True)
 class RoPE(Scheme):
-    """`theta` is the base of the wavelengths, `share` the part of each head that turns."""
+    """Rotary positions (Su 2021). `theta`: the base of the wavelengths; `share`: the share of a head's channels that rotate."""
 
     theta: float = 10_000.0
     share: float = 1.0
@@ -116,9 +121,10 @@ class RoPE(Scheme):
         self.require(0 < self.share <= 1, f"share must be above 0 and at most 1, not {self.share}")
 
     def build(self, shape: Shape) -> PositionEncoding:
-        turned = shape.head_dim * self.share
+        width = shape.head_dim * self.share
         self.require(
-            turned == int(turned) and turned % 2 == 0, f"share={self.share} of {shape.head_dim} is no even width"
+            width == int(width) and width % 2 == 0,
+            f"share={self.share} of {shape.head_dim} channels is not an even number of channels; use another share",
         )
         return PositionEncoding()
 

@@ -1,7 +1,7 @@
-"""ALiBi: every score loses a little for each token of distance, at a fixed slope for each head; nothing is learned.
+"""ALiBi: a bias on scores that falls linearly with the distance, with a fixed slope per head (Press 2022, §3).
 
-score = q·k / sqrt(d) - m_h · |i - j|, with slopes 2^(-8h/H) for a power-of-two number of heads H. For other numbers the
-authors' code takes the slopes of the power of two below, then every other one of the power of two above.
+score = q·k / sqrt(d) - m_h · |i - j|, with slopes m_h = 2^(-8h/H), h = 1 … H, where H is a power of two. For other numbers of
+heads the authors' code takes the slopes of the power of two below, then every other slope of the power of two above.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
 def slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
-    """The slope of each head, (H,) float32 (Press 2022, §3, and the authors' code for numbers that are no power of two)."""
+    """The slope of each head, (H,) float32.
+
+    By Press 2022, §3, and by the authors' code where H is not a power of two.
+    """
     below = 1 << (heads.bit_length() - 1)
     first = torch.arange(1, below + 1, device=device) / below
     between = torch.arange(1, 2 * below, 2, device=device) / (2 * below)
@@ -24,6 +27,8 @@ def slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 class ALiBiEncoding(PositionEncoding):
+    """ALiBi in one model, without parameters."""
+
     def __init__(self, heads: int):
         super().__init__()
         self.heads = heads
@@ -37,7 +42,7 @@ class ALiBiEncoding(PositionEncoding):
 
 @dataclass(frozen=True)
 class ALiBi(Scheme):
-    """In an encoder the slope runs both ways, which the paper leaves open."""
+    """A linear bias by distance. In an encoder it falls in both directions, which the paper leaves open."""
 
     name = "alibi"
     title = "ALiBi: attention with linear biases"

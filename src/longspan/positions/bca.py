@@ -1,8 +1,8 @@
-"""Blockwise causal attention: tokens lie in blocks of `size`/2 and see their own block, up to themselves, and the one before.
+"""Blockwise causal attention: a query sees its own block of `size`/2 tokens and the block before (Sun 2023).
 
-A query sees between size/2 + 1 and size tokens, those from (floor(i / h) - 1)·h on with h = size/2. Blocks are counted by
-position, so one forward, chunks and decoding see the same. (The authors' code slides a window of `size` while decoding,
-which shows a token other keys than the prompt's tokens had.) In the paper it stands beside xPos, at inference alone.
+With h = size/2 the query at position i sees the keys from (floor(i / h) - 1)·h to i, between h + 1 and size of them. Blocks are
+counted by position, so one forward, chunks and decoding see the same keys. (The authors' code slides a window of `size` while
+decoding, which shows a new token other keys than the prompt's tokens had.) The paper uses it with xPos, at inference alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from longspan.positions.spans import Span
 
 @dataclass(frozen=True)
 class BlockwiseCausal(Span):
-    """`size` in tokens, even: two blocks. Left out, it is the model's window."""
+    """`size`: two blocks, an even number of tokens, by default the model's window."""
 
     size: int | None = None
 

@@ -1,11 +1,11 @@
-"""Dynamic NTK: the base grows with the length read so far, so short inputs are left as they were.
+"""Dynamic NTK: RoPE whose base grows with the length of the text, unchanged within the window (Peng 2023, §3.3).
 
-At length l the NTK-aware base takes s = factor·l/L - (factor - 1) (factor 1: the paper's s = l/L), and s = 1 up to L. Keys
-enter the cache unrotated, as the paper asks: a cache of rotated keys would mix the bases of all earlier lengths, and the
-result would depend on how the prompt was cut.
+At length l the NTK-aware base has s = factor·l/L - (factor - 1) (factor 1: the paper's s = l/L), and s = 1 up to L. The KV cache
+holds keys unrotated, as in the paper: a cache of rotated keys would mix the bases of all earlier lengths, and results would
+depend on the chunks of the prefill.
 
-Here l belongs to the query: a query at position i takes the base of length i + 1, rounded up to `step` past the window. So
-prefill, chunked prefill and decoding agree with each other, and step = 1 is the paper's token-by-token reading.
+Here l belongs to the query: a query at position i has the base of length i + 1, rounded up past the window to a multiple of
+`step`. So prefill, chunked prefill and decoding agree, and step = 1 is the paper's token-by-token decoding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from longspan.util.errors import NotSupported
 
 @dataclass(frozen=True)
 class DynamicNTK(Method):
-    """`factor` stretches further than the length asks; `step` is how many tokens share a base past the window."""
+    """A base by length. `factor`: how much faster s grows than the length; `step`: tokens that share a base past the window."""
 
     factor: float = 1.0
     step: int = 512
@@ -70,17 +70,18 @@ class DynamicNTK(Method):
         site.attention(partial(self.attend, site))
 
     def lengths(self, positions: Tensor, window: int) -> Tensor:
-        """The length whose base each query position takes: the window, then steps past it."""
+        """The length whose base each query has: the window, then steps past it; positions of any shape, window in tokens."""
         past = (positions + 1 - window).clamp(min=0)
         return window + torch.div(past + self.step - 1, self.step, rounding_mode="floor") * self.step
 
     def inverse_frequencies(self, rope: RopeFacts, length: int) -> list[float]:
-        """The NTK-aware frequencies at `length`."""
+        """The NTK-aware frequencies (d/2) at `length` tokens."""
         s = max(1.0, self.factor * length / rope.window - (self.factor - 1))
         theta = rope.theta * s ** (rope.dim / (rope.dim - 2))
         return [theta ** (-i / rope.dim) for i in range(0, rope.dim, 2)]
 
     def attend(self, site: Site, call: LayerCall) -> Tensor:
+        """Attention (B, H, Tq, D) with queries and keys rotated by the bases of the queries' lengths."""
         rope = site.facts.rope
         assert rope is not None
         parts = call.forward.once("parts", lambda: self._parts(call, rope.window))
@@ -89,13 +90,13 @@ class DynamicNTK(Method):
         rows: dict[int | None, list[Tensor]] = {}
         for row, start, end, length in parts:
             if layer_type not in (None, "full_attention"):
-                length = rope.window  # a sliding layer never looks past its window
+                length = rope.window  # a sliding layer never sees further than its window
             out = self._attend_part(site, call, heads, row, start, end, length, layer_type)
             rows.setdefault(row, []).append(out)
         return torch.cat([torch.cat(outs, dim=2) for outs in rows.values()])
 
     def _parts(self, call: LayerCall, window: int) -> list[tuple[int | None, int, int, int]]:
-        """(row or None for all, first query, end, length): runs of queries that share a base."""
+        """Runs of queries that share a base: (row, or None for all rows; first query; end; length)."""
         shared = call.position_ids.shape[0] == 1 or bool((call.position_ids == call.position_ids[:1]).all())
         parts: list[tuple[int | None, int, int, int]] = []
         for row in range(1 if shared else call.position_ids.shape[0]):
@@ -121,10 +122,10 @@ class DynamicNTK(Method):
         """Attention of the queries start … end of a row, or of all rows, under the base of `length`."""
         rows = slice(None) if row is None else slice(row, row + 1)
         offset = call.key.shape[2] - call.query.shape[2]
-        seen = min(call.key.shape[2], offset + end + call.ahead)  # later keys are invisible to these queries
-        query, key, value = heads[0][rows, :, start:end], heads[1][rows, :, :seen], heads[2][rows, :, :seen]
+        last = min(call.key.shape[2], offset + end + call.ahead)  # later keys are invisible to these queries
+        query, key, value = heads[0][rows, :, start:end], heads[1][rows, :, :last], heads[2][rows, :, :last]
         pick = (lambda p: p[rows]) if call.position_ids.shape[0] > 1 else (lambda p: p)
-        query_positions, key_positions = pick(call.position_ids)[:, start:end], pick(call.key_positions)[:, :seen]
+        query_positions, key_positions = pick(call.position_ids)[:, start:end], pick(call.key_positions)[:, :last]
 
         assert site.facts.rope is not None, "check() refuses models without rotary positions"
         rotary = site.rotary.with_frequencies(self.inverse_frequencies(site.facts.rope, length), layer_type)
@@ -132,17 +133,17 @@ class DynamicNTK(Method):
         def tables(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
             return rotary.tables(positions, like, layer_type)
 
-        name = f"{layer_type}:{rows}:{start}:{seen}:"  # layers that cache a sliding window only have fewer keys
+        name = f"{layer_type}:{rows}:{start}:{last}:"  # layers whose cache keeps a sliding window have fewer keys
         query = rotate(call.module, query, *call.forward.once(name + "q", lambda: tables(query_positions, query)))
         key = rotate(call.module, key, *call.forward.once(name + "k", lambda: tables(key_positions, key)))
         whole = start == 0 and offset == 0
         if call.mask is not None:
             mask = call.mask[rows] if call.mask.shape[0] > 1 else call.mask
-            mask = mask[:, :, start:end, :seen]
+            mask = mask[:, :, start:end, :last]
         elif end - start == 1 or whole:
             mask = None
         else:
-            mask = query.new_ones(end - start, seen, dtype=torch.bool).tril(offset + start)
+            mask = query.new_ones(end - start, last, dtype=torch.bool).tril(offset + start)
         return attention(
             query,
             key,

@@ -1,13 +1,13 @@
-"""KERPLE: a learned decay of each head with distance, from kernels that keep attention sound at any length.
+"""KERPLE: a trained bias per head that falls with the distance, from conditionally positive definite kernels (Chi 2022).
 
     log    -r1 · log(1 + r2 · |i - j|)
-    power  -r1 · |i - j|^r2, 0 < r2 ≤ 2; r2 = 1 is ALiBi with learned slopes
+    power  -r1 · |i - j|^r2, 0 < r2 ≤ 2; r2 = 1 is ALiBi with trained slopes
 
-r1 and r2 are one pair for each head, shared by all layers. The paper adds the bias before the division by sqrt(d), its
-code after it; `scale` says which, and the code's way, `after`, is the default, since the published figures come from it.
-Parameters are drawn as in the code: r1 and the power's r2 uniformly from (0, 2), the logarithm's r2 from (0, 1), never
-below 0.01. The code clamps parameters in place at every step; here the clamp is part of the function, with a gradient
-straight through, so that a parameter at its bound can leave it again.
+Each head has one r1 and r2, shared by all layers. The paper adds the bias before the division by sqrt(d), its code after it;
+`scale` selects one, by default `after`, with which the published figures were computed. Parameters are drawn as in the code: r1
+and the power's r2 uniformly from (0, 2), the logarithm's r2 from (0, 1), and they are never below 0.01. The code clamps
+parameters in place after every step; here the clamp is part of the function, with a straight-through gradient, so that a
+parameter at its bound can leave it again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from longspan.engine.biased.bias import Bias
 from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 LEAST = 0.01
+"""The lower bound of r1 and r2."""
 
 
 class KerpleEncoding(PositionEncoding):
+    """KERPLE's r1 and r2, each (H,); factor: on the bias."""
+
     def __init__(self, heads: int, kind: Literal["log", "power"], factor: float):
         super().__init__()
         self.kind, self.factor = kind, factor
@@ -38,7 +41,7 @@ class KerpleEncoding(PositionEncoding):
         nn.init.uniform_(self.r2, 0, 1 if self.kind == "log" else 2)
 
     def parameters_within_bounds(self) -> tuple[Tensor, Tensor]:
-        """(r1, r2), each (H,) in float32."""
+        """(r1 · factor, r2), each (H,) float32, clamped to their bounds."""
         most = math.inf if self.kind == "log" else 2.0
         return _bounded(self.r1, LEAST, math.inf) * self.factor, _bounded(self.r2, LEAST, most)
 
@@ -56,7 +59,7 @@ def _bounded(x: Tensor, least: float, most: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Kerple(Scheme):
-    """`kind` is the kernel; `scale=before` adds the bias before the division by sqrt(head size), as the paper writes it."""
+    """A trained bias by distance. `kind`: the kernel; `scale=before` adds it before the division by sqrt(d), as in the paper."""
 
     kind: Literal["log", "power"] = "log"
     scale: Literal["after", "before"] = "after"

@@ -1,10 +1,10 @@
-"""Log-n scaling: queries grow with the logarithm of what they can see, so that attention stays as sharp over many keys.
+"""Log-n scaling: queries times the logarithm of the number of keys, which keeps the entropy of attention constant.
 
-The entropy of softmax attention over n unrelated keys grows with log n; scores multiplied by log n keep it level. A model
-trained without it takes the factor past its window only: the query at position i (from 0) is multiplied by
-max(1, log(i + 1) / log L). Inputs within L come out exactly as before. It does not change distances, so by itself it does
-not lengthen what a model can read; it is made to stand beside a method that does. A model of our own is trained with it by
-`position="rope + logn"`, beside any scheme; the factor then holds at every position.
+The entropy of softmax attention over n unrelated keys grows with log n; scores multiplied by log n keep it constant. On a model
+that was trained without it, the query at position i (from 0) is multiplied by max(1, log(i + 1) / log L), so inputs within L are
+computed exactly as before. Distances stay, so by itself it does not let a model read longer texts; it is combined with a method
+that does. A longspan model is trained with it, beside any scheme, by `position="rope + logn"`; the factor then is
+log(i + 1) / log L at every position.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from longspan.positions.scheme import PositionEncoding
 
 @dataclass(frozen=True)
 class LogN(Method):
-    """`window` is L in tokens; left out, it is the model's."""
+    """A factor on queries that grows with their position. `window`: L in tokens, by default the model's window."""
 
     window: int | None = None
 
@@ -35,7 +35,7 @@ class LogN(Method):
     also = ("log-n-scaling",)
     paper = "Su 2021, kexue.fm/archives/8823; Chiang 2022, arXiv 2202.12172"
     slots = frozenset({"queries", "span"})
-    """With a span that is bounded by another method the number of keys does not grow, and the factor would be wrong."""
+    """`span`: where another method bounds the number of keys, it does not grow and the factor would be wrong."""
     works_on = "pretrained, from scratch"
     cost = "time n², cache n"
     why_not_exportable = "it scales queries by their position, which no setting of a checkpoint can say"
@@ -63,7 +63,7 @@ class LogN(Method):
 
 
 class LogNEncoding(PositionEncoding):
-    """Log-n around another scheme's place, for a model that is trained with it: log(i + 1) / log L, below L too."""
+    """Another scheme's encoding with log-n scaling, for models trained with it: log(i + 1) / log L at every position."""
 
     def __init__(self, inner: PositionEncoding, window: int):
         super().__init__()
@@ -75,8 +75,8 @@ class LogNEncoding(PositionEncoding):
 
     def query_scale(self, positions: Tensor) -> Tensor:
         scale = (positions + 1).float().log() / math.log(self.window)
-        own = self.inner.query_scale(positions)
-        return scale if own is None else own * scale
+        inner = self.inner.query_scale(positions)
+        return scale if inner is None else inner * scale
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         return self.inner.embed(x, positions)

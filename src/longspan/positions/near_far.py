@@ -1,8 +1,8 @@
-"""Attention with two kinds of distance: the true one for near keys, one of the method's own for far keys, in one softmax.
+"""Attention with true distances to near keys and other distances to far keys, in one softmax.
 
-Both kinds of score need their own rotation of query and key, so keys are cached unrotated. The fast form lays the two
-rotations side by side in one head of twice the width, [near | far], with zeros in the half that a key does not use; one
-SDPA call over such keys is the merged softmax, for any kernel, with gradients.
+The two kinds of score rotate queries and keys differently, so the KV cache holds keys unrotated. The fast form concatenates both
+rotations in heads of twice the width, [near | far], with zeros in the half that a key does not use: one SDPA call over such keys
+is the merged softmax, in any kernel, with gradients.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from longspan.hf.site import Site
 from longspan.util.errors import NotSupported
 
 QUERIES_AT_ONCE = 512
-"""How many queries share one SDPA call: bounds the mask and the copies of keys."""
+"""Queries in one SDPA call, which bounds the mask and the copies of keys."""
 
 Pair = tuple[Tensor, Tensor]
 
 
 class NearFar(Method):
-    """Base of the methods that keep the true distance of keys less than `window` away and change that of the others."""
+    """Base of the methods that keep distances below `window` tokens and change larger ones."""
 
     window: int | None
 
@@ -37,7 +37,8 @@ class NearFar(Method):
     why_not_exportable = "it changes the attention itself, and a checkpoint only holds weights and settings"
 
     def far(self, positions: Tensor, *, query: bool) -> Tensor:
-        """The places (B or 1, T) of queries or of keys whose differences are the far distances."""
+        """Positions (B or 1, T), of queries or of keys, whose differences are the far distances; `positions` are the true
+        ones."""
         raise NotImplementedError
 
     def check(self, facts: ModelFacts) -> None:
@@ -54,8 +55,8 @@ class NearFar(Method):
         short = facts.sliding_window is not None and facts.sliding_window < facts.window
         if short and "full_attention" not in facts.layer_types:
             raise NotSupported(
-                f"{self.name}: every layer of this model looks back {facts.sliding_window:,} tokens only, so farther "
-                "positions are never met; use none, or streaming"
+                f"{self.name}: every layer of {facts.architecture} sees the last {facts.sliding_window:,} tokens only, so "
+                "larger distances never occur; use none, or streaming"
             )
 
     def attach(self, site: Site) -> None:
@@ -63,8 +64,9 @@ class NearFar(Method):
         site.attention(partial(self.attend, site))
 
     def attend(self, site: Site, call: LayerCall) -> Tensor:
-        query = self._turned(site, call, "queries", call.query, call.position_ids)
-        key = self._turned(site, call, "keys", call.key, call.key_positions)
+        """Attention (B, H, Tq, D) of the call's queries over near and far keys."""
+        query = self._rotated(site, call, "queries", call.query, call.position_ids)
+        key = self._rotated(site, call, "keys", call.key, call.key_positions)
         near, far = (query[0], key[0]), (query[1], key[1])
         if call.query.shape[2] == 1 or call.softcap is not None:
             return self.merged(call, near, far)
@@ -73,18 +75,19 @@ class NearFar(Method):
         blocks = range(0, call.query.shape[2], QUERIES_AT_ONCE)
         return torch.cat([self._block(call, near_slices, far_slices, values, start) for start in blocks], dim=2)
 
-    def _turned(self, site: Site, call: LayerCall, name: str, x: Tensor, positions: Tensor) -> Pair:
-        """x rotated for near and for far distances. Both tables are of one call: rotary modules that choose their
-        frequencies by the largest position would choose others for the far places alone. Nor is a far place, where one is
-        used, past its text's end; those that are not used must not pass for a longer text."""
+    def _rotated(self, site: Site, call: LayerCall, name: str, x: Tensor, positions: Tensor) -> Pair:
+        """x (B, H, T, D) rotated for near and for far distances.
+
+        Both tables come from one call, since some rotary modules choose their frequencies by the largest position. Far positions
+        that are used are never past the end of the text; unused ones are clamped to it.
+        """
         layer_type, length = site.layer_type(call.module), positions.shape[-1]
 
         def tables() -> Pair:
             far = self.far(positions, query=name == "queries").minimum(positions.max())
-            places = torch.cat((positions, far), dim=-1)
-            return site.rotary.tables(places, x, layer_type)
+            return site.rotary.tables(torch.cat((positions, far), dim=-1), x, layer_type)
 
-        # Layers that cache a sliding window only have fewer keys than the others.
+        # Layers whose cache keeps a sliding window have fewer keys than the others.
         cos, sin = call.forward.once(f"{layer_type}:{name}:{length}", tables)
         near, far = (
             rotate(call.module, x, *(table[:, part] for table in (cos, sin)))
@@ -93,9 +96,9 @@ class NearFar(Method):
         return near, far
 
     def merged(self, call: LayerCall, near: Pair, far: Pair) -> Tensor:
-        """By the definition: both score matrices, one chosen by distance, one softmax. near and far: (query, key)."""
+        """Attention by definition: both score matrices, merged by distance, in one softmax. near and far: (query, key)."""
         heads = call.query.shape[1]
-        # In float32: products of 16-bit numbers may be past what 16 bits hold, and a fused kernel does not round them either.
+        # In float32: products of 16-bit numbers may exceed the range of 16 bits, and fused kernels do not round them either.
         scores = [(q.float() @ expand_heads(k, heads).float().mT) * call.scale for q, k in (near, far)]
         distance = call.position_ids[:, None, :, None] - call.key_positions[:, None, None, :]
         merged = torch.where(distance < (self.window or 0), scores[0], scores[1])
@@ -105,37 +108,35 @@ class NearFar(Method):
     def _block(
         self, call: LayerCall, near: tuple[Slices, Slices], far: tuple[Slices, Slices], values: Slices, start: int
     ) -> Tensor:
-        """Attention of one block of queries over keys of double width."""
+        """Attention (B, H, rows, D) of one block of queries over keys of double width."""
         end = min(start + QUERIES_AT_ONCE, call.query.shape[2])
-        seen = min(call.key.shape[2], call.key.shape[2] - call.query.shape[2] + end + call.ahead)
+        last = min(call.key.shape[2], call.key.shape[2] - call.query.shape[2] + end + call.ahead)
         queries = call.position_ids[:, start:end]
-        keys = call.key_positions[:, :seen]
+        keys = call.key_positions[:, :last]
         is_near = (queries[:, None, :, None] - keys[:, None, None, :]) < (self.window or 0)
-        visible = self._visible(call, start, end)[..., :seen]
+        visible = self._visible(call, start, end)[..., :last]
         near_mask, far_mask = (visible & is_near), (visible & ~is_near)
         # Positions grow along a row, so far keys are a prefix and near keys a suffix, up to the columns that both share.
         first_near, end_far = self._split(queries, keys)
         query = torch.cat((near[0][:, :, start:end], far[0][:, :, start:end]), dim=-1)
-        zeros = torch.zeros_like(near[1].x[:, :, :seen])
+        zeros = torch.zeros_like(near[1].x[:, :, :last])
         key = torch.cat(
             (
                 torch.cat((zeros[:, :, :end_far], far[1][:, :, :end_far]), dim=-1),
-                torch.cat((near[1][:, :, first_near:seen], zeros[:, :, first_near:]), dim=-1),
+                torch.cat((near[1][:, :, first_near:last], zeros[:, :, first_near:]), dim=-1),
             ),
             dim=2,
         )
-        value = torch.cat((values[:, :, :end_far], values[:, :, first_near:seen]), dim=2)
+        value = torch.cat((values[:, :, :end_far], values[:, :, first_near:last]), dim=2)
         mask = torch.cat((far_mask[..., :end_far], near_mask[..., first_near:]), dim=-1)
         return attention(query, key, _pad_width(value), mask, call.scale, dropout=call.dropout)[
             ..., : call.value.shape[-1]
         ]
 
     def _split(self, queries: Tensor, keys: Tensor) -> tuple[int, int]:
-        """(first near key, end of far keys) as column numbers that hold for every query of the block in every row."""
+        """(first near key, end of far keys): columns that hold for every query of the block, in every row."""
         window = self.window or 0
-        if not bool(
-            (keys.diff(dim=-1) >= 0).all()
-        ):  # padding written with other positions: keep all columns in both parts
+        if not bool((keys.diff(dim=-1) >= 0).all()):  # padding with other positions: all columns stay in both parts
             return 0, keys.shape[1]
         near = (queries.amin(-1, keepdim=True) - keys) < window
         far = (queries.amax(-1, keepdim=True) - keys) >= window
@@ -151,5 +152,5 @@ class NearFar(Method):
 
 
 def _pad_width(value: Tensor) -> Tensor:
-    """Values widened with zeros to the keys' width: fused kernels want one width."""
+    """Values padded with zeros to the width of the keys: fused kernels need one width."""
     return torch.nn.functional.pad(value, (0, value.shape[-1]))

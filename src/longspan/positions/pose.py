@@ -1,10 +1,10 @@
-"""PoSE: training for a long window on short inputs whose positions have jumps (Zhu 2023, arXiv 2309.10400, section 3).
+"""PoSE: training for a long window on short inputs whose positions skip (Zhu 2023, arXiv 2309.10400, section 3).
 
-An input of `window` tokens is cut into chunks. Chunk i keeps its places and gets a bias u_i on top of them, with u_0 = 0 and
-u_i uniform in [u_(i-1), target - window]; so two tokens of one input can be anything up to `target` apart. What the chunks
-read may jump too: v_0 = 0 and v_i uniform in [v_(i-1), text - window] say where in a longer text chunk i takes its tokens.
+An input of `window` tokens is split into chunks. A skip u_i is added to the positions of chunk i, with u_0 = 0 and u_i uniform in
+[u_(i-1), target - window]; so two tokens of an input are up to `target` positions apart. The tokens may skip too: chunk i is
+taken v_i tokens further in a longer text, with v_0 = 0 and v_i uniform in [v_(i-1), text - window].
 
-This is no method of the catalogue: it changes how a model is trained, and nothing in the model. `longspan train` uses it.
+It is not a method of the catalogue: it changes the training and nothing in the model. `longspan train` uses it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from longspan.util.errors import SpecError
 
 SPAN = 5
-"""How many windows of text the chunks are taken from, where there are as many; as in the authors' code."""
+"""The windows of text from which the chunks of an input are taken, at most; as in the authors' code."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample. positions (window,): a place for each token read. tokens (window + 1,): which tokens of the text are read,
-    and the one that comes after them. biases and starts (chunks,): u_i, and where in the window each chunk begins."""
+    """One sample. positions (window,) of its tokens; tokens (window + 1,): their indices in the text, and that of the next token;
+    biases (chunks,): u_i; starts (chunks,): the index in the window at which each chunk begins."""
 
     positions: np.ndarray
     tokens: np.ndarray
@@ -33,10 +33,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class PoSE:
-    """`window` tokens are read with positions below `target`, in `chunks` of random lengths.
+    """Samples of `window` tokens with positions below `target`, in `chunks` of random lengths.
 
-    skips=False leaves the positions as they are and draws everything else alike: the control that PoSE is compared with.
-    content=contiguous reads one stretch of text, whatever the positions say.
+    skips=False leaves positions consecutive and draws everything else alike: the control that PoSE is compared with.
+    content=contiguous takes consecutive tokens of the text. Raises `SpecError` for values out of range.
     """
 
     window: int
@@ -57,20 +57,20 @@ class PoSE:
         )
 
     def draw(self, rng: np.random.Generator, text: int) -> Draw:
-        """A sample out of `text` tokens; at least window + 1 are needed."""
+        """A sample from a text of `text` tokens, at least window + 1."""
         assert text > self.window, "a text has at least window + 1 tokens"
         starts = np.sort(rng.choice(self.window - 1, self.chunks - 1, replace=False) + 1)
         starts = np.concatenate(([0], starts))
-        biases, places = self._rising(rng, self.target - self.window), self._rising(rng, text - self.window - 1)
+        biases, skips = self._rising(rng, self.target - self.window), self._rising(rng, text - self.window - 1)
         chunk = np.searchsorted(starts, np.arange(self.window + 1), side="right") - 1
         order = np.arange(self.window + 1)
-        tokens = order + places[chunk] if self.content == "skip" else order + places[-1]
+        tokens = order + skips[chunk] if self.content == "skip" else order + skips[-1]
         if not self.skips:
             biases = np.zeros_like(biases)
         return Draw(order[:-1] + biases[chunk[:-1]], tokens, biases, starts)
 
     def _rising(self, rng: np.random.Generator, most: int) -> np.ndarray:
-        """(chunks,): 0, then each uniform from the one before it to `most`."""
+        """(chunks,): 0, then each uniform between the one before and `most`."""
         values = [0]
         for _ in range(self.chunks - 1):
             values.append(int(rng.integers(values[-1], most, endpoint=True)))
@@ -83,5 +83,5 @@ class PoSE:
 
 
 def sampler(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one sample in one epoch, whoever draws it and whenever."""
+    """The random generator of one sample in one epoch, the same in every process."""
     return np.random.default_rng((seed, epoch, index))

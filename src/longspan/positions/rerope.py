@@ -1,11 +1,11 @@
-"""ReRoPE and Leaky ReRoPE: distances are true within a window and rectified beyond it; nothing is trained.
+"""ReRoPE and Leaky ReRoPE: RoPE with distances that are bounded or compressed beyond a window, without training (Su 2023).
 
     i - j                        for i - j < w
-    w                            else, in ReRoPE: every far key stands at the window's edge
-    w + (i - j - w) / k          else, in Leaky ReRoPE: each of k far tokens counts for a k-th of a position
+    w                            otherwise, in ReRoPE
+    w + (i - j - w) / k          otherwise, in Leaky ReRoPE
 
-Su's w is a quarter to a half of the trained window. k = 1 is plain RoPE, and k → ∞ is ReRoPE. As places that are turned by
-plain rotation: a far query stands at w (leaky: w + (i - w)/k), a far key at 0 (leaky: j/k).
+Su's w is a quarter to a half of the training length. k = 1 is plain RoPE, and k → ∞ is ReRoPE. As positions for plain rotation:
+a far query is at w (leaky: w + (i - w)/k), a far key at 0 (leaky: j/k).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SOURCE = "Su 2023, kexue.fm/archives/9708; github.com/bojone/rerope"
 
 @dataclass(frozen=True)
 class ReRoPE(NearFar):
-    """`window` is w in tokens; left out, it is a quarter of the model's window (1,024 of Llama-2's 4,096)."""
+    """Distances of at most `window` = w tokens, by default a quarter of the model's window (1,024 of Llama-2's 4,096)."""
 
     window: int | None = None
 
@@ -48,14 +48,14 @@ class ReRoPE(NearFar):
         return (self.window or 0) + 1  # a distance of w is w in both forms
 
     def far(self, positions: Tensor, *, query: bool) -> Tensor:
-        """w for queries and 0 for keys, wherever they stand."""
+        """w for queries and 0 for keys, at every position."""
         return torch.full_like(positions, (self.window or 0) if query else 0)
 
 
 @dataclass(frozen=True)
 class LeakyReRoPE(NearFar):
-    """`window` is w in tokens, left out a quarter of the model's window; `factor` is k, left out the smallest that keeps the
-    distances of the target length within the model's window."""
+    """Distances that grow by 1/k beyond the window. `window`: w in tokens, by default a quarter of the model's window;
+    `factor`: k, by default the smallest that keeps the distances of the target length within the model's window."""
 
     window: int | None = None
     factor: float | None = None

@@ -1,9 +1,9 @@
-"""Static RoPE scaling: other rotation frequencies, so that positions past the training length turn into seen angles.
+"""Static RoPE scaling: other frequencies, with which positions past the training length have angles seen in training.
 
 With d rotated channels, base b, training length L, target length L' and s = L'/L, the plain frequencies are
-theta_i = b^(-2i/d), i = 0 … d/2 - 1. Each method here is one rule from theta_i to new frequencies (and a factor on cos and
-sin). It is written into `config.rope_parameters` in a form that transformers already knows, so a saved model needs nothing
-of ours: where transformers has no name for a rule, its frequencies travel as LongRoPE factors theta_i / new_i.
+theta_i = b^(-2i/d), i = 0 … d/2 - 1. Each method is a rule from theta_i to new frequencies, with a factor on cos and sin. It is
+written to `config.rope_parameters` as one of transformers' own types, so a saved model runs without longspan: rules that
+transformers has no type for are written as LongRoPE factors theta_i / new_i.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Frequencies = np.ndarray
 
 
 def plain_frequencies(rope: RopeFacts) -> Frequencies:
-    """theta_i of the unscaled model, float64, (d/2,)."""
+    """The frequencies theta_i (d/2,), float64, of the unscaled model."""
     return rope.theta ** (-np.arange(0, rope.dim, 2) / rope.dim)
 
 
 @dataclass(frozen=True)
 class RopeScaling(Method):
-    """Base of the static rules. `factor` is s; without it, it follows from the target length."""
+    """Base of the static rules. `factor`: s, which otherwise follows from the target length."""
 
     factor: float | None = None
 
@@ -47,14 +47,13 @@ class RopeScaling(Method):
     def check(self, facts: ModelFacts) -> None:
         if facts.rope is None:
             raise NotSupported(
-                f"{self.name} rescales rotary positions and {facts.architecture} has none that can be rescaled; "
+                f"{self.name} rescales rotary positions, and {facts.architecture} has none that can be rescaled; "
                 "use none, or a model with RoPE (Llama, Mistral, Qwen, Phi-3, Gemma, …)"
             )
         if facts.rope.type != "default":
             raise NotSupported(
-                f"{self.name}: this checkpoint's positions are scaled already ({facts.rope.type}, window {facts.window:,}); "
-                "a second scaling would not be the paper's. Its window is the longer one: use none, or "
-                f"{facts.rope.beyond} beyond it"
+                f"{self.name}: this checkpoint's positions are scaled already ({facts.rope.type}, window {facts.window:,}), and "
+                f"a second scaling is not what the paper does; use none, or {facts.rope.beyond} beyond that window"
             )
 
     def resolve(self, facts: ModelFacts, length: int | None) -> Self:
@@ -65,7 +64,7 @@ class RopeScaling(Method):
         return replace(self, factor=self.factor_for(max(1.0, length / facts.window)))
 
     def factor_for(self, ratio: float) -> float:
-        """The factor that a target of `ratio` times the window needs: the ratio, rounded up to a quarter."""
+        """The factor for a target of `ratio` times the window: the ratio, rounded up to a multiple of 0.25."""
         return math.ceil(ratio * 4) / 4
 
     def reach(self, facts: ModelFacts) -> int | None:
@@ -75,15 +74,15 @@ class RopeScaling(Method):
         return 2**31 if self.factor == 1 else 0
 
     def frequencies(self, rope: RopeFacts) -> Frequencies:
-        """The scaled frequencies by the paper's formula, float64, (d/2,)."""
+        """The scaled frequencies (d/2,), float64, by the paper's formula."""
         raise NotImplementedError
 
     def attention_factor(self, rope: RopeFacts) -> float:
-        """What cos and sin are multiplied by (attention logits carry its square)."""
+        """The factor on cos and sin; attention scores have its square."""
         return 1.0
 
     def rope_parameters(self, rope: RopeFacts) -> dict[str, Any]:
-        """The rule in transformers' own terms."""
+        """The rule as entries of transformers' `rope_parameters`."""
         return as_longrope(rope, self.frequencies(rope), self.factor or 1.0, self.attention_factor(rope))
 
     def attach(self, site: Any) -> None:
@@ -96,7 +95,7 @@ class RopeScaling(Method):
 
 
 def as_longrope(rope: RopeFacts, frequencies: Frequencies, factor: float, attention_factor: float) -> dict[str, Any]:
-    """Any static frequencies as a `longrope` configuration: the same factors for short and long inputs."""
+    """Static frequencies (d/2,) as `rope_parameters` of type `longrope`, with the same factors for short and long inputs."""
     factors = (plain_frequencies(rope) / frequencies).tolist()
     return {
         "rope_type": "longrope",
@@ -110,7 +109,7 @@ def as_longrope(rope: RopeFacts, frequencies: Frequencies, factor: float, attent
 
 @dataclass(frozen=True)
 class PositionInterpolation(RopeScaling):
-    """Every frequency divided by s, which squeezes positions into the trained range. Made for a short fine-tuning."""
+    """Every frequency divided by s, which compresses positions into the trained range; meant for a short fine-tuning."""
 
     name = "pi"
     title = "Position interpolation"
@@ -128,8 +127,8 @@ class PositionInterpolation(RopeScaling):
 class NTKAware(RopeScaling):
     """A larger base, b·s^(d/(d-2)): the fastest pair keeps its frequency, the slowest is divided by s.
 
-    The pairs between are stretched by less than s, so s must exceed the wanted ratio; derived from a length it is twice the
-    ratio (1 where nothing is to be lengthened).
+    The pairs between are divided by less than s, so s must exceed the ratio of target length and window. Derived from a length
+    it is twice that ratio, and 1 within the window.
     """
 
     name = "ntk"
@@ -144,6 +143,7 @@ class NTKAware(RopeScaling):
         return int(facts.window * max(1.0, (self.factor or 1) / 2))
 
     def theta(self, rope: RopeFacts) -> float:
+        """The scaled base."""
         return rope.theta * (self.factor or 1.0) ** (rope.dim / (rope.dim - 2))
 
     def frequencies(self, rope: RopeFacts) -> Frequencies:
@@ -160,20 +160,20 @@ def _blend(rope: RopeFacts, factor: float, keep: Frequencies) -> Frequencies:
 
 
 def rotations(rope: RopeFacts) -> Frequencies:
-    """r_i = L·theta_i / 2π: how often each pair turns over the training length."""
+    """r_i = L·theta_i / 2π (d/2,): the rotations of each pair over the training length."""
     return rope.window * plain_frequencies(rope) / (2 * math.pi)
 
 
 def keep_by_rotations(rope: RopeFacts, slow: float, fast: float) -> Frequencies:
-    """The paper's ramp: 0 up to `slow` rotations, 1 from `fast` on, linear in the rotations between (YaRN, eq. 18)."""
+    """The paper's ramp (d/2,): 0 up to `slow` rotations, 1 from `fast` on, linear in the rotations between (YaRN, eq. 18)."""
     return np.clip((rotations(rope) - slow) / (fast - slow), 0, 1)
 
 
 def keep_by_index(rope: RopeFacts, slow: float, fast: float) -> Frequencies:
-    """The ramp of YaRN's code: linear in the pair's index, between the rounded indices that turn `fast` and `slow` times."""
+    """The code's ramp (d/2,): linear in the pair's index, between the rounded indices of `fast` and `slow` rotations."""
 
-    def index(turns: float) -> float:
-        return rope.dim * math.log(rope.window / (2 * math.pi * turns)) / (2 * math.log(rope.theta))
+    def index(rotations: float) -> float:
+        return rope.dim * math.log(rope.window / (2 * math.pi * rotations)) / (2 * math.log(rope.theta))
 
     low, high = max(math.floor(index(fast)), 0), min(math.ceil(index(slow)), rope.dim - 1)
     ramp = (np.arange(rope.dim // 2) - low) / max(high - low, 0.001)
@@ -182,7 +182,8 @@ def keep_by_index(rope: RopeFacts, slow: float, fast: float) -> Frequencies:
 
 @dataclass(frozen=True)
 class NTKByParts(RopeScaling):
-    """Pairs that turn often over the training length stay, pairs that do not complete a turn are divided by s."""
+    """Pairs with more than `fast` rotations over the training length keep their frequency, those below `slow` are divided by
+    s."""
 
     slow: float = 1.0
     fast: float = 32.0
@@ -203,8 +204,8 @@ class NTKByParts(RopeScaling):
 class YaRN(NTKByParts):
     """NTK-by-parts with a temperature: cos and sin times 0.1·ln s + 1.
 
-    The paper and its code ramp differently, by up to 67 % in a frequency: `ramp=code` (what every checkpoint and library
-    uses) is linear in the pair's index, `ramp=paper` in its rotations.
+    The ramps of the paper and of its code differ by up to 67 % in a frequency: `ramp=code`, which every checkpoint and library
+    uses, is linear in the pair's index, `ramp=paper` in its rotations.
     """
 
     ramp: Literal["code", "paper"] = "code"
@@ -235,7 +236,7 @@ class YaRN(NTKByParts):
 
 @dataclass(frozen=True)
 class Llama3(RopeScaling):
-    """Llama 3.1's rule: wavelengths under L/high stay, over L/low are divided by s, linear in the rotations between."""
+    """Llama 3.1's rule: wavelengths below L/high stay, above L/low are divided by s, linear in the rotations between."""
 
     low: float = 1.0
     high: float = 4.0
@@ -264,10 +265,9 @@ class Llama3(RopeScaling):
 
 @dataclass(frozen=True)
 class LongRoPE(RopeScaling):
-    """Each frequency divided by a factor of its own, found by a search that others have run: `factors` names a JSON file
-    with a list of d/2 numbers, or an object with `long_factor` (as in a model's config.json). The search is not part of this
-    method, and the paper's unscaled first tokens are not either (transformers has no place for them, and the paper found
-    them useless at 2M)."""
+    """Each frequency divided by its own factor, from a search that is not part of this method. `factors`: a JSON file with a
+    list of d/2 numbers, or an object with `long_factor`, as in a model's config.json. The paper's unscaled first tokens are
+    left out: transformers has no setting for them, and the paper found them useless at 2M tokens."""
 
     factors: str | None = None
 
@@ -282,6 +282,7 @@ class LongRoPE(RopeScaling):
         self.read_factors()
 
     def read_factors(self) -> list[float]:
+        """The factors (d/2) in the file. Raises `SpecError` where it cannot be read or holds other values."""
         path = Path(self.factors or "")
         try:
             data = json.loads(read_text(path))
@@ -303,7 +304,8 @@ class LongRoPE(RopeScaling):
         count = len(self.read_factors())
         if facts.rope and count != facts.rope.dim // 2:
             raise NotSupported(
-                f"longrope: {self.factors} has {count} factors and {facts.architecture} rotates {facts.rope.dim // 2} pairs"
+                f"longrope: {self.factors} has {count} factors, and {facts.architecture} rotates {facts.rope.dim // 2} pairs; "
+                "use factors that were searched for this model"
             )
 
     def frequencies(self, rope: RopeFacts) -> Frequencies:

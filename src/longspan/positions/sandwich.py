@@ -1,8 +1,8 @@
-"""Sandwich: what sinusoidal positions say about distance, alone: the product of two position embeddings as a bias.
+"""Sandwich: the product of two sinusoidal position embeddings as a bias by distance (Chi 2023).
 
-bias_h = (sum over i = 1 … D/2 of cos((i - j) · 10000^(-2i/D)) - D/2) / (8h/H), h = 1 … H. Only the product of place with
-place is kept; the divisor flattens it more from head to head. It falls about as the logarithm of the distance, and nothing
-is learned. D is the width of the sinusoid that is imagined, not of the model.
+bias_h = (sum over k = 1 … D/2 of cos((i - j) · 10000^(-2k/D)) - D/2) / (8h/H), h = 1 … H. It is the term of position with
+position in sinusoidal attention; the divisor makes it flatter from head to head. It falls roughly as the logarithm of the
+distance and has no parameters. D is the width of the sinusoid, not of the model.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
 class SandwichEncoding(PositionEncoding):
+    """Sandwich in one model, without parameters."""
+
     def __init__(self, heads: int, width: int):
         super().__init__()
         self.heads, self.width = heads, width
 
     def bias(self, distance: Tensor) -> Tensor:
-        far, where = distance.unique(return_inverse=True)  # few values for many pairs, and each is a long sum
+        values, index = distance.unique(return_inverse=True)  # few values for many pairs, and each is a long sum
         i = torch.arange(1, self.width // 2 + 1, device=distance.device, dtype=torch.float64)
-        angles = far.double()[:, None] * 10_000.0 ** (-2 * i / self.width)
+        angles = values.double()[:, None] * 10_000.0 ** (-2 * i / self.width)
         decay = angles.cos().sum(-1) - self.width / 2
         flatness = 8 * torch.arange(1, self.heads + 1, device=distance.device, dtype=torch.float64) / self.heads
-        return (decay / flatness[:, None]).float()[:, where]
+        return (decay / flatness[:, None]).float()[:, index]
 
 
 @dataclass(frozen=True)
 class Sandwich(Scheme):
-    """`width` is D."""
+    """A bias by distance without parameters. `width`: D, channels of the sinusoid."""
 
     width: int = 128
 

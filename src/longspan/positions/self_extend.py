@@ -1,8 +1,8 @@
-"""Self-Extend: exact positions near by, grouped positions far away, in one softmax; nothing is trained.
+"""Self-Extend: true distances to near keys and distances of groups to far keys, without training (Jin 2024).
 
-With neighbour window W and group G, a key at distance i - j < W is met at its true distance, and one further away at
-floor(i/G) - floor(j/G) + W - floor(W/G). Distances stay under L up to an input of (L - W + floor(W/G))·G tokens, which is
-the paper's (L - W)·G + W where G divides W.
+With neighbour window W and group size G, a key at distance i - j < W has its true distance, and a farther one has
+floor(i/G) - floor(j/G) + W - floor(W/G). Distances stay below L for inputs of up to (L - W + floor(W/G))·G tokens, which is the
+paper's (L - W)·G + W where G divides W.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from longspan.util.errors import SpecError
 
 @dataclass(frozen=True)
 class SelfExtend(NearFar):
-    """`group` is G and `window` is W, in tokens; both follow from a target length."""
+    """Grouped distances beyond a window. `group`: G, `window`: W, in tokens; both follow from a target length."""
 
     group: int | None = None
     window: int | None = None
@@ -37,8 +37,12 @@ class SelfExtend(NearFar):
         self.require(self.window is None or self.window >= 1, f"window must be at least 1 token, not {self.window}")
 
     def resolve(self, facts: ModelFacts, length: int | None) -> Self:
-        """W is a quarter of the window (1,024 of Llama-2's 4,096), at most 1,024; G is the smallest group, a power of two,
-        that keeps the distances of the target length within two thirds of the window (the authors' rule of thumb)."""
+        """The method with W and G filled in.
+
+        W is a quarter of the model's window (1,024 of Llama-2's 4,096), at most 1,024. G is the smallest power of two that keeps
+        the distances of the target length within two thirds of the window (the authors' rule of thumb). Raises `SpecError`
+        without a group and a target length.
+        """
         window = self.window or min(1024, max(1, facts.window // 4))
         if self.group is not None:
             return replace(self, window=window)
@@ -56,7 +60,7 @@ class SelfExtend(NearFar):
         return 2**31 if self.group == 1 else (self.window or 0) + 1  # at a distance of W both forms are W
 
     def far(self, positions: Tensor, *, query: bool) -> Tensor:
-        """Grouped positions: floor(p/G), for queries moved on by W - floor(W/G)."""
+        """floor(p/G) for keys, floor(p/G) + W - floor(W/G) for queries."""
         assert self.group is not None and self.window is not None
         grouped = torch.div(positions, self.group, rounding_mode="floor")
         return grouped + self.window - self.window // self.group if query else grouped

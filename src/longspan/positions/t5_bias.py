@@ -1,7 +1,7 @@
-"""T5's relative bias: one learned number for each head and each bucket of distances, shared by all layers.
+"""T5's relative bias: a trained number per head and bucket of distances, shared by all layers (Raffel 2020, §2.1).
 
-Half the buckets are single distances, the other half grow with the logarithm up to `far`; everything beyond shares the
-last. Looking back only, all buckets serve the past; in an encoder each direction has half of them.
+Half of the buckets are single distances; the others grow logarithmically up to `far`, and larger distances share the last. In a
+decoder all buckets are for keys before the query; in an encoder each direction has half of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
 def buckets(distance: Tensor, count: int, far: int, *, causal: bool) -> Tensor:
-    """The bucket of each distance (query's position - key's), 0 … count - 1, as T5 numbers them (Raffel 2020, §2.1)."""
+    """The bucket, 0 … count - 1, of each distance = query's position - key's, as T5 numbers them; any shape."""
     start = torch.zeros_like(distance)
     if not causal:
         count //= 2
@@ -28,12 +28,14 @@ def buckets(distance: Tensor, count: int, far: int, *, causal: bool) -> Tensor:
     exact = count // 2
     if exact == 0:
         return start
-    # float32 throughout, as in the models that were trained: at the edges another precision gives another bucket.
-    grown = torch.log(distance.clamp(min=1).float() / exact) / math.log(far / exact) * (count - exact)
-    return start + torch.where(distance < exact, distance, (exact + grown.long()).clamp(max=count - 1))
+    # float32 throughout, as in the trained T5 models: at the edges another precision gives another bucket.
+    logarithmic = torch.log(distance.clamp(min=1).float() / exact) / math.log(far / exact) * (count - exact)
+    return start + torch.where(distance < exact, distance, (exact + logarithmic.long()).clamp(max=count - 1))
 
 
 class T5Encoding(PositionEncoding):
+    """T5's table (count, H) of `count` buckets."""
+
     def __init__(self, heads: int, count: int, far: int, causal: bool):
         super().__init__()
         self.count, self.far, self.causal = count, far, causal
@@ -44,20 +46,18 @@ class T5Encoding(PositionEncoding):
         nn.init.normal_(self.table, std=0.02)
 
     def distance_bias(self, past: int, ahead: int, device: torch.device) -> Bias:
-        return super().distance_bias(
-            min(past, self.far), min(ahead, self.far), device
-        )  # past `far` the last bucket goes on
+        # Beyond `far` the last bucket continues.
+        return super().distance_bias(min(past, self.far), min(ahead, self.far), device)
 
     def bias(self, distance: Tensor) -> Tensor:
         found = buckets(distance, self.count, self.far, causal=self.causal)
-        return F.embedding(found, self.table.float()).movedim(
-            -1, 0
-        )  # the gradient of an index adds one by one on a GPU
+        # Not an index, whose gradient adds up one by one on a GPU.
+        return F.embedding(found, self.table.float()).movedim(-1, 0)
 
 
 @dataclass(frozen=True)
 class T5Bias(Scheme):
-    """`buckets` in all, distances from `far` on in the last."""
+    """A trained bias by distance in `buckets` buckets; distances of `far` tokens and more share the last."""
 
     buckets: int = 32
     far: int = 128
@@ -74,5 +74,7 @@ class T5Bias(Scheme):
         )
 
     def build(self, shape: Shape) -> PositionEncoding:
-        self.require(shape.causal or self.buckets % 4 == 0, "an encoder needs a number of buckets that 4 divides")
+        self.require(
+            shape.causal or self.buckets % 4 == 0, f"an encoder needs buckets divisible by 4, not {self.buckets}"
+        )
         return T5Encoding(shape.heads, self.buckets, self.far, shape.causal)

@@ -1,11 +1,11 @@
-"""TUPE: places meet places in projections of their own, words meet words, and neither meets the other.
+"""TUPE: scores of tokens plus scores of positions, each with projections of its own, and no mixed terms (Ke 2021).
 
-score = (x_i W_Q)(x_j W_K)ᵀ / sqrt(2d) + (p_i U_Q)(p_j U_K)ᵀ / sqrt(2d), with learned places p (normalised before they are
-projected, as in the authors' code), U of each head shared by all layers, so that the second term is computed once. TUPE-R adds
-T5's buckets. `cls` unties the first token: its row gets one learned number for each head, and its column another (§3.2),
-drawn as in the formula, as free parameters; the code makes them of two more places instead.
+score = (x_i W_Q)(x_j W_K)ᵀ / sqrt(2d) + (p_i U_Q)(p_j U_K)ᵀ / sqrt(2d), with trained positions p, normalised before they are
+projected, as in the authors' code. All layers share U, so the second term is computed once. TUPE-R adds T5's buckets. `cls`
+unties the first token (§3.2): its row has one trained number per head, its column another. They are free parameters, as in the
+formula; the code computes them from two more positions.
 
-A table of places ends with the table: TUPE does not read past its training length.
+The table of positions ends with the training length, and longer inputs are refused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from longspan.positions.t5_bias import T5Encoding
 
 
 class TupeEncoding(PositionEncoding):
+    """TUPE's table of positions and their projections; relative: TUPE-R's buckets; cls: whether the first token is untied."""
+
     score_scale = 2**-0.5
 
     def __init__(self, shape: Shape, relative: T5Encoding | None, cls: bool):
@@ -41,9 +43,9 @@ class TupeEncoding(PositionEncoding):
             nn.init.zeros_(self.cls)
 
     def pair_bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        places = F.layer_norm(self.places.float(), self.places.shape[-1:])
+        positions = F.layer_norm(self.places.float(), self.places.shape[-1:])
         query, key = (
-            F.linear(places, weight.float()).view(-1, self.heads, self.head_dim) for weight in (self.query, self.key)
+            F.linear(positions, weight.float()).view(-1, self.heads, self.head_dim) for weight in (self.query, self.key)
         )
         products = torch.einsum("bqhd,bkhd->bhqk", query[q_positions], key[k_positions])
         bias = products * (2 * self.head_dim) ** -0.5
@@ -58,7 +60,7 @@ class TupeEncoding(PositionEncoding):
 
 @dataclass(frozen=True)
 class Tupe(Scheme):
-    """`relative` adds T5's buckets (TUPE-R); `cls` unties the first token, by default in an encoder."""
+    """Untied scores of positions. `relative` adds T5's buckets (TUPE-R); `cls` unties the first token, by default in encoders."""
 
     relative: bool = False
     cls: bool | None = None

@@ -1,10 +1,10 @@
-"""Transformer-XL's relative positions: each query scores the distance itself, beside the key that lies there.
+"""Transformer-XL's relative positions: a score of each query with the distance, besides that with the key.
 
     A_ij = ((q_i + u) · k_j + (q_i + v) · W_R R_(i-j)) / sqrt(D)        (Dai 2019, §3.3)
 
-R is the sinusoid of the distance, its sines before its cosines; u and v are one vector a head, shared by all layers, and
-W_R is each layer's own. Nothing is added to embeddings, so states may be used again at another distance: that is what
-`memory="transformer-xl"` needs, though any relative scheme will do there.
+R is the sinusoid of the distance, sines before cosines. u and v are one vector per head, shared by all layers; every layer has
+its own W_R. Nothing is added to embeddings, so hidden states can be used again at another distance: `memory="transformer-xl"`
+needs that, and works with any relative scheme.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
 class XLEncoding(PositionEncoding):
+    """u, v and W_R of all layers; clamp: the largest distance in tokens, or None."""
+
     def __init__(self, shape: Shape, clamp: int | None):
         super().__init__()
         self.clamp = clamp
@@ -35,13 +37,13 @@ class XLEncoding(PositionEncoding):
 
     def query_scores(self, query: Tensor, distance: Tensor, layer: int) -> Tensor:
         weights = self.projection[layer].float()
-        far = distance if self.clamp is None else distance.clamp(max=self.clamp)
-        places = torch.einsum("nd,hwd->hwn", halves(far, weights.shape[-1]), weights)
-        return (query.float() + self.position[:, None].float()) @ places
+        clamped = distance if self.clamp is None else distance.clamp(max=self.clamp)
+        keys = torch.einsum("nd,hwd->hwn", halves(clamped, weights.shape[-1]), weights)
+        return (query.float() + self.position[:, None].float()) @ keys
 
 
 def halves(distance: Tensor, width: int, base: float = 10_000.0) -> Tensor:
-    """(N, width) float32: the sines of distance / base^(2i/width) and then the cosines."""
+    """(N, width) float32: sines and then cosines of distance / base^(2i/width), for distances (N,)."""
     rates = base ** (-torch.arange(0, width, 2, device=distance.device, dtype=torch.float64) / width)
     angles = distance.double()[:, None] * rates
     return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
@@ -49,7 +51,8 @@ def halves(distance: Tensor, width: int, base: float = 10_000.0) -> Tensor:
 
 @dataclass(frozen=True)
 class XL(Scheme):
-    """`clamp` is the distance, in tokens, from which all are alike; the paper's evaluations past the training length use it."""
+    """Scores by distance. `clamp`: distances above it, in tokens, count as it; the paper evaluates past the training length
+    so."""
 
     clamp: int | None = None
 
@@ -62,6 +65,6 @@ class XL(Scheme):
         self.require(self.clamp is None or self.clamp >= 1, f"clamp must be at least 1 token, not {self.clamp}")
 
     def build(self, shape: Shape) -> PositionEncoding:
-        self.require(shape.causal, "it is defined for looking back; an encoder can have rope or t5")
+        self.require(shape.causal, "it scores keys before the query alone; use rope or t5 in an encoder")
         self.require(shape.hidden % 2 == 0, f"the hidden size must be even, not {shape.hidden}")
         return XLEncoding(shape, self.clamp)

@@ -1,7 +1,7 @@
-"""Conversations as a tokenizer's chat template writes them, and the tokens of that.
+"""Conversations rendered by a tokenizer's chat template, and their token ids.
 
-The template's control tokens are tokens. What was said is text, also where it looks like one of them (`<s>`): otherwise a text
-that is asked about could end its turn, or begin another's.
+The template's control tokens are encoded as tokens. The content of a message is encoded as text, even where it looks like a
+control token (`<s>`): otherwise a document could end its own turn, or begin another one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from longspan.util.errors import NotSupported
 
 Messages = list[dict[str, str]]
 _BEGIN, _END = "\ufdd0", "\ufdd1"
-"""Stand around what looks like a control token in a message while the template is rendered. Unicode has no characters there."""
+"""Noncharacters of Unicode that mark what looks like a control token in a message while the template is rendered."""
 _MARKED = re.compile(f"{_BEGIN}([^{_BEGIN}{_END}]*){_END}")
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    """The conversation as text, up to where the next answer begins, for `encode_rendered`.
+    """The conversation as marked text, up to where the next answer begins, for `encode_rendered`.
 
     Raises `NotSupported` for a tokenizer without a template, and for a conversation that the template refuses.
     """
@@ -35,7 +35,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of what `render` gave, or of a part of it."""
+    """Token ids of the text that `render` returns, or of a part of it."""
     ids: list[int] = []
     for number, part in enumerate(_MARKED.split(text)):
         if number % 2:
@@ -46,8 +46,10 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _mark(tokenizer: PreTrainedTokenizerBase, text: str, role: str) -> str:
-    """`text` with marks around its control tokens: all special ones, and others that the template writes. An answer keeps
-    those others, such as the signs around a model's thoughts, by which templates cut it."""
+    """`text` with marks around its control tokens: all special ones, and others that the template writes.
+
+    In an answer those others stay control tokens, such as the ones around a model's reasoning, by which templates cut it.
+    """
     template = "" if role == "assistant" else str(tokenizer.chat_template)
     added = tokenizer.added_tokens_decoder.values()
     controls = {t.content for t in added if t.special or (t.content in template and not t.content.isspace())}
@@ -60,7 +62,7 @@ def _mark(tokenizer: PreTrainedTokenizerBase, text: str, role: str) -> str:
 
 
 def _as_text(tokenizer: PreTrainedTokenizerBase, control: str) -> list[int]:
-    """A control token's name as ordinary tokens; in two parts where a tokenizer does not take it for text as a whole."""
+    """A control token's name as ordinary token ids, in two parts where the tokenizer would encode it as the control token."""
     ids = encode(tokenizer, control)
     if ids == [tokenizer.convert_tokens_to_ids(control)] and len(control) > 1:
         return encode(tokenizer, control[:1]) + encode(tokenizer, control[1:])

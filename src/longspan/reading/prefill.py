@@ -1,6 +1,6 @@
-"""Reading with a model: prefill in chunks, forced and greedy decoding, logits only where they are wanted.
+"""Prefill in chunks, forced and greedy decoding, with logits computed only where they are used.
 
-A prompt goes through once with a KV cache, and a meter sees prefill and decoding apart.
+A prompt is read once into a KV cache; a meter measures prefill and decoding separately.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from longspan.hf.heads import hidden_states, plain_head
 from longspan.meter import Meter
 
 ROWS = 256
-"""Positions whose logits are held in fp32 at once: 256 × vocabulary × 4 bytes."""
-
+"""Positions whose fp32 logits are in memory at once: 256 × vocabulary × 4 bytes."""
 
 Logits = Callable[[Tensor, int], None]
 """Takes fp32 logits (rows, vocabulary) and the position of the first row."""
@@ -31,31 +30,32 @@ Logits = Callable[[Tensor, int], None]
 
 @dataclass
 class Prefilled:
-    """A model that has read a prompt: the cache that it goes on with, and fp32 logits (vocabulary,) of the next token."""
+    """The state after a prompt: the cache to continue with, and fp32 logits (vocabulary,) of the next token."""
 
     cache: Cache
     logits: Tensor
 
 
 def chunk_size(model: PreTrainedModel, length: int) -> int:
-    """How many of `length` tokens go through the model at once: all of them where their activations take at most an
-    eighth of the device's memory, else as many as do together with the mask that every further chunk needs (chunk × length
-    entries, as booleans and as numbers), rounded down to a power of two.
+    """The number of tokens of a prefill of `length` tokens that pass through the model at once.
 
-    One pass is the fastest, as causal attention then needs no mask: 8,000 tokens of a 135M model on two CPU cores take
-    39 s, and 45 s in chunks of 2,048 or 1,024. Activations are put at 8 hidden and 4 feed-forward widths a token.
+    All of them where their activations take at most an eighth of the device's memory; else as many as do together with the
+    mask of every further chunk (chunk × length entries, as booleans and as numbers), rounded down to a power of two, at
+    least 128. Activations are estimated as 8 hidden and 4 feed-forward widths per token. One pass is the fastest, as causal
+    attention then needs no mask: 8,000 tokens of a 135M model on two CPU cores take 39 s, and 45 s in chunks of 2,048.
     """
     config = text_config(model.config)
     hidden = config.hidden_size
     width = 8 * hidden + 4 * (getattr(config, "intermediate_size", None) or 4 * hidden)
-    memory, itemsize = _device_memory(model.device) // 8, model.dtype.itemsize
+    memory, itemsize = device_memory(model.device) // 8, model.dtype.itemsize
     if length <= memory // (width * itemsize):
         return length
     most = memory // (width * itemsize + length * (1 + itemsize))
     return max(128, 2 ** (most.bit_length() - 1))
 
 
-def _device_memory(device: torch.device) -> int:
+def device_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device's memory, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
@@ -72,12 +72,12 @@ def chunked_prefill(
     logits: Literal["last"] | Logits = "last",
     first: int = 0,
 ) -> Prefilled:
-    """Reads `ids` into a cache, `chunk` tokens at once (None: `chunk_size`), timed as one prefill.
+    """Reads `ids` into a KV cache, `chunk` tokens at once (None: `chunk_size`), timed as one prefill.
 
-    cache: an empty one by default; a method may put its own in its place, so go on with the one that comes back.
-    logits: a function is handed the logits of every position from `first` on, in order, `ROWS` rows at once: vocabulary
-    × length is never held. They are made after the timed pass, so that a prefill costs the same in every task; only
-    where the model does more to logits than its output matrix are they made within it, in chunks of at most 2,048.
+    cache: a new one by default; a method may replace it, so continue with the returned one. logits: `last`, or a function
+    that receives the logits of every position from `first` on, in order, `ROWS` rows at once, so that vocabulary × length
+    is never in memory. Logits are computed after the timed pass, so that a prefill costs the same in every task; only where
+    the model's head is more than one matrix are they computed within it, in chunks of at most 2,048 tokens.
     """
     chunk = chunk or chunk_size(model, len(ids))
     cache = cache if cache is not None else DynamicCache(config=model.config)
@@ -91,14 +91,16 @@ def chunked_prefill(
             return _read(model, tokens, cache, min(chunk, _most_logits(model)), logits, first)
     with hidden_states(model) as states, meter.prefill(len(ids)):
         read = _read(model, tokens, cache, chunk)
-    _hand_over(torch.cat(states, dim=1), head, 0, first, logits)
+    _pass_logits(torch.cat(states, dim=1), head, 0, first, logits)
     return read
 
 
 @torch.no_grad()
 def forced(model: PreTrainedModel, read: Prefilled, ids: Sequence[int], meter: Meter) -> Tensor:
-    """Feeds known `ids` one at a time, timed as decoding; fp32 logits (len(ids), vocabulary) after each of them. `read` is
-    then what the model has read with them."""
+    """Feeds known `ids` one at a time, timed as decoding; returns fp32 logits (len(ids), vocabulary) after each.
+
+    `read` is updated to the state after them.
+    """
     tokens = torch.tensor([list(ids)], device=model.device)
     rows = []
     with meter.decode(len(ids)):
@@ -114,10 +116,10 @@ def forced(model: PreTrainedModel, read: Prefilled, ids: Sequence[int], meter: M
 def greedy(
     model: PreTrainedModel, cache: Cache, first_logits: Tensor, n: int, meter: Meter, *, timing: bool = False
 ) -> list[int]:
-    """The likeliest continuation, at most `n` tokens, ended before the first end-of-text token.
+    """Token ids of the greedy continuation, at most `n`, without the first end-of-text token and what follows it.
 
-    first_logits: (vocabulary,), from the prefill. timing: makes all `n` tokens whatever they are, and times the n - 1
-    forwards of it as decoding; what comes after an end-of-text token is still left out of the answer.
+    first_logits: (vocabulary,), from the prefill. timing: decodes all `n` tokens, past an end-of-text token too, and times
+    their n - 1 forwards as decoding.
     """
     ends = _end_tokens(model)
     tokens = [first_logits.argmax().view(1, 1)]
@@ -138,28 +140,28 @@ def _read(
     use: Logits | None = None,
     first: int = 0,
 ) -> Prefilled:
-    """Feeds tokens (1, T) in chunks; `use` gets the logits of positions from `first` on."""
+    """Feeds tokens (1, T) in chunks; `use` receives the logits of positions from `first` on."""
     start = 0
     for part in tokens.split(chunk, dim=1):
-        wanted = use is not None and first < start + part.shape[1]
-        given = with_cache(model, cache)
-        outputs = model(input_ids=part, use_cache=True, logits_to_keep=0 if wanted else 1, **given)
+        all_logits = use is not None and first < start + part.shape[1]
+        kwargs = with_cache(model, cache)
+        outputs = model(input_ids=part, use_cache=True, logits_to_keep=0 if all_logits else 1, **kwargs)
         cache = cache_of(outputs)
-        if use is not None and wanted:
-            _hand_over(outputs.logits, None, start, first, use)
+        if use is not None and all_logits:
+            _pass_logits(outputs.logits, None, start, first, use)
         start += part.shape[1]
     return Prefilled(cache, outputs.logits[0, -1].float())
 
 
-def _hand_over(rows: Tensor, head: nn.Module | None, start: int, first: int, use: Logits) -> None:
-    """Gives `use` the fp32 logits of rows (1, T, width), the first of which is at position `start`."""
+def _pass_logits(rows: Tensor, head: nn.Module | None, start: int, first: int, use: Logits) -> None:
+    """Calls `use` with the fp32 logits of hidden states or logits (1, T, width), the first at position `start`."""
     for i in range(max(0, first - start), rows.shape[1], ROWS):
         part = rows[0, i : i + ROWS]
         use((part if head is None else head(part)).float(), start + i)
 
 
 def _most_logits(model: PreTrainedModel) -> int:
-    """How many positions' logits over the whole vocabulary are made at once: at most 2,048 and about 1 GB."""
+    """Positions whose logits over the whole vocabulary are computed at once: at most 2,048 and about 1 GB."""
     return max(1, min(2048, 2**28 // text_config(model.config).vocab_size))
 
 

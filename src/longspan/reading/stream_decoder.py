@@ -1,8 +1,8 @@
-"""Decoding with a rolling cache as one step of fixed shape, which a CUDA graph replays.
+"""Decoding with a rolling KV cache as one step of fixed shape, which a CUDA graph replays.
 
-Once the ring is full, every step is the same work on the same tensors: turn the sink keys of all layers by one more
-position, write the new key and value over the oldest ones, attend to all slots. Token number, slot and positions live on
-the device, so nothing is decided on the host and thousands of kernel launches become one.
+Once the ring buffer is full, every step is the same work on the same tensors: rotate the sink keys of all layers by one more
+position, overwrite the oldest key and value, attend to all slots. Token number, slot and positions are on the device, so
+the host decides nothing and thousands of kernel launches become one.
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ PREFERRED = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""For one query over a few thousand keys cuDNN takes about half of FlashAttention's time on Hopper."""
+"""SDPA backends by speed: for one query over a few thousand keys cuDNN takes about half of FlashAttention's time on Hopper."""
 
 
 class StreamDecoder:
-    """Steps of one token for a model with `streaming` on it, going on from a cache that the prompt has filled.
+    """Decodes one token at a time with a model with `streaming` applied, from a cache that contains the prompt.
 
         decoder = StreamDecoder(model, cache)
         logits = decoder.step(ids)            # (B, 1) -> (B, vocabulary)
-        ids = decoder.greedy(ids, 100)        # (B, 1) -> (B, 100) most likely tokens, chosen on the device
+        ids = decoder.greedy(ids, 100)        # (B, 1) -> (B, 100) greedy tokens, chosen on the device
         for token in decoder.stream(ids): …   # the same one by one, without end
 
-    graph: replay a CUDA graph (on CUDA); compile: let torch.compile fuse the step first, which takes about a minute.
-    Until the ring is full, steps run through the model's ordinary forward. Between steps the model may be fed with the same
-    cache in the ordinary way, as a chat's next turn is, as long as its rows stay the same.
+    graph: replay a CUDA graph (None: on CUDA). compile: let torch.compile fuse the step first, which takes about a minute.
+    Until the ring buffer is full, steps are ordinary forwards. Between steps the model may read other tokens with the same
+    cache, such as a chat's next turn, as long as its rows stay the same.
+
+    Raises `NotSupported` for a model without streaming, an empty cache, layers on several devices, or a model whose own
+    window is shorter than the ring buffer.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, *, graph: bool | None = None, compile: bool = False):
@@ -50,16 +53,15 @@ class StreamDecoder:
         if site is None:
             raise NotSupported('StreamDecoder needs a model with streaming on it: apply(model, "streaming") first')
         if not cache.layers or not isinstance(cache.layers[0], StreamingLayer) or cache.get_seq_length() == 0:
-            raise NotSupported(
-                "StreamDecoder goes on from a streaming cache that holds the prompt: run the prompt first"
-            )
+            raise NotSupported("StreamDecoder needs a streaming cache that contains the prompt: run the prompt first")
         self.model, self.site, self.cache = model, site, cache
         self.layers = cast(list[StreamingLayer], cache.layers)
         if len({layer.device for layer in self.layers}) > 1:
             raise NotSupported("StreamDecoder runs on one device; this model's layers are spread over several")
-        if not _sees_the_ring(site):
+        if not _attends_to_whole_ring(site):
             raise NotSupported(
-                f"StreamDecoder sees the whole ring; this model's layers look back {site.facts.sliding_window:,} tokens only"
+                f"StreamDecoder attends to the whole ring buffer; this model's layers attend to the last "
+                f"{site.facts.sliding_window:,} tokens only. Use the model's own generate, or fewer sinks and a shorter window"
             )
         device = self.layers[0].device
         self.leading = leading(model)
@@ -81,8 +83,10 @@ class StreamDecoder:
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
-        """Reads one token per row, (B, 1), and returns the logits of the next, (B, vocabulary). With a graph the result is
-        overwritten by the next step."""
+        """Reads one token per row, (B, 1), and returns the logits of the next, (B, vocabulary).
+
+        With a graph the next step overwrites the result.
+        """
         with on_device(self.ids.device):
             if self.layers[0].seen < self._fixed_from:
                 logits = self.model(input_ids=ids, use_cache=True, **with_cache(self.model, self.cache)).logits[:, -1]
@@ -94,8 +98,10 @@ class StreamDecoder:
 
     @torch.inference_mode()
     def greedy_step(self) -> Tensor:
-        """Reads the token that the last step found most likely and returns the next one, (B, 1), on the device; the next
-        step overwrites it."""
+        """Reads the likeliest token of the last step and returns the next one, (B, 1), on the device.
+
+        The next step overwrites the result.
+        """
         if self.layers[0].seen < self._fixed_from:
             self.step(self.ids.clone())
         else:
@@ -105,26 +111,28 @@ class StreamDecoder:
         return self.ids
 
     def stream(self, ids: Tensor) -> Iterator[Tensor]:
-        """The most likely tokens after `ids` (B, 1), without end, each (B, 1) on the CPU. While one is on its way to the
-        caller the next is being made, so a cache that is left after n tokens has read one more."""
+        """Greedy tokens after `ids` (B, 1), without end, each (B, 1) on the CPU.
+
+        A token is computed while the one before is copied to the CPU, so after n tokens the cache contains one more.
+        """
         self.step(ids)
-        pending = self._on_its_way()
+        pending = self._copy_to_cpu()
         while True:
             self.greedy_step()
-            following = self._on_its_way()
+            following = self._copy_to_cpu()
             yield pending()
             pending = following
 
     def greedy(self, ids: Tensor, count: int) -> Tensor:
-        """The `count` most likely tokens after `ids` (B, 1): (B, count)."""
+        """`count` greedy tokens after `ids` (B, 1), as (B, count) on the device."""
         self.step(ids)
         tokens = [self.ids.clone()]
         while len(tokens) < count:
             tokens.append(self.greedy_step().clone())
         return torch.cat(tokens, dim=1)
 
-    def _on_its_way(self) -> Callable[[], Tensor]:
-        """Starts copying the newest token to the CPU; calling what comes back waits for it."""
+    def _copy_to_cpu(self) -> Callable[[], Tensor]:
+        """Starts copying the newest token to the CPU; the returned function waits for it."""
         if self.ids.device.type != "cuda":
             token = self.ids.clone()
             return lambda: token
@@ -151,20 +159,20 @@ class StreamDecoder:
         return self.logits
 
     def _prepare(self) -> None:
-        """Gathers all layers' keys into one tensor and records the graph, once; takes up what was read in between."""
+        """Once, stacks all layers' keys and records the graph; later, accounts for tokens read between steps."""
         if self._ready:
             if self._token_on_device != self.layers[0].seen:
                 self.token.fill_(self.layers[0].seen)
             return
         self.token.fill_(self.layers[0].seen)
-        with torch.inference_mode(False):  # the cache goes on after the decoder, in whatever mode
+        with torch.inference_mode(False):  # the cache is used after the decoder, in whatever mode
             self.keys = torch.stack([layer.keys for layer in self.layers])
         for i, layer in enumerate(self.layers):
             layer.keys = self.keys[i]
         self._sinks = SinkKeys(self.site, self.layers)
         self._forward = self._model_step
         if self.compile:
-            # Products with one row become reductions that fuse with what stands before and after them, and with one another.
+            # Products with one row become reductions that fuse with the operations around them, and with one another.
             options: dict[str, Any] | None = None
             if self.graph:
                 options = {"coordinate_descent_tuning": True, "combo_kernels": True, "benchmark_combo_kernel": False}
@@ -174,21 +182,21 @@ class StreamDecoder:
         self._ready = True
 
     def _run(self) -> Tensor:
-        """One step on the device tensors; what a graph records."""
+        """One step on the device's tensors, which a graph records."""
         sinks, window = self.layers[0].sinks, self.layers[0].window
         slot = sinks + (self.token - sinks) % window
         if sinks:
-            self._turn_sinks(sinks, window)
+            self._rotate_sinks(sinks, window)
         with sdpa_kernel(PREFERRED, set_priority=True):
             logits = self._forward(self.ids, self.token - self.pad - self.leading, slot)
         self.token.add_(1)
         self.ids.copy_(logits.argmax(-1, keepdim=True))
         return logits
 
-    def _turn_sinks(self, sinks: int, window: int) -> None:
-        for numbers, turned in self._sinks.turned(self.token + 1 - sinks - window - self.pad):
-            which = slice(None) if len(numbers) == len(self.layers) else numbers
-            self.keys[which, :, :, :sinks] = turned.to(self.keys.dtype)
+    def _rotate_sinks(self, sinks: int, window: int) -> None:
+        for layers, rotated in self._sinks.turned(self.token + 1 - sinks - window - self.pad):
+            which = slice(None) if len(layers) == len(self.layers) else layers
+            self.keys[which, :, :, :sinks] = rotated.to(self.keys.dtype)
 
     def _model_step(self, ids: Tensor, positions: Tensor, slot: Tensor) -> Tensor:
         for layer in self.layers:
@@ -207,8 +215,8 @@ class StreamDecoder:
         return out.logits[:, -1]
 
     def _record(self) -> None:
-        """Warms up on a side stream, puts the cache back as it was, and records one step."""
-        held: dict[str, Any] = {
+        """Warms up on a side stream, restores the cache, and records one step."""
+        before: dict[str, Any] = {
             "keys": self.keys.clone(),
             "values": [layer.values.clone() for layer in self.layers],
             "token": self.token.clone(),
@@ -220,27 +228,27 @@ class StreamDecoder:
             for _ in range(3):
                 self._run()
         torch.cuda.current_stream().wait_stream(stream)
-        self.keys.copy_(held["keys"])
-        for layer, values in zip(self.layers, held["values"], strict=True):
+        self.keys.copy_(before["keys"])
+        for layer, values in zip(self.layers, before["values"], strict=True):
             layer.values.copy_(values)
-        self.token.copy_(held["token"])
-        self.ids.copy_(held["ids"])
+        self.token.copy_(before["token"])
+        self.ids.copy_(before["ids"])
         recorded = torch.cuda.CUDAGraph()
-        # Left to itself it takes one stream for all graphs, of the device that the first was recorded on.
+        # By default one stream serves all graphs, on the device of the first.
         with torch.cuda.graph(recorded, stream=stream):
             self.logits = self._run()
         self._recorded = recorded
 
 
 def leading(model: PreTrainedModel) -> int:
-    """How many tokens of its own the model puts before a text: they are in the cache and in no input."""
+    """The number of tokens of its own that the model puts before a text: in the cache, not in the input."""
     return int(getattr(model.base_model, "leading", 0))
 
 
 def steps_are_faster(model: PreTrainedModel) -> bool:
-    """Whether `stream_generate` serves this model better than its ordinary forward: streaming on one CUDA device."""
+    """True where `stream_generate` is faster than the model's forward: streaming on one CUDA device."""
     site = _streaming_site(model)
-    if site is None or model.device.type != "cuda" or not _sees_the_ring(site):
+    if site is None or model.device.type != "cuda" or not _attends_to_whole_ring(site):
         return False
     return len({p.device for p in model.parameters()}) == 1
 
@@ -250,8 +258,8 @@ def _streaming_site(model: PreTrainedModel) -> Site | None:
     return site if site is not None and isinstance(site.state, Streaming) else None
 
 
-def _sees_the_ring(site: Site) -> bool:
-    """Whether the model's own window, where it has one, covers all that is kept."""
+def _attends_to_whole_ring(site: Site) -> bool:
+    """True where the model's own window, if it has one, covers all slots of the ring buffer."""
     window, method = site.facts.sliding_window, site.state.method
     return window is None or window >= method.sinks + method.recent
 
@@ -276,15 +284,17 @@ def stream_generate(
     """
     if (generation_config.num_beams or 1) > 1 or generation_config.return_dict_in_generate:
         raise NotSupported(
-            "stream_generate samples or takes the likeliest token and returns tokens alone: for beams, scores or a dict "
+            "stream_generate samples or takes the likeliest token and returns tokens alone; for beams, scores or a dict "
             "leave out custom_generate"
         )
     cache, mask = given_cache(model_kwargs), model_kwargs.get("attention_mask")
     end = max(0, cache.get_seq_length() - leading(model)) if cache is not None else 0
     for part in input_ids[:, end:].split(generation_config.prefill_chunk_size or input_ids.shape[1], dim=1):
         end += part.shape[1]
-        seen = None if mask is None else mask[:, :end]
-        read = model(input_ids=part, attention_mask=seen, use_cache=True, logits_to_keep=1, **with_cache(model, cache))
+        part_mask = None if mask is None else mask[:, :end]
+        read = model(
+            input_ids=part, attention_mask=part_mask, use_cache=True, logits_to_keep=1, **with_cache(model, cache)
+        )
         cache = cache_of(read)
     decoder, logits = StreamDecoder(model, cast(Cache, cache), compile=compile), read.logits[:, -1]
     running = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -1,1 +1,1 @@
-"""Benchmarks: one file each; the base class and what tasks share are in `base` and `text`."""
+"""Benchmarks, one file each; the base class is in `base`, scoring of known answers in `answers`, long text in `text`."""

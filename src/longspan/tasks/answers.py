@@ -1,7 +1,7 @@
-"""Tasks whose right answers are known: how a model does on them.
+"""Scores known answers: exact match and loss in one forward, and choice among options.
 
-Exact match needs no generation. Greedy decoding says the right answer if, and only if, at every token of it the right one
-is the likeliest after the right ones before; so the answer is read like a text, and its losses come with it.
+Exact match needs no generation. Greedy decoding produces the right answer if, and only if, each of its tokens is the
+likeliest after the right ones before it; so the answer is read like a text, which gives its losses as well.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from longspan.core.tokens import encode, encode_all
 from longspan.meter import Meter
 from longspan.reading.prefill import Prefilled, chunked_prefill, forced
+from longspan.tasks.base import Sample
 from longspan.util.errors import LongspanError
 
 PARTS = 32
-"""Parts of a length, of equal size, for which the share right is given apart."""
+"""Equal parts of a length, for each of which the share right is reported."""
 TIMED = 8
-"""Tokens of an answer, its last, that are read one by one, so that a cell has a decoding speed."""
+"""Last tokens of an answer that are decoded one by one, so that a cell has a decoding speed."""
 UNSOUND = "the model gave logits that are not numbers"
 
 Span = tuple[int, int]
-"""Places start … end - 1 in a list of tokens."""
+"""Indices start … end - 1 of a list of tokens."""
 
 # Nouns of one token each, with a space before them, in the vocabularies of SmolLM2 and its like.
 _NOUNS = (
@@ -40,33 +41,35 @@ WORDS = tuple(_NOUNS.split())
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
-    """Ids of `text` as it goes on after `before`, since a tokenizer may begin a text otherwise than it goes on. Where the
-    two would share a token, the ids of `text` alone."""
+    """Token ids of `text` as the continuation of `before`; of `text` alone where the two would share a token.
+
+    A tokenizer may encode the beginning of a text otherwise than its continuation.
+    """
     return continuations(tokenizer, [(before, text)])[0]
 
 
 def continuations(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-    """`continuation` of many pairs of `before` and `text` at once, which is far quicker."""
+    """`continuation` of many pairs (before, text) at once, which is much faster."""
     different = list(dict.fromkeys(pairs))
     heads = encode_all(tokenizer, [before for before, _ in different])
     wholes = encode_all(tokenizer, [before + text for before, text in different])
     found = {}
     for pair, head, whole in zip(different, heads, wholes, strict=True):
-        goes_on = whole[: len(head)] == head and len(whole) > len(head)
-        found[pair] = whole[len(head) :] if goes_on else encode(tokenizer, pair[1])
+        continues = whole[: len(head)] == head and len(whole) > len(head)
+        found[pair] = whole[len(head) :] if continues else encode(tokenizer, pair[1])
     return [found[pair] for pair in pairs]
 
 
 @dataclass
 class Judged:
-    """Known tokens as a model sees them: the likeliest token in the place of each, and the loss of each in nats."""
+    """Known tokens under a model: at the position of each the likeliest token, and the loss in nats."""
 
     ids: list[int]
     likeliest: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
     def add(self, logits: Tensor) -> None:
-        """Takes fp32 logits (T, vocabulary) for the next T of the tokens."""
+        """Scores the next T tokens by their fp32 logits (T, vocabulary)."""
         at = len(self.likeliest)
         right = torch.tensor(self.ids[at : at + len(logits)], device=logits.device)
         self.likeliest += logits.argmax(-1).tolist()
@@ -74,26 +77,26 @@ class Judged:
 
     @property
     def sound(self) -> bool:
-        """Whether all losses are numbers."""
+        """True where all losses are finite."""
         return all(map(math.isfinite, self.losses))
 
     @property
     def exact(self) -> bool:
-        """Whether greedy decoding says just these tokens."""
+        """True where greedy decoding produces exactly these tokens."""
         return self.sound and self.likeliest == self.ids
 
     @property
     def loss(self) -> float:
-        """Mean loss, in nats a token."""
+        """Mean loss, in nats per token."""
         return math.fsum(self.losses) / len(self.losses)
 
     def part(self, start: int, end: int) -> Judged:
-        """Places start … end - 1 of it."""
+        """The part for tokens start … end - 1."""
         return Judged(self.ids[start:end], self.likeliest[start:end], self.losses[start:end])
 
 
 def judge(model: PreTrainedModel, ids: list[int], first: int, meter: Meter) -> Judged:
-    """Reads `ids` in one prefill, but for its last `TIMED` tokens, and judges ids[first:]; `first` is 1 at least."""
+    """Scores ids[first:] (first ≥ 1) in one prefill; its last `TIMED` tokens are decoded one by one."""
     judged = Judged(ids[first:])
     end = len(ids) - 1 - min(TIMED, len(ids) - 1 - first)
     read = chunked_prefill(model, ids[:end], meter=meter, logits=lambda rows, at: judged.add(rows), first=first - 1)
@@ -105,10 +108,13 @@ def judge(model: PreTrainedModel, ids: list[int], first: int, meter: Meter) -> J
 
 
 def judge_stream(model: PreTrainedModel, ids: list[int], spans: Sequence[Span], meter: Meter) -> list[Judged]:
-    """Reads `ids` turn by turn on one cache and judges each of `spans`, in order: what stands before an answer is a prefill,
-    and the answer, the right one whatever the model would have said, goes in token by token as while decoding."""
+    """Scores each of `spans` in order, on one cache that is never read again from the beginning.
+
+    The tokens before an answer are a prefill; the right answer, whatever the model would have produced, is then fed token
+    by token, as in decoding.
+    """
     cache: Cache | None = None
-    done, said = 0, []
+    done, answers = 0, []
     with meter.together():
         for start, end in spans:
             read = chunked_prefill(model, ids[done:start], meter=meter, cache=cache)
@@ -117,13 +123,13 @@ def judge_stream(model: PreTrainedModel, ids: list[int], spans: Sequence[Span], 
             after = forced(model, read, ids[start:end], meter)
             if end - start > 1:
                 judged.add(after[:-1])
-            said.append(judged)
+            answers.append(judged)
             cache, done = read.cache, end
-    return said
+    return answers
 
 
 def check_options(options: Mapping[str, list[int]], task: str) -> None:
-    """Raises `LongspanError` where one option begins with all tokens of another, which no choice could tell apart."""
+    """Raises `LongspanError` where one option starts with all tokens of another, so that no choice can separate them."""
     for name, ids in options.items():
         for other, longer in options.items():
             if name != other and longer[: len(ids)] == ids:
@@ -131,28 +137,46 @@ def check_options(options: Mapping[str, list[int]], task: str) -> None:
 
 
 def choose(model: PreTrainedModel, read: Prefilled, options: Mapping[str, list[int]], meter: Meter) -> str:
-    """The option that the model says when it may say nothing else: at the first token in which options differ the likeliest
-    of theirs wins, then the next among those that are left. So only tokens that tell options apart count, and an option
-    of many tokens has no disadvantage. `read` has gone on to the end of the chosen option afterwards."""
-    left, place = dict(options), 0
-    while len(left) > 1:
-        tokens = sorted({ids[place] for ids in left.values()})
+    """The option that greedy decoding produces where only `options` (token ids by name) are allowed.
+
+    At the first token in which options differ the likeliest of theirs wins, then the next among the remaining ones. So
+    only tokens that separate options count, and an option of many tokens has no disadvantage. Afterwards `read` has read
+    the chosen option too.
+    """
+    remaining, index = dict(options), 0
+    while len(remaining) > 1:
+        tokens = sorted({ids[index] for ids in remaining.values()})
         best = tokens[int(read.logits[tokens].argmax())]
-        left = {name: ids for name, ids in left.items() if ids[place] == best}
-        if len(left) > 1:
+        remaining = {name: ids for name, ids in remaining.items() if ids[index] == best}
+        if len(remaining) > 1:
             forced(model, read, [best], meter)
-            place += 1
-    [(name, ids)] = left.items()
-    forced(model, read, ids[place:], meter)
+            index += 1
+    [(name, ids)] = remaining.items()
+    forced(model, read, ids[index:], meter)
     return name
 
 
 def by_position(places: Sequence[int], right: Sequence[bool], length: int) -> dict[str, Any]:
-    """The share right in each of `PARTS` equal parts of [0, length), by the place of each question; None where none lies."""
-    asked, hits = [0] * PARTS, [0] * PARTS
+    """The share right in each of `PARTS` equal parts of [0, length), with the number of questions there.
+
+    places: the token index of each question. A part without questions has the share None.
+    """
+    questions, hits = [0] * PARTS, [0] * PARTS
     for place, hit in zip(places, right, strict=True):
         part = min(place * PARTS // length, PARTS - 1)
-        asked[part] += 1
+        questions[part] += 1
         hits[part] += hit
-    shares = [h / n if n else None for h, n in zip(hits, asked, strict=True)]
-    return {"right_by_position": shares, "asked_by_position": asked}
+    shares = [h / n if n else None for h, n in zip(hits, questions, strict=True)]
+    return {"right_by_position": shares, "asked_by_position": questions}
+
+
+class EarlierAnswers:
+    """Mix-in of tasks whose samples contain answered questions: `spans` of all answers, and `last`, the last one's ids."""
+
+    def answer(self, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
+        """Token ids of the last answer, which follows the sample."""
+        return list(sample.meta["last"])
+
+    def answered(self, sample: Sample) -> list[Span]:
+        """Spans of all answers but the last, which are within the sample."""
+        return [(start, end) for start, end in sample.meta["spans"][:-1]]

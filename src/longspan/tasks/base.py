@@ -1,11 +1,11 @@
-"""A task is a benchmark: what it asks, how it is scored, and nothing of the method that is measured.
+"""A task is a benchmark: its inputs and its score, independent of the method that is measured.
 
     ppl                       one task with its usual settings
     passkey:protocol=pi,depths=32,trials=10
 
-A task is a frozen dataclass of its settings, written like a method. `samples` draws the inputs, which depend on the
-tokenizer, the length, the count and the seed alone, so that all methods read the same tokens; `run` puts one of them
-through a model. Subclassing `Task` with a `name` is all the registration there is.
+A task is a frozen dataclass of its settings, written like a method. `samples` draws the inputs, which depend only on the
+tokenizer, the length, the count and the seed, so that all methods read the same tokens; `run` scores a model on one of
+them. Subclassing `Task` with a `name` registers it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.core.method import _format, read_settings
+from longspan.core.method import format_value, read_settings
 from longspan.core.registry import Registered, import_all
 from longspan.meter import Meter
 from longspan.util.errors import LongspanError, SpecError, nearest
@@ -25,8 +25,11 @@ from longspan.util.errors import LongspanError, SpecError, nearest
 
 @dataclass(frozen=True)
 class Sample:
-    """One input. `id` names it among the samples of a cell; `tokens` are ids, special tokens included, never more than
-    the length asked for; `meta` is what the score needs and the report shows, JSON-able."""
+    """One input of a task.
+
+    id: unique among the samples of a cell. tokens: token ids, special tokens included, at most the requested length.
+    meta: JSON data that the score needs and the report shows.
+    """
 
     id: str
     tokens: list[int]
@@ -35,8 +38,10 @@ class Sample:
 
 @dataclass
 class Outcome:
-    """The result of one sample. `score` is finite, in the task's metric; where there is none, `failed` is set and the
-    sample counts as the worst. `detail` is JSON-able."""
+    """The result of one sample: a finite score in the task's metric, and JSON data beside it.
+
+    failed: there is no score; the sample counts as the worst one.
+    """
 
     score: float
     detail: dict[str, Any] = field(default_factory=dict)
@@ -51,16 +56,16 @@ class Task(Registered, ABC):
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     version: ClassVar[int] = 1
-    """Goes up when the same settings would give other samples or other scores."""
+    """Incremented when the same settings would give other samples or other scores."""
     measures: ClassVar[str] = ""
     source: ClassVar[str] = ""
     offline: ClassVar[bool] = True
     default_count: ClassVar[int] = 8
-    """Samples of a cell, unless the user says how many."""
+    """Samples of a cell, where the user gives no number."""
     metric: ClassVar[str] = "score"
     higher_is_better: ClassVar[bool] = True
     rates: ClassVar[bool] = True
-    """False for what only describes a model: no advice is drawn from it."""
+    """False for a task that only describes a model: the report's advice ignores it."""
 
     def require(self, condition: bool, message: str) -> None:
         """Raises `SpecError` with the task's name before `message` unless `condition` holds."""
@@ -69,28 +74,29 @@ class Task(Registered, ABC):
 
     @abstractmethod
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """`count` inputs of at most `length` tokens each, answer included. The same arguments give the same samples in
-        every process; raises `LongspanError` where `length` is too short or there is not enough text."""
+        """`count` inputs of at most `length` tokens each, answer included; the same in every process.
+
+        Raises `LongspanError` where `length` is too short, or there is not enough text.
+        """
 
     @abstractmethod
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, meter: Meter) -> Outcome:
-        """One sample on a model that has its method on it, with prefill, decoding and cache metered."""
+        """The outcome of one sample on a model with its method applied; `meter` measures prefill, decoding and cache."""
 
     def answer(self, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
-        """The tokens of the right answer to a sample, for training on it; empty where a task has no such answer."""
+        """Token ids of the right answer to a sample, for training; empty where a task has no such answer."""
         return []
 
     def answered(self, sample: Sample) -> list[tuple[int, int]]:
-        """Places start … end - 1 of a sample's tokens that are right answers too, to earlier questions; a training learns
-        them beside `answer`."""
+        """Spans start … end - 1 of a sample's tokens that answer earlier questions, learnt in training beside `answer`."""
         return []
 
     def data_digest(self) -> str:
-        """sha256, in hex, of outside data that the samples are made from; empty where everything is generated."""
+        """sha256, in hex, of the text or file that samples are drawn from; empty where everything is generated."""
         return ""
 
     def describe_first(self, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """The first and the last 200 characters of what the model reads, special tokens included, and its tokens."""
+        """The first and last 200 characters of a sample, special tokens included, and its number of tokens."""
         return {
             "head": str(tokenizer.decode(sample.tokens[:200]))[:200],
             "tail": str(tokenizer.decode(sample.tokens[-200:]))[-200:],
@@ -101,7 +107,7 @@ class Task(Registered, ABC):
     def spec(self) -> str:
         """The task as text, with the settings that differ from their defaults; `parse_task` reads it back."""
         settings = [
-            f"{f.name}={_format(value)}"
+            f"{f.name}={format_value(value)}"
             for f in dataclasses.fields(self)
             if (value := getattr(self, f.name)) != f.default
         ]
@@ -109,14 +115,16 @@ class Task(Registered, ABC):
 
 
 def task_catalogue() -> dict[str, type[Task]]:
-    """Every task by name: the files of this folder, subclasses defined elsewhere, and packages that name themselves in
-    the entry-point group `longspan.tasks`."""
+    """Every task by name: those of this folder, of user files, and of packages in the entry-point group `longspan.tasks`."""
     import_all(["tasks"], "longspan.tasks")
     return dict(sorted(Task.registry.items()))
 
 
 def parse_task(spec: str | Task) -> Task:
-    """Reads `name:key=value,key=value`; a task is handed back as it is. Raises `SpecError` with the nearest right form."""
+    """The task that a spec `name:key=value,key=value` describes; a task is returned as it is.
+
+    Raises `SpecError`, which names the nearest task or setting.
+    """
     if isinstance(spec, Task):
         return spec
     if not isinstance(spec, str) or not spec.strip():
@@ -133,7 +141,7 @@ def parse_task(spec: str | Task) -> Task:
 
 
 def check_fits(samples: list[Sample], length: int) -> list[Sample]:
-    """The samples, none of them longer than `length` tokens; nothing is ever cut."""
+    """Returns the samples; raises `LongspanError` where one is longer than `length` tokens. Nothing is truncated."""
     for sample in samples:
         if len(sample.tokens) > length:
             raise LongspanError(f"sample {sample.id} has {len(sample.tokens):,} tokens and should fit into {length:,}")

@@ -1,10 +1,10 @@
-"""Copy and reverse: a random sequence, to be said again twice, or once from its end.
+"""Copy and reverse: a random sequence is repeated twice, or once in reverse order.
 
-A memory that passes through fixed room must hold the whole sequence, which attention over everything need not. RMT's paper
-has both tasks over 3 to 9 segments: there a sequence of 8 symbols, a sign that starts the answer, and an accuracy of single
-symbols, each after the right ones before it. Here symbols are letters and the sign a word, since a pretrained model knows no
-others, and the sequence is as long as the cell's length allows: three tokens of text for a symbol of `copy`, two for one of
-`reverse`. So RMT's copy of 120 symbols is a length of about 370 tokens.
+A recurrent memory of fixed size must store the whole sequence; full attention need not. RMT's paper (Bulatov 2022, arXiv
+2207.06881) has both tasks over 3 to 9 segments, with sequences of 8 symbols, a start symbol for the answer, and the
+accuracy of single symbols, each after the right ones before it. Here symbols are letters and the start symbol is a word,
+since a pretrained model knows no others, and the sequence is as long as the cell's length allows: three tokens of text
+for a symbol of `copy`, two for one of `reverse`. So RMT's copy of 120 symbols is a length of about 370 tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from longspan.tasks.base import Outcome, Sample, Task, check_fits
 
 @dataclass(frozen=True)
 class Sequence(Task):
-    """What both tasks are. `symbols` is how many letters there are; `score` the share of symbols right, each after the right
-    ones before it, or of samples that are right to the last symbol. A guess has 1 / symbols."""
+    """Base of both tasks, with `symbols` different letters; a guess scores 1 / symbols.
+
+    score: the share of right symbols, each after the right ones before it, or (`exact`) of samples without an error.
+    """
 
     symbols: int = 8
     score: Literal["symbols", "exact"] = "symbols"
@@ -35,7 +37,7 @@ class Sequence(Task):
     default_count: ClassVar[int] = 16
     metric: ClassVar[str] = "share right"
     sign: ClassVar[str]
-    """What stands between the sequence and the answer."""
+    """The word between the sequence and the answer."""
 
     def __post_init__(self) -> None:
         self.require(2 <= self.symbols <= 26, f"symbols must be from 2 to 26, the letters, not {self.symbols}")
@@ -43,10 +45,13 @@ class Sequence(Task):
 
     @abstractmethod
     def answer_of(self, sequence: list[int]) -> list[int]:
-        """The right answer; symbols are numbers from 0."""
+        """The right answer, as numbers of symbols from 0."""
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Sequences of the same number of symbols, as many as fit with the answer; a shorter length has the first of them."""
+        """Sequences of as many symbols as fit with the answer; a shorter length has a prefix of each.
+
+        Raises `SpecError` where fewer than two symbols fit.
+        """
         letters = self._letters(tokenizer)
         head, sign = with_bos(tokenizer, encode(tokenizer, "Sequence:")), encode(tokenizer, f"\n{self.sign}:")
         width = max(map(len, letters)) * len([0, *self.answer_of([0])])
@@ -87,7 +92,7 @@ class Sequence(Task):
 
 @dataclass(frozen=True)
 class Copy(Sequence):
-    """The sequence once more, `copies` times over; RMT's task has two."""
+    """The sequence repeated `copies` times; RMT's task has two."""
 
     copies: int = 2
 
@@ -106,7 +111,7 @@ class Copy(Sequence):
 
 @dataclass(frozen=True)
 class Reverse(Sequence):
-    """The sequence once, from its end."""
+    """The sequence once, in reverse order."""
 
     name: ClassVar[str] = "reverse"
     title: ClassVar[str] = "Reverse of a sequence"

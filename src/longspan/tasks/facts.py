@@ -1,16 +1,16 @@
-"""A fact in a long text that says nothing of it, and a question at the end: RMT's three tasks of memory.
+"""Facts in a long unrelated text, and a question at its end: RMT's three memory tasks (Bulatov 2023, arXiv 2304.11062).
 
-    memorize    "Mary went to the kitchen." stands at the very start; where is Mary?
-    detect      the same fact stands somewhere
-    reasoning   two facts stand somewhere, of three places in a line; what lies on one side of one of them?
+    memorize    "Mary went to the kitchen." is the first sentence; where is Mary?
+    detect      the same fact is at a random depth
+    reasoning   two facts about three places in a line, at random depths; what is on one side of one of them?
 
 Names, actions and places are bAbI's (4, 5 and 6), and the facts of `reasoning` have the form of the published ones: one of
-them answers the question, the other is what it is most easily confused with. The paper hides facts in texts of QuALITY; here
-the noise is a text that every machine has, or yours, and it begins again where it ends, so any length can be asked for.
+them answers the question, the other is the most likely confusion. The paper hides facts in texts of QuALITY; here the noise
+is a built-in text or the user's, repeated where it ends, so that every length is possible.
 
-The question ends in the beginning of an answer ("Mary is in the"), so that a model that was never tuned to answer goes on
-with a place. A guess is right one time in 6. A line's end stands before every fact, the first too: where there is no BOS a model
-makes its sink of the first token, and forgets it (SmolLM2-135M then knows 4 of 16 facts at 300 tokens, and 12 with it).
+The question ends with the beginning of an answer ("Mary is in the"), so that a model without instruction tuning continues
+with a place. A guess is right one time in 6. A newline precedes every fact, the first too: without BOS a model uses its
+first token as an attention sink and forgets it (SmolLM2-135M then knows 4 of 16 facts at 300 tokens, and 12 with it).
 """
 
 from __future__ import annotations
@@ -30,20 +30,23 @@ from longspan.meter import Meter
 from longspan.reading.prefill import chunked_prefill, greedy
 from longspan.tasks.answers import UNSOUND, check_options, choose, continuation
 from longspan.tasks.base import Outcome, Sample, Task, check_fits
-from longspan.tasks.text import Ring, check_text, read_text, tokenised
+from longspan.tasks.text import ReadsText, Ring, check_text
 
 NAMES = ("Daniel", "John", "Mary", "Sandra")
 ACTIONS = ("went to", "moved to", "travelled to", "journeyed to", "went back to")
 PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 SEARCHED = 200
-"""Tokens of noise within which a sentence's end is looked for, so that a fact does not break into a word."""
+"""Tokens of noise in which the end of a sentence is searched, so that a fact does not split a word."""
 _known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, str], Any]] = weakref.WeakKeyDictionary()
-"""Of each tokenizer, by how many tokens it has and by text: facts and questions are few, and a training draws thousands."""
+"""Per tokenizer, by its number of tokens and by text: facts and questions are few, and a training draws thousands."""
 
 
 class Story(NamedTuple):
-    """Facts, each with its depth in the noise from 0 (before it) to 1; which of them answers; a question up to its answer."""
+    """The content of a sample: facts (depth in the noise from 0 to 1, text), a question, and its answer.
+
+    telling: index of the fact that answers the question. question: up to where the answer begins. place: the answer.
+    """
 
     facts: tuple[tuple[float, str], ...]
     telling: int
@@ -52,10 +55,12 @@ class Story(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Facts(Task):
-    """What the three tasks share. `text` is the noise. `score=choice` takes the place that the model says when it may say
-    nothing but one of the six: only the tokens in which they differ count. `score=generation` lets it say what it likes,
-    and the first word must be the place."""
+class Facts(ReadsText, Task):
+    """Base of the three tasks, with `text` as noise; the score is the share of right places.
+
+    score: `choice` takes the likeliest of the six places, by the tokens in which they differ; `generation` decodes
+    greedily, and the first word must be the place.
+    """
 
     text: str = "prose"
     score: Literal["choice", "generation"] = "choice"
@@ -70,17 +75,16 @@ class Facts(Task):
         self.require(self.score in ("choice", "generation"), f"score must be choice or generation, not {self.score!r}")
         check_text(self.text, self.name)
 
-    def data_digest(self) -> str:
-        return read_text(self.text, self.name).sha256
-
     @abstractmethod
     def story(self, rng: random.Random, number: int, count: int) -> Story:
-        """What sample `number` of `count` tells and asks."""
+        """The facts and the question of sample `number` of `count`."""
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Texts that, with the longest answer, have exactly `length` tokens. Facts, depths and where the noise begins are the
-        same at every length. The time is linear in the tokens, and each is held once, as a number shared by all samples."""
-        ring = tokenised(tokenizer, read_text(self.text, self.name))
+        """Texts that have exactly `length` tokens with the longest answer.
+
+        Facts, depths and the start of the noise are the same at every length. Raises `SpecError` for too short a length.
+        """
+        ring = self.ring(tokenizer)
         rng = random.Random(f"{self.name}/{seed}")
         check_options(self._options(tokenizer, " the"), self.name)
         samples = []
@@ -132,15 +136,15 @@ class Facts(Task):
         return Sample(f"story-{number}", tokens, meta | {"text": ring.name, "text_sha256": ring.sha256})
 
     def _options(self, tokenizer: PreTrainedTokenizerBase, question: str) -> dict[str, list[int]]:
-        def made() -> dict[str, list[int]]:
+        def encoded() -> dict[str, list[int]]:
             return {place: continuation(tokenizer, question, f" {place}") for place in PLACES}
 
-        return _once(tokenizer, f"{question} …", made)
+        return _once(tokenizer, f"{question} …", encoded)
 
 
 @dataclass(frozen=True)
 class Memorize(Facts):
-    """One fact, before everything else."""
+    """One fact, before all noise."""
 
     name: ClassVar[str] = "memorize"
     title: ClassVar[str] = "Memorize a fact"
@@ -152,7 +156,7 @@ class Memorize(Facts):
 
 @dataclass(frozen=True)
 class Detect(Facts):
-    """One fact, at a random depth within one of `count` equal parts, so that all depths are asked for."""
+    """One fact per sample, at a random depth within the sample's own of `count` equal parts."""
 
     name: ClassVar[str] = "detect"
     title: ClassVar[str] = "Detect and memorize a fact"
@@ -174,9 +178,9 @@ class Reasoning(Facts):
         side = rng.choice(sorted(OPPOSITE))
         row = rng.sample(PLACES, 3)  # each lies on `side` of the next
         depths = sorted((rng.random(), rng.random()))
-        order, asked = rng.sample((0, 1), 2), rng.randrange(2)
+        order, telling = rng.sample((0, 1), 2), rng.randrange(2)
         facts = tuple((d, _lies(rng, side, row[i], row[i + 1])) for d, i in zip(depths, order, strict=True))
-        near, far = row[asked], row[asked + 1]
+        near, far = row[telling], row[telling + 1]
         if rng.random() < 0.5:
             side, near, far = OPPOSITE[side], far, near
         if rng.random() < 0.5:
@@ -184,11 +188,11 @@ class Reasoning(Facts):
         else:
             back = OPPOSITE[side]
             question = f"Question: What is the {far} {back} of?\nAnswer: The {far} is {back} of the"
-        return Story(facts, order.index(asked), question, near)
+        return Story(facts, order.index(telling), question, near)
 
 
 def _once(tokenizer: PreTrainedTokenizerBase, text: str, make: Callable[[], Any]) -> Any:
-    """What `make` gives for a text, made once for each tokenizer."""
+    """The result of `make` for a text, computed once for each tokenizer."""
     known = _known.setdefault(tokenizer, {})
     key = len(tokenizer), text
     if key not in known:
@@ -201,7 +205,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def first_word(answer: str) -> str:
-    """The first word of an answer, in small letters; empty where it has none."""
+    """The first word of an answer, in lower case; empty where it has none."""
     found = re.search(r"[a-z]+", answer.lower())
     return found[0] if found else ""
 
@@ -213,14 +217,14 @@ def _whereabouts(rng: random.Random, depth: float) -> Story:
 
 
 def _lies(rng: random.Random, side: str, one: str, other: str) -> str:
-    """That `one` lies on `side` of `other`, said from either end."""
+    """A sentence that `one` is on `side` of `other`, from either point of view."""
     if rng.random() < 0.5:
         return f"The {one} is {side} of the {other}."
     return f"The {other} is {OPPOSITE[side]} of the {one}."
 
 
 def _noise(ring: Ring, start: int, number: int) -> list[int]:
-    """`number` tokens of a text from `start` on, from its beginning again wherever it ends."""
+    """`number` tokens of a text from `start` on, repeated where it ends."""
     whole = len(ring.ids)
     if number <= whole:
         return ring.take(start, number, "noise")
@@ -228,8 +232,10 @@ def _noise(ring: Ring, start: int, number: int) -> list[int]:
 
 
 def _sentence_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: int) -> int:
-    """The first place from `place` on, at most `SEARCHED` tokens further, before which a sentence or a line ends; `place`
-    itself where there is none, or where it is the start."""
+    """The first index from `place` on, within `SEARCHED` tokens, that follows the end of a sentence or line.
+
+    `place` itself where there is none, or where it is 0.
+    """
     for end in range(place, min(place + SEARCHED, len(ids))) if place else ():
         if str(tokenizer.decode([ids[end - 1]])).rstrip(" ").endswith((".", "\n")):
             return end

@@ -1,14 +1,14 @@
-"""Short instructions with an input and the right output: what gist tokens are trained and measured on.
+"""Short instructions with an input and an output, for training and measuring gist tokens (Mu 2023, arXiv 2304.08467).
 
     instructions                  twelve kinds of instruction, generated: `seen`, those to train on
-    instructions:split=unseen     five other kinds, which a training on `seen` never meets
+    instructions:split=unseen     five other kinds, which a training on `seen` never contains
     instructions:data=PATH        a file or a folder in Alpaca's format: instruction, input and output
 
-Most generated instructions have something drawn in them (a letter, a number, a word, a tiny dictionary), so that what they ask
-must be read and not only recognised. The prompt has gisting's form: "Instruction: …", "Input: …", "Output:". `instruction_tokens`
-of a sample says how many tokens the first part has, and so where gist tokens stand.
+Most generated instructions contain something random (a letter, a number, a word, a tiny dictionary), so that they must be
+read and not only recognised. The prompt has gisting's form: "Instruction: …", "Input: …", "Output:". `instruction_tokens`
+of a sample is the number of tokens of the first part, after which gist tokens are placed.
 
-Samples are as long as they are; a longer cell only admits longer ones of a file.
+Samples are not filled up to the cell's length; a longer cell only admits longer ones from a file.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from longspan.util.errors import SpecError
 
 @dataclass(frozen=True)
 class Instructions(Task):
-    """`score=nll` is the mean loss of the output's tokens, `score=exact` whether greedy decoding says just the output (what it
-    would say after that is not looked at)."""
+    """`score=nll`: mean loss of the output in nats per token; `score=exact`: share of outputs that greedy decoding produces.
+
+    What decoding would produce after the output is ignored.
+    """
 
     split: Literal["seen", "unseen"] | None = None
     data: str | None = None
@@ -68,14 +70,16 @@ class Instructions(Task):
         return digest.hexdigest()
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Generated kinds take turns. Of a file a random `count`, none twice; those met that do not fit into `length` tokens
-        with their output are left out, and `left_out` of every sample says how many that were. Raises `SpecError` where too
-        few are left."""
+        """Instructions of every generated kind in turn, or `count` random ones of a file, none twice.
+
+        Those of a file that do not fit into `length` tokens with their output are skipped; `left_out` of every sample is
+        their number. Raises `SpecError` where too few remain.
+        """
         if self.data is None:
             rng = random.Random(f"{self.name}/{self.split or 'seen'}/{seed}")
             kinds = list(UNSEEN if self.split == "unseen" else SEEN)
             triples = [draw(kinds[i % len(kinds)], rng) for i in range(count)]
-            samples = self._made(tokenizer, list(enumerate(triples)))
+            samples = self._samples(tokenizer, list(enumerate(triples)))
             need = max(len(s.tokens) + len(s.meta["answer"]) for s in samples)
             self.require(need <= length, f"a length of at least {need} tokens is needed, not {length:,}")
         else:
@@ -87,8 +91,8 @@ class Instructions(Task):
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, meter: Meter) -> Outcome:
         judged = judge(model, [*sample.tokens, *sample.meta["answer"]], len(sample.tokens), meter)
-        kept = ("kind", "output", "instruction_tokens", "left_out")
-        detail = {key: sample.meta[key] for key in kept if key in sample.meta}
+        keys = ("kind", "output", "instruction_tokens", "left_out")
+        detail = {key: sample.meta[key] for key in keys if key in sample.meta}
         if not judged.sound:
             worst = 0.0 if self.score == "exact" else math.log(text_config(model.config).vocab_size)
             return Outcome(worst, {**detail, "reason": UNSOUND}, failed=True)
@@ -101,7 +105,7 @@ class Instructions(Task):
         random.Random(f"{self.name}/{seed}").shuffle(known)
         fitting: list[Sample] = []
         for number, triple in enumerate(known):
-            [sample] = self._made(tokenizer, [(number, triple)])
+            [sample] = self._samples(tokenizer, [(number, triple)])
             if len(sample.tokens) + len(sample.meta["answer"]) <= length:
                 fitting.append(sample)
             if len(fitting) == count:
@@ -111,15 +115,15 @@ class Instructions(Task):
             f"{count:,} are asked for; ask for fewer samples, or a longer length"
         )
 
-    def _made(self, tokenizer: PreTrainedTokenizerBase, numbered: list[tuple[int, Triple]]) -> list[Sample]:
-        """Samples of numbered triples. All are tokenised together: a training has thousands."""
+    def _samples(self, tokenizer: PreTrainedTokenizerBase, numbered: list[tuple[int, Triple]]) -> list[Sample]:
+        """The samples of numbered triples, all tokenised together, since a training has thousands."""
         triples = [triple for _, triple in numbered]
         heads = encode_all(tokenizer, [f"Instruction: {t.instruction}" for t in triples])
         inputs = encode_all(tokenizer, [f"\nInput: {t.input}\nOutput:" if t.input else "\nOutput:" for t in triples])
         answers = continuations(tokenizer, [("Output:", f" {t.output}") for t in triples])
         samples = []
-        for (number, triple), ids, given, answer in zip(numbered, heads, inputs, answers, strict=True):
+        for (number, triple), ids, input_ids, answer in zip(numbered, heads, inputs, answers, strict=True):
             head = with_bos(tokenizer, ids)
             meta = {"kind": triple.kind, "output": triple.output, "instruction_tokens": len(head)}
-            samples.append(Sample(f"{triple.kind}-{number}", [*head, *given], meta | {"answer": list(answer)}))
+            samples.append(Sample(f"{triple.kind}-{number}", [*head, *input_ids], meta | {"answer": list(answer)}))
         return samples

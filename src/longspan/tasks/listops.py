@@ -1,5 +1,6 @@
-"""ListOps: nested operations on lists of digits, whose result is one digit (Nangia 2018, arXiv 1804.06028), drawn as for Long
-Range Arena (Tay 2021, arXiv 2011.04006).
+"""ListOps: nested operations on lists of digits, whose result is one digit, drawn as for Long Range Arena.
+
+Nangia 2018, arXiv 1804.06028; Tay 2021, arXiv 2011.04006.
 
     [MAX 2 9 [MIN 4 7 ] 0 ]  →  9
 
@@ -19,13 +20,15 @@ from longspan.util.errors import SpecError
 OPERATIONS = ("[MIN", "[MAX", "[MED", "[SM")
 END = "]"
 WORDS = (*OPERATIONS, END, *map(str, range(10)))
-"""All that a text is made of."""
+"""The vocabulary of a text."""
 OPERATION_SHARE = 0.25
 PATIENCE = 1_000_000
-"""Draws in a row that may give nothing new."""
+"""Draws in a row without a new tree, after which drawing gives up."""
 
 
 class Node(NamedTuple):
+    """An operation, one of `OPERATIONS`, with its arguments."""
+
     operation: str
     arguments: tuple[Tree, ...]
 
@@ -35,8 +38,10 @@ Tree = int | Node
 
 
 def value(tree: Tree) -> int:
-    """The result, 0 to 9. MED of an even number of arguments is the mean of the two in the middle, rounded down; SM is the sum
-    modulo 10."""
+    """The result of a tree, 0 to 9.
+
+    MED of an even number of arguments is the mean of the middle two, rounded down; SM is the sum modulo 10.
+    """
     if isinstance(tree, int):
         return tree
     found = sorted(map(value, tree.arguments))
@@ -53,14 +58,17 @@ def value(tree: Tree) -> int:
 
 
 def words(tree: Tree) -> list[str]:
-    """The text, in words of `WORDS`."""
+    """A tree as text, in words of `WORDS`."""
     if isinstance(tree, int):
         return [str(tree)]
     return [tree.operation, *(w for argument in tree.arguments for w in words(argument)), END]
 
 
 def read(text: str) -> Tree:
-    """The tree of a text with spaces between its words; parentheses are passed over. Raises `SpecError` for what is none."""
+    """The tree of a text with spaces between its words; parentheses are ignored.
+
+    Raises `SpecError` for a text that is not one whole expression.
+    """
     open_nodes: list[tuple[str, list[Tree]]] = [("", [])]
     for word in text.replace("(", " ").replace(")", " ").split():
         if word in OPERATIONS:
@@ -71,7 +79,7 @@ def read(text: str) -> Tree:
         elif word in WORDS and word != END:
             open_nodes[-1][1].append(int(word))
         else:
-            raise SpecError(f"{word!r} cannot stand there in a ListOps text; its words are {' '.join(WORDS)}")
+            raise SpecError(f"{word!r} is not allowed there in a ListOps text; its words are {' '.join(WORDS)}")
     if len(open_nodes) != 1 or len(open_nodes[0][1]) != 1:
         raise SpecError(f"{text[:80]!r} is not one whole ListOps expression")
     return open_nodes[0][1][0]
@@ -79,8 +87,11 @@ def read(text: str) -> Tree:
 
 @dataclass(frozen=True)
 class Trees:
-    """What is drawn: `max_depth` counts the root as 1; only texts of more than `min_length` and less than `max_length` words are
-    taken. The defaults are the benchmark's."""
+    """The distribution of trees; the defaults are the benchmark's.
+
+    max_depth: counts the root as 1. min_length, max_length: only texts of more and of fewer words than these are drawn.
+    Raises `SpecError` where no text fulfils both.
+    """
 
     max_depth: int = 10
     max_args: int = 10
@@ -98,16 +109,16 @@ class Trees:
             )
 
     def draw(self, seed: int) -> Iterator[Tree]:
-        """Trees, none twice; the same seed gives the same ones. Raises `SpecError` once new ones are not to be had."""
-        rng, seen, missed = random.Random(seed), set[Tree](), 0
-        while missed < PATIENCE:
+        """Trees, none twice, determined by the seed; raises `SpecError` where no new ones are found."""
+        rng, drawn, misses = random.Random(seed), set[Tree](), 0
+        while misses < PATIENCE:
             tree, length = self._draw(rng, 1)
-            missed += 1
-            if self.min_length < length < self.max_length and tree not in seen:
-                seen.add(tree)
-                missed = 0
+            misses += 1
+            if self.min_length < length < self.max_length and tree not in drawn:
+                drawn.add(tree)
+                misses = 0
                 yield tree
-        raise SpecError(f"{PATIENCE:,} draws gave nothing new after {len(seen):,} trees of {self}; allow more lengths")
+        raise SpecError(f"{PATIENCE:,} draws gave nothing new after {len(drawn):,} trees of {self}; allow more lengths")
 
     def _draw(self, rng: random.Random, depth: int) -> tuple[Tree, int]:
         """A tree and the number of its words."""

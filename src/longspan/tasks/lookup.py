@@ -1,13 +1,13 @@
-"""Dictionary look-up: keys and their values, very many of them, and then questions for the values of some.
+"""Dictionary look-up: very many keys with their values, and then questions for the values of some keys.
 
-The task of Focused Transformer's paper (its appendix on the dictionary look-up): keys and values are four symbols each out
-of 64, a definition is `<k> k1 k2 k3 k4 <v> v1 v2 v3 v4`, a question the same with `<q>`, and the last 256 tokens of a document,
-25 questions, ask for values defined before, however long it is. There symbols and signs are tokens of their own; here they
-are words, since a pretrained model knows no others, and 64 tokens become as many as the tokenizer makes of them.
+The task of Focused Transformer's paper (Tworkowski 2023, arXiv 2307.03170, appendix): keys and values are four symbols
+each out of 64, a definition is `<k> k1 k2 k3 k4 <v> v1 v2 v3 v4`, a question the same with `<q>`, and the last 256 tokens
+of a document, 25 questions, ask for values defined before, however long it is. There symbols and markers are tokens of
+their own; here they are words, since a pretrained model knows no others, of as many tokens as the tokenizer needs.
 
-What the paper does not say, and how it is here: keys are all different, no key is asked for twice, and a value counts as
-found when all four symbols are right, each after the right ones before it. The right value follows each question, as in
-the paper's documents, whatever the model would have said.
+The paper leaves open, and here: keys are all different, no key is asked for twice, and a value counts as found when all
+four symbols are right, each after the right ones before it. The right value follows each question, as in the paper's
+documents, whatever the model would have produced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.core.tokens import encode, with_bos
 from longspan.meter import Meter
-from longspan.tasks.answers import UNSOUND, WORDS, Span, by_position, continuation, judge
+from longspan.tasks.answers import UNSOUND, WORDS, EarlierAnswers, Span, by_position, continuation, judge
 from longspan.tasks.base import Outcome, Sample, Task, check_fits
 
 Symbols = tuple[int, ...]
@@ -28,7 +28,7 @@ Symbols = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Signs:
-    """The ids of the signs before a key, a value and a question, of the line's end, and of every symbol."""
+    """Token ids of the markers before a key, a value and a question, of a newline, and of every symbol."""
 
     key: list[int]
     value: list[int]
@@ -37,18 +37,20 @@ class Signs:
     symbols: list[list[int]]
 
     def spelled(self, symbols: Symbols) -> list[int]:
-        """The ids of some symbols."""
+        """Token ids of a sequence of symbols."""
         return [i for s in symbols for i in self.symbols[s]]
 
     def definition(self, key: Symbols, value: Symbols) -> list[int]:
-        """The ids of a whole definition."""
+        """Token ids of a whole definition."""
         return [*self.key, *self.spelled(key), *self.value, *self.spelled(value), *self.end]
 
 
 @dataclass(frozen=True)
-class Lookup(Task):
-    """The score is the share of values found. `questions` is how many are asked for, `width` how many symbols a key and a
-    value have, `symbols` how many there are. The number of pairs is what fits into the length."""
+class Lookup(EarlierAnswers, Task):
+    """The score is the share of values found, among as many pairs as fit into the length.
+
+    questions: values asked for. width: symbols of a key and of a value. symbols: how many different ones there are.
+    """
 
     questions: int = 25
     width: int = 4
@@ -67,20 +69,16 @@ class Lookup(Task):
         self.require(2 <= self.symbols <= len(WORDS), f"symbols must be from 2 to {len(WORDS)}, not {self.symbols}")
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Documents that, with the last value, have at most `length` tokens; shorter ones define the first pairs of longer.
-        Raises `SpecError` where fewer pairs fit than are asked for, or more than there are keys."""
+        """Documents of at most `length` tokens with the last value; shorter ones define the first pairs of longer ones.
+
+        Raises `SpecError` where fewer pairs fit than there are questions, or more than there are keys.
+        """
         signs = self._signs(tokenizer)
         samples = []
         for number in range(count):
             rng = random.Random(f"{self.name}/{self.symbols}/{self.width}/{seed}/{number}")
             samples.append(self._sample(tokenizer, signs, rng, number, length))
         return check_fits(samples, length)
-
-    def answer(self, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
-        return list(sample.meta["last"])
-
-    def answered(self, sample: Sample) -> list[Span]:
-        return [(start, end) for start, end in sample.meta["spans"][:-1]]
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, meter: Meter) -> Outcome:
         spans, ids = sample.meta["spans"], [*sample.tokens, *sample.meta["last"]]
@@ -126,10 +124,10 @@ class Lookup(Task):
         return tuple(rng.randrange(self.symbols) for _ in range(self.width))
 
     def _new_key(self, rng: random.Random, known: dict[Symbols, Symbols]) -> Symbols:
-        """A key that is not known yet; at most half of all keys are ever used, so that one is found at once."""
+        """A key that is not in `known`; at most half of all keys are used, so that one is found quickly."""
         self.require(
             2 * len(known) < self.symbols**self.width,
-            f"there are only {self.symbols**self.width:,} keys, too few for this length; give a larger width, such as "
+            f"there are only {self.symbols**self.width:,} keys, too few for this length; use a larger width, such as "
             f"width={self.width + 1}, or a shorter length",
         )
         while (key := self._draw(rng)) in known:
@@ -145,11 +143,11 @@ class Lookup(Task):
         )
 
 
-def _ask(tokens: list[int], signs: Signs, asked: list[tuple[Symbols, Symbols]]) -> tuple[list[Span], list[int]]:
-    """Puts questions and their values after `tokens`, up to the last value; where all values stand, and the last one."""
+def _ask(tokens: list[int], signs: Signs, pairs: list[tuple[Symbols, Symbols]]) -> tuple[list[Span], list[int]]:
+    """Appends questions with their values to `tokens`, without the last value; returns the values' spans, and the last one."""
     spans: list[Span] = []
     last: list[int] = []
-    for key, value in asked:
+    for key, value in pairs:
         tokens += last + (signs.end if last else [])
         tokens += [*signs.question, *signs.spelled(key), *signs.value]
         last = signs.spelled(value)

@@ -1,12 +1,13 @@
-"""Passkey retrieval: a number is hidden in filler text, and the model is asked for it.
+"""Passkey retrieval: a number is hidden in filler text, and the prompt ends with a question for it.
 
-The prompt is the one of Landmark Attention, and PI's paper uses it too; they differ in the rest:
+The prompt is Landmark Attention's (Mohtashami 2023, arXiv 2305.16300), which PI's paper (Chen 2023, arXiv 2306.15595) uses
+too. They differ in the rest:
 
     landmark  a key of 1 to 50,000 at a random depth
-    pi        a key of five digits at evenly spaced depths, several trials each; from them follows the effective window
-              (`compare.stats.effective_window`), which reports give for both
+    pi        a key of five digits at evenly spaced depths, several trials each, from which the effective window follows
+              (`compare.statistics.effective_window`); reports compute it for both
 
-Both measure the filler in characters. Here the length is in tokens: the filler is made as long as fits.
+Both papers measure the filler in characters. Here the length is in tokens: the filler is as long as fits.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ QUESTION = "What is the pass key? The pass key is"
 
 
 class Prompt(NamedTuple):
-    """A prompt, its key, and the share of the filler that comes before the key."""
+    """A prompt, its key, and the share of the filler before the key (0 to 1)."""
 
     text: str
     key: int
@@ -45,21 +46,23 @@ class Prompt(NamedTuple):
 
 
 def build_prompt(key: int, before: int, after: int) -> Prompt:
-    """Landmark's prompt with `before` and `after` characters of filler around the key; both parts begin as the filler
-    begins, and may end within a word."""
+    """Landmark's prompt with `before` and `after` characters of filler around the key.
+
+    Both parts start at the beginning of the filler, and may end within a word.
+    """
     filler = " ".join([FILLER] * (max(before, after) // len(FILLER) + 1))
     text = "\n".join((TASK, filler[:before], NEEDLE.format(key=key), filler[:after], QUESTION))
     return Prompt(text, key, before / (before + after) if before + after else 0.0)
 
 
 def landmark_prompt(n_chars: int, rng: random.Random) -> Prompt:
-    """The prompt as Landmark's script draws it, with `n_chars` characters of filler."""
+    """A random prompt with `n_chars` characters of filler, drawn as Landmark's script does."""
     before = rng.randint(0, n_chars)
     return build_prompt(rng.randint(1, 50_000), before, n_chars - before)
 
 
 def read_key(answer: str) -> int | None:
-    """The first whole number in an answer."""
+    """The first whole number in an answer; None where it has none."""
     found = re.search(r"\d+", answer)
     return int(found[0]) if found else None
 
@@ -68,9 +71,9 @@ def read_key(answer: str) -> int | None:
 class Passkey(Task):
     """The score is the share of keys found: the first number in the answer must be the key.
 
-    `depths` and `trials` are PI's: how many evenly spaced places, and how often each; without them every sample has a
-    depth of its own. `template=chat` asks through the model's chat template; the papers give plain text. `answer_tokens`
-    is how much the model may say: Landmark's 10, and 24 with a template.
+    depths, trials: PI's number of evenly spaced depths, and of keys at each; without them every sample has another depth.
+    template: `chat` puts the prompt into the model's chat template; the papers use plain text. answer_tokens: longest
+    answer; Landmark's 10 by default, and 24 with a template.
     """
 
     protocol: Literal["landmark", "pi"] = "landmark"
@@ -103,12 +106,15 @@ class Passkey(Task):
 
     @property
     def budget(self) -> int:
-        """How many tokens the answer may have."""
+        """The longest answer, in tokens."""
         return self.answer_tokens if self.answer_tokens is not None else 24 if self.template == "chat" else 10
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Prompts that, with the answer, are as near to `length` tokens as the filler allows. Keys and depths are the same
-        at every length."""
+        """Prompts as near to `length` tokens, answer included, as the filler allows.
+
+        Keys and depths are the same at every length. Raises `SpecError` for too short a length, and `NotSupported` where
+        the model has no chat template to use.
+        """
         rng = random.Random(f"passkey/{self.protocol}/{seed}")
         draws = [(depth, self._key(rng)) for depth in self._depths(count, rng)]
         samples = [self._sample(tokenizer, i, depth, key, length) for i, (depth, key) in enumerate(draws)]
@@ -130,8 +136,11 @@ class Passkey(Task):
         return rng.randint(10_000, 99_999) if self.protocol == "pi" else rng.randint(1, 50_000)
 
     def _depths(self, count: int, rng: random.Random) -> list[float]:
-        """Where the keys lie, 0 at the start of the filler and 1 at its end: for `landmark` at random within `count` equal
-        parts, for `pi` evenly spaced from 0 to 1, going through all places before a second trial of any."""
+        """The depths of the keys, from 0 at the start of the filler to 1 at its end.
+
+        For `landmark` random, one in each of `count` equal parts; for `pi` evenly spaced, all depths before a second
+        trial of any.
+        """
         if self.protocol == "landmark":
             return [(i + rng.random()) / count for i in range(count)]
         places = self.depths or count
@@ -154,8 +163,10 @@ class Passkey(Task):
         return Sample(f"key-{number}", ids, meta)
 
     def _fit(self, tokenizer: PreTrainedTokenizerBase, depth: float, key: int, length: int) -> Prompt:
-        """The prompt with as much filler as fits. The filler repeats, so tokens are counted on a prompt with most of the
-        repeats taken out; the whole prompt is then checked."""
+        """The prompt with as much filler as fits.
+
+        The filler is periodic, so tokens are counted on a prompt without most periods; the whole prompt is then checked.
+        """
         period, room = len(FILLER) + 1, length - self.budget
 
         def split(n: int) -> tuple[int, int]:
@@ -182,7 +193,7 @@ class Passkey(Task):
         return len(with_bos(tokenizer, encode_rendered(tokenizer, self._render(tokenizer, prompt.text))))
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-        """The text as the model gets it. Raises `NotSupported` where there is no chat template to put it in."""
+        """The text of the prompt, in the chat template if one is used; raises `NotSupported` where there is none."""
         if self.template == "none":
             return text
         if not tokenizer.chat_template:

@@ -1,8 +1,8 @@
 """Perplexity of long text: how well the model predicts each token from those before it.
 
-`window` reads each window of `length` tokens once, from places evenly spread over the text, and shows the loss by
-position, which is where methods differ. The other protocols are what papers report; they slide a shorter window over a
-sample of `length` tokens and differ in which tokens they count, so that their numbers cannot be compared with each other:
+`window` reads each window of `length` tokens once, from starts evenly spread over the text, and reports the loss by
+position, in which methods differ. The other protocols are those of papers; they slide a shorter window over a sample of
+`length` tokens and differ in which tokens they count, so that their figures cannot be compared with each other:
 
     nonoverlapping  disjoint blocks; early tokens of a block have little context (ALiBi)
     sliding         the window moves by `stride`, its last `stride` tokens count (PI); stride=1 is ALiBi's sliding
@@ -11,8 +11,8 @@ sample of `length` tokens and differ in which tokens they count, so that their n
     yarn            sliding, but each window's mean weighs the same, and each begins with BOS (YaRN)
 
 A protocol is a pure function from sizes to windows. The score is the mean over all counted tokens, but under `yarn` and
-`longlora` the mean of the windows' means (`MEAN_OF`). Perplexity, bits a byte and nats a word are that same score in other
-units: one contiguous span of text says how many bytes and words a token has.
+`longlora` the mean of the windows' means (`MEAN_OF`). Perplexity, bits per byte and nats per word are the same score in
+other units, by the bytes and words per token of one contiguous span of text.
 """
 
 from __future__ import annotations
@@ -32,19 +32,18 @@ from longspan.core.facts import text_config
 from longspan.core.tokens import bos_id
 from longspan.meter import Meter
 from longspan.reading.prefill import chunked_prefill, forced
+from longspan.tasks.answers import UNSOUND
 from longspan.tasks.base import Outcome, Sample, Task, check_fits
-from longspan.tasks.text import check_text, read_text, tokenised
+from longspan.tasks.text import GOLDEN, SHORTEST, TEXT_SOURCES, ReadsText, check_text
 
 BUCKETS = 64
-"""Parts of a window, of equal length, for which the loss is given apart."""
+"""Equal parts of a window, for each of which the loss is reported."""
 TIMED = 8
-"""Tokens at the end of a window that are read one by one, so that every cell has a decoding speed."""
-SHORTEST = 64
-_GOLDEN = (math.sqrt(5) - 1) / 2
+"""Tokens at the end of a window that are decoded one by one, so that every cell has a decoding speed."""
 
 
 class Window(NamedTuple):
-    """The model reads tokens start … end - 2 and is asked for first … end - 1, each from those before it."""
+    """The model reads tokens start … end - 2 and predicts first … end - 1, each from those before it in the window."""
 
     start: int
     end: int
@@ -52,18 +51,20 @@ class Window(NamedTuple):
 
 
 def whole(total: int, length: int, stride: int) -> list[Window]:
-    """One window over everything."""
+    """One window over all `total` tokens."""
     return [Window(0, total, 1)]
 
 
 def nonoverlapping(total: int, length: int, stride: int) -> list[Window]:
-    """Blocks of `length` tokens, each asked for its own tokens and the one after; the last block may be shorter."""
+    """Disjoint blocks of `length` tokens, each predicting the next token as well; the last block may be shorter."""
     return [Window(s, min(s + length + 1, total), s + 1) for s in range(0, total - 1, length)]
 
 
 def sliding(total: int, length: int, stride: int) -> list[Window]:
-    """The first window counts whole, each further one its last `stride` tokens; what is left at the end is counted by a
-    full window that ends there."""
+    """Windows every `stride` tokens: the first counts all its tokens, each further one its last `stride`.
+
+    The remainder at the end is counted by a full window that ends there.
+    """
     windows = [Window(0, min(length + 1, total), 1)]
     while (done := windows[-1].end) < total:
         end = min(done + stride, total)
@@ -77,14 +78,16 @@ def rolling(total: int, length: int, stride: int) -> list[Window]:
 
 
 def longlora(total: int, length: int, stride: int) -> list[Window]:
-    """Full windows every `stride` tokens, each counted whole, without the last of them, which eval.py of
-    dvlab-research/LongLoRA (commit 4cbb61b) drops. Where only one fits, it is kept; the script fails there."""
+    """Full windows every `stride` tokens, all tokens of each counted, without the last window.
+
+    So does eval.py of dvlab-research/LongLoRA (commit 4cbb61b). A single window is kept; the script fails there.
+    """
     starts = range(0, max(1, total - length), stride)
     return [Window(s, min(s + length, total), s + 1) for s in starts[: max(1, len(starts) - 1)]]
 
 
 def yarn(total: int, length: int, stride: int) -> list[Window]:
-    """Windows every `stride` tokens, each counted from where the one before ended; the last one may be shorter."""
+    """Windows every `stride` tokens, each counted from the end of the one before; the last one may be shorter."""
     windows: list[Window] = []
     for start in range(0, total, stride):
         end = min(start + length, total)
@@ -106,11 +109,11 @@ PROTOCOLS: dict[str, Plan] = {
 STRIDED = ("sliding", "longlora", "yarn")
 WINDOW_MEANS, TOKENS = "the windows' means", "all counted tokens"
 MEAN_OF = dict.fromkeys(PROTOCOLS, TOKENS) | dict.fromkeys(("longlora", "yarn"), WINDOW_MEANS)
-"""Over what a protocol's score is the mean, in words for the report."""
+"""What a protocol's score is the mean of, in words for the report."""
 
 
 def mean_loss(protocol: str, losses: Sequence[Tensor]) -> float:
-    """The protocol's score from the losses of each window's tokens, in nats a token, by the rule of `MEAN_OF`."""
+    """A protocol's score in nats per token, from the losses (tokens,) of each window, by `MEAN_OF`."""
     if MEAN_OF[protocol] == WINDOW_MEANS:
         return math.fsum(float(x.mean()) for x in losses) / len(losses)
     return float(torch.cat(list(losses)).mean())
@@ -119,8 +122,7 @@ def mean_loss(protocol: str, losses: Sequence[Tensor]) -> float:
 def by_position(
     windows: Sequence[Window], losses: Sequence[Tensor], length: int
 ) -> tuple[list[float | None], list[int]]:
-    """Mean loss and number of tokens in each of `BUCKETS` equal parts of [0, length), by place in the window; None where
-    no token lies."""
+    """Mean loss (None without tokens) and number of tokens in each of `BUCKETS` equal parts of a window."""
     place = torch.cat([torch.arange(w.first - w.start, w.end - w.start) for w in windows])
     bucket = (place * BUCKETS // length).clamp(max=BUCKETS - 1)
     counts = torch.bincount(bucket, minlength=BUCKETS)
@@ -129,11 +131,11 @@ def by_position(
 
 
 @dataclass(frozen=True)
-class Perplexity(Task):
-    """The score is the mean negative log-likelihood in nats a token. Compare it across tokenizers by `bits_per_byte`.
+class Perplexity(ReadsText, Task):
+    """The score is the mean negative log-likelihood in nats per token; `bits_per_byte` compares across tokenizers.
 
-    `window` and `stride` belong to the sliding protocols: the window is the longest context, and the length is then how
-    much text a sample has.
+    window, stride: of the protocols other than `window`, in tokens; the window is the longest context, and the length is
+    the amount of text in a sample.
     """
 
     protocol: Literal["window", "nonoverlapping", "sliding", "rolling", "longlora", "yarn"] = "window"
@@ -145,9 +147,7 @@ class Perplexity(Task):
     version: ClassVar[int] = 2
     title: ClassVar[str] = "Perplexity of long text"
     measures: ClassVar[str] = "how well each token is predicted, by its position in the window"
-    source: ClassVar[str] = (
-        "Python's own help texts or library sources, a novel that comes along, or a text file of yours"
-    )
+    source: ClassVar[str] = TEXT_SOURCES
     default_count: ClassVar[int] = 6
     metric: ClassVar[str] = "NLL (nats a token)"
     higher_is_better: ClassVar[bool] = False
@@ -170,30 +170,24 @@ class Perplexity(Task):
             )
         check_text(self.text, self.name)
 
-    def data_digest(self) -> str:
-        return read_text(self.text, self.name).sha256
-
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Windows of exactly `length` tokens, BOS included. Their places follow the golden ratio, which spreads any number
-        of them evenly, and do not depend on `length` or `count`: shorter and fewer windows are parts of longer and more."""
+        """Windows of exactly `length` tokens, BOS included, at starts that do not depend on `length` or `count`.
+
+        Starts follow the golden ratio, which spreads any number of them evenly, so shorter windows are prefixes of longer
+        ones. Raises `SpecError` for too short a length, or too short a text.
+        """
         self.require(length >= SHORTEST, f"a length of at least {SHORTEST} tokens is needed, not {length:,}")
-        text = tokenised(tokenizer, read_text(self.text, self.name))
-        begin = self._begin(tokenizer)
-        meta = {
-            "text": text.name,
-            "text_sha256": text.sha256,
-            "text_tokens": len(text.ids),
-            "begins_with": str(tokenizer.decode(begin)) if begin else None,
-        }
+        text, begin = self.ring(tokenizer), self._begin(tokenizer)
+        meta = {**text.describe(), "begins_with": str(tokenizer.decode(begin)) if begin else None}
         place, samples = random.Random(f"ppl/{seed}").random(), []
         for number in range(count):
-            start = int((place + number * _GOLDEN) % 1 * len(text.ids))
+            start = int((place + number * GOLDEN) % 1 * len(text.ids))
             ids = begin + text.take(start, length - len(begin), self.name)
             samples.append(Sample(f"window-{number}", ids, meta | {"start": start}))
         return check_fits(samples, length)
 
     def _begin(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """What stands before the text: BOS where the tokenizer uses it; `rolling` has BOS or EOS in any case."""
+        """Ids before the text: BOS where the tokenizer uses it; `rolling` has BOS or EOS in any case."""
         begin = bos_id(tokenizer)
         if self.protocol == "rolling" and begin is None:
             begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -212,19 +206,19 @@ class Perplexity(Task):
         if self.protocol in STRIDED:
             detail["stride"] = stride
         if not all(bool(x.isfinite().all()) for x in losses):
-            detail["reason"] = "the model gave logits that are not numbers"
+            detail["reason"] = UNSOUND
             return Outcome(math.log(text_config(model.config).vocab_size), detail, failed=True)
         return Outcome(
             mean_loss(self.protocol, losses), detail | self._figures(tokenizer, sample, windows, losses, length)
         )
 
     def _inputs(self, sample: Sample, window: Window) -> list[int]:
-        """The tokens of a window; YaRN's evaluation puts BOS in the place of the first token of each."""
+        """The tokens of a window; YaRN's evaluation replaces the first token of each by BOS."""
         ids = sample.tokens[window.start : window.end]
         return [sample.tokens[0], *ids[1:]] if self.protocol == "yarn" and sample.meta["begins_with"] else ids
 
     def _losses(self, model: PreTrainedModel, ids: list[int], first: int, meter: Meter, timed: bool) -> Tensor:
-        """Loss of ids[first:] in nats, float64 on the CPU. With `timed`, the last `TIMED` inputs are read one by one."""
+        """Loss (tokens,) of ids[first:] in nats, float64 on the CPU; with `timed`, the last `TIMED` inputs are decoded."""
         end = len(ids) - 1 - (TIMED if timed else 0)
         losses: list[Tensor] = []
 
@@ -245,10 +239,10 @@ class Perplexity(Task):
         losses: Sequence[Tensor],
         length: int,
     ) -> dict[str, Any]:
-        """What is told beside the score, which is in nats a token, in other units.
+        """The score in other units, the loss by position, and the number of tokens.
 
-        Bytes and words a token has are those of the text from the first counted token to the last, decoded in one piece: a
-        window's own tokens may begin or end within a character or a word.
+        Bytes and words per token are those of the text from the first counted token to the last, decoded in one piece: the
+        tokens of a single window may begin or end within a character or a word.
         """
         positions, counts = by_position(windows, losses, length)
         mean = mean_loss(self.protocol, losses)

@@ -1,4 +1,4 @@
-"""Short questions with one right answer each: generated, or from a file of the user's."""
+"""Short questions with one right answer each: generated, or from the user's file."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ OPPOSITES = (
 
 
 class Question(NamedTuple):
-    """A question as it stands in a prompt, choices included, and its answer."""
+    """A question as the prompt contains it, choices included, and its answer."""
 
     text: str
     answer: str
 
 
 def generated(rng: random.Random) -> Question:
-    """One of seven kinds of question that need nothing but themselves."""
+    """A random question of one of seven kinds that need no other knowledge."""
     return rng.choice((_sum, _larger, _letter, _day, _month, _opposite, _word))(rng)
 
 
 def read_questions(name: str, task: str) -> list[Question]:
-    """The questions of a JSON-lines file, each an object with `question`, `answer` and perhaps `choices`, of which the answer is
-    one. Raises `SpecError`, with the line, for what is not that."""
+    """The questions of a JSON-lines file: objects with `question`, `answer` and, optionally, `choices`.
+
+    The answer is one of the choices. Raises `SpecError`, which names the line, for anything else.
+    """
     path = Path(name).expanduser()
     try:
         lines = read_text(path).split("\n")  # texts may hold Unicode's own line ends
@@ -66,7 +68,7 @@ def _read(line: str, where: str) -> Question:
         raise SpecError(f"{where}: choices must be a list of at most 26 texts")
     choices = [c.strip() for c in choices]
     if choices.count(answer) != 1:
-        raise SpecError(f"{where}: the answer, {answer!r}, must be one of the choices, as it stands there")
+        raise SpecError(f"{where}: the answer, {answer!r}, must be one of the choices, spelled alike")
     letters = string.ascii_uppercase
     lettered = "".join(f"\n{letter}. {choice}" for letter, choice in zip(letters, choices, strict=False))
     return Question(text + lettered, letters[choices.index(answer)])

@@ -1,11 +1,11 @@
-"""Attention resolution: how well the mean score tells a near token from the next one further away (Sun 2023, eq. 11).
+"""Attention resolution: how clearly mean attention scores fall with distance (Sun 2023, arXiv 2212.10554, eq. 11).
 
 With s[n] the mean score before the softmax of a query and the key n tokens before it, over queries, heads, layers and texts,
 
     R(s) = Σ_n e^s[n] · (e^s[n] - e^s[n+1]) / (Σ_n e^s[n])²
 
-is 0 where all distances score alike, and grows where scores fall with distance and fall surely. A scheme whose scores rise
-again at distances that were never trained loses resolution there. It describes a model; it is no quality by itself.
+is 0 where all distances have the same score, and grows where scores fall monotonically with distance. A position encoding
+whose scores rise again at distances beyond training loses resolution there. It describes a model and is not a quality.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from longspan.engine.core import expand_heads
 from longspan.lm.attention import SCHEME, query_scores, relative_scores
 from longspan.meter import Meter
 from longspan.positions.scheme import PositionEncoding
-from longspan.tasks.base import Outcome, Sample, Task
-from longspan.tasks.receptive_field import POINTS, windows
-from longspan.tasks.text import check_text, read_text
+from longspan.tasks.base import Outcome, Sample
+from longspan.tasks.text import TEXT_SOURCES, check_text
+from longspan.tasks.windows import POINTS, TextWindows
 from longspan.util.errors import NotSupported
 
 SCORES = "longspan_scores"
-"""The attention implementation that adds up scores by distance and then does what the one before it did."""
+"""The attention implementation that adds up scores by distance and then calls the one that was set before it."""
 ROWS = 256
-"""Queries whose scores are held at once."""
+"""Queries whose scores are in memory at once."""
 
 
 @dataclass(frozen=True)
-class Resolution(Task):
+class Resolution(TextWindows):
     """The score is R over all distances within the length."""
 
     text: str = "prose"
@@ -45,22 +45,13 @@ class Resolution(Task):
     name: ClassVar[str] = "resolution"
     title: ClassVar[str] = "Attention resolution"
     measures: ClassVar[str] = "how surely scores fall with distance"
-    source: ClassVar[str] = (
-        "Python's own help texts or library sources, a novel that comes along, or a text file of yours"
-    )
+    source: ClassVar[str] = TEXT_SOURCES
     default_count: ClassVar[int] = 4
     metric: ClassVar[str] = "resolution"
     rates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_text(self.text, self.name)
-
-    def data_digest(self) -> str:
-        return read_text(self.text, self.name).sha256
-
-    def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Windows of exactly `length` tokens that end at places evenly spread over the text."""
-        return windows(self, tokenizer, self.text, length, count, seed)
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, meter: Meter) -> Outcome:
         with meter.prefill(len(sample.tokens)):
@@ -73,14 +64,17 @@ class Resolution(Task):
 
 
 def resolution(scores: Tensor) -> Tensor:
-    """R(s) of mean scores (N,) by distance; the last one's neighbour is taken to score as it does."""
+    """R(s) of mean scores (N,) by distance, a scalar; beyond the last distance the last score is repeated."""
     weights = (scores.double() - scores.double().amax()).exp()
     return (weights * (weights - torch.cat((weights[1:], weights[-1:])))).sum() / weights.sum() ** 2
 
 
 @torch.no_grad()
 def mean_scores(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """s[n] for n = 0 … T - 1, (T,), float64 on the CPU. Raises `NotSupported` where scores cannot be seen."""
+    """Mean scores s[n] for n = 0 … T - 1, (T,), float64 on the CPU.
+
+    Raises `NotSupported` where the model's attention does not expose its scores.
+    """
     sums = torch.zeros(len(ids), dtype=torch.float64, device=model.device)
     with _adding_up(model, sums) as calls:
         model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
@@ -96,8 +90,8 @@ def _adding_up(model: PreTrainedModel, sums: Tensor) -> Iterator[list[int]]:
     hidden = any(getattr(m, "pattern", None) is not None for m in model.modules())
     if hidden or before not in ("sdpa", SCHEME):
         raise NotSupported(
-            "resolution: scores are seen where every key is, in a model's own attention; leave methods with an attention of "
-            'their own off, and load the model with attn_implementation="sdpa"'
+            "resolution: scores of every key are available in a model's own attention only; leave out methods that replace "
+            'attention, and load the model with attn_implementation="sdpa"'
         )
     calls: list[int] = []
     token = _SINK.set((before, sums, calls))
@@ -131,26 +125,26 @@ def _add_scores(
     if place is None:
         _add_block(query, key, scale, 0, sums)
         return
-    scores = query_scores(place, query, positions, cast(int, module.layer_idx))
+    relative = query_scores(place, query, positions, cast(int, module.layer_idx))
     factor, pair_bias = place.query_scale(positions), kwargs.get("pair_bias")
     scale *= place.score_scale
 
     def extra(start: int, end: int) -> Tensor | float:
-        """What the scheme adds to the scores of these queries with all keys, mean over heads."""
+        """Mean over heads of what the position encoding adds to the scores (queries, keys)."""
         added: Tensor | float = 0.0
         if place.defines("bias"):
             added = place.bias(_distances(start, end, key)).double().mean(0)
-        if scores is not None:
+        if relative is not None:
             some = slice(start, end)
-            added = added + scale * relative_scores(scores, some, positions[:, some], positions).double().mean(1)[0]
+            added = added + scale * relative_scores(relative, some, positions[:, some], positions).double().mean(1)[0]
         return added if pair_bias is None else added + pair_bias[0, :, start:end].double().mean(0)
 
     for start, end in place.query_blocks(positions, key.dtype):
         rows, row_positions = query[:, :, start:end], positions[:, start:end]
-        rows, turned = place.rotate_qk(rows, key, row_positions, positions)
+        rows, keys = place.rotate_qk(rows, key, row_positions, positions)
         if factor is not None:
             rows = rows * factor[:, None, start:end, None].to(rows.dtype)
-        _add_block(rows, turned, scale, start, sums, extra)
+        _add_block(rows, keys, scale, start, sums, extra)
 
 
 def _add_block(
@@ -161,7 +155,7 @@ def _add_block(
     sums: Tensor,
     extra: Callable[[int, int], Tensor | float] | None = None,
 ) -> None:
-    """The same for the queries from number `first` on, ready to meet all keys, ROWS of them at a time."""
+    """Adds the scores of rotated queries, numbered from `first` on, with all keys, `ROWS` queries at a time."""
     key = expand_heads(key, query.shape[1]).double()
     for part in query.split(ROWS, dim=2):
         end = first + part.shape[2]
@@ -169,13 +163,13 @@ def _add_block(
         scores = (part.double() @ key.mT * scale).mean(1)[0]
         if extra is not None:
             scores = scores + extra(first, end)
-        seen = distance >= 0
-        sums.index_add_(0, distance[seen], scores[seen])
+        causal = distance >= 0
+        sums.index_add_(0, distance[causal], scores[causal])
         first = end
 
 
 def _distances(start: int, end: int, key: Tensor) -> Tensor:
-    """(queries, keys) for the queries `start` … `end` - 1 and all keys."""
+    """Distances (queries, keys) from queries `start` … `end` - 1 to all keys, negative for later keys."""
     return torch.arange(start, end, device=key.device)[:, None] - torch.arange(key.shape[2], device=key.device)
 
 

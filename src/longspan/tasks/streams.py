@@ -1,18 +1,18 @@
-"""Streams: questions without end on one cache, to see where a model stops answering.
+"""Streams: questions without end on one KV cache, to find where a model stops answering.
 
-    stream-eval   numbered lines, each with a number; every 10 lines the number of the line 20 lines back is asked for
+    stream-eval   numbered lines, each with a number; every 10 lines a question for the number of the line 20 lines back
     stream-qa     one question after another, each with an answer of its own
 
-Both are of StreamingLLM's paper. A stream is read as a chat is: what is new goes to the model with the cache that it has, a
-method that bounds its cache forgets, and nothing is fed again. After every question the right answer goes on into the stream,
-whatever the model would have said, so all methods read the same tokens; a question counts as answered where greedy decoding
-would say just the right answer. The share right is told by position, since a method that breaks past its cache or its window
-answers well up to there.
+Both are from StreamingLLM's paper (Xiao 2024, arXiv 2309.17453). A stream is read like a chat: only new tokens are fed, on
+the same cache, and a method that bounds its cache forgets. The right answer follows every question, whatever the model would
+have produced, so that all methods read the same tokens; a question counts as answered where greedy decoding produces exactly
+the right answer. The share right is reported by position, since a method that fails beyond its cache or its window answers
+well up to there.
 
-The data and the code of StreamEval were never released: this is rebuilt from the paper's description, in words of our own, and
-its figures cannot be compared with published ones. It takes a model that can read lines by their numbers at all: SmolLM2-135M
-answered none of 8 questions well within its window. The questions of the paper's other stream are ARC's; give
-`stream-qa:data=FILE` a JSON line of question, answer and choices for each of them. The default's are generated.
+Data and code of StreamEval were not released: this is rebuilt from the paper's description, and its figures cannot be
+compared with published ones. It needs a model that can find lines by their numbers at all: SmolLM2-135M answered none of 8
+questions well within its window. The paper's other stream has ARC's questions: write them to a file for `stream-qa:data=FILE`,
+one JSON line with question, answer and choices each. The default questions are generated.
 """
 
 from __future__ import annotations
@@ -30,35 +30,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.core.tokens import encode_all, with_bos
 from longspan.meter import Meter
-from longspan.tasks.answers import UNSOUND, Span, by_position, continuations, judge_stream
+from longspan.tasks.answers import UNSOUND, EarlierAnswers, Span, by_position, continuations, judge_stream
 from longspan.tasks.base import Outcome, Sample, Task, check_fits
 from longspan.tasks.questions import Question, generated, read_questions
 
 Turn = tuple[str, str]
-"""What is new up to where the answer begins, and the answer."""
+"""New text up to where the answer begins, and the answer."""
 
 
 @dataclass(frozen=True)
-class Stream(Task):
-    """What both tasks are. The score of a stream is the share of its questions that are answered exactly."""
+class Stream(EarlierAnswers, Task):
+    """Base of both tasks; the score of a stream is the share of its questions that are answered exactly."""
 
     default_count: ClassVar[int] = 4
     metric: ClassVar[str] = "share right"
 
     @abstractmethod
     def turns(self, rng: random.Random) -> Iterator[Turn]:
-        """Turns without end; each begins where the answer before it ended."""
+        """Turns without end; each follows the answer of the one before."""
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Streams of as many whole turns as fit, the last answer included. A shorter one is the beginning of a longer."""
+        """Streams of as many whole turns as fit, the last answer included; a shorter one is a prefix of a longer one.
+
+        Raises `SpecError` where not even one question fits.
+        """
         samples = [self._sample(tokenizer, length, i, random.Random(f"{self.name}/{seed}/{i}")) for i in range(count)]
         return check_fits(samples, length)
-
-    def answer(self, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
-        return list(sample.meta["last"])
-
-    def answered(self, sample: Sample) -> list[Span]:
-        return [(start, end) for start, end in sample.meta["spans"][:-1]]
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, meter: Meter) -> Outcome:
         spans, ids = sample.meta["spans"], [*sample.tokens, *sample.meta["last"]]
@@ -72,35 +69,38 @@ class Stream(Task):
         return Outcome(sum(right) / len(right), {**detail, "nll": sum(j.loss for j in judged) / len(judged)})
 
     def _sample(self, tokenizer: PreTrainedTokenizerBase, length: int, number: int, rng: random.Random) -> Sample:
-        ids, spans, last = with_bos(tokenizer, []), [], []  # type: tuple[list[int], list[Span], list[int]]
-        for asked, said in _encoded(tokenizer, self.turns(rng)):
-            end = len(ids) + len(last) + len(asked) + len(said)
+        ids, last = with_bos(tokenizer, []), list[int]()
+        spans: list[Span] = []
+        for question, answer in _encoded(tokenizer, self.turns(rng)):
+            end = len(ids) + len(last) + len(question) + len(answer)
             if end > length:
                 self.require(
                     bool(spans), f"a length of at least {end} tokens is needed for one question, not {length:,}"
                 )
                 break
-            ids += last + asked
+            ids += last + question
             spans.append((len(ids), end))
-            last = said
+            last = answer
         return Sample(f"stream-{number}", ids, {"spans": spans, "last": last, "length": length})
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, turns: Iterator[Turn]) -> Iterator[tuple[list[int], list[int]]]:
-    """Turns as ids; more and more of them are encoded at once, so that a stream of a million tokens takes seconds."""
+    """Turns as token ids, encoded in growing batches, so that a stream of a million tokens takes seconds."""
     at_once = 8
     while True:
         batch = list(islice(turns, at_once))
-        asked = encode_all(tokenizer, [new for new, _ in batch])
-        said = continuations(tokenizer, [(new[new.rfind("\n") + 1 :], f" {answer}") for new, answer in batch])
-        yield from zip(asked, said, strict=True)
+        questions = encode_all(tokenizer, [new for new, _ in batch])
+        answers = continuations(tokenizer, [(new[new.rfind("\n") + 1 :], f" {answer}") for new, answer in batch])
+        yield from zip(questions, answers, strict=True)
         at_once = min(2 * at_once, 1024)
 
 
 @dataclass(frozen=True)
 class StreamEval(Stream):
-    """After every `every` lines the number of the line `distance` lines back is asked for, 0 being the line just read. As
-    long as that many lines fit into what a method keeps, it can be known. Numbers have `digits` digits."""
+    """After every `every` lines, a question for the number in the line `distance` lines back (0: the line just read).
+
+    A method can answer as long as its cache contains that many lines. Numbers have `digits` digits.
+    """
 
     every: int = 10
     distance: int = 20
@@ -125,15 +125,18 @@ class StreamEval(Stream):
             line = len(numbers)
             new += f"\nLine {line}: the number is {numbers[-1]}."
             if line % self.every == 0 and line > self.distance:
-                asked = line - self.distance
-                yield f"{new}\nQuestion: What is the number in line {asked}? Answer:", f"{numbers[asked - 1]}"
+                target = line - self.distance
+                yield f"{new}\nQuestion: What is the number in line {target}? Answer:", f"{numbers[target - 1]}"
                 new = "."
 
 
 @dataclass(frozen=True)
 class StreamQA(Stream):
-    """Questions after one another. `data` is a JSON-lines file with `question`, `answer` and, where there are some, `choices`;
-    these are lettered, and the letter is the answer. Where the questions are used up they come again in another order."""
+    """Questions one after another, generated or from the JSON-lines file `data`.
+
+    A line has `question`, `answer` and, optionally, `choices`; choices are lettered, and the letter is the answer. When all
+    questions are used, they are repeated in another order.
+    """
 
     data: str | None = None
 

@@ -1,4 +1,4 @@
-"""Long text that every machine has, so that a benchmark needs no download.
+"""Long text for benchmarks: built-in, without a download, or the user's own files.
 
     prose   Python's own help: its topics, then the docstrings of its library (about 350,000 tokens of technical English)
     code    the sources of Python's standard library (over a million tokens)
@@ -6,8 +6,8 @@
     PATH    a .txt or .txt.gz file, or a folder of them
 
 The novel is in the public domain (Project Gutenberg's number 345). Python's texts differ between its versions, and a user's
-files change, so every text goes by its sha256. A text is read as a ring: a window that starts near the end goes on at the
-beginning, so that windows of every length can start in the same places, and the shorter are prefixes of the longer.
+files change, so every text is identified by its sha256. A text is read as a ring: a window that starts near the end
+continues at the beginning, so that windows of every length can have the same starts, and shorter ones are prefixes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import inspect
+import math
 import re
 import sysconfig
 import weakref
@@ -22,6 +23,7 @@ import zlib
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,22 +34,28 @@ from longspan.util.textfiles import decode
 BUILT_IN = ("prose", "code", "novel")
 NOVEL = Path(__file__).parents[1] / "texts" / "novel.txt.gz"
 SUFFIXES = (".txt", ".txt.gz")
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Golden ratio: multiples of it, modulo 1, spread any number of windows evenly over a text."""
+SHORTEST = 64
+"""Tokens of the shortest window that a task draws."""
+TEXT_SOURCES = "Python's own help texts or library sources, a novel that comes along, or a text file of yours"
+"""Where the text of a task with a setting `text` comes from, for the catalogue."""
 _DOCSTRING = re.compile(r'(?:\A|:[ \t]*\n)\s*[rR]?"""(.*?)"""', re.DOTALL)
-"""What stands first in a module, or after a line that ends in a colon; far quicker than parsing."""
+"""A docstring at the start of a module, or after a line that ends in a colon; much faster than parsing."""
 
 _known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, list[int]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents in a fixed order; `name` is how the user calls them."""
+    """Documents in a fixed order, with the name or path by which the user chose them."""
 
     name: str
     documents: tuple[str, ...]
 
     @property
     def sha256(self) -> str:
-        """Of the documents one after another, as UTF-8, in hex."""
+        """sha256, in hex, of the concatenated documents as UTF-8."""
         digest = hashlib.sha256()
         for document in self.documents:
             digest.update(document.encode())
@@ -56,34 +64,55 @@ class Text:
 
 @dataclass(frozen=True)
 class Ring:
-    """A text as token ids, without special tokens."""
+    """A text as token ids, without special tokens, whose end is followed by its beginning."""
 
     name: str
     sha256: str
     ids: list[int]
 
     def take(self, start: int, length: int, task: str) -> list[int]:
-        """`length` tokens from `start` on, past the end from the beginning again. Raises `SpecError` where the whole
-        text is shorter."""
-        have = len(self.ids)
-        if length > have:
+        """`length` token ids from `start` on, continued at the beginning of the text where it ends.
+
+        Raises `SpecError`, which names `task`, where the whole text is shorter.
+        """
+        total = len(self.ids)
+        if length > total:
             other = "text=code has over a million, or give" if self.name == "prose" else "give"
             raise SpecError(
-                f"{task}: {length:,} tokens of text are needed and {self.name} has {have:,}; {other} text=PATH with a "
-                f"longer one, or a length of at most {have:,}"
+                f"{task}: {length:,} tokens of text are needed and {self.name} has {total:,}; {other} text=PATH with a "
+                f"longer one, or a length of at most {total:,}"
             )
-        start %= have
-        return (self.ids[start : start + length] + self.ids[: max(0, start + length - have)])[:length]
+        start %= total
+        return (self.ids[start : start + length] + self.ids[: max(0, start + length - total)])[:length]
+
+    def describe(self) -> dict[str, Any]:
+        """Name, sha256 and number of tokens, as samples record them."""
+        return {"text": self.name, "text_sha256": self.sha256, "text_tokens": len(self.ids)}
+
+
+class ReadsText:
+    """Mix-in of tasks with a setting `text`: a built-in text, or the path of a file or folder."""
+
+    name: ClassVar[str]
+    text: str
+
+    def data_digest(self) -> str:
+        """sha256 of the text, in hex."""
+        return read_text(self.text, self.name).sha256
+
+    def ring(self, tokenizer: PreTrainedTokenizerBase) -> Ring:
+        """The text as token ids; raises `SpecError` where it cannot be read."""
+        return tokenised(tokenizer, read_text(self.text, self.name))
 
 
 def check_text(name: str, task: str) -> None:
-    """Raises `SpecError` unless `name` is a built-in text or a path with a text in it."""
+    """Raises `SpecError` unless `name` is a built-in text, a text file, or a folder of them."""
     if name not in BUILT_IN:
         _files(name, task)
 
 
 def read_text(name: str, task: str) -> Text:
-    """The text that is called `name`. Raises `SpecError` where it is missing, empty or not UTF-8."""
+    """The built-in text or file `name`; raises `SpecError` where it is missing, empty or not UTF-8."""
     if name == "prose":
         documents = _prose(task)
     elif name == "code":
@@ -97,7 +126,7 @@ def read_text(name: str, task: str) -> Text:
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, text: Text) -> Ring:
-    """The text's tokens, document by document; made once for each tokenizer and text."""
+    """The text as token ids, encoded document by document, once for each tokenizer and text."""
     digest = text.sha256
     known = _known.setdefault(tokenizer, {})
     if digest not in known:
@@ -116,7 +145,7 @@ def _prose(task: str) -> list[str]:
 
 
 def _library_files(task: str) -> list[Path]:
-    """The standard library's single-file modules, which every distribution has, without those that it writes itself."""
+    """The standard library's single-file modules that every distribution has, without generated ones."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     files = [p for p in files if not p.name.startswith(("_sysconfigdata", "sitecustomize"))]
     if not files:

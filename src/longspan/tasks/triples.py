@@ -1,4 +1,4 @@
-"""Instructions with inputs and outputs: kinds of them that are generated, and files in Alpaca's format."""
+"""Instructions with inputs and outputs: generated kinds, and files in Alpaca's format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SYLLABLES = ("ka", "mo", "ti", "ru", "se", "lo", "na", "vi", "du", "pe", "zo", 
 
 
 class Triple(NamedTuple):
-    """One instruction; `input` may be empty. `kind` is the generator's name, or the file's."""
+    """One instruction with its output; `input` may be empty; `kind` names its generator or file."""
 
     kind: str
     instruction: str
@@ -30,7 +30,7 @@ Draw = Callable[[random.Random], tuple[str, str, str]]
 
 
 def draw(kind: str, rng: random.Random) -> Triple:
-    """An instruction of a kind in `SEEN` or `UNSEEN`."""
+    """A random instruction of a kind in `SEEN` or `UNSEEN`."""
     return Triple(kind, *(SEEN | UNSEEN)[kind](rng))
 
 
@@ -169,7 +169,7 @@ UNSEEN: dict[str, Draw] = {
 
 
 def data_files(name: str, task: str) -> list[Path]:
-    """The file called `name`, or the files of a folder, in order. Raises `SpecError` where there is none."""
+    """The file `name`, or the .json and .jsonl files of a folder, in order; raises `SpecError` without any."""
     path = Path(name).expanduser()
     if path.is_dir():
         if files := sorted(p for p in path.iterdir() if p.is_file() and p.suffix in SUFFIXES):
@@ -181,8 +181,11 @@ def data_files(name: str, task: str) -> list[Path]:
 
 
 def read_triples(name: str, task: str) -> list[Triple]:
-    """All instructions of a file or a folder: objects with `instruction`, `output` and perhaps `input`, as one JSON list or
-    one a line. Raises `SpecError` for what is not that."""
+    """All instructions of a file or a folder: objects with `instruction`, `output` and, optionally, `input`.
+
+    A .json file is one list of them, a .jsonl file has one a line. Raises `SpecError`, which names the entry, for
+    anything else.
+    """
     found = [_triple(row, path.stem, where) for path in data_files(name, task) for row, where in _rows(path, task)]
     if not found:
         raise SpecError(f"{task}: data={name} has no instructions in it")
@@ -200,12 +203,12 @@ def _rows(path: Path, task: str) -> list[tuple[Any, str]]:
     for number, part in parts:
         where = f"{task}: {path}" if whole else f"{task}: {path}, line {number}"
         try:
-            read = json.loads(part)
+            value = json.loads(part)
         except json.JSONDecodeError as error:
             raise SpecError(f"{where} is not JSON: {error}") from error
-        if whole and not isinstance(read, list):
+        if whole and not isinstance(value, list):
             raise SpecError(f"{where} must hold a list of objects; one object a line belongs into a .jsonl file")
-        rows += [(row, f"{where}, entry {i}") for i, row in enumerate(read, start=1)] if whole else [(read, where)]
+        rows += [(row, f"{where}, entry {i}") for i, row in enumerate(value, start=1)] if whole else [(value, where)]
     return rows
 
 
@@ -215,7 +218,7 @@ def _triple(row: Any, kind: str, where: str) -> Triple:
     for key in ("instruction", "output"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise SpecError(f"{where} needs {key}, a text that is not empty")
-    given = row.get("input") or ""
-    if not isinstance(given, str):
+    input_text = row.get("input") or ""
+    if not isinstance(input_text, str):
         raise SpecError(f"{where}: input must be a text")
-    return Triple(kind, row["instruction"].strip(), given.strip(), row["output"].strip())
+    return Triple(kind, row["instruction"].strip(), input_text.strip(), row["output"].strip())

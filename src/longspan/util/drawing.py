@@ -1,7 +1,7 @@
-"""How figures are drawn: one style for each method, calm axes, labels that do not cover one another, SVG with real text.
+"""Figures as SVG and PNG: one style per method, labels that do not overlap, SVG whose text is text.
 
-A method has the same colour, dash and marker in every figure. The colours are those of Okabe and Ito, which people with
-any colour vision can tell apart; past seven methods the dashes differ.
+A method has the same colour, dash and marker in every figure. The colours are those of Okabe and Ito, which can be told apart
+with any colour vision; past seven methods the dashes differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from longspan.util.errors import writing
 from longspan.util.units import tokens
 
 BARE = "none"
-"""The model as it is, in a figure of methods."""
+"""The name of the model without a method."""
 INK, SOFT, FAINT = "#1f2328", "#59636e", "#d8dde3"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7b61a8")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
@@ -53,6 +53,8 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 @dataclass(frozen=True)
 class Style:
+    """How the line of a method is drawn; `width` in points."""
+
     colour: str
     dash: Any
     marker: str
@@ -61,8 +63,8 @@ class Style:
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing. `label` says what it shows to who cannot see it; `narrow` is the same for a phone, where that needs
-    another layout; `method` is whose mark stands in its title."""
+    """One drawing. label: what it shows, for screen readers; narrow: the drawing for a phone, where its layout differs; method:
+    the one whose swatch is in the title."""
 
     title: str
     svg: str
@@ -73,13 +75,15 @@ class Panel:
 
 @dataclass(frozen=True)
 class Table:
+    """The numbers of a figure as text."""
+
     head: list[str]
     rows: list[list[str]]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report: drawings, what to see in them, how they were measured, and their numbers."""
+    """A figure of the report: drawings, a caption, how the numbers were measured, and the numbers."""
 
     name: str
     title: str
@@ -88,13 +92,13 @@ class Picture:
     panels: list[Panel]
     table: Table
     methods: list[str] = field(default_factory=list)
-    """Methods that a legend has to name."""
+    """The methods in the legend."""
 
 
 def styles(methods: Sequence[str]) -> dict[str, Style]:
-    """How each method is drawn, by its place in the run: the bare model in black, the others in colour."""
+    """The style of each method, by its index in the run: the bare model in black, the others in colour."""
     others = [m for m in methods if m != BARE]
-    made = {
+    coloured = {
         m: Style(
             COLOURS[i % len(COLOURS)],
             DASHES[i // len(COLOURS) % len(DASHES)],
@@ -103,11 +107,11 @@ def styles(methods: Sequence[str]) -> dict[str, Style]:
         )
         for i, m in enumerate(others)
     }
-    return made | {BARE: Style(INK, "-", "o", 2.3)}
+    return coloured | {BARE: Style(INK, "-", "o", 2.3)}
 
 
 def draw(paint: Callable[[Axes], None], inches: tuple[float, float]) -> str:
-    """The SVG of one pair of axes that `paint` fills."""
+    """The SVG element of one pair of axes, filled by `paint`; size in inches."""
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=inches, layout="constrained")
         paint(figure.subplots())
@@ -115,7 +119,7 @@ def draw(paint: Callable[[Axes], None], inches: tuple[float, float]) -> str:
 
 
 def save_png(paint: Sequence[Callable[[Axes], None]], inches: tuple[float, float], path: Any) -> None:
-    """Axes side by side in one PNG, on white, sharp on dense screens."""
+    """Writes axes side by side into a PNG of 200 dpi on white; size in inches. Raises `OSError` that names the file."""
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=inches, layout="constrained")
         for axes, fill in zip(figure.subplots(1, len(paint), squeeze=False)[0], paint, strict=True):
@@ -133,13 +137,13 @@ def _svg(figure: Figure) -> str:
 
 
 def with_own_names(svg: str, prefix: str) -> str:
-    """The drawing with `prefix` before each id and each reference to one, since a page holds many drawings."""
+    """The SVG with `prefix` before each id and each reference to one, for a page of several drawings."""
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)
     return re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", svg)
 
 
 def swatch(style: Style) -> str:
-    """A method's line and marker, small enough to stand in a line of text."""
+    """The SVG of a method's line and marker, of the height of a line of text."""
 
     def paint(axes: Axes) -> None:
         axes.plot(
@@ -159,7 +163,7 @@ def swatch(style: Style) -> str:
 
 
 def lengths_axis(axes: Axes, longest: int) -> None:
-    """Ticks of the x axis at round numbers of tokens, at most eight of them."""
+    """Sets at most eight ticks on the x axis, at round numbers of tokens up to `longest`."""
     step = 2 ** max(0, (longest // 8 - 1).bit_length())
     axes.xaxis.set_major_locator(FixedLocator(list(range(0, longest + 1, step))))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(int(x)) if x else "0"))
@@ -167,8 +171,10 @@ def lengths_axis(axes: Axes, longest: int) -> None:
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The places nearest to `values`, in least squares, that keep their order, lie at least `gap` apart and within `low`
-    and `high`, where these leave room for all of them."""
+    """Positions nearest to `values` in least squares, in the same order, at least `gap` apart, from `low` to `high`.
+
+    Where that range is too short for all of them they end above `high`.
+    """
     order = sorted(range(len(values)), key=lambda i: values[i])
     blocks: list[list[float]] = []  # [sum, number] of values that were pushed together, gaps taken off
     for rank, i in enumerate(order):
@@ -186,15 +192,22 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def name_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Writes a name to the right of the axes for each line's end (name, x, y, colour), as near to its height as the others
-    leave room, and joins the two."""
+    """Writes each name to the right of the axes, near the end (x, y) of its line.
+
+    A dotted line joins the two. ends: (name, x, y, colour), in data units.
+    """
     low, high = axes.get_ylim()
     figure = axes.get_figure(root=True)
     assert figure is not None, "axes are always part of a figure"
     gap = (high - low) * 13 / (figure.get_size_inches()[1] * 72 * 0.8)  # a line of text, in data units
     places = spread([y for _, _, y, _ in ends], gap, low, high)
     for (name, x, y, colour), place in zip(ends, places, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.9, "linestyle": (0, (1, 2))}  # dotted: it is no data
+        line = {
+            "arrowstyle": "-",
+            "color": colour,
+            "linewidth": 0.9,
+            "linestyle": (0, (1, 2)),
+        }  # dotted, unlike the data
         line |= {"shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
         axes.annotate(
             name,
@@ -213,8 +226,11 @@ def name_points(
     front: Sequence[str],
     lines: Sequence[tuple[tuple[float, float], tuple[float, float]]] = (),
 ) -> None:
-    """Writes a name beside each point where it covers no point, no other name and none of `lines`, which are level or
-    upright; all in data units. A name that finds no such place is left to the legend; those in `front` choose first."""
+    """Writes a name beside each point where it covers no point, no other name and none of `lines`.
+
+    points (x, y) and lines ((x, y), (x, y)), horizontal or vertical, are in data units. Names in `front` are placed first; a name
+    for which there is no room is left out, and the legend has it.
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None, "axes are always part of a figure"
     figure.draw_without_rendering()  # settles where points lie
@@ -248,4 +264,4 @@ _PLACES: list[tuple[int, int, float, Align]] = [
     (-8, 0, 1.0, "right"),
     *((dx, dy, shift, align) for dy in (11, -11, 20, -20) for dx, shift, align in _SIDES),
 ]
-"""Where a name may stand: points to the right and up, how much of its width lies to the left of that, and its alignment."""
+"""Offsets of a name from its point: points right and up, the share of its width to the left of that, its alignment."""

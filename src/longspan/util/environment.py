@@ -1,4 +1,4 @@
-"""What a result depends on besides its settings: the machine, the versions of libraries, the command line."""
+"""The record of what a result depends on besides its settings: machine, library versions, command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from longspan.util.version import __version__
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The device and the host: `device_memory` is what a run can have, in bytes."""
+    """Facts of the device and the host. Memory is in bytes; `device_memory` is what a run can use of it."""
     facts: dict[str, Any] = {
         "device": device.type,
         "device_name": _processor_name(),
@@ -39,7 +39,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Versions of this package, torch, transformers and Python."""
     return {
         "longspan": __version__,
         "torch": torch.__version__,
@@ -49,6 +49,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
+    """The command that started this process, quoted for a shell."""
     return shlex.join(sys.argv)
 
 
@@ -61,7 +62,7 @@ def _processor_name() -> str:
 
 
 def _host_memory() -> int:
-    """Bytes of memory, or the limit that a container sets, where that is smaller."""
+    """Bytes of memory, or the limit of the container where that is smaller."""
     memory = psutil.virtual_memory().total
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{limit}") as file:

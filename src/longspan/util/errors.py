@@ -1,8 +1,7 @@
-"""What goes wrong, said so that the user can mend it.
+"""The errors that a user can cause, and helpers for their messages.
 
-Every error that a user can cause is a `LongspanError`: the command line prints it in one line and exits with code 2, and
-Python callers can catch it as the `ValueError` that it is. A message says what was asked, why that cannot be, and the
-nearest thing that works.
+Each is a `LongspanError`, which is a `ValueError`: the command line prints it in one line and exits with code 2. A message says
+what is wrong, with the value; why, where that is not plain; and what to do.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from pathlib import Path
 
 
 class LongspanError(ValueError):
-    """A request that cannot be carried out as it stands."""
+    """A request that cannot be carried out."""
 
 
 class SpecError(LongspanError):
-    """A method, task or length that cannot be read: unknown name, unknown setting, impossible value."""
+    """A method, task or length that cannot be parsed: an unknown name, an unknown setting, a value out of range."""
 
 
 class NotSupported(LongspanError):
-    """A request that reads well but cannot work on this model, with this partner, or on this machine."""
+    """A valid request that cannot work on this model, with this other method, or on this machine."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint that names the closest of `choices` to `word` and lists them all: `did you mean "x"? (choose from …)`."""
+    """A hint with the closest of `choices` to `word` and all of them: `did you mean "x"? (choose from …)`."""
     choices = sorted(choices)
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     hint = f'did you mean "{close[0]}"? ' if close else ""
@@ -38,9 +37,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Has what goes wrong in a write raised as an `OSError` that names the file.
+    """A context whose failed writes are raised as `OSError`s that name `path`.
 
-    A failed write or flush says only why, safetensors and tokenizers have classes of their own for it, and torch raises a
+    By itself a failed write or flush names no file, safetensors and tokenizers raise classes of their own, and torch raises a
     RuntimeError.
     """
     try:
@@ -58,10 +57,10 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def _failed_write(error: Exception) -> tuple[int, str] | None:
-    """The number and the text of the system's error behind another library's; None where there is none."""
-    said = str(error)
-    if found := re.search(r"\(os error (\d+)\)", said):  # as Rust writes it
+    """The errno and the text of the system error behind a library's error; None where there is none."""
+    message = str(error)
+    if found := re.search(r"\(os error (\d+)\)", message):  # as Rust writes it
         return int(found[1]), os.strerror(int(found[1]))
-    if isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container.*unexpected pos", said):
+    if isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container.*unexpected pos", message):
         return errno.EIO, "the disk took only a part of it"
     return None

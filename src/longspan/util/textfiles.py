@@ -1,4 +1,4 @@
-"""Text as files hold it: UTF-8, perhaps with a byte-order mark, its lines ended in any of three ways."""
+"""Reads text files: UTF-8, with or without a byte-order mark, with any of the three line endings."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; `decode` of its bytes."""
+    """The text of a file, decoded by `decode`. Raises `OSError` and `UnicodeDecodeError`."""
     return decode(path.read_bytes())
 
 
 def decode(data: bytes) -> str:
-    """UTF-8 without its byte-order mark, every line ended by a line feed. Raises `UnicodeDecodeError` for anything else.
+    """The text of UTF-8 bytes, without a byte-order mark and with line feeds alone. Raises `UnicodeDecodeError`.
 
-    A mark and carriage returns are how an editor stores a text, no part of it: a model would read them as tokens.
+    Marks and carriage returns come from the editor and not from the text, and a model would read them as tokens.
     """
     return re.sub("\r\n?", "\n", data.decode("utf-8-sig"))

@@ -1,4 +1,4 @@
-"""Sizes and durations as people write and read them."""
+"""Sizes and durations as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from longspan.util.errors import SpecError
 
 
 def read_size(text: str, what: str = "length") -> int:
-    """A number of tokens: `4096`, `4k` (= 4,096), `1m` (= 1,048,576). Raises `SpecError` for what is no whole number."""
+    """A number of tokens from `4096`, `4k` (= 4,096) or `1m` (= 1,048,576). Raises `SpecError` for other text."""
     units = {"k": 1024, "m": 1024**2}
     number, unit = (text[:-1], units[text[-1].lower()]) if text and text[-1].lower() in units else (text, 1)
     try:
@@ -19,7 +19,7 @@ def read_size(text: str, what: str = "length") -> int:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: `24 ms`, `3.21 s`, `12 min`, `2 h 05 min`."""
+    """A time in seconds as text: `24 ms`, `3.21 s`, `12 min`, `2 h 05 min`."""
     if seconds < 0.9995:
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 99.5:
@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes for people, in powers of ten: `47.2 MB`, `1.41 GB`."""
+    """Bytes as text, in powers of ten: `47.2 MB`, `1.41 GB`."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= 0.9995 * unit:
             return f"{number / unit:.0f} {name}" if number >= 99.5 * unit else f"{number / unit:.3g} {name}"
@@ -37,7 +37,7 @@ def size(number: float) -> str:
 
 
 def tokens(length: int) -> str:
-    """A length for axes and headings: `32k` for whole multiples of 1,024."""
+    """A number of tokens as text, with `k` for whole multiples of 1,024: `32k`."""
     if length % 1024**2 == 0:
         return f"{length // 1024**2}m"
     return f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"

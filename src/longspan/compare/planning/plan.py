@@ -168,7 +168,7 @@ def make_plan(request: Request) -> Plan:
         lengths, why = choice.lengths, f"chosen: {choice.why}"
         counts = {spec: min(n, choice.most_samples or n) for spec, n in counts.items()}
     else:
-        lengths, why = read_lengths(request.lengths, facts), "as asked for, with the native length"
+        lengths, why = read_lengths(request.lengths, facts), "as requested, with the native length"
     methods, left_out = read_methods(request.methods, facts, lengths[-1], request.model)
     return Plan(
         request=request,

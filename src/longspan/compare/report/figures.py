@@ -1,6 +1,6 @@
-"""The figures of a report: loss by position, what is found where, quality against cost, harm at the native length.
+"""The figures of a report: loss by position, keys found by depth, quality against cost, harm at the native length.
 
-Each figure comes with the words and the numbers that it shows, so that it can be read without being seen.
+Each figure has a caption, a text alternative and a table of its numbers.
 """
 
 from __future__ import annotations
@@ -35,37 +35,37 @@ from longspan.util.errors import LongspanError
 from longspan.util.units import duration, size, tokens
 
 DEPTH_ROWS = 10
-"""Most rows of a heat map; more depths than these are gathered into as many equal stretches."""
+"""Most rows of a heat map; more depths are grouped into as many equal stretches."""
 
 
 def pictures(results: Results) -> list[Picture]:
-    """Every figure that the run has the numbers for."""
+    """Every figure for which the run has the numbers, in the order of the page."""
     kinds = (loss_by_position, right_by_position, by_depth)
-    made = [kind(results, t) for kind in kinds for t in results.tasks]
-    made += [quality_and_cost(results), at_native_length(results)]
-    return [picture for picture in made if picture is not None]
+    drawn = [kind(results, t) for kind in kinds for t in results.tasks]
+    drawn += [quality_and_cost(results), at_native_length(results)]
+    return [picture for picture in drawn if picture is not None]
 
 
 # Loss by position
 
 
 def loss_by_position(results: Results, task: TaskFacts) -> Picture | None:
-    """Lines of the loss over positions, one a method; None where the task does not give it."""
+    """A figure of the loss over positions, one line a method; None where the task does not record it."""
     lines = _lines(results, task)
     if not lines:
         return None
     longest = max(span for _, _, span in lines.values())
-    said = _collapse(results, lines)
+    collapse = _collapse(results, lines)
     wide = draw(lambda axes: _draw_losses(axes, results, task, lines, True), (9.4, max(4.3, 1 + 0.19 * len(lines))))
     narrow = draw(lambda axes: _draw_losses(axes, results, task, lines, False), (4.2, 3.9))
-    label = f"Line chart: loss by position up to {longest:,} tokens for {len(lines)} methods. {said}"
+    label = f"Line chart: loss by position up to {longest:,} tokens for {len(lines)} methods. {collapse}"
     if results.native < longest:
         caption = (
-            "A method that reads the whole input stays level, or falls, to the right of the dashed line, where the "
+            "The dashed line is the end of the model's native window. To the right of it the loss of a method that "
         )
-        caption += f"model's native window ends; one that has lost the text climbs there. {said}"
+        caption += f"reads the whole input stays level or falls; the loss of one that fails there rises. {collapse}"
     else:
-        caption = "All positions lie within the model's native window: a level or falling line is good."
+        caption = "All positions are within the model's native window: a level or falling line is good."
     return Picture(
         name=f"positions-{task.spec}",
         title=f"Loss by position: {task.spec}",
@@ -78,11 +78,11 @@ def loss_by_position(results: Results, task: TaskFacts) -> Picture | None:
 
 
 Line = tuple[np.ndarray, np.ndarray, int]
-"""Positions (buckets,), losses (buckets,) with NaN for none, and how many tokens they cover."""
+"""Positions (buckets,), losses (buckets,) with NaN for none, and the number of tokens that they cover."""
 
 
 def _lines(results: Results, task: TaskFacts) -> dict[str, Line]:
-    """The line of each method at the longest length that it finished; none where the task gives no positions."""
+    """The line of each method at the longest length that it finished; none where the task records no positions."""
     lines = {}
     for method in results.methods:
         done = [c for n in results.lengths if (c := results.ok(method, task, n))]
@@ -130,7 +130,7 @@ def _name_ends(axes: Axes, results: Results, lines: dict[str, tuple[np.ndarray, 
 
 
 def _collapse(results: Results, lines: dict[str, Line]) -> str:
-    """What the bare model's line does, in a sentence."""
+    """A sentence about the bare model's loss within and beyond its window."""
     if BARE not in lines:
         return ""
     x, y, length = lines[BARE]
@@ -179,10 +179,9 @@ def by_depth(results: Results, task: TaskFacts) -> Picture | None:
     return Picture(
         name=f"depth-{task.spec}",
         title=f"What is found where: {task.spec}",
-        caption="Each square is a place in the input: how long the input is, from left to right, and how deep in it the "
-        "key lies, from its beginning at the top to its end at the bottom. Dark is found, pale is missed. A method that "
-        "only keeps the end of the input finds the key in the bottom row alone."
-        + _said_of_windows(results, task, windows),
+        caption="Each square is a length of the input, from left to right, and a depth of the key in it, from the beginning "
+        "at the top to the end at the bottom. Dark is found, pale is missed. A method that only keeps the end of the input "
+        "finds the key in the bottom row alone." + _window_sentence(results, task, windows),
         protocol=results.protocol_line(task, max(n for _, n in found)),
         panels=panels,
         table=Table(["method", "depth", *(f"{n:,}" for n in results.lengths)], rows + _window_rows(windows)),
@@ -190,7 +189,7 @@ def by_depth(results: Results, task: TaskFacts) -> Picture | None:
 
 
 Windows = dict[str, list[int | None]]
-"""The effective window of each method, by length; None where there is none."""
+"""The effective windows of each method, one for each length; None where there is none."""
 
 
 def _effective_windows(results: Results, task: TaskFacts) -> Windows:
@@ -198,18 +197,18 @@ def _effective_windows(results: Results, task: TaskFacts) -> Windows:
     return {m: row for m, row in found.items() if any(w is not None for w in row)}
 
 
-def _said_of_windows(results: Results, task: TaskFacts, windows: Windows) -> str:
+def _window_sentence(results: Results, task: TaskFacts, windows: Windows) -> str:
     """The effective windows at the longest length, after their definition, for the caption."""
     last = [(results.labels[m], row[-1]) for m, row in windows.items() if row[-1] is not None]
     if not last:
         return f" Effective window: the {results.effective_window_words(task)}." if windows else ""
     reached = sorted((-w, label) for label, w in last if w)
-    said = [f"{-w:,} with {label}" for w, label in reached]
+    phrases = [f"{-w:,} with {label}" for w, label in reached]
     if len(reached) < len(last):
-        said.append("0 with all others" if reached else "0 with every method")
+        phrases.append("0 with all others" if reached else "0 with every method")
     return (
         f" Effective window: the {results.effective_window_words(task)}. At {results.lengths[-1]:,} tokens it is "
-        f"{', '.join(said)}; the numbers below have those of every length."
+        f"{', '.join(phrases)}; the numbers below have those of every length."
     )
 
 
@@ -220,7 +219,7 @@ def _window_rows(windows: Windows) -> list[list[str]]:
 
 
 def _depth_rows(values: Sequence[float]) -> tuple[list[str], np.ndarray]:
-    """Names and borders of the rows: the depths themselves where these are few, else equal stretches."""
+    """Names and edges of the rows: the depths themselves where these are few, else equal stretches."""
     known = sorted({round(v, 3) for v in values})
     if len(known) <= DEPTH_ROWS + 1:
         middles = [(a + b) / 2 for a, b in itertools.pairwise(known)]
@@ -302,7 +301,7 @@ def _draw_heat(
 
 @dataclass(frozen=True)
 class _Axis:
-    """What a method pays, by the name of the figure that says it."""
+    """A kind of cost, its value for each method, and how it is shown."""
 
     what: str
     values: dict[str, float]
@@ -310,7 +309,7 @@ class _Axis:
 
 
 def quality_and_cost(results: Results) -> Picture | None:
-    """A point for each method, one drawing for each task and cost; None where no cost was measured."""
+    """Scatter plots, one for each task and cost, a point a method; None where no cost was measured."""
     prefill = {m: v for m in results.methods if (v := results.cost(m)["prefill_s"])}
     peaks = {m: v for m in results.methods if (v := results.peak(m))}
     sides = [
@@ -336,7 +335,7 @@ def quality_and_cost(results: Results) -> Picture | None:
     return Picture(
         name="cost",
         title="Quality against cost",
-        caption="One point a method; bars are 95 % intervals. The grey steps join the methods on the front: "
+        caption="One point a method; bars are 95 % intervals. The grey steps join the methods on the Pareto front: "
         "for any other, one of these is as good for less, or better for the same. Cheap is to the left.",
         protocol=f"Costs are those of {results.cost_task.spec} at {results.target:,} tokens; scores are at the same length."
         + _without_point(results),
@@ -353,8 +352,8 @@ def _without_point(results: Results) -> str:
             status = results.status(m, task, results.target)
             if status != "ok":
                 missing.setdefault(f"{task.spec}, {STATUS[status]}", []).append(results.labels[m])
-    said = "; ".join(f"{', '.join(methods)} ({why})" for why, methods in missing.items())
-    return f" Without a point: {said}." if said else ""
+    phrases = "; ".join(f"{', '.join(methods)} ({why})" for why, methods in missing.items())
+    return f" Without a point: {phrases}." if phrases else ""
 
 
 def _cost_panel(
@@ -397,7 +396,7 @@ def _draw_cost(
 
 
 def _steps(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The corners of the front: a cost buys what the dearest point below it has, until the next point."""
+    """The corners of the front as a step function: each cost has the score of the dearest point below it."""
     corners = [front[0]]
     for x, y in front[1:]:
         corners += [(x, corners[-1][1]), (x, y)]
@@ -413,7 +412,7 @@ def _bar(results: Results, method: str, task: TaskFacts) -> tuple[float, float] 
 
 
 def at_native_length(results: Results) -> Picture | None:
-    """What each method changes at the length that the bare model was made for; None where there is nothing beside it."""
+    """Differences to the bare model at its native length; None where no method was measured there."""
     panels, rows = [], []
     for task in results.tasks:
         found = {m: results.difference(m, BARE, task, results.native) for m in results.methods}
@@ -428,7 +427,7 @@ def at_native_length(results: Results) -> Picture | None:
     return Picture(
         name="native",
         title=f"What it costs at the native {results.native:,} tokens",
-        caption="Where no method is needed: each method's difference to the plain model on the same samples. A bar that "
+        caption="At this length no method is needed: each method's difference to the plain model on the same samples. A bar that "
         "touches the line is no measurable change; the shaded side is harm.",
         protocol=f"Paired differences at {results.native:,} tokens with 95 % intervals. Settings are those for the longest "
         "length of the run, since a static method is deployed with one setting.",
@@ -481,12 +480,14 @@ def _draw_harm(axes: Axes, results: Results, task: TaskFacts, changes: Changes) 
 
 
 def png(manifest: dict[str, Any], cells: Sequence[Record], path: str | Path) -> None:
-    """One picture for a README: loss by position on the left, what is found by length on the right; one of them where
-    the run has one. Raises `LongspanError` where it has neither."""
+    """Saves a picture for a README: loss by position on the left, a score by length on the right.
+
+    One of them where the run has only one. Raises `LongspanError` where it has neither.
+    """
     results = Results(manifest, cells)
     loss = next((t for t in results.tasks if _lines(results, t)), None)
-    asked = [t for t in results.tasks if t.higher_is_better]
-    found = next((t for t in asked if any(results.best(t, n) for n in results.lengths)), None)
+    scored = [t for t in results.tasks if t.higher_is_better]
+    found = next((t for t in scored if any(results.best(t, n) for n in results.lengths)), None)
     sides = []
     if loss is not None:
         sides.append(lambda axes: _draw_losses(axes, results, loss, _lines(results, loss), labelled=found is None))
@@ -498,7 +499,7 @@ def png(manifest: dict[str, Any], cells: Sequence[Record], path: str | Path) -> 
 
 
 def _draw_by_length(axes: Axes, results: Results, task: TaskFacts) -> None:
-    """Score over lengths, one line a method, named at its end."""
+    """Draws the score over lengths, one line a method, named at its end."""
     how = styles(results.methods)
     lines = {}
     for method in results.methods:

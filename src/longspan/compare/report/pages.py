@@ -1,6 +1,6 @@
-"""A run as a table in the terminal, as data for programs, and as one HTML page that needs nothing but itself.
+"""A run as a table in the terminal, as JSON data, and as one self-contained HTML page.
 
-All three are made from the manifest and the cells' records alone: no model is loaded and nothing is measured.
+All three are computed from the manifest and the cells' records alone: no model is loaded and nothing is measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.text import Text
 
 from longspan.compare.report import figures
 from longspan.compare.report.advice import Advice, advise
-from longspan.compare.report.protocol import environment, first_prompt, methods_asked, task_protocol
+from longspan.compare.report.protocol import environment, first_prompt, methods_requested, task_protocol
 from longspan.compare.report.results import (
     BARE,
     COSTS,
@@ -39,13 +39,16 @@ from longspan.util.drawing import styles, swatch, with_own_names
 from longspan.util.files import write_atomically
 
 MOST_FAILURES = 20
-"""Failed samples that a page lists one by one."""
+"""Failed samples that a page lists."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A cell of the table, ready to be shown. `best`: the best of its column; `near`: not measurably worse than that;
-    `independent`: how many samples count, where windows overlap."""
+    """A cell of the table as text.
+
+    best: the best of its column. near: not measurably worse than the best. independent: the effective number of samples,
+    where windows overlap.
+    """
 
     score: str
     interval: str = ""
@@ -58,7 +61,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Cost:
-    """A column of costs: what it is, in which unit, and how a figure in seconds or bytes is shown."""
+    """A column of costs: its key in a record, its heading, its unit, and the factor from seconds or bytes to that unit."""
 
     name: str
     title: str
@@ -67,7 +70,7 @@ class Cost:
 
 
 TRAINING = Cost("seconds", "training", "min", 1 / 60)
-"""Where a row is a model that was trained for it."""
+"""The column of training time, shown where a row is a trained model."""
 COST_COLUMNS = (
     Cost("prefill_s", "read", "s", 1),
     Cost("decode_s_per_token", "write", "ms/token", 1e3),
@@ -78,7 +81,7 @@ COST_COLUMNS = (
 
 
 def terminal(manifest: dict[str, Any], cells: Sequence[Record], console: Console) -> None:
-    """Prints the advice, what should be known beside it, and the table: in parts where it is wider than the console.
+    """Prints the advice, its notes, the table (in parts where it is wider than the console) and the protocol.
 
     Raises `LongspanError` where no cell has finished.
     """
@@ -98,19 +101,20 @@ def terminal(manifest: dict[str, Any], cells: Sequence[Record], console: Console
     )
     for task in results.tasks:
         console.print(Text(results.protocol_line(task, results.target), style="dim"))
-    for said in (line for t in results.tasks for line in terminal_lines(results, t)):
-        console.print(Text(said))
-    for said in (line for t in results.tasks for line in _window_lines(results, t)):
-        console.print(Text(said))
-    for line in _endings(results):
-        console.print(Text(f"{line['status']}: {line['what']}: {line['error']}", style="dim"))
+    for lines in (terminal_lines, _window_lines):
+        for line in (line for task in results.tasks for line in lines(results, task)):
+            console.print(Text(line))
+    for ending in _endings(results):
+        console.print(Text(f"{ending['status']}: {ending['what']}: {ending['error']}", style="dim"))
     for name, reason in by_reason(manifest["left_out"]).items():
         console.print(Text(f"left out: {name}: {reason}", style="dim"))
 
 
 def table_json(manifest: dict[str, Any], cells: Sequence[Record]) -> dict[str, Any]:
-    """The report as data: the advice and one row for each planned cell. Figures that there are none of are None; seconds
-    and bytes. Raises `LongspanError` where no cell has finished."""
+    """The report as JSON data: the advice, and one row for each planned cell, in seconds and bytes.
+
+    Missing figures are None. Raises `LongspanError` where no cell has finished.
+    """
     results = Results(manifest, cells)
     return {
         "model": results.model,
@@ -125,7 +129,7 @@ def table_json(manifest: dict[str, Any], cells: Sequence[Record]) -> dict[str, A
 
 
 def render(manifest: dict[str, Any], cells: Sequence[Record]) -> str:
-    """The page as text. Raises `LongspanError` where no cell has finished."""
+    """The HTML page as text; raises `LongspanError` where no cell has finished."""
     results = Results(manifest, cells)
     how = styles(results.methods)
     advice = advise(results)
@@ -139,7 +143,9 @@ def render(manifest: dict[str, Any], cells: Sequence[Record]) -> str:
     page.filters["breakable"] = _breakable
     page.filters["units"] = _units
     number = itertools.count()
-    page.filters["svg"] = lambda svg: Markup(with_own_names(svg, f"d{next(number)}-"))  # drawn by us, so it is safe
+    page.filters["svg"] = lambda svg: Markup(
+        with_own_names(svg, f"d{next(number)}-")
+    )  # drawn by this package, so it is safe
     return page.get_template("report.html").render(
         results=results,
         advice=advice,
@@ -154,7 +160,7 @@ def render(manifest: dict[str, Any], cells: Sequence[Record]) -> str:
         swatches={m: swatch(how[m]) for m in results.methods},
         environment=environment(results),
         tasks=[(t, task_protocol(results, t), first_prompt(results, t)) for t in results.tasks],
-        methods=methods_asked(results),
+        methods=methods_requested(results),
         endings=_endings(results),
         failures=_failures(results),
         most_failures=MOST_FAILURES,
@@ -163,21 +169,21 @@ def render(manifest: dict[str, Any], cells: Sequence[Record]) -> str:
 
 
 def html(manifest: dict[str, Any], cells: Sequence[Record], path: str | Path) -> Path:
-    """Writes the page to `path` and returns it. Raises `LongspanError` where no cell has finished."""
+    """Writes the HTML page to `path` and returns the path; raises `LongspanError` where no cell has finished."""
     target = Path(path)
     write_atomically(target, render(manifest, cells))
     return target
 
 
 def _breakable(spec: str) -> Markup:
-    """A spec as HTML that may be wrapped after its signs, and not within a word."""
+    """A spec as HTML that wraps after `:`, `,` and `+`, not within a word."""
     return Markup("").join(
         Markup("{}<wbr>").format(part) if part in ":,+" else escape(part) for part in re.split("([:,+])", spec)
     )
 
 
 def _units(text: str) -> str:
-    """Text in which a number and its unit stay on one line."""
+    """Text with no-break spaces between numbers and their units."""
     return re.sub(r"(?<=\d) (?=(?:s|ms|min|h|B|kB|MB|GB|%|tokens)\b|%)", "\u00a0", text)
 
 
@@ -187,15 +193,15 @@ def _units(text: str) -> str:
 def _row(results: Results, method: str, task: TaskFacts, length: int) -> dict[str, Any]:
     record = results.cell(method, task, length) or {}
     change = results.difference(method, BARE, task, length)
-    own = results.estimate(method, task, length)
+    estimate = results.estimate(method, task, length)
     return {
         "method": method,
         "task": task.spec,
         "length": length,
         "status": results.status(method, task, length),
         **{key: record.get(key) for key in ("error", "score", "n")},
-        "interval": list(own.interval) if own.interval else None,
-        "independent": own.independent,
+        "interval": list(estimate.interval) if estimate.interval else None,
+        "independent": estimate.independent,
         "effective_window": results.effective_window(method, task, length),
         "failed": sum(bool(s["failed"]) for s in record.get("samples") or []),
         "difference": change.value,
@@ -206,7 +212,7 @@ def _row(results: Results, method: str, task: TaskFacts, length: int) -> dict[st
 
 
 def _scores(results: Results) -> list[list[Score]]:
-    """For each method its cells, by task and length."""
+    """The scores of each method, by task and length."""
     return [[_score(results, m, t, n) for t in results.tasks for n in results.lengths] for m in results.methods]
 
 
@@ -217,12 +223,12 @@ def _score(results: Results, method: str, task: TaskFacts, length: int) -> Score
     best = results.best(task, length)
     assert best is not None, "this cell has a score"
     change = results.difference(method, BARE, task, length)
-    own = results.estimate(method, task, length)
-    scores = not task.higher_is_better or record["score"] > 0  # nought is not a best score where more is better
+    estimate = results.estimate(method, task, length)
+    scores = not task.higher_is_better or record["score"] > 0  # 0 is not a best score where more is better
     return Score(
         score=task.number(record["score"]),
-        interval=_interval(task, own.interval),
-        independent=f"n {own.independent:.1f} of {own.n}" if own.overlapping else "",
+        interval=_interval(task, estimate.interval),
+        independent=f"n {estimate.independent:.1f} of {estimate.n}" if estimate.overlapping else "",
         difference=task.number(change.value, signed=True) if change.value is not None else "",
         failed=failed_samples(record),
         best=scores and record["score"] == results.score(best, task, length),
@@ -235,15 +241,15 @@ def _interval(task: TaskFacts, interval: Sequence[float] | None) -> str:
 
 
 def _costs(results: Results) -> list[list[tuple[str, bool]]]:
-    """For each method its costs as they are shown, each with whether it is the lowest; training last, where there was any."""
-    known = [results.cost(m) for m in results.methods]
-    lowest = {name: min((v for c in known if (v := c[name]) is not None), default=None) for name in COSTS}
+    """The costs of each method as text, each with whether it is the lowest; training last, where there was any."""
+    costs = [results.cost(m) for m in results.methods]
+    lowest = {name: min((v for c in costs if (v := c[name]) is not None), default=None) for name in COSTS}
     shown = [
         [
             (_figure(cost[c.name], c.factor), cost[c.name] is not None and cost[c.name] == lowest[c.name])
             for c in COST_COLUMNS
         ]
-        for cost in known
+        for cost in costs
     ]
     if results.trainings:
         for row, method in zip(shown, results.methods, strict=True):
@@ -263,7 +269,7 @@ def _figure(value: float | None, factor: float) -> str:
 
 
 def _window_lines(results: Results, task: TaskFacts) -> list[str]:
-    """The effective window of each method at each length, after its definition; none where nothing is hidden."""
+    """Lines with each method's effective window by length, after its definition; none for tasks without a key."""
     lines = []
     for method in results.methods:
         known = [(n, w) for n in results.lengths if (w := results.effective_window(method, task, n)) is not None]
@@ -273,7 +279,7 @@ def _window_lines(results: Results, task: TaskFacts) -> list[str]:
 
 
 def _endings(results: Results) -> list[dict[str, str]]:
-    """Cells without a result, each with what is known of why."""
+    """Cells without a result, each with its status and error."""
     return [
         {
             "status": STATUS[c["status"]],
@@ -286,7 +292,7 @@ def _endings(results: Results) -> list[dict[str, str]]:
 
 
 def _failures(results: Results) -> list[dict[str, str]]:
-    """Samples that failed within cells that finished."""
+    """Failed samples of cells that finished."""
     return [
         {
             "what": f"{c['method']}, {c['task_spec']} at {c['length']:,} tokens, sample {s['id']}",
@@ -301,7 +307,7 @@ def _failures(results: Results) -> list[dict[str, str]]:
 # The terminal
 
 Column = tuple[str, list[Text]]
-"""A heading, and what stands under it for each method."""
+"""A heading, and the column's text for each method."""
 
 
 def _tables(results: Results, advice: Advice, console: Console) -> list[Table]:

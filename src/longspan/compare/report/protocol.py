@@ -1,7 +1,7 @@
-"""How a run was made, in the words that a reader needs to compare its figures with others'.
+"""The protocol of a run, which a reader needs to compare its figures with others.
 
 Model, precision, prompt, template, truncation, decoding, samples, seed, intervals, metric, sources, cost, machine and the
-command: what is missing from the records is said to be missing, never guessed.
+command; what the records do not contain is reported as not recorded.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from longspan.util.units import duration, size
 UNKNOWN = "not recorded"
 
 Facts = list[tuple[str, str]]
-"""Terms with what is to be said of them."""
+"""Terms with their descriptions."""
 
 
 def environment(results: Results) -> Facts:
-    """The model, the machine and the command."""
+    """Terms about the model, the machine and the command."""
     manifest, machine = results.manifest, results.manifest["environment"]
     facts = manifest["facts"]
     memory = machine.get("device_memory")
@@ -51,7 +51,7 @@ def environment(results: Results) -> Facts:
 
 
 def task_protocol(results: Results, task: TaskFacts) -> Facts:
-    """How a task was put and scored."""
+    """Terms about how a task was run and scored."""
     done = [c for c in results.cells() if c["task_spec"] == task.spec and c["status"] == "ok"]
     said = results.protocol(task)
     counts = sorted({c["n"] for c in done})
@@ -65,7 +65,7 @@ def task_protocol(results: Results, task: TaskFacts) -> Facts:
         ("Settings", ", ".join(filter(None, [task.spec, settings]))),
         ("Chat template", said.get("template", "see the prompt below")),
         ("Begins with", said.get("begins_with", "see the prompt below")),
-        ("Truncated", "none of the samples: they are made to fit their length, and a longer one ends the cell"),
+        ("Truncated", "none of the samples: they are drawn to fit their length, and a longer one ends the cell"),
         ("Decoding", _decoding(done)),
         ("Samples in a cell", " or ".join(f"{n:,}" for n in counts) or "none finished"),
         ("Failed samples", f"{failed:,}, each counted as {task.number(task.worst)}, the worst score"),
@@ -75,19 +75,19 @@ def task_protocol(results: Results, task: TaskFacts) -> Facts:
 
 
 def first_prompt(results: Results, task: TaskFacts) -> dict[str, Any] | None:
-    """Both ends of what the model read in the first sample, at the longest length that finished."""
+    """The beginning and end of the first sample's prompt, at the longest length that finished."""
     done = (c for n in reversed(results.lengths) for m in results.methods if (c := results.ok(m, task, n)))
     return next((c["first_prompt"] for c in done if c["first_prompt"]), None)
 
 
-def methods_asked(results: Results) -> list[dict[str, str]]:
-    """What was asked for, and what it became."""
+def methods_requested(results: Results) -> list[dict[str, str]]:
+    """Each method as requested, with the spec that was measured, its title, reach and exportability."""
     return [
         {
-            "asked": str(m["asked"]),
+            "requested": str(m["asked"]),
             "spec": str(m["spec"]),
             "title": str(m.get("title") or ""),
-            "reach": f"{m['reach']:,} tokens" if m.get("reach") else "no end",
+            "reach": f"{m['reach']:,} tokens" if m.get("reach") else "unlimited",
             "exportable": "yes" if m.get("exportable") else "no",
         }
         for m in results.manifest["methods"]
@@ -101,7 +101,7 @@ def _decoding(done: list[dict[str, Any]]) -> str:
 
 
 def _interval_kind(results: Results, task: TaskFacts, done: list[dict[str, Any]]) -> str:
-    """Which intervals the scores have; `stats` says why."""
+    """The kind of a task's intervals in words; `compare.statistics` explains why."""
     scores = {s["score"] for c in done for s in c["samples"]}
     paired = "differences are to the plain model on the same samples"
     if task.higher_is_better and scores <= {0, 1, None}:
@@ -118,7 +118,7 @@ def _interval_kind(results: Results, task: TaskFacts, done: list[dict[str, Any]]
 
 
 def _spent(results: Results) -> str:
-    """Time of all cells together, tokens read and the highest peak."""
+    """Time of all cells, tokens read, and the highest peak of memory."""
     costs = [c["cost"] for c in results.cells() if c["cost"]]
     read = sum(int((c["cost"].get("prefill_tokens") or 0) * c["n"]) for c in results.cells())
     peaks = [p for c in costs for p in (c.get("peak_prefill_bytes"), c.get("peak_decode_bytes")) if p]

@@ -1,7 +1,6 @@
-"""A run's records, arranged to be read: which methods, tasks and lengths there are, and what each cell says.
+"""A run's records by method, task and length, from which advice, table and figures are derived.
 
-Nothing is judged here and nothing is drawn: advice, table and figures all read from this one arrangement, so they agree.
-Neither torch nor transformers is imported: a report is made in a second, also on a machine without them.
+Neither torch nor transformers is imported: a report takes a second, also on a machine without them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from longspan.compare import statistics as stats
 from longspan.util.drawing import BARE
 from longspan.util.errors import LongspanError
 
-"""The spec of the model as it is, beside which every method is read."""
 COSTS = ("prefill_s", "decode_s_per_token", "peak_prefill_bytes", "peak_decode_bytes", "cache_bytes")
 STATUS = {"ok": "finished", "out_of_memory": "out of memory", "failed": "failed", "missing": "not run"}
 EFFECTIVE_WINDOW = (
@@ -25,16 +23,16 @@ EFFECTIVE_WINDOW = (
         "%", " %"
     )
 )
-"""What `Results.effective_window` says, in words."""
+"""The definition of `Results.effective_window`, for readers."""
 _OUTCOMES = ("found", "answer", "key", "reason")
-"""What samples say of their results, which may chance to be the same in all."""
+"""Keys of a sample's detail that are outcomes, and not settings even where all samples agree."""
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """A task as the manifest describes it. `worst` is the score of a failed sample, in the task's metric."""
+    """A task as the manifest describes it; `worst` is the score of a failed sample, in the task's metric."""
 
     spec: str
     name: str
@@ -46,15 +44,16 @@ class TaskFacts:
     measures: str
     source: str
     rates: bool = True
-    """False for a task that only describes: runs stored before there were any do not say."""
+    """False for a task that only describes a model; True in runs stored before such tasks existed."""
 
     @property
     def scale(self) -> stats.Scale:
+        """The direction of the score, and the score of a failed sample."""
         return stats.Scale(self.higher_is_better, self.worst)
 
     @property
     def label(self) -> str:
-        """The spec, with a word where a low score is a good one."""
+        """The spec, followed by `loss` where less is better."""
         return self.spec if self.higher_is_better else f"{self.spec} loss"
 
     @property
@@ -65,11 +64,11 @@ class TaskFacts:
         return f"{self.metric}, {'higher' if self.higher_is_better else 'lower'} is better"
 
     def gain(self, value: float) -> float:
-        """A score, or a difference of scores, with its sign turned so that more is better."""
+        """A score, or a difference of scores, negated where less is better."""
         return value if self.higher_is_better else -value
 
     def number(self, value: float | None, signed: bool = False) -> str:
-        """A score for people: two digits after the point where more is better, three for a loss; a dash for None."""
+        """A score as text: two decimals where more is better, three for a loss, a dash for None."""
         if value is None:
             return "–"
         digits = 2 if self.higher_is_better else 3
@@ -78,10 +77,10 @@ class TaskFacts:
 
 
 class Results:
-    """What a run says. `target` is the longest length at which any cell finished."""
+    """The results of a run; `target` is the longest length, in tokens, at which any cell finished."""
 
     def __init__(self, manifest: dict[str, Any], cells: Sequence[Record]):
-        """Raises `LongspanError` where no cell has finished, since there is nothing to read then."""
+        """Raises `LongspanError` where no cell has finished."""
         self.manifest = manifest
         self.model = str(manifest["model"])
         self.native = int(manifest["native_length"])
@@ -97,52 +96,56 @@ class Results:
         self.target = max(finished)
 
     def up_to(self, length: int) -> Results:
-        """The same run as if `length` were the longest one. Raises `LongspanError` where nothing finished up to it."""
+        """The run up to `length` tokens; raises `LongspanError` where no cell finished up to it."""
         manifest = {**self.manifest, "lengths": [n for n in self.lengths if n <= length]}
         return Results(manifest, [c for c in self._cells.values() if c["length"] <= length])
 
     @property
     def name(self) -> str:
-        """The model's name for people: of a path, its last part; `run/model` of what a training left."""
+        """The model's name: of a path its last part, or `run/model` for the folder of a training."""
         path = Path(self.model)
         if not path.is_absolute() and not self.model.startswith("."):
             return self.model
         return "/".join(path.parts[-2:]) if path.name == "model" else path.name
 
     def cells(self) -> list[Record]:
-        """Every cell that there is a record of, by task, length and method."""
+        """The records of all cells that ran, ordered by task, length and method."""
         found = (self.cell(m, t, n) for t in self.tasks for n in self.lengths for m in self.methods)
         return [c for c in found if c is not None]
 
     def cell(self, method: str, task: TaskFacts, length: int) -> Record | None:
+        """The record of a cell, however it ended; None where it has not run."""
         return self._cells.get((method, task.spec, length))
 
     def ok(self, method: str, task: TaskFacts, length: int) -> Record | None:
-        """The cell's record where the cell finished."""
+        """The record of a cell that finished; None for others."""
         record = self.cell(method, task, length)
         return record if record and record["status"] == "ok" else None
 
     def status(self, method: str, task: TaskFacts, length: int) -> str:
-        """One of the keys of `STATUS`."""
+        """The status of a cell, a key of `STATUS`."""
         record = self.cell(method, task, length)
         return record["status"] if record else "missing"
 
     def score(self, method: str, task: TaskFacts, length: int) -> float | None:
+        """The score of a cell that finished; None for others."""
         record = self.ok(method, task, length)
         return record["score"] if record else None
 
     def estimate(self, method: str, task: TaskFacts, length: int) -> stats.Estimate:
-        """The score with its interval, which is made from the stored samples: what an older version stored may not know that
-        windows overlap. Empty where the cell did not finish."""
+        """The score with its interval; without figures where the cell did not finish.
+
+        It is computed from the stored samples, since older versions stored intervals that ignore overlaps of windows.
+        """
         key = (method, task.spec, length)
         if key not in self._estimates:
             record = self.ok(method, task, length)
-            made = stats.score(record["samples"], task.scale, length) if record else stats.Estimate(None, None, 0)
-            self._estimates[key] = made
+            nothing = stats.Estimate(None, None, 0)
+            self._estimates[key] = stats.score(record["samples"], task.scale, length) if record else nothing
         return self._estimates[key]
 
     def effective_window(self, method: str, task: TaskFacts, length: int) -> int | None:
-        """Tokens, by the definition of `EFFECTIVE_WINDOW`; None where the cell did not finish, or hides nothing."""
+        """Tokens, as `EFFECTIVE_WINDOW` defines; None where the cell did not finish, or the task hides no key."""
         record = self.ok(method, task, length)
         trials = distances(record) if record else []
         return stats.effective_window(trials) if trials else None
@@ -156,71 +159,76 @@ class Results:
         return f"{EFFECTIVE_WINDOW}; {number}"
 
     def overlaps(self, task: TaskFacts) -> dict[int, tuple[int, float]]:
-        """The lengths at which a task's windows overlap, with how many there are and how many independent ones they count
-        as; of the method with the most samples."""
+        """By length at which a task's windows overlap: their number, and the effective number of independent ones.
+
+        Of the method with the most samples.
+        """
         found = {}
         for length in self.lengths:
-            made = max((self.estimate(m, task, length) for m in self.methods), key=lambda e: e.n)
-            if made.overlapping:
-                found[length] = made.n, made.independent
+            estimate = max((self.estimate(m, task, length) for m in self.methods), key=lambda e: e.n)
+            if estimate.overlapping:
+                found[length] = estimate.n, estimate.independent
         return found
 
     def difference(self, method: str, other: str, task: TaskFacts, length: int) -> stats.Estimate:
-        """Score of `method` minus score of `other` on the samples that both have; empty where one did not finish."""
+        """The paired difference, `method` minus `other`; without figures where one did not finish."""
         key = (method, other, task.spec, length)
         if key not in self._differences:
             a, b = self.ok(method, task, length), self.ok(other, task, length)
-            there = a is not None and b is not None and method != other
-            made = stats.difference(a["samples"], b["samples"], task.scale, length) if there else None  # type: ignore[index]
-            self._differences[key] = made or stats.Estimate(None, None, 0)
+            change = stats.Estimate(None, None, 0)
+            if a is not None and b is not None and method != other:
+                change = stats.difference(a["samples"], b["samples"], task.scale, length)
+            self._differences[key] = change
         return self._differences[key]
 
     def worse(self, method: str, other: str, task: TaskFacts, length: int) -> bool:
-        """True where the whole interval of the paired difference says that `method` is worse."""
+        """True where the whole interval of the paired difference is on the side where `method` is worse."""
         interval = self.difference(method, other, task, length).interval
         return interval is not None and max(map(task.gain, interval)) < 0
 
     def best(self, task: TaskFacts, length: int, among: Sequence[str] | None = None) -> str | None:
-        """The method with the best score, the earliest of equals."""
+        """The method with the best score, the first of equal ones; None without scores."""
         scored = [m for m in among or self.methods if self.score(m, task, length) is not None]
         return max(scored, key=lambda m: task.gain(self.score(m, task, length) or 0.0), default=None)
 
     @functools.cached_property
     def cost_task(self) -> TaskFacts:
-        """The task whose cells at the target length give the cost: the first that writes tokens, else the first that
-        finished. One task for all methods, since tasks differ in what they read and keep."""
-        have = [t for t in self.tasks if any(self.ok(m, t, self.target) for m in self.methods)]
-        writes = (t for t in have if any(self._decodes(m, t) for m in self.methods))
-        return next(writes, have[0])
+        """The task whose cells at the target length provide the costs of all methods.
+
+        The first that decodes tokens, else the first that finished; one task, since tasks differ in what they read.
+        """
+        finished = [t for t in self.tasks if any(self.ok(m, t, self.target) for m in self.methods)]
+        decoding = (t for t in finished if any(self._decodes(m, t) for m in self.methods))
+        return next(decoding, finished[0])
 
     def _decodes(self, method: str, task: TaskFacts) -> bool:
         record = self.ok(method, task, self.target)
         return bool(record and record["cost"].get("decode_s_per_token"))
 
     def cost(self, method: str) -> dict[str, float | None]:
-        """Seconds and bytes at the target length, by the names in `COSTS`; None where a figure was not taken."""
+        """Seconds and bytes at the target length, by the names in `COSTS`; None where not measured."""
         record = self.ok(method, self.cost_task, self.target)
         return {name: (record["cost"].get(name) if record else None) for name in COSTS}
 
     @functools.cached_property
     def trainings(self) -> dict[str, dict[str, Any]]:
-        """What training took, for rows that are models of their own: `seconds`, `tokens`, `steps`, `peak_bytes`."""
+        """By spec of a row that is a trained model: `seconds`, `tokens`, `steps` and `peak_bytes` of its training."""
         return {str(m["spec"]): m["training"] for m in self.manifest["methods"] if m.get("training")}
 
     def peak(self, method: str) -> float | None:
-        """Bytes held at most at the target length, in either phase."""
+        """Peak memory in bytes at the target length, of prefill and decoding."""
         cost = self.cost(method)
         peaks = [p for p in (cost["peak_prefill_bytes"], cost["peak_decode_bytes"]) if p]
         return max(peaks, default=None)
 
     def full_cache(self) -> float | None:
-        """Bytes of the bare model's cache at the target length: measured, or from the model's shape."""
+        """Bytes of the bare model's KV cache at the target length: measured, or from the model's shape."""
         measured = self.cost(BARE)["cache_bytes"]
         per_token = self.manifest.get("card", {}).get("cache_bytes_per_token")
         return measured or (per_token * self.target if per_token else None)
 
     def protocol(self, task: TaskFacts) -> dict[str, str]:
-        """How a task was run: what its samples say of themselves that is the same in all of them."""
+        """The settings of a task's samples: entries of their detail that are equal in all of them."""
         details = [s["detail"] or {} for c in self.cells() if c["task_spec"] == task.spec for s in c["samples"]]
         same = dict(details[0]) if details else {}
         for detail in details:
@@ -228,20 +236,23 @@ class Results:
         return {k: str(v) for k, v in same.items() if isinstance(v, str | int) and k not in _OUTCOMES}
 
     def protocol_line(self, task: TaskFacts, length: int) -> str:
-        """What a reader has to know of a task's figures, in one line."""
+        """One line about a task's figures: spec, version, number of samples, seed, protocol and source."""
         most = max((c["n"] for m in self.methods if (c := self.ok(m, task, length))), default=0)
-        said = self.protocol(task)
+        settings = self.protocol(task)
         number = f"{most:,} {'sample' if most == 1 else 'samples'} a cell"
-        if known := self.overlaps(task).get(length):
-            number += f", which overlap and count as {known[1]:.1f}"
+        if overlap := self.overlaps(task).get(length):
+            number += f", which overlap and count as {overlap[1]:.1f}"
         parts = [f"{task.spec}, version {task.version}", number]
-        parts += [f"seed {self.manifest['seed']}", *(f"{k} {said[k]}" for k in ("protocol", "template") if k in said)]
-        parts += [f"mean of {said['mean_of']}"] if "mean_of" in said else []
+        parts += [
+            f"seed {self.manifest['seed']}",
+            *(f"{k} {settings[k]}" for k in ("protocol", "template") if k in settings),
+        ]
+        parts += [f"mean of {settings['mean_of']}"] if "mean_of" in settings else []
         return "; ".join([*parts, task.source] if task.source else parts) + "."
 
     @functools.cached_property
     def labels(self) -> dict[str, str]:
-        """A short name for each method: without settings where that says which is meant, else the whole spec."""
+        """A short name for each method: without settings where that is unique, else the whole spec."""
         bare = {m: " + ".join(part.partition(":")[0].strip() for part in m.split("+")) for m in self.methods}
         names = list(bare.values())
         labels = {m: _shorten(bare[m] if names.count(bare[m]) == 1 else m) for m in self.methods}
@@ -249,12 +260,15 @@ class Results:
 
 
 def failed_samples(record: Record | None) -> int:
+    """The number of failed samples of a cell; 0 for None."""
     return sum(bool(s["failed"]) for s in record["samples"]) if record else 0
 
 
 def curve(record: Record) -> tuple[list[float | None], int] | None:
-    """Mean loss in each of equal stretches of positions, over all samples of a cell, and how many tokens the stretches
-    cover together; None where the task does not give it. A stretch without tokens is None."""
+    """Mean loss in equal stretches of positions, over a cell's samples, and the tokens that they cover together.
+
+    A stretch without tokens has the loss None. None where the task does not record the loss by position.
+    """
     found = [d for s in record["samples"] if (d := s["detail"] or {}).get("nll_by_position")]
     if not found:
         return None
@@ -268,14 +282,16 @@ def curve(record: Record) -> tuple[list[float | None], int] | None:
 
 
 def depths(record: Record) -> list[tuple[float, bool]]:
-    """(depth from 0 to 1, found) of each sample of a task that hides something at a depth; a failed one was not found."""
+    """(depth from 0 to 1, found) of each sample with a key at a depth; a failed sample counts as not found."""
     found = [(s["detail"] or {}, s["failed"]) for s in record["samples"]]
     return [(float(d["depth"]), bool(d.get("found")) and not failed) for d, failed in found if "depth" in d]
 
 
 def distances(record: Record) -> list[tuple[float, int, bool]]:
-    """(depth from 0 to 1, tokens from the key to the prompt's end, found) of each sample that says where its key lies. The
-    distance is counted from what was stored as tokens: `k` was once the nominal length's share."""
+    """(depth from 0 to 1, tokens from the key to the prompt's end, found) of each sample with a key's position.
+
+    Computed from token positions, since `k` of older runs was a share of the nominal length.
+    """
     found = [(s["detail"] or {}, s["failed"]) for s in record["samples"]]
     return [
         (float(d["depth"]), int(d["prompt_tokens"]) - int(d["needle_token"]), bool(d.get("found")) and not failed)
@@ -285,21 +301,23 @@ def distances(record: Record) -> list[tuple[float, int, bool]]:
 
 
 def shares_right(record: Record) -> tuple[list[float], list[int]] | None:
-    """Questions right and questions asked in each of equal stretches of a stream, over all samples of a cell; None where the
-    task is none."""
+    """Right answers and questions in each of equal stretches of a stream, over a cell's samples.
+
+    None where the task is not a stream.
+    """
     found = [d for s in record["samples"] if "stream_tokens" in (d := s["detail"] or {}) and "right_by_position" in d]
     if not found:
         return None
-    asked = [sum(n) for n in zip(*(d["asked_by_position"] for d in found), strict=True)]
+    questions = [sum(n) for n in zip(*(d["asked_by_position"] for d in found), strict=True)]
     hits = [
         [n * (share or 0.0) for share, n in zip(d["right_by_position"], d["asked_by_position"], strict=True)]
         for d in found
     ]
-    return [sum(h) for h in zip(*hits, strict=True)], asked
+    return [sum(h) for h in zip(*hits, strict=True)], questions
 
 
 def pareto(points: dict[str, tuple[float, float]], task: TaskFacts) -> list[str]:
-    """The names of points (cost, score) that no other beats: cheaper and as good, or better and no dearer. By cost."""
+    """The Pareto front of points (cost, score), as names in order of cost: no other point is better and no dearer."""
     front: list[str] = []
     for name in sorted(points, key=lambda n: (points[n][0], -task.gain(points[n][1]))):
         if not front or task.gain(points[name][1]) > task.gain(points[front[-1]][1]):
@@ -308,7 +326,7 @@ def pareto(points: dict[str, tuple[float, float]], task: TaskFacts) -> list[str]
 
 
 def by_reason(left_out: dict[str, str]) -> dict[str, str]:
-    """The same with the names that share a reason on one line, joined by commas."""
+    """Reasons by name, with the names of one reason joined by commas."""
     names: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         names.setdefault(reason, []).append(name)

@@ -1,6 +1,6 @@
-"""What is answered where in a stream: a figure for the page and a line a method for the terminal.
+"""The share of right answers by position in a stream: a figure for the page, and lines for the terminal.
 
-A method that breaks past its cache or its window answers well up to there, which the share of the whole stream hides.
+A method that fails beyond its cache or its window answers well up to there, which the share of the whole stream hides.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from longspan.compare.report.results import Results, TaskFacts, shares_right
 from longspan.util.drawing import SOFT, Panel, Picture, Table, draw, lengths_axis, name_ends, styles
 
 STRETCHES = 8
-"""Parts of a stream whose shares are told as numbers."""
+"""Parts of a stream whose shares are given as numbers."""
 Stretches = dict[str, tuple[np.ndarray, np.ndarray, int]]
-"""By method: questions right and questions asked in each equal stretch of the stream, and how many tokens these cover."""
+"""By method: right answers and questions in each equal stretch of the stream, and the tokens that these cover."""
 
 
 def right_by_position(results: Results, task: TaskFacts) -> Picture | None:
-    """Lines of the share right over positions, one a method; None where the task is no stream."""
+    """A figure of the share right over positions, one line a method; None where the task is not a stream."""
     lines = _stretches(results, task)
     if not lines:
         return None
     longest = max(span for _, _, span in lines.values())
     wide = draw(lambda axes: _draw(axes, results, lines, True), (9.4, max(4.0, 1 + 0.19 * len(lines))))
     narrow = draw(lambda axes: _draw(axes, results, lines, False), (4.2, 3.7))
-    said = "; ".join(f"{results.labels[m]} {_words(hits, asked)}" for m, (hits, asked, _) in lines.items())
+    said = "; ".join(f"{results.labels[m]} {_words(hits, questions)}" for m, (hits, questions, _) in lines.items())
     label = f"Line chart: share right by position up to {longest:,} tokens. In eighths: {said}."
     edges = np.linspace(0, longest, STRETCHES + 1)
     head = ["method", *(f"{a:,.0f}–{b:,.0f}" for a, b in itertools.pairwise(edges))]
-    rows = [[m, *_figures(hits, asked, span / longest)] for m, (hits, asked, span) in lines.items()]
+    rows = [[m, *_figures(hits, questions, span / longest)] for m, (hits, questions, span) in lines.items()]
     ended = [f"{results.labels[m]} at {n:,}" for m, (_, _, n) in lines.items() if n < longest]
     return Picture(
         name=f"stream-{task.spec}",
         title=f"Answered by position: {task.spec}",
-        caption="A method that goes on without end stays level to the right; one that has lost its cache or its window falls to "
-        "nothing where that ends."
+        caption="A method that reads on without end stays level; one that fails beyond its cache or its window falls to "
+        "zero where that ends."
         + (" The dashed line is the model's native window." if results.native < longest else "")
         + (f" Lines that end early did not finish a longer cell: {', '.join(ended)}." if ended else ""),
         protocol=results.protocol_line(task, results.target),
@@ -48,15 +48,15 @@ def right_by_position(results: Results, task: TaskFacts) -> Picture | None:
 
 
 def terminal_lines(results: Results, task: TaskFacts) -> list[str]:
-    """The shares in eighths of the stream, one line a method; none where the task is no stream."""
+    """Lines with the shares in eighths of the stream, one a method; none where the task is not a stream."""
     return [
-        f"{task.spec}, right in each eighth of {span:,} tokens: {results.labels[m]} {_words(hits, asked)}"
-        for m, (hits, asked, span) in _stretches(results, task).items()
+        f"{task.spec}, right in each eighth of {span:,} tokens: {results.labels[m]} {_words(hits, questions)}"
+        for m, (hits, questions, span) in _stretches(results, task).items()
     ]
 
 
 def _stretches(results: Results, task: TaskFacts) -> Stretches:
-    """Of each method at the longest length that it finished."""
+    """The stretches of each method at the longest length that it finished."""
     found = {}
     for method in results.methods:
         done = [r for n in results.lengths if (r := results.ok(method, task, n))]
@@ -66,27 +66,27 @@ def _stretches(results: Results, task: TaskFacts) -> Stretches:
     return found
 
 
-def _figures(hits: np.ndarray, asked: np.ndarray, part: float) -> list[str]:
-    """Shares in STRETCHES equal stretches of the longest stream, of which this one covers `part`; – where nothing was asked."""
+def _figures(hits: np.ndarray, questions: np.ndarray, part: float) -> list[str]:
+    """Shares in `STRETCHES` parts of the longest stream, of which this one covers `part`; – without questions."""
     place = (np.arange(len(hits)) + 0.5) / len(hits) * part * STRETCHES
     sums = [
-        (hits[(place >= i) & (place < i + 1)].sum(), asked[(place >= i) & (place < i + 1)].sum())
+        (hits[(place >= i) & (place < i + 1)].sum(), questions[(place >= i) & (place < i + 1)].sum())
         for i in range(STRETCHES)
     ]
     return [f"{right / n:.2f}" if n else "–" for right, n in sums]
 
 
-def _words(hits: np.ndarray, asked: np.ndarray) -> str:
-    return " ".join(_figures(hits, asked, 1.0))
+def _words(hits: np.ndarray, questions: np.ndarray) -> str:
+    return " ".join(_figures(hits, questions, 1.0))
 
 
 def _draw(axes: Axes, results: Results, lines: Stretches, labelled: bool) -> None:
     how, ends = styles(results.methods), []
     longest = max(span for _, _, span in lines.values())
-    for method, (hits, asked, span) in lines.items():
-        style, known = how[method], asked > 0
-        x = ((np.arange(len(asked)) + 0.5) / len(asked) * span)[known]
-        y = hits[known] / asked[known]
+    for method, (hits, questions, span) in lines.items():
+        style, known = how[method], questions > 0
+        x = ((np.arange(len(questions)) + 0.5) / len(questions) * span)[known]
+        y = hits[known] / questions[known]
         axes.plot(
             x, y, color=style.colour, linestyle=style.dash, linewidth=style.width, marker=style.marker, markersize=3.5
         )

@@ -198,7 +198,7 @@ class Workers:
             process.start()
         send.close()
         try:
-            ending = self._listen(process, receive, timeout, screen)
+            ending = self.listen(process, receive, timeout, screen)
         finally:
             receive.close()
             if process.is_alive():
@@ -212,7 +212,7 @@ class Workers:
             log.unlink()
         return ending
 
-    def _listen(self, process: Any, receive: Connection, timeout: float | None, screen: Screen) -> Ending | None:
+    def listen(self, process: Any, receive: Connection, timeout: float | None, screen: Screen) -> Ending | None:
         """Receives a worker's messages up to its last; None where the fork server has made CUDA unusable for its children."""
         started, end = False, None  # the time for the cell begins when the worker has begun
         with contextlib.suppress(EOFError):

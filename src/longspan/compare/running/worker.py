@@ -60,7 +60,7 @@ def run_job(job: Job, pipe: Connection) -> None:
     _end_with_parent()
     _prepare_process(job)
     try:
-        pipe.send(("hello", _cuda_is_broken(job.device)))
+        pipe.send(("hello", cuda_is_broken(job.device)))
         load_from_environment()
         message: tuple[str, Any] = ("done", measure(pickle.loads(job.cell), job.device, pipe))
     except BaseException as error:
@@ -170,8 +170,8 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
-def _cuda_is_broken(device: str) -> bool:
-    """True where the fork server had touched CUDA, which a forked process then cannot use."""
+def cuda_is_broken(device: str) -> bool:
+    """True where the fork server has initialised CUDA, which a forked process then cannot use."""
     if torch.device(device).type != "cuda":
         return False
     try:

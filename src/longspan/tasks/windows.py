@@ -1,0 +1,33 @@
+"""Windows of a long text, for tasks that describe how a model uses its context."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from longspan.core.tokens import bos_id
+from longspan.tasks.base import Sample, Task, check_fits
+from longspan.tasks.text import GOLDEN, SHORTEST, ReadsText
+
+POINTS = 64
+"""Distances at which a curve over distance is reported."""
+
+
+class TextWindows(ReadsText, Task):
+    """Base of tasks with a setting `text`, whose samples are windows with ends evenly spread over that text."""
+
+    def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
+        """Windows of exactly `length` tokens, BOS included; where they end does not depend on their length.
+
+        Raises `SpecError` for too short a length, or too short a text.
+        """
+        self.require(length >= SHORTEST, f"a length of at least {SHORTEST} tokens is needed, not {length:,}")
+        text, begin = self.ring(tokenizer), bos_id(tokenizer)
+        before = [] if begin is None else [begin]
+        samples = []
+        for number in range(count):
+            end = int((0.5 + seed / 7 + number * GOLDEN) % 1 * len(text.ids))
+            start = end - (length - len(before))
+            ids = before + text.take(start, length - len(before), self.name)
+            meta = text.describe() | {"start": start % len(text.ids), "end": end}
+            samples.append(Sample(f"end-{number}", ids, meta))
+        return check_fits(samples, length)
