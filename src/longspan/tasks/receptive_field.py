@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.meter import Meter
 from longspan.tasks.base import Outcome, Sample
-from longspan.tasks.text import TEXT_SOURCES, check_text
+from longspan.tasks.text import check_text
 from longspan.tasks.windows import POINTS, TextWindows
 from longspan.util.errors import NotSupported
 
@@ -35,10 +35,7 @@ class ReceptiveField(TextWindows):
     name: ClassVar[str] = "field"
     title: ClassVar[str] = "Receptive field"
     measures: ClassVar[str] = "how far back lie the tokens that move the last one's state"
-    source: ClassVar[str] = TEXT_SOURCES
-    default_count: ClassVar[int] = 4
     metric: ClassVar[str] = "tokens back"
-    rates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.require(0 < self.share < 1, f"share must be between 0 and 1, not {self.share}")

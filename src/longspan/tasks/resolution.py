@@ -26,7 +26,7 @@ from longspan.lm.attention import SCHEME, query_scores, relative_scores
 from longspan.meter import Meter
 from longspan.positions.scheme import PositionEncoding
 from longspan.tasks.base import Outcome, Sample
-from longspan.tasks.text import TEXT_SOURCES, check_text
+from longspan.tasks.text import check_text
 from longspan.tasks.windows import POINTS, TextWindows
 from longspan.util.errors import NotSupported
 
@@ -45,10 +45,7 @@ class Resolution(TextWindows):
     name: ClassVar[str] = "resolution"
     title: ClassVar[str] = "Attention resolution"
     measures: ClassVar[str] = "how surely scores fall with distance"
-    source: ClassVar[str] = TEXT_SOURCES
-    default_count: ClassVar[int] = 4
     metric: ClassVar[str] = "resolution"
-    rates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_text(self.text, self.name)
