@@ -164,7 +164,7 @@ def test_in_half_precision(spec: str) -> None:
     ("kind", "said"),
     [
         (odd_attention.OddlyRotatedAttention, "rotates or attends in a way that the method does not know"),
-        (odd_attention.DeafAttention, "rotates or attends in a way|asked for 0 of 2"),
+        (odd_attention.DeafAttention, "rotates or attends in a way|called it in 0 of 2"),
         (odd_attention.FailingAttention, "does not run on LlamaForCausalLM: TypeError: unexpected implementation"),
     ],
 )
@@ -186,7 +186,7 @@ def test_what_rotates_nothing_runs_under_any_rotation(spec: str) -> None:
     expected = apply(dense.llama(layers=2), spec)(ids).logits  # its layers turn as Llama's do, whatever its module says
     torch.testing.assert_close(apply(odd, spec)(ids).logits, expected)
     for kind in (odd_attention.DeafAttention, odd_attention.FailingAttention):
-        with pytest.raises(NotSupported, match=r"asked for 0 of 2|does not run on LlamaForCausalLM"):
+        with pytest.raises(NotSupported, match=r"called it in 0 of 2|does not run on LlamaForCausalLM"):
             apply(odd_attention.with_layers(dense.llama(layers=2), kind), spec)
 
 
@@ -364,7 +364,7 @@ def test_a_rotary_module_that_is_never_called() -> None:
     model, ids = falcon(alibi=True), dense.tokens(1, 20)
     before, config = model(ids).logits, model.config.to_dict()
     for spec in ("yarn:factor=4", "ntk:factor=2", "llama3:factor=2"):
-        with pytest.raises(NotSupported, match=r"changes nothing here.*does not use it for its attention"):
+        with pytest.raises(NotSupported, match=r"changes nothing.*does not use it in its attention"):
             apply(model, spec)
     assert torch.equal(model(ids).logits, before) and model.config.to_dict() == config
     rotary = falcon(alibi=False)

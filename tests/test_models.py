@@ -417,7 +417,7 @@ def test_remote_code_is_never_run(folder: Path) -> None:
     code = {"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}
     (folder / "modeling.py").write_text("raise SystemExit('remote code ran')")
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": code}))
-    _refused(folder, "config.json is of no model that transformers itself knows")
+    _refused(folder, "config.json is not of a model of transformers")
 
 
 def test_other_kinds_of_model(tmp_path: Path) -> None:
@@ -429,9 +429,9 @@ def test_other_kinds_of_model(tmp_path: Path) -> None:
         "vocab_size": 64,
     }
     BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
-    _refused(tmp_path / "bert", "BertModel", "no decoder-only language model")
+    _refused(tmp_path / "bert", "BertModel", "not a decoder-only language model")
     T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
-    _refused(tmp_path / "t5", "T5ForConditionalGeneration", "no decoder-only language model")
+    _refused(tmp_path / "t5", "T5ForConditionalGeneration", "longspan loads decoder-only models")
 
 
 def test_weights_of_another_kind(folder: Path) -> None:
@@ -499,9 +499,9 @@ def test_missing_and_damaged_weights(folder: Path) -> None:
     data = weights.read_bytes()
     for cut in (4, len(data) // 2, len(data) - 1):
         weights.write_bytes(data[:cut])
-        _refused(folder, "damaged or cut short")
+        _refused(folder, "damaged or truncated")
     weights.unlink()
-    _refused(folder, "lacks the weights model.safetensors")
+    _refused(folder, "lacks the file model.safetensors")
     (folder / "model.gguf").write_bytes(b"")
     _refused(folder, "GGUF file")
     torch.save(tiny.model().state_dict(), folder / "pytorch_model.bin")
@@ -514,7 +514,7 @@ def test_missing_shard(folder: Path) -> None:
     models.load(folder, device="cpu")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
-    _refused(folder, f"lacks the weights {shard.name}")
+    _refused(folder, f"lacks the file {shard.name}")
 
 
 def test_weights_of_another_size(folder: Path) -> None:
@@ -531,7 +531,7 @@ def test_missing_tokenizer(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float8", "int8", torch.int8, ""])
 def test_bad_dtype(saved: Path, dtype: object) -> None:
-    _refused(saved, "there is no dtype", "float32", dtype=dtype)
+    _refused(saved, "weights cannot have the dtype", "float32", dtype=dtype)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta", ""])

@@ -5,8 +5,8 @@
     ls.apply(model, "yarn:factor=4")                      # ls.remove(model) undoes it
     run = ls.compare("smollm2-135m", methods=["none", "ntk"], tasks=["ppl"], lengths=[8192, 16384], out="runs/first")
 
-Names are imported when they are first used, so that `import longspan` and the command line's help cost no time. Every
-method of the catalogue is here by the name of its class: `ls.YaRN(factor=4)`.
+Names are imported on first use, so that `import longspan` and the help of the command line take no time. Every method of the
+catalogue is an attribute by the name of its class: `ls.YaRN(factor=4)`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ __all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported on first use, or the class of a method of the catalogue."""
+    """A public name, imported on first use, or the class of a method of the catalogue. Raises `AttributeError` for others."""
     if name in _WHERE:
         module, _, attribute = _WHERE[name].partition(":")
         value = globals()[name] = getattr(importlib.import_module(module), attribute)

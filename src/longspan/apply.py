@@ -1,8 +1,7 @@
-"""Puts a method on a model and takes it off again; the only code that touches a model's modules.
+"""Applies methods to a model, after a trial on a short input; `longspan.hf.site.remove` takes them off again.
 
-Everything goes through places that transformers and torch keep open: the model's own rotary module rebuilt from a changed
-configuration, `AttentionInterface` with `AttentionMaskInterface` beside it, forward pre-hooks, cache layers. No class is
-patched. `remove` restores the model bit for bit.
+A method attaches through `longspan.hf.site.Site`. The trials (`longspan.hf.trial`) refuse an architecture whose rotation, KV
+cache or attention the method does not know.
 
     apply(model, "yarn:factor=4")
     with applied(model, "streaming:window=2044"):
@@ -17,10 +16,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from transformers import (
-    DynamicCache,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 from longspan.core.facts import facts_of, rotary_modules, text_config
 from longspan.core.method import Combination, Method, combination
@@ -53,11 +49,11 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def apply(
     model: Model, method: str | Method | Combination | Iterable[str | Method], *, length: int | None = None
 ) -> Model:
-    """Puts `method` on `model` in place and returns the model; what was on it before is taken off first.
+    """Applies `method` to `model` in place, in the place of methods applied before, and returns the model.
 
-    length: the target length in tokens, from which settings that were left open are derived.
-    Raises `SpecError` for a method that cannot be read and `NotSupported` for one that cannot work on this model; the model
-    is then as it was.
+    method: a spec string, a method, or several that are combined. length: the target length in tokens, from which settings that
+    were left out follow. Raises `SpecError` for a method that cannot be parsed and `NotSupported` for one that cannot work on
+    this model, which is then as before.
     """
     methods = combination(method)
     previous = current(model)
@@ -84,7 +80,7 @@ def apply(
 def applied(
     model: Model, method: str | Method | Combination | Iterable[str | Method], *, length: int | None = None
 ) -> Iterator[Model]:
-    """`apply` for the length of a `with` block; afterwards the model is as it was before."""
+    """A context in which `method` is applied to `model`, which is then as before; arguments and errors are those of `apply`."""
     previous = current(model)
     apply(model, method, length=length)
     try:
@@ -96,8 +92,7 @@ def applied(
 
 
 def _attach(site: Site) -> None:
-    """Frequencies first, attention after them, then what changes its queries; methods within the attention must leave short
-    inputs unchanged."""
+    """Attaches all methods, each after its trial: first those of frequencies, then of attention, then of queries."""
     try:
         for method in sorted(site.methods.methods, key=lambda m: ("queries" in m.slots, "attention" in m.slots)):
             if site.facts.encoder_decoder and method.slots:
@@ -116,20 +111,22 @@ def _attach(site: Site) -> None:
 
 
 def _attach_attention(site: Site, method: Method) -> None:
-    """Attaches, then proves on one short input that the model calls our attention and that nothing changed where the method
-    changes nothing: an architecture with a rotation or a kernel that we do not know is refused, never run wrongly. Where a
-    method changes every input, plain attention in its place is compared first."""
+    """Attaches a method of attention after a trial on a short input. Raises `NotSupported` where the trial fails.
+
+    Every layer must call the method's attention, logits must stay where the method changes nothing, and a KV cache must
+    continue a text. For a method that changes every input, plain attention in its place is compared first.
+    """
     if not site.facts.attention_interface:
         raise NotSupported(
             f"{method.name} needs a model that calls its attention through transformers' AttentionInterface; "
             f"{site.facts.architecture} does not. "
-            + ("Methods that only change frequencies still work: ntk, yarn" if site.facts.rope else ANOTHER_MODEL)
+            + ("Methods that only change frequencies work: ntk, yarn" if site.facts.rope else ANOTHER_MODEL)
         )
     built_with = next((p for m in site.model.modules() if hasattr(p := getattr(m, "pattern", None), "mask")), None)
     if "attention" in method.slots and built_with is not None:
         raise NotSupported(
-            f"{method.name} changes which keys are seen, and this model was built with {built_with.spec}, which says so itself; "
-            "build it with attention=full, or with the other pattern"
+            f"{method.name} changes which keys are seen, and this model was built with the pattern {built_with.spec}; build it "
+            "with attention=full, or with the other pattern"
         )
     try:
         neutral = method.neutral_length()
@@ -152,22 +149,24 @@ def _attach_attention(site: Site, method: Method) -> None:
         ) from error
     if len(called) != site.facts.layers:
         raise NotSupported(
-            f"{method.name} works in every layer's attention, and {site.facts.architecture} asked for {len(called)} of "
-            f"{site.facts.layers}. {STILL_WORK}"
+            f"{method.name} replaces the attention of every layer, and {site.facts.architecture} called it in {len(called)} of "
+            f"{site.facts.layers} layers. {STILL_WORK}"
         )
     if neutral:
         check_unchanged(site, before, after, tolerance)
     if pieces is not None and not relative_error(after, pieces) < max(tolerance, TOLERANCE[is_wide(after.dtype)]):
         raise NotSupported(
-            f"{site.methods.spec} reads a short input otherwise when its second part goes on from a KV cache (relative error "
-            f"{relative_error(after, pieces):.1e}): {site.facts.architecture} hands on its cache in a way that is not known. "
-            + STILL_WORK
+            f"{site.methods.spec} gives other logits for a short input whose second half is read from a KV cache (relative error "
+            f"{relative_error(after, pieces):.1e}): {site.facts.architecture} uses its cache in a way that the method does not "
+            "know. " + STILL_WORK
         )
 
 
 def _attach_frequencies(site: Site, method: Method) -> None:
-    """Attaches, then proves on tokens far apart that new angles make new logits: a rotary module that the model has and never
-    calls would change nothing."""
+    """Attaches a method of frequencies. Raises `NotSupported` where other angles do not change the logits of distant tokens.
+
+    That is so where a model has a rotary module and does not call it.
+    """
     try:
         positions = torch.linspace(0, site.facts.window - 1, min(SHORT, site.facts.window)).long()[None]
         old = [(module, angles(module, positions)) for _, module in rotary_modules(site.model)]
@@ -184,13 +183,13 @@ def _attach_frequencies(site: Site, method: Method) -> None:
     others = any(not torch.equal(a, b) for (_, a), b in zip(old, new, strict=True))
     if others and torch.equal(before, after):
         raise NotSupported(
-            f"{method.spec} changes nothing here: {site.facts.architecture} has a rotary module and does not use it for its "
-            f"attention. {ANOTHER_MODEL}"
+            f"{method.spec} changes nothing: {site.facts.architecture} has a rotary module and does not use it in its attention. "
+            + ANOTHER_MODEL
         )
 
 
 def _attach_to_encoder_decoder(site: Site, method: Method) -> None:
-    """Attaches, then proves on one short input that nothing changed where the method changes nothing."""
+    """Attaches a method to an encoder-decoder. Raises `NotSupported` where it changes logits that it must not change."""
     length = min(SHORT, method.neutral_length())
     try:
         before = probe(site.model, length)
@@ -207,9 +206,10 @@ def _attach_to_encoder_decoder(site: Site, method: Method) -> None:
 
 @torch.no_grad()
 def _makes_dynamic_caches(model: PreTrainedModel) -> bool:
+    """Whether the cache that the model makes by itself is a `DynamicCache`."""
     with evaluating(model):
         try:
             cache = compat.cache_of(model(input_ids=short_input(model, 1), use_cache=True))
-        except Exception:  # whatever it is, the method's own trial says it
+        except Exception:  # the method's own trial reports it
             return True
     return cache is None or type(cache) is DynamicCache

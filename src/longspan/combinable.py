@@ -1,8 +1,8 @@
-"""What a method can be combined with, found out by asking for both: no list of it is kept anywhere.
+"""Which methods can be combined, computed by combining them: there is no list.
 
-Methods that are put on a trained model stand in one spec, `yarn + streaming`: their slots must differ, and some model must take
-both. What a model of ours is trained with are words of one configuration, `position=alibi` and `attention=window`: a layer with
-both is built, without weights.
+Methods for a trained model are combined in one spec, `yarn + streaming`: their slots must differ, and some model must accept
+both. Methods that a longspan model is trained with are settings of one configuration, `position=alibi` and `attention=window`:
+a model of one layer with both is built without weights.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _ENCODER_DECODER = replace(
 
 
 def combinable(cls: type[Method]) -> list[str]:
-    """Names of the methods that can stand beside `cls` with the settings that both have by default, ascending."""
+    """Names, ascending, of the methods that can be combined with `cls`, both with their default settings."""
     return [name for name, other in catalogue().items() if _fit(cls, other)]
 
 
@@ -61,14 +61,14 @@ def _fit(first: type[Method], second: type[Method]) -> bool:
 
 
 def _models_of(cls: type[Method]) -> set[str]:
-    """Which of the two models above can have the method put on; what cannot be had without settings is for decoders."""
+    """Which of the two models above the method works on; a method that needs settings counts as one for decoders."""
     if (method := _example(cls)) is None:
         return {_DECODER.architecture}
     return {facts.architecture for facts in (_DECODER, _ENCODER_DECODER) if _passes(method, facts)}
 
 
 def _example(cls: type[Method]) -> Method | None:
-    """With its defaults, and what they leave open filled in; None where something must be given."""
+    """The method with its defaults, resolved; None where it needs settings."""
     try:
         return cls().resolve(_DECODER, _DECODER.window)
     except (LongspanError, TypeError):
@@ -83,23 +83,23 @@ def _passes(method: Method, facts: ModelFacts) -> bool:
     return True
 
 
-@functools.cache  # a model is built, if a small one, and `methods --json` asks for every pair twice
+@functools.cache  # it builds a small model, and `methods --json` needs every pair twice
 def _can_be_built(scheme: str, other: str) -> bool:
-    """Whether a decoder or an encoder of ours can have the scheme with the other as its attention, its memory or beside it."""
+    """Whether a longspan decoder or encoder can have the scheme with the other method as its attention, memory or position."""
     first, second = (_example(catalogue()[name]) for name in (scheme, other))
     if first is None or second is None:
         return False
-    words = {"position": f"{first.spec} + {second.spec}"}
+    settings = {"position": f"{first.spec} + {second.spec}"}
     if isinstance(second, Attention):
-        words = {"position": first.spec, second.seam: second.spec}
-    return any(_builds(kind, words) for kind in ("decoder", "encoder"))
+        settings = {"position": first.spec, second.seam: second.spec}
+    return any(_builds(kind, settings) for kind in ("decoder", "encoder"))
 
 
-def _builds(kind: str, words: dict[str, str]) -> bool:
+def _builds(kind: str, settings: dict[str, str]) -> bool:
     sizes = {"num_hidden_layers": 1, "head_dim": 128, "vocab_size": 1000}  # gated units have heads of 128
     try:
         with torch.device("meta"):
-            LongspanModel(LongspanConfig(kind=kind, **sizes, **words))  # type: ignore[arg-type]
+            LongspanModel(LongspanConfig(kind=kind, **sizes, **settings))  # type: ignore[arg-type]
     except LongspanError:
         return False
     return True

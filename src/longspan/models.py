@@ -1,7 +1,7 @@
-"""Where models come from: a built-in name, a folder, a hub id or a GGUF file.
+"""Loads models by a built-in name, a folder, a hub id or a GGUF file.
 
-Whatever it is becomes a folder of safetensors with a tokenizer (`longspan.util.fetching`); from then on there is one way to load.
-Weights are read as safetensors only, and code that comes with a model is never run.
+Each becomes a folder of safetensors with a tokenizer first (`longspan.util.fetching`). Weights are read as safetensors only, and
+code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def aliases() -> dict[str, Alias]:
-    """The built-in models by name."""
+    """The built-in models by name, as a new dict."""
     return dict(ALIASES)
 
 
@@ -59,42 +59,42 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode and its tokenizer, which pads on the left.
 
-    dtype: bfloat16 on CUDA, float16 on MPS and float32 on a CPU if left out. device: the first accelerator, else the CPU.
-    method, length: as for `apply`, checked before weights load. A model that was saved with a method on it has it again.
-    Raises `LongspanError`, with what to do about it, for whatever cannot be found, read or run.
+    dtype: by default bfloat16 on CUDA, float16 on MPS, float32 on a CPU. device: by default the first accelerator, else the CPU.
+    method, length: as for `apply`, checked before weights load; by default the method that the model was saved with.
+    Raises `LongspanError` for a model that cannot be found, read or run, and for a method that cannot work on it.
     """
 
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     folder = ready_folder(name)
     config = _read_config(folder)
-    wanted = _wanted(config, method)
+    requested = _requested(config, method)
     facts = _facts(config)
-    if wanted is not None:
-        wanted.resolve(facts, length)
+    if requested is not None:
+        requested.resolve(facts, length)
     tokenizer = _read_tokenizer(folder)
     model = _read_weights(folder, config, kind, where)
     model.name_or_path = str(name)
-    return (model if wanted is None else apply(model, wanted, length=length)), tokenizer
+    return (model if requested is None else apply(model, requested, length=length)), tokenizer
 
 
 def inspect_model(name: Name) -> ModelFacts:
-    """What the model is, from its configuration alone."""
+    """The facts of a model, from its configuration alone. Raises `LongspanError` as `load` does."""
     return _facts(read_config(name))
 
 
 def read_config(name: Name) -> PreTrainedConfig:
-    """The model's configuration; of a model on the hub nothing else is fetched."""
+    """The model's configuration; from the hub nothing else is downloaded. Raises `LongspanError` as `load` does."""
     folder = local_folder(name)
     if folder is None and _kind(name) == "hub":
         folder = fetching.from_hub(str(name), ["config.json"])
     config = _read_config(folder or ready_folder(name))
-    _wanted(config, None)
+    _requested(config, None)
     return config
 
 
 def describe(model: PreTrainedModel) -> str:
-    """One line: `smollm2-135m · LlamaForCausalLM · 134.5 M parameters · window 8,192 · float32 on cpu`."""
+    """One line of text: `smollm2-135m · LlamaForCausalLM · 134.5 M parameters · window 8,192 · float32 on cpu`."""
     name = str(model.name_or_path or "")
     name = Path(name).name if Path(name).exists() else name
     count = sum(p.numel() for p in model.parameters())
@@ -105,12 +105,12 @@ def describe(model: PreTrainedModel) -> str:
 
 
 def fingerprint(name: Name) -> str:
-    """sha256, in hex, of what decides the model's output: weights, configuration, tokenizer and chat template."""
+    """The sha256, in hex, of all that decides a model's output: weights, configuration, tokenizer and chat template."""
     folder = ready_folder(name)
     total = hashlib.sha256()
     for path in _weight_files(folder):
         total.update(f"{path.name} {digest(path)}\n".encode())
-    # Who wrote the configuration, and with which version, decides nothing.
+    # The path and the version of transformers in a configuration do not matter.
     config = {k: v for k, v in _read_json(folder / "config.json").items() if k not in _NOT_IDENTITY}
     total.update(json.dumps(config, sort_keys=True).encode())
     for part in (*_TOKENIZER_FILES, "chat_template.jinja"):
@@ -120,8 +120,10 @@ def fingerprint(name: Name) -> str:
 
 
 def local_folder(name: Name) -> Path | None:
-    """The folder with the model's files where they are on this machine already; None where they must be fetched or
-    converted first. Raises `LongspanError` for what can be no model."""
+    """The folder of the model's files, or None where they must be downloaded or converted first.
+
+    Raises `LongspanError` for a name that cannot be a model.
+    """
     kind = _kind(name)
     if kind == "alias":
         alias = ALIASES[str(name)]
@@ -136,7 +138,7 @@ def local_folder(name: Name) -> Path | None:
 
 
 def ready_folder(name: Name) -> Path:
-    """The folder with the model's files, fetched and converted where that has not been done."""
+    """The folder of the model's files, downloaded and converted where necessary. Raises `LongspanError` where that fails."""
     folder, kind = local_folder(name), _kind(name)
     if kind == "alias":
         alias = ALIASES[str(name)]
@@ -144,7 +146,7 @@ def ready_folder(name: Name) -> Path:
             assert folder is not None
             return folder
         if folder is not None and not (folder / fetching.MANIFEST).is_file():
-            fetching.say(f"{name}: using {alias.hub} out of the hub's cache")
+            fetching.say(f"{name}: using {alias.hub} from the hub's cache")
         return folder or fetching.fetch(alias)
     if kind == "hub":
         return folder or fetching.from_hub(str(name), fetching.HUB_FILES)
@@ -152,32 +154,33 @@ def ready_folder(name: Name) -> Path:
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device named, or the first accelerator, or the CPU. Raises `LongspanError` for one that this machine lacks."""
+    """The device of this name, by default the first accelerator or the CPU. Raises `LongspanError` where there is none."""
     if device is None:
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(found)
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
-        wanted = torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise LongspanError(f"there is no device {device!r}; use cpu, cuda, cuda:1 or mps") from error
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         has = f"this machine has {count}: cuda:0 to cuda:{count - 1}" if count else "torch finds no CUDA here"
-        raise NotSupported(f"device {wanted} cannot be used: {has}. Use cpu, or leave the device out")
-    if wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise NotSupported(f"device {found} cannot be used: {has}. Use cpu, or leave the device out")
+    if found.type == "mps" and not torch.backends.mps.is_available():
         raise NotSupported("device mps cannot be used: torch finds no Metal here. Use cpu, or leave the device out")
-    if wanted.type not in ("cpu", "cuda", "mps"):
-        raise NotSupported(f"device {wanted} cannot run a model here; use cpu, cuda or mps")
-    return wanted
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise NotSupported(f"device {found} is not supported; use cpu, cuda or mps")
+    return found
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> torch.dtype:
-    """The number format named, or the usual one of `device`. Raises `LongspanError` for one that models do not run in."""
+    """The dtype of this name, by default that of `device`. Raises `LongspanError` for dtypes that weights cannot have."""
     if dtype is None:
         return _DEFAULT_DTYPES.get(torch.device(device).type, torch.float32)
     found = _DTYPES.get(str(dtype).removeprefix("torch.").lower())
     if found is None:
-        raise LongspanError(f"there is no dtype {dtype!s} for weights; {nearest(str(dtype), _DTYPES)}")
+        raise LongspanError(f"weights cannot have the dtype {dtype!s}; {nearest(str(dtype), _DTYPES)}")
     return found
 
 
@@ -206,7 +209,7 @@ def _kind(name: Name) -> Literal["alias", "folder", "file", "hub"]:
 
 
 def _whole_in_hub_cache(name: str) -> Path | None:
-    """The snapshot of a hub model that was fetched before, where weights and tokenizer are in it."""
+    """The folder of a hub model that was downloaded before, with weights and tokenizer; else None."""
     folder = fetching.in_hub_cache(name)
     if folder is None or not any((folder / part).is_file() for part in _TOKENIZER_FILES):
         return None
@@ -235,20 +238,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
-    """The folder's configuration; refuses what is no decoder-only model."""
+    """The configuration in a folder. Raises `NotSupported` where it is not of a decoder-only model."""
     _read_json(folder / "config.json")  # whose absence has an error of its own
-    with reading(f"{folder}/config.json is of no model that transformers itself knows"):
+    with reading(f"{folder}/config.json is not of a model of transformers"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kinds = config.architectures or []
     if getattr(config, "is_encoder_decoder", False):
         raise NotSupported(
-            f"{', '.join(kinds) or config.model_type} in {folder} is no decoder-only language model: it has an encoder. "
-            'Load it with transformers; longspan.apply(model, "unlimiformer") takes it then'
+            f"{', '.join(kinds) or config.model_type} in {folder} has an encoder, and longspan loads decoder-only models. "
+            'Load it with transformers, then longspan.apply(model, "unlimiformer") works on it'
         )
     if kinds and not any(k.endswith(_CAUSAL) for k in kinds):
         raise NotSupported(
-            f"{', '.join(kinds) or config.model_type} in {folder} is no decoder-only language model; longspan needs one, such as "
-            "a LlamaForCausalLM. Of BERT and RoBERTa, longspan apply makes encoders for long texts (longformer, bigbird)"
+            f"{', '.join(kinds) or config.model_type} in {folder} is not a decoder-only language model; use one, such as a "
+            "LlamaForCausalLM. BERT and RoBERTa become encoders for long texts by `longspan apply` (longformer, bigbird)"
         )
     return config
 
@@ -258,10 +261,9 @@ def _facts(config: PreTrainedConfig) -> ModelFacts:
         return facts_of(config)
 
 
-def _wanted(config: PreTrainedConfig, method: Any) -> Combination | None:
-    """What to put on the model: `method`, or what it was saved with. Scaling of frequencies is part of the saved
-    configuration, so only the rest is put on again."""
-
+def _requested(config: PreTrainedConfig, method: Any) -> Combination | None:
+    """The methods to apply: `method`, or those that the model was saved with, without those that the configuration holds
+    whole."""
     text = text_config(config)
     saved = vars(text).pop("longspan", None)
     if method is not None:
@@ -275,7 +277,7 @@ def _wanted(config: PreTrainedConfig, method: Any) -> Combination | None:
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    with reading(f"{folder} has no tokenizer that can be read; copy it from the model's source"):
+    with reading(f"the tokenizer in {folder} cannot be read; copy it from the model's source"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, padding_side="left"
         )
@@ -285,7 +287,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, sorted; raises `LongspanError` where they are missing or cut short."""
+    """The safetensors files of a model, sorted. Raises `LongspanError` where they are missing or truncated."""
     index = folder / "model.safetensors.index.json"
     names = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
     files = [folder / name for name in names]
@@ -296,7 +298,7 @@ def _weight_files(folder: Path) -> list[Path]:
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise LongspanError(f"{file} is damaged or cut short ({reason(error)}); copy it again") from error
+            raise LongspanError(f"{file} is damaged or truncated ({reason(error)}); copy it again") from error
     return files
 
 
@@ -304,12 +306,12 @@ def _missing_weights(folder: Path, missing: list[str]) -> str:
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
     if pickles:
         return (
-            f"{folder} has its weights as a pickle only ({pickles[0]}), which can run code when it is read; have its source "
-            "save them as safetensors: model.save_pretrained(folder)"
+            f"{folder} has its weights as a pickle only ({pickles[0]}), which can run code when it is read; save them as "
+            "safetensors at their source: model.save_pretrained(folder)"
         )
     if gguf := next(folder.glob("*.gguf"), None):
         return f"{folder} has no safetensors; name its GGUF file: {gguf}"
-    return f"{folder} lacks the weights {missing[0]}; copy the model again, with its safetensors"
+    return f"{folder} lacks the file {missing[0]}; copy the model again, with its safetensors"
 
 
 def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -333,12 +335,12 @@ def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, de
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, or one that lies in a folder alone."""
+    """The tokenizer of a model, or of a folder that has only a tokenizer. Raises `LongspanError`."""
     folder = ready_folder(name)
-    with reading(f"tokenizer: {name} has none that can be read"):
+    with reading(f"the tokenizer of {name} cannot be read"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The rows of a table of embeddings: the highest id and 1, more than there are tokens where ids have gaps."""
+    """The number of rows of an embedding table: the highest token id plus 1, more than there are tokens where ids have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1

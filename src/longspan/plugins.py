@@ -1,7 +1,7 @@
-"""A user's own file of methods or tasks: run once here, and again in every worker process.
+"""Loads a user's own files of methods and tasks, in this process and in every worker process.
 
-`--include my_method.py` runs the file as a module of its own; the subclasses of `Method` and `Task` that it defines
-register themselves. The paths are handed on in the environment variable LONGSPAN_INCLUDE.
+`--include my_method.py` imports the file as a module; the subclasses of `Method` and `Task` that it defines register themselves.
+Worker processes get the paths in the environment variable LONGSPAN_INCLUDE.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ VARIABLE = "LONGSPAN_INCLUDE"
 
 
 def include(paths: Iterable[str | Path]) -> None:
-    """Runs each file and names it in the environment, so that processes started later run it too."""
+    """Imports each file, and adds it to the environment variable for processes that are started later.
+
+    Raises `LongspanError` as `load_user_file` does.
+    """
     for path in paths:
         load_user_file(path)
         known = [p for p in os.environ.get(VARIABLE, "").split(os.pathsep) if p]
@@ -31,22 +34,22 @@ def include(paths: Iterable[str | Path]) -> None:
 
 
 def load_from_environment() -> None:
-    """Runs the files that a parent process included; for the start of a worker process."""
+    """Imports the files that a parent process included; for the start of a worker process."""
     for path in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         load_user_file(path)
 
 
 def load_user_file(path: str | Path) -> ModuleType:
-    """The file at `path` as a module; a file that was run before is not run again.
+    """The file at `path` as a module, which is imported once.
 
-    Raises `LongspanError` where the file cannot be read or run, or defines neither a method nor a task.
+    Raises `LongspanError` where the file cannot be read or imported, or defines neither a method nor a task.
     """
     full = Path(path).resolve()
     name = f"longspan_user_{hashlib.sha256(str(full).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     if full.suffix != ".py" or not full.is_file():
-        raise LongspanError(f"--include takes a Python file that defines a Method or a Task; {str(path)!r} is none")
+        raise LongspanError(f"--include needs a Python file that defines a Method or a Task; {str(path)!r} is not one")
     spec = importlib.util.spec_from_file_location(name, full)
     assert spec is not None, "a .py file always has a loader"
     assert spec.loader is not None
@@ -63,14 +66,15 @@ def load_user_file(path: str | Path) -> ModuleType:
 
 
 def _check_defines_something(module: ModuleType, path: str | Path) -> None:
-
     own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
     if not any(issubclass(cls, Registered) and cls.__dict__.get("name") for cls in own):
-        raise LongspanError(f"{path} defines no Method and no Task with a name, so including it has no effect")
+        raise LongspanError(
+            f"{path} defines no Method and no Task with a name, so including it has no effect; set `name` in its class"
+        )
 
 
 def _where(error: Exception, path: Path) -> str:
-    """The error with the line of the user's file that it came from."""
+    """The error as text, with the line of the user's file that raised it."""
     frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     line, message = (error.lineno, error.msg) if isinstance(error, SyntaxError) else (frames and frames[-1], str(error))
     return f"line {line}: {type(error).__name__}: {message}" if line else f"{type(error).__name__}: {message}"

@@ -291,8 +291,8 @@ def test_reads_for_a_decoder() -> None:
         ({"random": -1}, "0 or more"),
         ({"globals": -1}, "0 or more"),
         ({"among": 10}, "no block of 64"),
-        ({"random": 0, "seed": 1}, "nothing is drawn"),
-        ({"random": 0, "among": 1024}, "nothing is drawn"),
+        ({"random": 0, "seed": 1}, "have no effect"),
+        ({"random": 0, "among": 1024}, "have no effect"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, int], message: str) -> None:

@@ -320,7 +320,7 @@ def test_settings_that_cannot_be(settings: dict[str, int], message: str) -> None
 
 def test_what_cannot_be_built_or_called() -> None:
     causal = {"kind": "decoder", "position": "rope"}
-    with pytest.raises(NotSupported, match="lies ahead"):
+    with pytest.raises(NotSupported, match="sees later tokens"):
         LongspanForCausalLM(config("longformer:globals=1", **causal))
     with pytest.raises(NotSupported, match="window=8"):
         LongspanForMaskedLM(config("longformer:window=7"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.attention.bigbird import BigBird, _lists
+from longspan.attention.bigbird import BigBird, visible_lists
 from longspan.engine.blocks import lists as block_lists
 from longspan.engine.blocks.lists import listed_attention, refusal
 from longspan.engine.call import AttentionCall, AttentionShape
@@ -73,11 +73,11 @@ def test_in_16_bit(name: str, dtype: torch.dtype, width: int) -> None:
 @pytest.mark.parametrize("longest", [1, 3])
 def test_lists_in_parts(name: str, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_lists, "LONGEST", longest)
-    _lists.cache_clear()
+    visible_lists.cache_clear()
     try:
         compare(name, 32, torch.float32, 5e-5)
     finally:
-        _lists.cache_clear()
+        visible_lists.cache_clear()
 
 
 @pytest.mark.kernels
@@ -114,7 +114,7 @@ def test_rows_of_several_lengths() -> None:
 @pytest.mark.kernels
 def test_operators_say_what_they_are() -> None:
     tensors = [torch.randn(1, h, 70, 32, device=DEVICE) for h in (2, 1, 1)]
-    lists = _lists(BigBird(block=16, random=1), 5, 2, 0, torch.device(DEVICE))
+    lists = visible_lists(BigBird(block=16, random=1), 5, 2, 0, torch.device(DEVICE))
     seeing, seen = lists.seeing.tables, lists.seen.tables
     torch.library.opcheck(torch.ops.longspan.listed_forward, (*tensors, *seeing, 16, 0.2))
     out, lse = torch.ops.longspan.listed_forward(*tensors, *seeing, 16, 0.2)
@@ -127,7 +127,7 @@ def test_operators_say_what_they_are() -> None:
 )
 def test_lists_are_the_pattern(count: int, pattern: BigBird) -> None:
     """Each block's list, both ways, by what the pattern itself says of its first token."""
-    heads, lists = 3, _lists(pattern, count, 3, 2, torch.device("cpu"))
+    heads, lists = 3, visible_lists(pattern, count, 3, 2, torch.device("cpu"))
     places = torch.arange(count)[None] * pattern.block
     meets = pattern.mask(places, places, AttentionShape(heads, count * pattern.block, 2, False))[0].expand(
         heads, -1, -1
@@ -159,5 +159,5 @@ def test_long_lists_are_worked_off_in_parts(longest: int, sizes: list[int], monk
 def test_lists_of_another_length() -> None:
     x = torch.randn(1, 2, 70, 32)
     with pytest.raises(SpecError, match="do not fit"):
-        listed_attention(x, x, x, _lists(BigBird(block=16), 6, 2, 0, torch.device("cpu")), 0.2)
+        listed_attention(x, x, x, visible_lists(BigBird(block=16), 6, 2, 0, torch.device("cpu")), 0.2)
     assert "blocks" in str(refusal(x, x, x, 24))

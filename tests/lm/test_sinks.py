@@ -369,7 +369,7 @@ def test_what_cannot_be_is_refused() -> None:
         learned(ids, position_ids=torch.arange(4).repeat(2)[None])
     with pytest.raises(NotSupported, match="mask of the padding"):
         learned(ids, attention_mask=torch.ones(2, 1, 8, 8))
-    with pytest.raises(NotSupported, match="begins after"):
+    with pytest.raises(NotSupported, match="only padding in the first call"):
         learned(ids, attention_mask=torch.tensor([[0] * 8, [1] * 8]))
     with pytest.raises(NotSupported, match="StaticCache"):
         learned.generate(ids, max_new_tokens=2, cache_implementation="static")

@@ -198,7 +198,7 @@ def test_what_cannot_be_is_refused() -> None:
         build("transformer-xl", "tupe")
     with pytest.raises(NotSupported, match="leave one of them out"):
         build("transformer-xl", "rope", attention="window:size=8")
-    with pytest.raises(SpecError, match="no memory"):
+    with pytest.raises(SpecError, match="is not a memory"):
         build("window:size=8")
     with pytest.raises(SpecError, match="at least 1 token"):
         build("transformer-xl:segment=0")

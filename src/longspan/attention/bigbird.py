@@ -1,16 +1,15 @@
-"""BigBird: blocks of tokens that see their neighbours, a few blocks drawn at random, and some that all see; encoders only.
+"""BigBird: block-sparse attention to neighbours, random blocks and global blocks, in encoders (Zaheer 2020).
 
-ITC, the default (section 2, appendix E): the first and the last block of a text see all and are seen by all; every other
-block sees itself, its two neighbours, those two and `random` blocks drawn for each head. ETC: `globals` tokens at the
-beginning of a text see all and are seen by all in place of the two blocks, and blocks are counted after them; the paper's
-base model has globals=256, random=0, block=84. The tokens are the text's own first ones, such as tokens of no meaning put
-before it; that their place among the others is learned apart from the usual distances is left out: what distance means is
-the position scheme's.
+ITC, the default (section 2, appendix E): the first and the last block of a text are global, they see all blocks and all see them;
+every other block sees itself, its two neighbours, the global blocks and `random` blocks drawn per head. ETC: in their place
+`globals` tokens at the beginning of a text are global, and blocks are counted after them; the paper's base model has globals=256,
+random=0, block=84. The global tokens are the first of the text, for example tokens without meaning that are put before it. The
+paper trains their distances separately; here distance is left to the position scheme.
 
-Which blocks are drawn follows from the settings, the layer and the text's number of blocks alone, so a saved model has them,
-in training as in evaluation: with raw 64-bit numbers of numpy's PCG64 seeded with (seed, layer), in the order block, head,
-draw, each draw takes the block number (raw modulo n) of the n, in ascending order, that the block does not see yet. The
-authors' code draws others for lengths up to 4,096 from the first 1,024 tokens only: `among=1024`.
+The random blocks follow from the settings, the layer and the number of blocks of the text, and are the same in training and
+evaluation. With raw 64-bit numbers of numpy's PCG64 seeded with (seed, layer), in the order block, head, draw, each draw takes
+block (raw modulo n) of the n blocks, ascending, that the block does not see yet. The authors' code draws random blocks from the
+first 1,024 tokens only, for lengths up to 4,096: `among=1024`.
 """
 
 from __future__ import annotations
@@ -33,8 +32,9 @@ from longspan.util.errors import NotSupported
 
 @dataclass(frozen=True)
 class BigBird(Pattern):
-    """block and globals in tokens; among: the first tokens of a text, from whose blocks random ones are drawn, all where it is
-    left out. A text of few blocks is seen whole."""
+    """Block-sparse attention of encoders. `block`, `globals` and `among` in tokens; `random`: random blocks of each block and
+    head; `among`: how many first tokens of a text they are drawn from, by default all. Every token of a text of few blocks sees
+    all."""
 
     block: int = 64
     random: int = 3
@@ -57,41 +57,41 @@ class BigBird(Pattern):
             self.require(value >= 0, f"{name} must be 0 or more, not {value}")
         if self.among is not None:
             self.require(
-                self.among >= self.block, f"among={self.among} holds no block of {self.block} tokens; take more tokens"
+                self.among >= self.block, f"among={self.among} is less than a block of {self.block} tokens; use more"
             )
         self.require(
             self.random > 0 or (self.seed == 0 and self.among is None),
-            "with random=0 nothing is drawn; leave seed and among out",
+            f"seed={self.seed} and among={self.among} have no effect with random=0; leave them out",
         )
 
     def check_direction(self, causal: bool) -> None:
         if causal:
             raise NotSupported(
-                f"attention={self.spec}: blocks that all tokens see lie ahead of most of them, so BigBird is not causal; use it "
-                "with kind=encoder, or kind=encoder-decoder with decoder_attention=full"
+                f"attention={self.spec} is not causal, since tokens see global blocks after them; use it with kind=encoder, or "
+                "with kind=encoder-decoder and decoder_attention=full"
             )
 
     def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         table, counts = self._tables(grid, queries.device)
         q, k = (torch.div(x - self.globals, self.block, rounding_mode="floor") for x in (queries, keys))
         row = torch.arange(len(table), device=queries.device)[:, None]
-        named = table.transpose(1, 2)[row, q.clamp(0, table.shape[2] - 1)].transpose(1, 2)  # (B or 1, H, Tq, slots)
+        listed = table.transpose(1, 2)[row, q.clamp(0, table.shape[2] - 1)].transpose(1, 2)  # (B or 1, H, Tq, slots)
         q, k = q[:, None, :, None], k[:, None, None, :]
-        mask = (named[..., None, :] == k[..., None]).any(-1)
+        mask = (listed[..., None, :] == k[..., None]).any(-1)
         if self.globals:
             return mask | (q < 0) | (k < 0)
         last = counts.view(-1, 1, 1, 1) - 1
         return mask | (q == 0) | (k == 0) | (q == last) | (k == last)
 
     def visited(self, grid: AttentionShape, device: torch.device) -> float | None:
-        """Of the lists that the kernels go by; global tokens have none."""
+        """The pairs of the lists that the kernels visit; None with global tokens, for which there are no lists."""
         if self.globals:
             return None
-        lists = _lists(self, -(-grid.length // self.block), grid.heads, grid.layer, device)
+        lists = visible_lists(self, -(-grid.length // self.block), grid.heads, grid.layer, device)
         return float(lists.visited())
 
     def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
-        """Kernels of our own where they can, a row at a time where rows differ in length; else keys are gathered."""
+        """Attention (B, H, T, D) in longspan's kernels, a row at a time where lengths differ; otherwise over gathered keys."""
         refused = refusal(call.query, call.key, call.value, self.block)
         if self.globals or not call.plain or call.zero_key or refused is not None:
             return self._gathered(call, grid)
@@ -99,7 +99,7 @@ class BigBird(Pattern):
         def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             count = -(-query.shape[2] // self.block)
             return listed_attention(
-                query, key, value, _lists(self, count, grid.heads, grid.layer, query.device), call.scale
+                query, key, value, visible_lists(self, count, grid.heads, grid.layer, query.device), call.scale
             )
 
         return by_row(rows, call.query, call.key, call.value, call.padding)
@@ -112,15 +112,15 @@ class BigBird(Pattern):
         else:
             out = block_sparse_attention(call, table, self.block, self.globals)
             out = torch.cat((torch.zeros_like(call.query[:, :, : self.globals]), out), dim=2)
-        some = self._everywhere(length, counts.expand(len(out)))
+        some = self._global_tokens(length, counts.expand(len(out)))
         queries = some.of(call.query.transpose(1, 2)).transpose(1, 2)
         rows = attend_everywhere(
             AttentionCall(queries, call.key, call.value, call.scale, call.padding, call.bias, call.dropout), some.index
         )
         return some.put(out.transpose(1, 2), rows.transpose(1, 2)).transpose(1, 2)
 
-    def _everywhere(self, length: int, counts: Tensor) -> Chosen:
-        """The tokens that see all; counts (B): how many blocks each row has."""
+    def _global_tokens(self, length: int, counts: Tensor) -> Chosen:
+        """The global tokens; counts (B,): the number of blocks of each row."""
         device = counts.device
         if self.globals:
             index = torch.arange(min(self.globals, length), device=device).expand(len(counts), -1)
@@ -164,8 +164,8 @@ def _table(pattern: BigBird, count: int, heads: int, layer: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _lists(pattern: BigBird, count: int, heads: int, layer: int, device: torch.device) -> BlockLists:
-    """Who sees whom, of a text of `count` blocks without tokens before them."""
+def visible_lists(pattern: BigBird, count: int, heads: int, layer: int, device: torch.device) -> BlockLists:
+    """The visible blocks of each block in a text of `count` blocks, without global tokens before them."""
     table = _table(pattern, count, heads, layer).to(device).clone()
     table[:, [0, count - 1]] = -1
     head, row, slot = (table >= 0).nonzero(as_tuple=True)
@@ -177,7 +177,7 @@ def _lists(pattern: BigBird, count: int, heads: int, layer: int, device: torch.d
 
 
 def _drawn(table: np.ndarray, raw: np.ndarray, bound: int) -> np.ndarray:
-    """For each row one of the blocks below `bound` that are not in it, -1 where all are. table: ascending along its end."""
+    """One block below `bound` that is not in each row of `table`, chosen by `raw`; -1 where all are. Rows are ascending."""
     left = bound - (table < bound).sum(-1)
     pick = (raw % np.maximum(left, 1).astype(np.uint64)).astype(np.int64)
     for slot in range(table.shape[2]):
@@ -186,7 +186,7 @@ def _drawn(table: np.ndarray, raw: np.ndarray, bound: int) -> np.ndarray:
 
 
 def _once(table: np.ndarray, count: int) -> np.ndarray:
-    """Ascending, each block once; `count` stands where there is none."""
+    """The table with rows ascending and without repeats, filled up with `count`."""
     table = np.sort(np.where(table < 0, count, table), axis=-1)
     twice = np.concatenate((np.zeros_like(table[..., :1], dtype=bool), table[..., 1:] == table[..., :-1]), axis=-1)
     return np.sort(np.where(twice, count, table), axis=-1)

@@ -1,16 +1,16 @@
-"""The gated attention unit and FLASH (Hua 2022, arXiv 2202.10447): attention and feed-forward network in one gated layer.
+"""The gated attention unit and FLASH: attention and feed-forward network in one gated layer (Hua 2022, arXiv 2202.10447).
 
     U = silu(x W_u), V = silu(x W_v), Z = silu(x W_z); queries and keys are Z·γ + β, each with its own γ and β
     output = (U ⊙ A V) W_o, A = relu(q·k/n + b)²             (section 2.2)
 
-`gau` is quadratic over the whole text, `flash` within chunks, with a linear part between them. A layer is whole: with U and V
-twice as wide as the model, two of them have the weights of one layer of attention and feed-forward network, so a model takes
-twice as many layers. Of the model around it, norms (RMSNorm) and positions are those of all our models: RoPE turns the unit's
-heads, so heads must be as wide as `size`; b is T5's bias by distance, each layer's own.
+`gau` is quadratic over the whole text, `flash` within chunks, with a linear part between chunks. A unit is a whole layer: with U
+and V twice as wide as the model, two units have as many weights as one layer of attention and feed-forward network, so a model
+has twice as many layers. Norms (RMSNorm) and positions are those of all `longspan.lm` models: RoPE rotates the unit's head, so
+`head_dim` must be `size`; b is T5's bias by distance, with a table per layer.
 
-The paper's n is the length of the text, which in a decoder a token cannot know: it would change with every token that is
-generated. `scale=paper` takes the training length there, so that training is the paper's and decoding gives the same.
-The paper drops weights of attention nowhere; neither can these.
+The paper's n is the length of the text, which a decoder does not know: it grows with every generated token. There `scale=paper`
+uses the training length, so training is the paper's and decoding computes the same. As in the paper, there is no attention
+dropout.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from longspan.util.errors import NotSupported
 
 
 class GatedUnit(MixerModule):
-    """What both have in common: gate, values, and one head seen in `views` ways."""
+    """Base of both units: gate, values, and one head with `views` pairs of γ and β."""
 
     def __init__(self, method: GatedMixer, config: LongspanConfig, layer_idx: int, views: int, *, causal: bool):
         super().__init__()
@@ -53,11 +53,13 @@ class GatedUnit(MixerModule):
         self.draw_weights()
 
     def draw_weights(self) -> None:
+        """Draws γ and the table of b normal with standard deviation 0.02, and sets β to 0."""
         nn.init.normal_(self.gamma, std=0.02)
         nn.init.zeros_(self.beta)
         nn.init.normal_(self.table, std=0.02)
 
     def bias(self, distance: Tensor) -> Tensor:
+        """b at `distance` = query's position - key's, integers of any shape, in float32 or wider."""
         table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))[:, None]
         found = buckets(distance, len(table), self.method.far, causal=self.causal)
         return F.embedding(found, table)[..., 0]  # an index's gradient adds up one by one on a GPU
@@ -75,19 +77,19 @@ class GatedUnit(MixerModule):
         return self.o_proj(gate * mixed)
 
     def mix(self, views: tuple[Tensor, ...], value: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
-        """(B, T, e) from views of the head (B, T, s) and values (B, T, e), all zero where there is padding."""
+        """A V (B, T, e) from views of the head (B, T, s) and values (B, T, e), all zero at padding."""
         raise NotImplementedError
 
 
 def _rotated(views: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """(B, views, T, s) rotated, in the channels that turn."""
+    """Views (B, views, T, s) with their first W channels rotated."""
     width = rotation[0].shape[-1]
     rotated, _ = apply_rotary_pos_emb(views[..., :width], views[:, :0, :, :width], *rotation)
     return torch.cat((rotated, views[..., width:]), dim=-1)
 
 
 class QuadraticUnit(GatedUnit):
-    """The unit itself. A decoder keeps keys and values of all tokens, as a cache of one head."""
+    """GAU's unit. A decoder's KV cache has the keys and values of all tokens, in one head."""
 
     method: GAU
 
@@ -104,18 +106,19 @@ class QuadraticUnit(GatedUnit):
         return quadratic(query, key, value, numbers if gaps else None, self.bias, inner, outer, causal=self.causal)
 
     def _scales(self, numbers: Tensor, new: int) -> tuple[Tensor, Tensor]:
-        """What scores and their squares are multiplied by, (B or 1, Tq or 1, 1)."""
+        """The factors on scores and on their squares, each (B or 1, Tq or 1, 1); numbers (B or 1, T) of tokens, new: of them
+        queries."""
         wide = torch.promote_types(self.gamma.dtype, torch.float32)
-        seen = numbers[:, -new:] + 1 if self.causal else numbers[:, -1:] + 1
+        count = numbers[:, -new:] + 1 if self.causal else numbers[:, -1:] + 1
         if self.causal and self.method.scale == "paper":
-            seen = torch.full_like(seen[:1, :1], self.trained_length)
-        share = 1 / seen.clamp(min=1).to(wide)[..., None]
+            count = torch.full_like(count[:1, :1], self.trained_length)
+        share = 1 / count.clamp(min=1).to(wide)[..., None]
         one = torch.ones_like(share)
         return (one * self.method.size**-0.5, share) if self.method.scale == "su" else (share, one)
 
 
 class ChunkedUnit(GatedUnit):
-    """FLASH. A decoder keeps the sums of whole chunks and the tokens of the last one."""
+    """FLASH's unit. A decoder's state is the sums over whole chunks and the tokens of the last chunk."""
 
     method: Flash
 
@@ -135,14 +138,14 @@ class ChunkedUnit(GatedUnit):
         return mixed
 
     def _rule(self) -> Rule:
-        """Inside chunks, also in one that is not full."""
+        """The scores within chunks, incomplete ones too."""
         chunk = self.method.chunk
         if self.method.scale == "su":
             return Rule(chunk, self.method.size**-0.5, 1 / chunk, self.bias)
         return Rule(chunk, 1 / chunk, 1.0, self.bias)
 
     def _share(self) -> Callable[[Tensor], Tensor]:
-        """The linear part's normaliser after a number of chunks."""
+        """The linear part's factor by the number of chunks before."""
         chunk, linear = self.method.chunk, self.method.linear
         if linear == "count":
             return lambda chunks: 1 / (chunks * chunk).clamp(min=1).to(self._wide)
@@ -156,8 +159,8 @@ class ChunkedUnit(GatedUnit):
 
 @dataclass(frozen=True)
 class GatedMixer(Mixer):
-    """`expansion` is how much wider than the model gate and values are, `size` the width of the one head; distances go to
-    `buckets`, those from `far` on to the last."""
+    """Base of both mixers. `expansion`: width of gate and values over the model's; `size`: channels of the head; `buckets` of
+    distances, of which those of `far` tokens and more share the last."""
 
     expansion: float = 2.0
     size: int = 128
@@ -180,23 +183,24 @@ class GatedMixer(Mixer):
         self.check_direction(causal)
         self.check_position_encoding(config, encoding)
         self.check_dropout(config)
-        self.require(causal or self.buckets % 4 == 0, "an encoder needs a number of buckets that 4 divides")
+        self.require(causal or self.buckets % 4 == 0, f"an encoder needs buckets divisible by 4, not {self.buckets}")
         if config.rope_parameters is not None and config.head_dim != self.size:
             raise NotSupported(
-                f"position={config.position} turns heads of {config.head_dim} channels and the head of attention={self.spec} "
+                f"position={config.position} rotates heads of {config.head_dim} channels, and the head of attention={self.spec} "
                 f"has {self.size}; use head_dim={self.size}, or attention={self.name}:size={config.head_dim}"
             )
         return self.unit(config, layer, causal=causal)
 
     def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
+        """The module of one layer. Raises `SpecError` for settings that the direction excludes."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class GAU(GatedMixer):
-    """`scale` says what keeps the scores small: `paper`, relu(qk/n + b)² with n the text's tokens in an encoder and the training
-    length in a decoder; `count`, the same with n the tokens that a query sees; `su`, relu(qk/sqrt(size) + b)²/n with those (Su
-    2022, kexue.fm/archives/8934)."""
+    """Gated attention over the whole text. `scale`: how scores are normalised. `paper`: relu(qk/n + b)² with n the tokens of
+    the text in an encoder and the training length in a decoder; `count`: the same with n the tokens that a query sees; `su`:
+    relu(qk/sqrt(size) + b)²/n with the same n (Su 2022, kexue.fm/archives/8934)."""
 
     scale: Literal["paper", "count", "su"] = "paper"
 
@@ -209,16 +213,17 @@ class GAU(GatedMixer):
     def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
         self.require(
             causal or self.scale != "count",
-            "in an encoder a query sees all tokens, which is scale=paper; use that, or kind=decoder",
+            "scale=count is scale=paper in an encoder, where a query sees all tokens; use that, or kind=decoder",
         )
         return QuadraticUnit(self, config, layer, 2, causal=causal)
 
 
 @dataclass(frozen=True)
 class Flash(GatedMixer):
-    """`chunk` in tokens. `scale` inside chunks: `paper`, relu(qk/c + b)²; `su`, relu(qk/sqrt(size) + b)²/c. `linear` is what the
-    sums between chunks are divided by: `paper`, the text's tokens in an encoder and the training length in a decoder; in a
-    decoder also `chunk`, the tokens of a chunk, or Su's `count`, those of all chunks before."""
+    """Gated attention within chunks of `chunk` tokens, linear between them. `scale` within chunks: `paper`, relu(qk/c + b)²;
+    `su`, relu(qk/sqrt(size) + b)²/c. `linear`: the divisor of sums between chunks: `paper`, the tokens of the text in an
+    encoder and the training length in a decoder; in a decoder also `chunk`, the tokens of a chunk, or Su's `count`, those of
+    all chunks before."""
 
     chunk: int = 256
     scale: Literal["paper", "su"] = "paper"
@@ -237,7 +242,7 @@ class Flash(GatedMixer):
     def unit(self, config: LongspanConfig, layer: int, *, causal: bool) -> GatedUnit:
         self.require(
             causal or self.linear == "paper",
-            f"linear={self.linear} is for the chunks before a query's, and in an encoder it sees all; use linear=paper, or "
+            f"linear={self.linear} counts the chunks before a query's, and in an encoder it sees all; use linear=paper, or "
             "kind=decoder",
         )
         return ChunkedUnit(self, config, layer, 4, causal=causal)

@@ -1,9 +1,9 @@
-"""Linear attention (Katharopoulos 2020): φ(q)·φ(k) with φ = elu + 1 in place of e^(q·k), so time is linear and the state of
-a decoder is one matrix for each head.
+"""Linear attention: weights φ(q)·φ(k) with φ = elu + 1 in the place of e^(q·k) (Katharopoulos 2020).
 
-Projections are those of softmax attention. RoPE turns queries and keys before φ, so weights stay positive and their sum is
-the denominator; a weight then depends on both places and not on their distance alone. (RoFormer's section on linear
-attention turns φ(q) and φ(k) and leaves the denominator unturned, so that its weights may be negative and add up to anything.)
+Time is linear, and the state of a decoder is one matrix per head. Projections are those of softmax attention. RoPE rotates
+queries and keys before φ, so weights are positive and sum to the denominator; but a weight depends on both positions, not only
+on the distance. (RoFormer's section on linear attention rotates φ(q) and φ(k) and not the denominator, so its weights may be
+negative and have any sum.)
 """
 
 from __future__ import annotations
@@ -49,35 +49,38 @@ class KernelAttention(MixerModule, LongspanAttention):
 
 
 class KernelMixer(Mixer):
-    """Base of the mixers whose weights are a product of features."""
+    """Base of the mixers whose attention weights are products of features."""
 
     cost = "time n, state of one size"
     positions = frozenset({"embed", "rotation"})
 
     def check_config(self, config: LongspanConfig, encoding: PositionEncoding, *, causal: bool) -> None:
+        """Raises `NotSupported` for a configuration that the mixer cannot be in."""
         self.check_direction(causal)
         self.check_position_encoding(config, encoding)
         self.check_dropout(config)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1 (Katharopoulos 2020, eq. 7), as e^x below zero, where the sum would round to 0.
+    """elu(x) + 1 (Katharopoulos 2020, eq. 7), computed as e^x below zero, where the sum would round to 0.
 
-    Its slope at 0 is 1 from both sides. What is above is filled with 0 and not clamped, since the gradient of `clamp` at its
-    bound is not the same in all versions of torch.
+    The slope at 0 is 1 from both sides. Values above are filled with 0 and not clamped, since the gradient of `clamp` at its
+    bound differs between versions of torch.
     """
     above = x > 0
     return torch.where(above, x + 1, x.masked_fill(above, 0).exp())
 
 
 class LinearAttention(KernelAttention):
+    """Attention with the features elu + 1."""
+
     def kernel(self, handed: dict[Method, Any]) -> Kernel:
         return Kernel(elu_plus_one)
 
 
 @dataclass(frozen=True)
 class Linear(KernelMixer):
-    """Without settings: φ = elu + 1."""
+    """Attention weights φ(q)·φ(k) with φ = elu + 1, in linear time; no settings."""
 
     name = "linear"
     title = "Linear attention"

@@ -1,11 +1,10 @@
-"""Linformer (Wang 2020): keys and values of n tokens are projected along the text to k, so time and memory are linear.
+"""Linformer: attention to k projections of the n keys and values, in linear time and memory (Wang 2020).
 
     head = softmax(Q (E K)ᵀ / sqrt(d)) F V,   E, F of (k, n)                                          (eq. 7)
 
-E and F are learned, for the length that the model is made for: a shorter text takes their first columns, a longer one cannot
-be read. Every projected key holds tokens from the whole text, so there is no causal form: a mask over the projected keys
-would hide none of what comes later. Columns are counted from a row's first real token and padding is zero before it is
-projected, so padding changes nothing.
+E and F are trained for one length: a shorter text uses their first columns, a longer one is refused. Every projected key is a sum
+over the whole text, so there is no causal form: a mask over the projected keys would not hide later tokens. Columns are counted
+from a row's first real token, and padding is set to zero before the projection, so padding changes nothing.
 
 Layers with fewer projected keys further up, as the paper proposes, are a list: attention=[linformer:k=256, linformer:k=128].
 """
@@ -28,8 +27,8 @@ from longspan.util.errors import NotSupported
 
 
 class Projection(nn.Module):
-    """E and, where it is another, F: (heads or 1, k, n). Entries begin normal with variance 1 / k, as in the paper's Theorem 2;
-    it does not say how its trained models began."""
+    """E and, where it differs, F: (heads or 1, k, n). Entries are drawn normal with variance 1 / k, as in the paper's Theorem
+    2; the paper does not say how its trained models were initialised."""
 
     def __init__(self, method: Linformer, heads: int, length: int):
         super().__init__()
@@ -40,15 +39,16 @@ class Projection(nn.Module):
         self.draw_weights()
 
     def draw_weights(self) -> None:
+        """Draws E and F, normal with variance 1 / k."""
         for weight in self.parameters():
             nn.init.normal_(weight, std=self.method.k**-0.5)
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, T, D) → (B, H, k, D), both."""
+        """Keys and values (B, H, k, D), projected from (B, H, T, D). Raises `NotSupported` for more tokens than E has columns."""
         new = key.shape[2]
         if new > self.length:
             raise NotSupported(
-                f"attention={self.method.spec} was made for texts of {self.length:,} tokens and this one has {new:,}: "
+                f"attention={self.method.spec} was built for texts of {self.length:,} tokens, and this one has {new:,}; "
                 f"shorten it, or train with max_position_embeddings={new} or more"
             )
         values = self.keys if self.values is None else self.values
@@ -56,8 +56,8 @@ class Projection(nn.Module):
 
 
 class LinformerAttention(MixerModule, LongspanAttention):
-    """Attention to projected keys and values. Under layerwise sharing the first layer that has this method holds the
-    projection, and the others use it."""
+    """Attention to projected keys and values. With share=layerwise the first layer with this method has the projection, and the
+    others use it."""
 
     def __init__(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, method: Linformer):
         super().__init__(config, layer, encoding, causal=False)
@@ -88,7 +88,7 @@ class LinformerAttention(MixerModule, LongspanAttention):
 
 
 def _aligned(x: Tensor, padding: Tensor) -> Tensor:
-    """x (B, H, T, D) with padding zeroed and each row's first real token in front."""
+    """x (B, H, T, D) with padding set to zero and each row's first real token in front."""
     length = x.shape[2]
     column = torch.arange(length, device=x.device)[None] + padding.int().argmax(1, keepdim=True)
     zeroed = x.masked_fill(~padding[:, None, :, None], 0)
@@ -97,8 +97,8 @@ def _aligned(x: Tensor, padding: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Linformer(Mixer):
-    """`k` projected keys. `share`: none (each head has an E and an F), headwise (each layer has), kv (E = F in each layer) or
-    layerwise (one matrix for the whole model)."""
+    """Attention to `k` projected keys. `share`: none (E and F of each head), headwise (E and F of each layer), kv (E = F in each
+    layer) or layerwise (one matrix for the whole model)."""
 
     k: int = 256
     share: Literal["none", "headwise", "kv", "layerwise"] = "headwise"
@@ -116,17 +116,15 @@ class Linformer(Mixer):
     def check_direction(self, causal: bool) -> None:
         if causal:
             raise NotSupported(
-                f"attention={self.spec} cannot be causal: each projected key holds tokens of the whole text, later ones too. It "
-                "can be part of an encoder (kind=encoder); in a decoder linear or performer take linear time"
+                f"attention={self.spec} cannot be causal, since each projected key is a sum over the whole text; use it with "
+                "kind=encoder, or linear or performer in a decoder"
             )
 
     def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         self.check_direction(causal)
         self.check_position_encoding(config, encoding)
         length = config.max_position_embeddings
-        self.require(
-            self.k <= length, f"k={self.k} is more than the {length} tokens that there are; use k={length // 4}"
-        )
+        self.require(self.k <= length, f"k={self.k} exceeds max_position_embeddings={length}; use k={length // 4}")
         return LinformerAttention(config, layer, encoding, method=self)
 
     def join(self, stack: LongspanModel) -> None:

@@ -1,13 +1,12 @@
-"""Simple local attention (Xiong 2021): tokens lie in blocks and see their own block, or with `overlap` half a block around it.
+"""Local attention in disjoint blocks, or in blocks with half a block around them (Xiong 2021).
 
-With b the block's size, token i lies in the block that begins at s = floor(i / b)·b. `local` shows it keys s … s + b - 1,
-`overlap` keys s - b/2 … s + 3b/2 - 1, aligned to the block and not to the token (the authors' modules `block` and
-`blockwise`). The first `globals` tokens see every token and are seen by every token, through the same projections: one
-softmax over local and global keys. `globals=0` is the form without. The authors mark more tokens as global by task;
-token 0 always is one, as here.
+With blocks of b tokens, token i is in the block that begins at s = floor(i / b)·b. Under `local` it sees keys s … s + b - 1,
+under `overlap` keys s - b/2 … s + 3b/2 - 1, which depend on the block and not on the token (the authors' modules `block` and
+`blockwise`). The first `globals` tokens see all tokens and all see them, through the same projections, in one softmax over local
+and global keys. The authors make more tokens global, by task; token 0 always is, as it is here by default.
 
-The paper has encoders. In a decoder a token sees of these keys those up to itself, which extends the paper: `local` is then
-attention in chunks, with a cache that no query reads past its block, and `overlap` shows the half block before it as well.
+The paper has encoders. As an extension, a decoder's token sees those of these keys that are not after it: `local` is then
+attention in chunks, and `overlap` adds the half block before.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from longspan.engine.patterns import masked_attention
 from longspan.lm.base import Pattern
 
 TOKENS_AT_ONCE = 2**17
-"""Queries whose sums are held in float32 at once."""
+"""Queries whose sums are in memory in float32 at once."""
 
 
 @dataclass(frozen=True)
 class Blockwise(Pattern):
-    """Base of both. `block` in tokens."""
+    """Base of both patterns; `block` and `globals` in tokens."""
 
     block: int
     globals: int
@@ -39,12 +38,12 @@ class Blockwise(Pattern):
 
     @property
     def halo(self) -> int:
-        """How many tokens are seen on each side of the block."""
+        """The number of visible tokens on each side of the block."""
         return 0
 
     def _check(self, most: int) -> None:
         self.require(self.block >= 1, f"block must be at least 1 token, not {self.block}")
-        self.require(0 <= self.globals <= most, f"globals must be 0 to {most} tokens, not {self.globals}")
+        self.require(0 <= self.globals <= most, f"globals must be from 0 to {most} tokens, not {self.globals}")
 
     def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
         start = queries[:, None, :, None].div(self.block, rounding_mode="floor") * self.block
@@ -60,8 +59,10 @@ class Blockwise(Pattern):
         return [(0, self.globals), (low, high)]
 
     def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
-        """Blocks, halves beside them and global tokens as dense calls that are put together. With more than products in the
-        scores, or dropout, blocks of queries under a mask."""
+        """Attention (B, H, T, D) by dense calls over blocks, half blocks and global tokens, joined in one softmax.
+
+        With a bias on scores or dropout it runs in blocks of queries under a mask.
+        """
         if not call.plain:
             return masked_attention(self, call, grid)
 
@@ -96,14 +97,14 @@ class Blockwise(Pattern):
         return parts if causal or not self.halo else parts + self._after(start, end, length)
 
     def _blocks(self, start: int, end: int) -> list[tuple[int, Lane]]:
-        """The whole blocks of tokens `start` … `end` - 1, and what is left."""
+        """The whole blocks of the tokens `start` … `end` - 1, and the incomplete one."""
         whole = max(0, end - start) // self.block
         rest = start + whole * self.block
         found = [(whole, Lane(start, self.block, self.block))] if whole else []
         return found + ([(1, Lane(rest, end - rest))] if rest < end else [])
 
     def _after(self, start: int, end: int, length: int) -> list[Part]:
-        """The halves after blocks, of which the text's end cuts the last."""
+        """The half blocks after blocks, the last of which may be cut by the end of the text."""
         whole = min(end - start, length - self.halo - start) // self.block
         rest = start + max(0, whole) * self.block
         parts = []
@@ -122,7 +123,8 @@ def _one(start: int, end: int, first: int, last: int) -> Part:
 
 @dataclass(frozen=True)
 class Local(Blockwise, OnTrained):
-    """`block` in tokens; the first `globals` tokens see and are seen by all (the authors' form without has block=256)."""
+    """Attention within blocks of `block` tokens; the first `globals` tokens are global (the authors' form without has
+    block=256)."""
 
     block: int = 512
     globals: int = 1
@@ -136,7 +138,7 @@ class Local(Blockwise, OnTrained):
         self._check(self.block)
 
     def reach(self, facts: ModelFacts) -> int | None:
-        """No end where a model's positions are relative and stay within its window: global tokens are ever farther away."""
+        """No limit where blocks are within the window and there are no global tokens, whose distance grows with the text."""
         return None if self.globals == 0 and self.block <= facts.window else facts.window
 
     def neutral_length(self) -> int:
@@ -148,7 +150,7 @@ class Local(Blockwise, OnTrained):
 
 @dataclass(frozen=True)
 class Overlap(Blockwise):
-    """`block` in tokens, even; the first `globals` tokens see and are seen by all."""
+    """Attention within blocks of `block` tokens, even, and half a block around; the first `globals` tokens are global."""
 
     block: int = 128
     globals: int = 1

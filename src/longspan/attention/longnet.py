@@ -1,16 +1,16 @@
-"""LongNet's dilated attention (Ding 2023, §2.2): segments of growing length, in each of which every r-th token takes part.
+"""LongNet's dilated attention: several segment lengths, in each of which only every r-th token attends (Ding 2023, §2.2).
 
-Pattern i cuts the text into segments of w_i tokens. Head j takes of each the tokens whose place p in the segment has
-p mod r_i = s_ij with s_ij = j mod r_i (eq. 9), as queries, keys and values alike (eq. 4-6), and attends among them. The
-patterns' results are added with weights α_i, the shares of their softmax's denominators (eq. 10-11); a pattern in which a
-query takes no part has none. That is one softmax over the keys of all patterns, in which a key of m patterns counts m times:
-m is `multiplicity`, and its logarithm a part of the score.
+Pattern i splits the text into segments of w_i tokens. Head j selects from each segment the tokens at index p with
+p mod r_i = s_ij, s_ij = j mod r_i (eq. 9), as queries, keys and values (eq. 4-6), which attend to one another. The results of the
+patterns are summed with weights α_i, the shares of their softmax denominators (eq. 10-11); a pattern that does not select a query
+has none. This is one softmax over the keys of all patterns, in which a key of m patterns counts m times: m is `multiplicity`, and
+log m is added to the score.
 
-Decoding follows from the same: token t asks in pattern i on head j only if (t mod w_i) mod r_i = s_ij, in its own segment.
+Decoding is the same rule: on head j pattern i selects token t if (t mod w_i) mod r_i = s_ij, for keys of its segment.
 
-The authors' code (torchscale) gives offsets to groups of neighbouring heads, which for r dividing the number of heads is
-the same with heads renumbered, and fills texts up with zero keys that are not masked; neither is copied. It lets no
-gradient through α: `weights=detached` does so for texts that are read whole.
+The authors' code (torchscale) assigns offsets to groups of neighbouring heads, which, for r that divides the number of heads,
+only renumbers heads, and pads texts with zero keys that are not masked; neither is done here. It passes no gradient through α, as
+`weights=detached` does for texts that are read whole.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from longspan.util.errors import NotSupported
 from longspan.util.units import read_size
 
 TOKENS_AT_ONCE = 2**17
-"""Queries whose sums are held in float32 at once, where the segments' lengths allow it."""
+"""Queries whose sums are in memory in float32 at once, where the segments' lengths allow it."""
 
 
 @dataclass(frozen=True)
 class LongNet(OnTrained):
-    """`segments`: w_i in tokens, `dilations`: r_i, both as lists such as 2k/4k/8k; the first dilation is 1. The defaults are
-    the paper's language models'. weights: whether gradients go through α, or as in the authors' code do not."""
+    """Dilated attention. `segments`: w_i in tokens, `dilations`: r_i, both as lists such as 2k/4k/8k; the first dilation is 1.
+    The defaults are those of the paper's language models. `weights`: whether gradients pass through α (exact) or, as in the
+    authors' code, do not (detached)."""
 
     segments: str = "2048/4096/8192/16384/32768"
     dilations: str = "1/2/4/6/12"
@@ -59,11 +60,12 @@ class LongNet(OnTrained):
     def __post_init__(self) -> None:
         sizes, steps = self._list("segments"), self._list("dilations")
         self.require(
-            len(sizes) == len(steps), f"{len(sizes)} segments and {len(steps)} dilations; each segment has one of each"
+            len(sizes) == len(steps),
+            f"there are {len(sizes)} segments and {len(steps)} dilations; set one dilation per segment",
         )
-        self.require(steps[0] == 1, f"the first dilation must be 1, or some tokens see nothing; not {steps[0]}")
+        self.require(steps[0] == 1, f"the first dilation must be 1, or some tokens see no keys; not {steps[0]}")
         for size, step in self.patterns:
-            self.require(1 <= step <= size, f"a dilation must lie between 1 and its segment, {size}; not {step}")
+            self.require(1 <= step <= size, f"a dilation must be from 1 to its segment's {size} tokens, not {step}")
 
     def _list(self, setting: str) -> list[int]:
         text = getattr(self, setting)
@@ -72,7 +74,7 @@ class LongNet(OnTrained):
 
     @property
     def patterns(self) -> list[tuple[int, int]]:
-        """(w_i, r_i)."""
+        """(w_i, r_i) of every pattern."""
         return list(zip(self._list("segments"), self._list("dilations"), strict=True))
 
     def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
@@ -84,8 +86,8 @@ class LongNet(OnTrained):
         found = torch.zeros((), dtype=torch.uint8, device=keys.device)
         for size, step in self.patterns:
             same = queries.div(size, rounding_mode="floor") == keys.div(size, rounding_mode="floor")
-            asks, answers = (x % size % step == heads % step for x in (queries, keys))
-            found = found + (same & asks & answers).to(found.dtype)
+            q_selected, k_selected = (x % size % step == heads % step for x in (queries, keys))
+            found = found + (same & q_selected & k_selected).to(found.dtype)
         return found
 
     def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
@@ -93,12 +95,14 @@ class LongNet(OnTrained):
         return [(min(start // w * w for w in sizes), min(grid.length, max(-(-end // w) * w for w in sizes)))]
 
     def visited(self, grid: AttentionShape, device: torch.device) -> float:
-        """Of each pattern apart: a key that two patterns share is gone through twice."""
+        """The number of visited pairs, summed over patterns and heads: a key of two patterns is visited twice."""
         return float(sum(dilated.visited(grid.length, grid.heads, *at, causal=grid.causal) for at in self.patterns))
 
     def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
-        """Kernels of our own where they can, else one dense call for each pattern and offset. With more than products in the
-        scores, or dropout, blocks of queries under a mask."""
+        """Attention (B, H, T, D) in longspan's kernels, otherwise one dense call for each pattern and offset.
+
+        With a bias on scores or dropout it runs in blocks of queries under a mask.
+        """
         if not call.plain:
             return masked_attention(self, call, grid)
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
@@ -120,7 +124,7 @@ class LongNet(OnTrained):
         return by_row(rows, call.query, call.key, call.value, None if grid.causal else call.padding)
 
     def chunks(self, length: int, heads: int, causal: bool) -> list[Chunk]:
-        """Where the segments lie in a text of `length` tokens. No segment crosses the end of a chunk."""
+        """The segments in a text of `length` tokens, in chunks whose ends no segment crosses."""
         period = math.lcm(*self._list("segments"))
         step = max(1, TOKENS_AT_ONCE // period) * period
         bounds = [(start, min(start + step, length)) for start in range(0, length, step)]
@@ -146,7 +150,7 @@ class LongNet(OnTrained):
         if self.weights == "detached" and (added or config.attention_dropout):
             raise NotSupported(
                 "weights=detached needs a position scheme that adds nothing to scores, such as rope or xpos, and "
-                "attention_dropout=0; use weights=exact"
+                f"attention_dropout=0, not position={config.position} and {config.attention_dropout}; use weights=exact"
             )
         return super().build(config, layer, encoding, causal=causal)
 
@@ -156,14 +160,16 @@ class LongNet(OnTrained):
         return None if max(self._list("segments")) <= facts.window else facts.window
 
     def neutral_length(self) -> int:
-        """With several patterns the near keys count several times from the second token on."""
+        """The first segment with one pattern; with several, near keys count several times from the second token on."""
         return self._list("segments")[0] if len(self.patterns) == 1 else 1
 
     def keys_seen(self, facts: ModelFacts, length: int) -> int:
-        """The mean over tokens and heads: a share 1/r of them asks, for a share 1/r of a segment."""
+        """The mean over tokens and heads: a share 1/r of the queries, each for a share 1/r of a segment."""
         return min(length, max(1, round(sum(min(size, length) / step**2 for size, step in self.patterns))))
 
     def attach(self, site: Site) -> None:
         if self.weights == "detached":
-            raise NotSupported(f"{self.name}: weights=detached is for training a model of ours; use weights=exact")
+            raise NotSupported(
+                f"{self.name}: weights=detached is for training a longspan model, not for a trained one; use weights=exact"
+            )
         super().attach(site)

@@ -1,26 +1,26 @@
-"""Attention to what hashes alike (Reformer): a token sees the tokens of its own bucket, whatever their distance.
+"""LSH attention of Reformer: a token sees the tokens of its own hash bucket, at any distance (Kitaev 2020).
 
-Queries and keys are one vector, the key scaled to length 1. A random rotation R sends a vector x to the bucket
-argmax[xR; -xR] (section 2); close vectors fall into the same. Tokens are sorted by bucket, and by time within one, and cut
-into chunks; a token sees those of its bucket in its own chunk and in the one before (equation 5). Several rounds with other
-rotations make up for neighbours that fell apart, and their results are joined as one softmax over the union (equations
-13-16): a pair found in N rounds counts 1/N in each. A token sees itself only where it sees nothing else.
+Queries and keys are one vector, the key scaled to length 1. A random rotation R maps a vector x to the bucket argmax[xR; -xR]
+(section 2); close vectors share a bucket. Tokens are sorted by bucket, by position within a bucket, and split into chunks; a
+token sees those of its bucket in its own chunk and in the one before (equation 5). Several rounds with other rotations find
+neighbours that one round separates. Their results are joined as one softmax over the union (equations 13-16): a pair found in N
+rounds counts 1/N in each. A token sees itself only where it sees no other.
 
 Three forms:
-    aligned  ours, the default: every bucket begins with a chunk of its own. What a token sees depends on the tokens before it
-             alone, decoding computes the same as training, and padding and chunks change nothing. It costs empty slots, less
-             than a chunk for each bucket in use.
-    paper    as above. Where the chunks begin in the sorted text depends on all tokens, later ones too. No value of a later
-             token is ever mixed in, but when a bucket is longer than a chunk, later tokens have a part in which of the
-             earlier ones are seen. In a random model (two layers, chunk 4, 4 buckets, 40 tokens) what follows changes logits
-             of a prefix by up to 2.4, decoding is off by up to 3.0, and their standard deviation is 1.6.
-    trax     the authors' code, and transformers': a token sees all of its chunk and the one before, of whatever bucket,
-             the first chunk of a round the last one of the round before; a pair counts as often as it is found. Later tokens
-             have a part in what is seen as in `paper`.
+    aligned  longspan's, the default: every bucket begins a chunk. The keys that a token sees depend on earlier tokens alone,
+             decoding computes the same as training, and padding and chunks change nothing. It costs empty slots, less than a
+             chunk per bucket in use.
+    paper    as above. The chunks of the sorted text depend on all tokens, later ones too. No value of a later token is used, but
+             where a bucket is longer than a chunk, later tokens change which earlier ones are seen. In a random model (two
+             layers, chunk 4, 4 buckets, 40 tokens) they change logits of a prefix by up to 2.4, and decoding differs by up to
+             3.0, where the standard deviation of logits is 1.6.
+    trax     the authors' code, and transformers': a token sees all tokens of its chunk and the one before, of any bucket, in the
+             first chunk of a round the last one of the round before; a pair counts as often as it is found. Later tokens change
+             which keys are seen, as in `paper`.
 
-Decoding takes a token's candidates from the cache: those of its buckets, newest first, up to 2·chunk·hashes of them (in
-`trax` filled up with the newest of all). In the forms `paper` and `trax` that is an approximation of what training
-computes, equal where no bucket is longer than a chunk (`paper`). A piece of several tokens is run with all before it.
+Decoding selects keys from the KV cache: those of the token's buckets, newest first, up to 2·chunk·hashes (in `trax` filled up
+with the newest of all). For `paper` and `trax` this approximates what training computes; for `paper` it is exact where no
+bucket is longer than a chunk. A chunk of several tokens runs with all tokens before it.
 """
 
 from __future__ import annotations
@@ -43,21 +43,20 @@ from longspan.lm.state import state_of
 from longspan.positions.scheme import PositionEncoding
 
 HIDDEN = -1e9
-"""The score of a key that is not seen: a number, so that padding that sees nothing gets numbers."""
+"""The score of an invisible key: finite, so that rows of padding, which see no keys, are finite."""
 ITSELF = 1e5
-"""What a token's score with itself loses (equation 16)."""
+"""Subtracted from a token's score with itself (equation 16)."""
 ONE_FACTOR = 128
-"""More buckets than these are numbered by two hashes, as in the authors' code."""
+"""The most buckets of one hash; more are numbered by two hashes, as in the authors' code."""
 
 
 @dataclass(frozen=True)
 class Lsh(Mixer):
-    """`chunk` in tokens (section 5 names 128 as typical); `hashes` rounds (2 in the authors' enwik8 settings; a model may be
-    run with more than it was trained with); `buckets` even, or 1 for no hashing; left out, they are 2·L/chunk for the
-    training length L. `form=aligned` sees what came before alone, and decodes as it was trained; `paper` and `trax` are the
-    publication's and its code's, in which later tokens have a part in what earlier ones see once a bucket outgrows a chunk,
-    and decoding is an approximation. `scaled` divides scores by sqrt(d) on top of the key's length 1. `seed` draws the
-    rotations."""
+    """Attention within hash buckets. `chunk` in tokens (section 5 names 128 as typical). `hashes`: rounds (2 in the authors'
+    enwik8 settings; a model can run with more than in training). `buckets`: even, or 1 for no hashing, by default 2·L/chunk for
+    the training length L. `form`: `aligned` depends on earlier tokens alone and decodes as it was trained; in `paper` and
+    `trax`, the publication's and its code's, later tokens change which keys are seen where a bucket is longer than a chunk, and
+    decoding is an approximation. `scaled`: scores are divided by sqrt(d), besides the key's length 1. `seed` of the rotations."""
 
     chunk: int = 128
     hashes: int = 2
@@ -84,12 +83,15 @@ class Lsh(Mixer):
             f"buckets must be even, or 1 for no hashing, not {buckets}",
         )
         self.require(
-            buckets != 1 or (self.hashes == 1 and self.seed == 0), "with one bucket there is nothing to hash or to draw"
+            buckets != 1 or (self.hashes == 1 and self.seed == 0),
+            f"buckets=1 has no hashes, so hashes={self.hashes} and seed={self.seed} have no effect; leave them out",
         )
 
     def factors(self, length: int) -> tuple[int, ...]:
-        """How many buckets each hash of a round has; their product is the number of buckets for a training length of
-        `length` tokens. Above 128 they are two, the first a power of 2."""
+        """The number of buckets of each hash of a round, for a training length of `length` tokens.
+
+        Their product is the number of buckets. Above 128 there are two hashes, the first with a power of 2.
+        """
         if self.buckets == 1:
             return ()
         buckets = self.buckets or 2 * max(1, length // self.chunk)
@@ -104,7 +106,7 @@ class Lsh(Mixer):
 
 
 class LshAttention(MixerModule):
-    """One projection for queries and keys, (heads · D); values may be shared by groups of heads."""
+    """LSH attention with one projection for queries and keys; groups of heads may share values."""
 
     rotations: Tensor
 
@@ -122,7 +124,8 @@ class LshAttention(MixerModule):
         self.register_buffer("rotations", self._draw())
 
     def _draw(self) -> Tensor:
-        """(H, rounds, D, half of all factors). Each round has a seed of its own, so that more rounds begin with the same."""
+        """The rotations (H, rounds, D, sum of factors / 2). Each round has its own seed, so more rounds begin with the same
+        ones."""
         shape = self.heads, self.head_dim, sum(self.factors) // 2
         rounds = []
         for number in range(self.method.hashes):
@@ -147,15 +150,15 @@ class LshAttention(MixerModule):
 
     @torch.no_grad()
     def buckets_of(self, qk: Tensor) -> Tensor:
-        """Bucket numbers (B, H, rounds, T) of qk (B, H, T, D), in float32 whatever its dtype."""
+        """Bucket numbers (B, H, rounds, T) of qk (B, H, T, D), computed in float32 for every dtype."""
         batch, heads, length, _ = qk.shape
         number = torch.zeros(batch, heads, self.method.hashes, length, dtype=torch.long, device=qk.device)
         begin, step = 0, 1
         with torch.autocast(qk.device.type, enabled=False):
             for buckets in self.factors:
                 part = self.rotations[..., begin : begin + buckets // 2].float()
-                turned = torch.einsum("bhtd,hrdn->bhrtn", qk.float(), part)
-                number += step * torch.cat((turned, -turned), dim=-1).argmax(-1)
+                rotated_qk = torch.einsum("bhtd,hrdn->bhrtn", qk.float(), part)
+                number += step * torch.cat((rotated_qk, -rotated_qk), dim=-1).argmax(-1)
                 begin, step = begin + buckets // 2, step * buckets
         return number.to(torch.int16 if step < 2**15 else torch.int32)
 
@@ -163,13 +166,15 @@ class LshAttention(MixerModule):
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _with_past(self, cache: Cache, *new: Tensor) -> tuple[Tensor, ...]:
-        """All tokens' vectors, values and buckets, which the cache keeps for the next ones."""
+        """qk, value and buckets of the cached and the new tokens; the cache keeps them."""
 
         state = state_of(cache, self.layer_idx)
         names = ("qk", "value", "buckets")
         if state.seen:
-            kept = (state.tensors[name] for name in names)
-            new = tuple(torch.cat(pair, dim=i) for pair, i in zip(zip(kept, new, strict=True), (2, 2, 3), strict=True))
+            cached = (state.tensors[name] for name in names)
+            new = tuple(
+                torch.cat(pair, dim=i) for pair, i in zip(zip(cached, new, strict=True), (2, 2, 3), strict=True)
+            )
         state.keep(new[0].shape[2] - state.seen, **dict(zip(names, new, strict=True)))
         return new
 
@@ -177,8 +182,11 @@ class LshAttention(MixerModule):
 def hashed_attention(
     qk: Tensor, value: Tensor, buckets: Tensor, method: Lsh, causal: bool, padding: Tensor | None, dropout: float
 ) -> Tensor:
-    """(B, H, T, D): a text that attends to itself. qk and value (B, H, T, D), buckets (B, H, rounds, T), padding boolean
-    (B, T), True where a token is real, or None. Memory grows with T · rounds · chunk."""
+    """Self-attention (B, H, T, D) of whole texts.
+
+    qk and value (B, H, T, D), buckets (B, H, rounds, T); padding: boolean (B, T), True where a token is real, or None. Memory
+    grows with T · rounds · chunk.
+    """
     length, size = qk.shape[2], method.chunk
     groups = int(buckets.max()) + 1
     buckets = buckets.long()
@@ -192,9 +200,9 @@ def hashed_attention(
     if method.form != "trax":
         before[:, :, :, 0] = length  # before a round's first chunk there is nothing
     keys = torch.cat((before, queries), dim=-1)
-    query, seen = _rows(qk, queries), _rows(value, queries)
+    query, values = _rows(qk, queries), _rows(value, queries)
     key = _unit(query)
-    key, seen = (torch.cat((_roll(x), x), dim=-2) for x in (key, seen))
+    key, values = (torch.cat((_roll(x), x), dim=-2) for x in (key, values))
     scores = _wide(query @ key.mT) * _scale(method, qk)
     with torch.no_grad():
         visible = _visible(queries, keys, length, padding, causal)
@@ -206,7 +214,7 @@ def hashed_attention(
     scores = (scores - counted).masked_fill(~visible, HIDDEN) - ITSELF * (queries[..., None] == keys[..., None, :])
     total = scores.logsumexp(-1)
     weights = F.dropout((scores - total[..., None]).exp(), dropout, training=dropout > 0)
-    out = weights.to(seen.dtype) @ seen
+    out = weights.to(values.dtype) @ values
     index = slot[..., None].expand(*slot.shape, out.shape[-1])
     out, total = out.flatten(3, 4).gather(3, index), total.flatten(3, 4).gather(3, slot)
     return (total.softmax(2)[..., None] * out).sum(2).to(value.dtype)
@@ -215,8 +223,10 @@ def hashed_attention(
 def newest_attention(
     qk: Tensor, value: Tensor, buckets: Tensor, method: Lsh, causal: bool, padding: Tensor | None, dropout: float
 ) -> Tensor:
-    """(B, H, 1, D): what the last token gets. All as in `hashed_attention`; time and memory grow with T · rounds, of small
-    whole numbers, and with the candidates."""
+    """Attention (B, H, 1, D) of the last token; arguments as for `hashed_attention`.
+
+    Time and memory grow with T · rounds, of small integers, and with the number of candidates.
+    """
     length = qk.shape[2]
     same = buckets == buckets[..., -1:]
     if padding is not None:
@@ -241,8 +251,10 @@ def newest_attention(
 
 
 def _slots(buckets: Tensor, groups: int, size: int, aligned: bool) -> tuple[Tensor, int]:
-    """Where each token comes to lie, (B, H, rounds, T), and how many slots there are, a multiple of `size`: sorted by
-    bucket and time, without gaps or, `aligned`, with each bucket's first token at the beginning of a chunk."""
+    """The slot of each token (B, H, rounds, T), sorted by bucket and position, and the number of slots, a multiple of `size`.
+
+    Slots have no gaps or, `aligned`, every bucket begins a chunk.
+    """
     order = buckets.argsort(dim=-1, stable=True)
     rank = torch.empty_like(order)
     rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
@@ -255,26 +267,29 @@ def _slots(buckets: Tensor, groups: int, size: int, aligned: bool) -> tuple[Tens
 
 
 def _roll(x: Tensor) -> Tensor:
-    """(B, H, rounds, chunks, ...) moved on by one chunk, over the ends of rounds."""
+    """x (B, H, rounds, chunks, ...) shifted by one chunk, across the ends of rounds."""
     return x.flatten(2, 3).roll(1, 2).view_as(x)
 
 
 def _visible(queries: Tensor, keys: Tensor, length: int, padding: Tensor | None, causal: bool) -> Tensor:
-    """Which pairs there are, whatever their buckets: boolean (B, H, rounds, chunks, size, 2·size)."""
-    there = keys < length
+    """Boolean (B, H, rounds, chunks, size, 2·size): pairs of real tokens that causality allows, of any buckets."""
+    real_keys = keys < length
     if padding is not None:
         real = F.pad(padding, (0, 1), value=False)[:, None, None, None].expand(*keys.shape[:-1], -1)
-        there = there & real.gather(-1, keys)
-    there = there[..., None, :]
-    return there & (keys[..., None, :] <= queries[..., None]) if causal else there.expand(*queries.shape, -1).clone()
+        real_keys = real_keys & real.gather(-1, keys)
+    real_keys = real_keys[..., None, :]
+    if causal:
+        return real_keys & (keys[..., None, :] <= queries[..., None])
+    return real_keys.expand(*queries.shape, -1).clone()
 
 
 def _found(buckets: Tensor, chunk: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the tokens of a pair share their bucket in the round they lie in, and in how many rounds they do and their
-    chunks are the same or neighbours, at least 1. buckets and chunk (B, H, rounds, T)."""
-    code = F.pad(
-        buckets * (int(chunk.max()) + 2) + chunk, (0, 1), value=-9
-    )  # one below: the same bucket's chunk before
+    """Whether the tokens of a pair share a bucket in its round, and the number of rounds, at least 1, that find the pair.
+
+    A round finds it in one bucket of the same or of neighbouring chunks. buckets and chunk (B, H, rounds, T).
+    """
+    # The code below another by 1 is the same bucket's chunk before.
+    code = F.pad(buckets * (int(chunk.max()) + 2) + chunk, (0, 1), value=-9)
     found, times = None, torch.zeros(*queries.shape, keys.shape[-1], dtype=torch.int16, device=keys.device)
     rounds = torch.arange(code.shape[2], device=code.device).view(-1, 1, 1, 1)
     for number in range(code.shape[2]):
@@ -282,8 +297,8 @@ def _found(buckets: Tensor, chunk: Tensor, queries: Tensor, keys: Tensor) -> tup
         ahead = each.gather(-1, queries)[..., None] - each.gather(-1, keys)[..., None, :]
         together = (ahead == 0) | (ahead == 1)
         times += together
-        own = together & (rounds == number)
-        found = own if found is None else found | own
+        here = together & (rounds == number)
+        found = here if found is None else found | here
     assert found is not None
     return found, times.clamp_(min=1)
 
@@ -295,7 +310,7 @@ def _rows(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x|; the small number under the root is the authors' code's, 1e-6 of the mean square."""
+    """x / |x|, with the authors' code's 1e-6 of the mean square under the root."""
     wide = _wide(x)
     return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6 * x.shape[-1]).rsqrt()).to(x.dtype)
 

@@ -1,12 +1,12 @@
-"""Performer (FAVOR+, Choromanski 2021): attention by random features whose product estimates e^(q·k), in linear time.
+"""Performer: attention by random features whose product estimates e^(q·k), in linear time (FAVOR+, Choromanski 2021).
 
-Keys' features are divided by their head's greatest so far (`engine/linear`), and nothing is added to them. The authors'
-code divides by the greatest of the whole text and adds 1e-6: then the causal form changes with tokens that come later, and
-features that sink below 1e-6 give every token the same weight.
+Keys' features are divided by the largest so far in their head (`engine/linear`), and nothing is added to them. The authors' code
+divides by the largest of the whole text and adds 1e-6: then the causal form depends on later tokens, and where features are below
+1e-6 every token has the same weight.
 
-On a trained model softmax is only swapped for its estimate. At the size that trained queries and keys have, the estimate is
-far off (`attention/random_features.py` measures it), so the model must be fine-tuned with it; only then is it of use. Its
-cache keeps keys and values as before: one token costs the features of all keys.
+On a trained model softmax is replaced by its estimate. For queries and keys of the size of trained ones the error is large
+(`attention/random_features.py` measures it), so the model must be fine-tuned with the method to be of use. Its KV cache is as
+before: each new token costs the features of all keys.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from longspan.util.errors import NotSupported
 
 
 class PerformerAttention(KernelAttention):
+    """Attention with random features, drawn for this layer."""
+
     def __init__(
         self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool, method: Performer
     ):
@@ -47,10 +49,10 @@ class PerformerAttention(KernelAttention):
 
 @dataclass(frozen=True)
 class Performer(KernelMixer):
-    """`features` random features, drawn from `seed` for each layer, `orthogonal` in blocks or independent; `norms` of their
-    rows as normal vectors have them (chi) or all the same (sqrt, the regularised softmax kernel). `kernel` is softmax, or relu
-    (the generalised kernel relu(W x) + 0.001). `redraw`: new features after every so many forwards in training, none while
-    0; evaluation and decoding keep the last."""
+    """Attention by `features` random features, drawn from `seed` for each layer, `orthogonal` in blocks or independent. `norms`
+    of their rows: those of normal vectors (chi), or all equal (sqrt, the regularised softmax kernel). `kernel`: softmax, or relu
+    (the generalised kernel relu(W x) + 0.001). `redraw`: training forwards after which features are drawn again, 0 for never;
+    evaluation and decoding use the last."""
 
     features: int = 256
     kernel: Literal["softmax", "relu"] = "softmax"
@@ -74,6 +76,7 @@ class Performer(KernelMixer):
         self.require(self.seed >= 0, f"seed must be 0 or above, not {self.seed}")
 
     def random_features(self, width: int, layer: int) -> RandomFeatures:
+        """The features of layer `layer`, for heads of `width` channels."""
         draw = Draw(self.features, self.orthogonal, self.norms)
         return RandomFeatures(draw, width, self.seed, layer, kernel=self.kernel, redraw=self.redraw)
 
@@ -82,12 +85,12 @@ class Performer(KernelMixer):
         return PerformerAttention(config, layer, encoding, causal=causal, method=self)
 
     def join(self, stack: LongspanModel) -> None:
-        """Forwards are counted where gradient checkpointing does not run them twice."""
+        """Counts forwards on the stack, where gradient checkpointing does not run them twice."""
         if self.redraw:
             stack.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Each forward is handed its features: when it runs again, the stack may have drawn others."""
+        """Passes its features to each forward: when it is recomputed, others may have been drawn."""
         if not (stack.training and torch.is_grad_enabled()):
             return None
         own = [m for m in stack.modules() if isinstance(m, PerformerAttention) and m.method == self]
@@ -97,54 +100,59 @@ class Performer(KernelMixer):
     def check(self, facts: ModelFacts) -> None:
         if self.redraw:
             raise NotSupported(
-                "performer: on a trained model features are drawn once, from the seed, so that the checkpoint needs no more than "
-                "its settings; leave redraw out"
+                f"performer: redraw={self.redraw} is for models built with it; on a trained model features are drawn once, "
+                "from the seed; leave redraw out"
             )
         windowed = facts.sliding_window is not None and not facts.layer_types
         if windowed or facts.layer_types - {"full_attention"}:
             raise NotSupported(
-                f"performer sums over all tokens before a query, and {facts.architecture} has layers that forget or see only a "
-                "window of them; use a model with full attention in every layer"
+                f"performer sums over all tokens before a query, and {facts.architecture} has layers with a window or a "
+                "recurrence; use a model with full attention in every layer"
             )
 
     def attach(self, site: Site) -> None:
         if any(getattr(module, "pattern", None) is not None for module in site.model.modules()):
             raise NotSupported(
-                "performer sums over all tokens before a query, and this model was trained with a pattern that hides some; use a "
-                "model with full attention, or train one with attention=performer"
+                "performer sums over all tokens before a query, and this model was trained with a pattern that hides some of "
+                "them; use a model with full attention, or train one with attention=performer"
             )
-        swap = Swap(self, site)
-        site.attention(swap.attend, own_mask=True)
-        site.before_forward(swap.before_forward)
+        trained = OnTrainedModel(self, site)
+        site.attention(trained.attend, own_mask=True)
+        site.before_forward(trained.before_forward)
 
 
-class Swap:
-    """Attention of one trained model by random features."""
+class OnTrainedModel:
+    """Attention by random features on one trained model."""
 
     def __init__(self, method: Performer, site: Site):
         self.method, self.site = method, site
         self.features: dict[int, RandomFeatures] = {}
 
     def before_forward(self, arguments: dict[str, Any]) -> None:
+        """Stores which tokens of a forward are real. Raises `NotSupported` for masks of pairs and for packed texts."""
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise NotSupported("performer sums over all tokens: a mask may only hide padding, (batch, tokens)")
+            raise NotSupported(
+                "performer sums over all tokens, so a mask can only hide padding; pass one of shape (batch, tokens)"
+            )
         if positions is not None and positions.ndim == 3:  # Qwen-VL's; this one never goes back within a text
             positions = positions[0]
         if mask is None and positions is not None and bool((positions.diff() < 0).any()):
             raise NotSupported(
-                "several texts are packed into one row, and performer would sum across them; use data.packing=plain or none"
+                "position_ids pack several texts into one row, and performer would sum across them; use "
+                "data.packing=plain or none"
             )
         forward_of(arguments).keep(self, None if mask is None or bool(mask.all()) else mask.bool())
 
     def attend(self, call: LayerCall) -> Tensor:
+        """Causal attention (B, H, Tq, D) of the call's queries by the features of its keys."""
         self._check(call)
         kernel = self._features(call).kernel(call.scale)
         total, before = call.key.shape[2], call.key.shape[2] - call.query.shape[2]
         real: Tensor | None = call.forward.state(self)
         if real is not None and real.shape[1] != total:
             raise NotSupported(
-                f"performer: the mask knows {real.shape[1]} tokens of {total}; give one over all tokens so far"
+                f"performer: the mask has {real.shape[1]} of {total} tokens; pass one over all tokens so far"
             )
         old, new = (None, None) if real is None else (real[:, :before], real[:, before:])
         state = read(call.key[:, :, :before], call.value[:, :, :before], kernel, real=old) if before else None
@@ -160,10 +168,11 @@ class Swap:
     def _check(self, call: LayerCall) -> None:
         if call.softcap is not None:
             raise NotSupported(
-                f"performer: {self.site.facts.architecture} caps its scores, which are never made one by one"
+                f"performer: {self.site.facts.architecture} caps its scores, which performer does not compute; use a model "
+                "without a cap"
             )
         if call.dropout:
             raise NotSupported(
-                "performer: attention_dropout drops weights that are never made one by one; set it to 0 in the model's "
-                "configuration"
+                f"performer: attention dropout {call.dropout} drops weights that performer does not compute; set "
+                "attention_dropout=0 in the model's configuration"
             )

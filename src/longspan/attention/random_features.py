@@ -1,10 +1,10 @@
-"""Random features of the softmax kernel (FAVOR+, Choromanski 2021), and how far attention by them is from softmax attention.
+"""Random features of the softmax kernel, and the error of attention by them (FAVOR+, Choromanski 2021).
 
     φ(x) = m^{-1/2} e^{W x̃ - |x̃|²/2},   x̃ = x · sqrt(scale),   E φ(q)·φ(k) = e^{scale q·k}          (Lemma 1)
 
-The rows of W are normal vectors, made orthogonal in blocks of D (section 2.4). The estimate is unbiased and positive, but its
-variance grows like e^{|q̃ + k̃|²}: attention by features is close to softmax attention only where queries and keys are small.
-`errors` measures this beside the error of giving every token the same weight, which a useful approximation must beat.
+The rows of W are normal vectors, orthogonal in blocks of D (section 2.4). The estimate is unbiased and positive, but its variance
+grows like e^{|q̃ + k̃|²}: attention by features is close to softmax attention only for small queries and keys. `errors` measures
+this, with the error of equal weights for all tokens, which a useful approximation must beat.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RELU_FLOOR = 1e-3
 
 @dataclass(frozen=True)
 class Draw:
-    """How W is drawn: `features` rows; norms as normal vectors have them (chi) or all sqrt(D), the regularised softmax kernel."""
+    """How W is drawn: `features` rows, orthogonal or not, with the norms of normal vectors (chi) or all sqrt(D) (sqrt)."""
 
     features: int = 256
     orthogonal: bool = True
@@ -53,14 +53,17 @@ class Draw:
 
 
 def _directions(normal: Tensor) -> Tensor:
-    """An orthogonal matrix, every one equally likely: of QR's factors the one with a positive diagonal is unique."""
+    """A uniformly random orthogonal matrix from a normal one: QR with a positive diagonal is unique."""
     q, r = torch.linalg.qr(normal)
     return q * r.diagonal().sign()
 
 
 class RandomFeatures(nn.Module):
-    """W as a buffer, saved with the model. With `redraw` a new W is drawn after every so many calls of `count`, one for each
-    forward in training; the number of calls is saved too, so a run that is resumed goes on with the same draws."""
+    """W (features, width) as a buffer, which is saved with the model.
+
+    redraw: a new W is drawn after that many calls of `count`, one per training forward; 0 for never. The number of calls is saved
+    too, so that a resumed run continues with the same draws.
+    """
 
     projection: Tensor
     steps: Tensor
@@ -76,28 +79,32 @@ class RandomFeatures(nn.Module):
         self.draw_weights()
 
     def draw_weights(self) -> None:
-        """The first draw, before any step."""
+        """Draws the first W, before any step."""
         self.projection.copy_(self.draw.matrix(self.width, *self.seeds, 0))
         if self.redraw:
             self.steps.zero_()
 
     def forward(self, x: Tensor, *, scale: float, projection: Tensor | None = None) -> Tensor:
-        """x (…, D) → (…, m): logarithms of the features of the softmax kernel, or features of the ReLU kernel. `scale` is what
-        scores are multiplied by; `projection` a W that is no longer the last one."""
+        """Features (…, m) of x (…, D): their logarithms for the softmax kernel, themselves for the ReLU kernel.
+
+        scale: the factor on scores; projection: a W other than the last.
+        """
         x = x * math.sqrt(scale)
         projected = x @ (self.projection if projection is None else projection).to(x.dtype).mT
         if self.kind == "relu":
-            return projected.masked_fill(projected <= 0, 0) + RELU_FLOOR  # relu, with a slope of 0 at 0 by our own rule
+            return (
+                projected.masked_fill(projected <= 0, 0) + RELU_FLOOR
+            )  # relu, with a slope of 0 at 0 in every version
         return projected - x.square().sum(-1, keepdim=True) / 2 - math.log(self.draw.features) / 2
 
     def kernel(self, scale: float, projection: Tensor | None = None) -> Kernel:
-        """With one W, the last one or `projection`, also where features are made again after another was drawn."""
+        """The features as a kernel, with the last W or `projection`, also where they are recomputed after another draw."""
         projection = self.projection if projection is None else projection
         return Kernel(partial(self, scale=scale, projection=projection), logarithms=self.kind == "softmax")
 
     @torch.compiler.disable
     def count(self) -> Tensor:
-        """Another step of training begins: the W of this step."""
+        """Begins another training step and returns its W."""
         number, step = divmod(int(self.steps), self.redraw)
         if number and not step:
             new = self.draw.matrix(self.width, *self.seeds, number)
@@ -108,8 +115,11 @@ class RandomFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors |approximation - exact| / |exact| of attention's output, over all tokens: the mean over draws of W for
-    each number of features, the standard error of that mean, and the error of equal weights for all tokens."""
+    """Relative errors |approximation - exact| / |exact| of attention's output over all tokens.
+
+    mean and standard_error: over draws of W, for each number of `features`; equal_weights: the error of equal weights for all
+    tokens.
+    """
 
     std: float
     width: int
@@ -131,15 +141,17 @@ def errors(
     orthogonal: bool = True,
     seed: int = 0,
 ) -> Errors:
-    """Attention of `length` tokens on one another by random features against softmax attention, one head of `width` channels;
-    queries and keys are normal with `std` in every channel, values with 1."""
+    """The errors of self-attention of `length` tokens by random features, in one head of `width` channels.
+
+    Queries and keys are normal with standard deviation `std` in every channel, values with 1.
+    """
     source = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(1, 1, length, width, generator=source) for _ in range(3))
     query, key, scale = query * std, key * std, width**-0.5
     exact = nn.functional.scaled_dot_product_attention(query, key, value)
 
-    def error(made: Tensor) -> float:
-        return float((made - exact).norm() / exact.norm())
+    def error(approximation: Tensor) -> float:
+        return float((approximation - exact).norm() / exact.norm())
 
     means, spreads = [], []
     for count in features:
@@ -154,7 +166,7 @@ def errors(
 
 
 def draw_errors(curves: Sequence[Errors], path: Path) -> None:
-    """The curves as a picture: error against the number of features, and the error of equal weights as a dashed line."""
+    """Writes a PNG of error against the number of features, with the error of equal weights as a dashed line."""
     from longspan.util.drawing import save_png, styles  # matplotlib, which takes a second
 
     looks = styles([str(n) for n in range(len(curves))])

@@ -1,11 +1,11 @@
-"""S4 and S4D: every channel passes through a linear state space of its own (Gu 2022, arXiv 2111.00396 and 2206.11893).
+"""S4 and S4D: a linear state space per channel (Gu 2022, arXiv 2111.00396 and 2206.11893).
 
-A text is one convolution, a token one step of a recurrence, and both give the same. As in the authors' stack a layer is whole:
-the state space with a direct path D, GELU, a linear layer and a gated linear unit, without a feed-forward network after it;
-their language model has one after every second layer, which is `attention=[s4, "s4:mlp=true"]`.
+A text is one convolution, a token one step of a recurrence, and both compute the same. As in the authors' stack a layer is whole:
+the state space with a direct path D, GELU, a linear layer and a gated linear unit, without a feed-forward network after it. Their
+language model has one after every second layer: `attention=[s4, "s4:mlp=true"]`.
 
-Of the authors' code two habits are left out: B is not clipped to 2, and the step is e^x and not softplus, as in the papers.
-Order is in the recurrence, so no position scheme is needed; what is added to embeddings can be.
+Unlike the authors' code, and like the papers, B is not clipped to 2, and the step is e^x and not softplus. The recurrence knows
+the order of tokens, so no position scheme is needed; schemes that add to embeddings can be used.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ from longspan.positions.scheme import PositionEncoding
 
 
 class StateSpace(nn.Module):
-    """The state spaces of one layer's channels, and a second way out for the other direction where there are two. Weights stay
-    float32 in a model that is loaded in less: a small error of a pole grows with every token."""
+    """The state spaces of one layer's channels, with an output matrix per direction.
+
+    Weights stay float32 in a model of 16 bits, since a small error of a pole grows with every token.
+    """
 
     own_rate: tuple[str, ...] = ("log_step", "log_decay", "turn", "entry")
 
@@ -57,12 +59,12 @@ class StateSpace(nn.Module):
         self.direct = nn.Parameter(torch.empty(channels))
 
     def optimizer_settings(self) -> dict[str, dict[str, float]]:
-        """A, B and Δ learn at a rate of their own and without weight decay (Gu 2022, appendix D)."""
+        """The optimizer settings of A, B and Δ by parameter: `lr` where it is set, and no weight decay (Gu 2022, appendix D)."""
         rate = {} if self.method.lr is None else {"lr": self.method.lr}
         return {name: {**rate, "weight_decay": 0.0} for name in self.own_rate}
 
     def draw_weights(self) -> None:
-        """Δ between the two settings, evenly in its logarithm; C and D normal; A and B as `_draw_system` says."""
+        """Draws Δ between the two settings, uniform in its logarithm, C and D normal, and A and B by `_draw_system`."""
         low, high = math.log(self.method.dt_min), math.log(self.method.dt_max)
         nn.init.uniform_(self.log_step, low, high)
         nn.init.normal_(self.exit, std=math.sqrt(0.5))
@@ -73,26 +75,27 @@ class StateSpace(nn.Module):
         raise NotImplementedError
 
     def recurrence(self, direction: int = 0, memory: MixerState | None = None) -> Recurrence:
-        """One direction's system as it steps. memory: where what is made once for all tokens is kept."""
+        """The system of one direction as a recurrence. memory: a cache layer for what is computed once for all tokens."""
         raise NotImplementedError
 
     def kernel(self, direction: int, length: int) -> Tensor:
-        """(channels, length)."""
+        """The convolution kernel (channels, length) of one direction."""
         raise NotImplementedError
 
     def modes(self, direction: int = 0) -> Modes:
+        """The modes of one direction's system, (channels, N/2), in float32 or wider."""
         wide = torch.promote_types(self.log_step.dtype, torch.float32)
         poles = torch.complex(-self.log_decay.to(wide).exp(), self.turn.to(wide))
         step, exit = self.log_step.to(wide).exp(), torch.view_as_complex(self.exit[direction].to(wide))
         return Modes(step, self._spread(poles), self._spread(torch.view_as_complex(self.entry.to(wide))), exit)
 
     def _spread(self, x: Tensor) -> Tensor:
-        """Of every system's, each channel's: neighbours share one."""
+        """x by system as x by channel; neighbouring channels share a system."""
         return x.repeat_interleave(len(self.log_step) // len(x), dim=0)
 
 
 class DiagonalSpace(StateSpace):
-    """S4D's."""
+    """The diagonal state spaces of S4D."""
 
     method: S4D
 
@@ -114,7 +117,7 @@ class DiagonalSpace(StateSpace):
 
 
 class LowRankSpace(StateSpace):
-    """S4's. `exit` holds C~ = C(I - Ā^L) for L = `length`, so that training never makes a power of Ā (Gu 2022, appendix C.3)."""
+    """The state spaces of S4. `exit` is C~ = C(I - Ā^L) for L = `length`, so training computes no power of Ā (appendix C.3)."""
 
     own_rate = (*StateSpace.own_rate, "low")
 
@@ -130,15 +133,15 @@ class LowRankSpace(StateSpace):
         init.copy_(self.entry, torch.view_as_real(entry).expand_as(self.entry))
         init.copy_(self.low, torch.view_as_real(low).expand_as(self.low))
         drawn = [m.exit for m in map(self.modes, range(len(self.exit)))]
-        kept = torch.stack([LowRankRecurrence(self.modes()).truncated(c, self.length) for c in drawn])
-        init.copy_(self.exit, torch.view_as_real(kept))
+        truncated = torch.stack([LowRankRecurrence(self.modes()).truncated(c, self.length) for c in drawn])
+        init.copy_(self.exit, torch.view_as_real(truncated))
 
     def modes(self, direction: int = 0) -> Modes:
         modes = super().modes(direction)
         return replace(modes, low=self._spread(torch.view_as_complex(self.low.to(modes.step.dtype))))
 
     def recurrence(self, direction: int = 0, memory: MixerState | None = None) -> LowRankRecurrence:
-        """C itself is solved for once a cache."""
+        """The recurrence, whose C is computed once and kept in `memory`."""
         modes = self.modes(direction)
         if memory is not None and "exit" in memory.shared:
             return LowRankRecurrence(replace(modes, exit=unpack(memory.shared["exit"])))
@@ -148,7 +151,7 @@ class LowRankSpace(StateSpace):
         return LowRankRecurrence(replace(modes, exit=exit))
 
     def kernel(self, direction: int, length: int) -> Tensor:
-        """That of `self.length`, or of as many doublings as it takes, cut to what is asked."""
+        """The kernel (channels, length), cut from that of `self.length` or of as many doublings as needed."""
         modes, reach = self.modes(direction), self.length
         doubling = LowRankRecurrence(modes)
         while reach < length:
@@ -158,6 +161,8 @@ class LowRankSpace(StateSpace):
 
 
 class StateSpaceLayer(MixerModule):
+    """State spaces, GELU, a linear layer and a gated linear unit; width: channels."""
+
     def __init__(self, space: StateSpace, layer_idx: int, width: int, *, causal: bool):
         super().__init__()
         self.ssm = space
@@ -176,15 +181,15 @@ class StateSpaceLayer(MixerModule):
         return F.glu(self.o_proj(mixed), dim=-1)
 
     def _mixed(self, x: Tensor, real: Tensor | None, cache: Cache | None) -> Tensor:
-        """(B, H, T) from x (B, H, T), whose padding is zero and comes first."""
+        """The state spaces' output (B, H, T) for x (B, H, T), in which padding is zero and comes first."""
         length = x.shape[2]
         if cache is not None and self.causal:
-            return self._remembered(x, real, state_of(cache, self.layer_idx))
+            return self._recurrent(x, real, state_of(cache, self.layer_idx))
         reverse = None if self.causal else self.ssm.kernel(1, length)
         return convolve(x, self.ssm.kernel(0, length), reverse)
 
-    def _remembered(self, x: Tensor, real: Tensor | None, memory: MixerState) -> Tensor:
-        """The same behind the state in `memory`, which is carried on. Padding is no time."""
+    def _recurrent(self, x: Tensor, real: Tensor | None, memory: MixerState) -> Tensor:
+        """The same output after the state in `memory`, which is updated. Padding is no time step."""
         length, before = x.shape[2], memory.tensors.get("state")
         recurrence = self.ssm.recurrence(0, memory)
         if before is not None and length == 1:
@@ -208,8 +213,8 @@ class StateSpaceLayer(MixerModule):
 
 
 def _padding_first(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x (B, H, T) with zeros for padding, each row's padding moved before its text where it is not there already; the order of
-    columns, (B, H, T), where something moved."""
+    """x (B, H, T) with padding set to zero and moved before the text of its row; the order of columns (B, H, T), or None where
+    nothing moved."""
     x = x * real[:, None].to(x.dtype)
     if bool((real[:, 1:] >= real[:, :-1]).all()):
         return x, None
@@ -219,9 +224,9 @@ def _padding_first(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(frozen=True)
 class StateSpaceMixer(Mixer):
-    """`states` is N, the real size of every channel's state; `systems` how many A and B there are, which channels share evenly;
-    steps are drawn between `dt_min` and `dt_max`; `lr` is the learning rate of A, B and Δ (none: the training's own), and
-    `mlp` says whether a feed-forward network follows."""
+    """Base of both mixers. `states`: N, the real size of a channel's state; `systems`: the number of A and B, which channels
+    share evenly; `dt_min`, `dt_max`: bounds of the initial steps; `lr`: the learning rate of A, B and Δ (none: the training's);
+    `mlp`: whether a feed-forward network follows."""
 
     states: int = 64
     systems: int = 1
@@ -240,7 +245,7 @@ class StateSpaceMixer(Mixer):
         )
         self.require(self.systems >= 1, f"systems must be at least 1, not {self.systems}")
         self.require(
-            0 < self.dt_min <= self.dt_max, f"0 < dt_min <= dt_max must hold, not {self.dt_min:g} and {self.dt_max:g}"
+            0 < self.dt_min <= self.dt_max, f"needs 0 < dt_min <= dt_max, not {self.dt_min:g} and {self.dt_max:g}"
         )
         self.require(self.lr is None or self.lr > 0, f"lr must be above 0, not {self.lr}")
         object.__setattr__(self, "replaces_mlp", not self.mlp)
@@ -250,7 +255,7 @@ class StateSpaceMixer(Mixer):
         self.check_position_encoding(config, encoding)
         width = config.hidden_size
         self.require(
-            width % self.systems == 0, f"{width} channels cannot share {self.systems} systems evenly; use a divisor"
+            width % self.systems == 0, f"systems={self.systems} does not divide the {width} channels; use a divisor"
         )
         self.check_dropout(config)
         return StateSpaceLayer(self._space(config, 1 if causal else 2), layer, width, causal=causal)
@@ -261,8 +266,8 @@ class StateSpaceMixer(Mixer):
 
 @dataclass(frozen=True)
 class S4(StateSpaceMixer):
-    """From HiPPO-LegS, by the bilinear rule. `length` is the L that C~ is kept for, by default the training length; longer
-    texts take doublings of it."""
+    """State spaces of HiPPO-LegS, diagonal plus rank one, by the bilinear rule. `length`: the L of C~, by default the training
+    length; longer texts need doublings of it."""
 
     length: int | None = None
 
@@ -281,7 +286,7 @@ class S4(StateSpaceMixer):
 
 @dataclass(frozen=True)
 class S4D(StateSpaceMixer):
-    """`init` is where the poles start, `rule` how steps are made of them."""
+    """Diagonal state spaces. `init`: the initial poles; `rule`: the discretisation."""
 
     init: Literal["lin", "inv", "real", "legs"] = "lin"
     rule: Literal["zoh", "bilinear"] = "zoh"

@@ -1,7 +1,8 @@
-"""Patterns put on a trained model, which learned to see other keys: what a pattern hides is hidden from the model's attention.
+"""Patterns on a trained model, whose attention then sees only the keys that the pattern shows.
 
-A whole text goes the pattern's own fast way where the model's attention is plain SDPA. All else (chunks, decoding, padding,
-softcaps) runs the model's own attention under the pattern's mask, a block of queries at a time. Tokens are known by position.
+A whole text runs on the pattern's fastest backend where the model's attention is plain SDPA. Everything else (chunks, decoding,
+padding, softcaps) runs the model's own attention under the pattern's mask, a block of queries at a time. Tokens are numbered by
+position.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ QUERIES_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class OnTrained(Pattern):
-    """Base of the patterns that trained models can be tried with."""
+    """Base of the patterns that can be applied to trained models."""
 
     works_on = "pretrained, from scratch"
     why_not_exportable = "it changes what the attention sees, and a checkpoint only holds weights and settings"
@@ -34,38 +35,39 @@ class OnTrained(Pattern):
     def check(self, facts: ModelFacts) -> None:
         if facts.absolute_positions:
             raise NotSupported(
-                f"{self.name} is there for texts past the window, and {facts.architecture} adds absolute positions to its "
-                "embeddings, which end there; use a model with RoPE (Llama, Mistral, Qwen, Phi-3, Gemma, …)"
+                f"{self.name} is for texts past the window, and the absolute positions that {facts.architecture} adds to its "
+                "embeddings end there; use a model with RoPE (Llama, Mistral, Qwen, Phi-3, Gemma, …)"
             )
 
     def attach(self, site: Site) -> None:
         site.attention(partial(self.attend, site))
 
     def attend(self, site: Site, call: LayerCall) -> Tensor:
-        heads, new, held = call.query.shape[1], call.query.shape[2], call.key.shape[2]
+        """Attention (B, H, Tq, D) of the call's queries to the keys that the pattern shows."""
+        heads, new, total = call.query.shape[1], call.query.shape[2], call.key.shape[2]
         end = call.forward.once("end", lambda: int(call.position_ids.max()) + 1)
         grid = AttentionShape(heads, end, layer_number(call.module), causal=True)
         if self._is_whole(site, call):
             return self.run(AttentionCall(call.query, call.key, call.value, call.scale), grid)
-        columns = call.forward.once(f"columns:{held}", lambda: self._columns(call, grid))
+        columns = call.forward.once(f"columns:{total}", lambda: self._columns(call, grid))
         query, key, value = map(Slices, (call.query, call.key, call.value))
         parts = []
-        for start, wanted in zip(range(0, new, QUERIES_AT_ONCE), columns, strict=True):
+        for start, visible in zip(range(0, new, QUERIES_AT_ONCE), columns, strict=True):
             rows = slice(start, min(start + QUERIES_AT_ONCE, new))
-            part = call.part(rows, wanted)
-            part = replace(part, query=query[:, :, rows], key=key[:, :, wanted], value=value[:, :, wanted])
-            asked, keys = part.position_ids, part.key_positions
-            mask = self.mask(asked, keys, grid)
+            part = call.part(rows, visible)
+            part = replace(part, query=query[:, :, rows], key=key[:, :, visible], value=value[:, :, visible])
+            queries, keys = part.position_ids, part.key_positions
+            mask = self.mask(queries, keys, grid)
             if part.mask is None:
-                numbers = torch.arange(held - new, held, device=wanted.device)[rows]
-                mask = mask & (wanted <= numbers[:, None])
+                numbers = torch.arange(total - new, total, device=visible.device)[rows]
+                mask = mask & (visible <= numbers[:, None])
             else:
                 mask = mask & part.mask
-            parts.append(site.own_attention(part, mask, self.multiplicity(asked, keys, grid)))
+            parts.append(site.own_attention(part, mask, self.multiplicity(queries, keys, grid)))
         return torch.cat(parts, dim=2)
 
     def _is_whole(self, site: Site, call: LayerCall) -> bool:
-        """Whether tokens 0, 1, 2 … attend to themselves by SDPA and nothing else."""
+        """Whether the call is plain self-attention of tokens 0, 1, 2 … by SDPA."""
         if call.query.shape[2] != call.key.shape[2] or call.mask is not None or call.softcap is not None:
             return False
         if call.dropout or call.sliding_window is not None or not site.plain_attention:
@@ -74,13 +76,13 @@ class OnTrained(Pattern):
         return call.forward.once("in order", lambda: bool((call.position_ids == numbers).all()))
 
     def _columns(self, call: LayerCall, grid: AttentionShape) -> list[Tensor]:
-        """For each block of queries the columns of the keys that some of them see, ascending."""
+        """The columns of the keys that each block of queries sees, ascending."""
         blocks = call.position_ids.split(QUERIES_AT_ONCE, dim=-1)
         lowest, highest = (torch.stack(x).tolist() for x in ([b.min() for b in blocks], [b.max() for b in blocks]))
         keys, found = call.key_positions, []
         for low, high in zip(lowest, highest, strict=True):
-            seen = torch.zeros(keys.shape[-1], dtype=torch.bool, device=keys.device)
+            visible = torch.zeros(keys.shape[-1], dtype=torch.bool, device=keys.device)
             for first, last in self.ranges(low, high + 1, grid):
-                seen |= ((keys >= first) & (keys < last)).any(0)
-            found.append(seen.nonzero()[:, 0])
+                visible |= ((keys >= first) & (keys < last)).any(0)
+            found.append(visible.nonzero()[:, 0])
         return found

@@ -1,10 +1,9 @@
-"""A window: every token sees the last `size` tokens, 0 <= i - j < size; in an encoder as many after it as well. With `sinks`
-it sees the text's first tokens too, wherever it stands.
+"""Window attention: a query sees the last `size` tokens, 0 <= i - j < size, and in an encoder as many after it.
 
-On a trained model, where nothing is trained, it is Su's strong baseline. With as many tokens as the model was trained on,
-neither an unknown distance nor an unknown number of keys is met, so perplexity stays level at any length. Through the
-layers information travels further, (size - 1)·layers + 1 tokens: the result is that of a banded mask in every layer, not of
-reading the last `size` tokens alone.
+With `sinks` it also sees the first tokens of the text. On a trained model, without training, it is Su's strong baseline: with a
+window of the training length neither distances nor numbers of keys are new, so perplexity stays constant at any length. Through
+the layers information reaches (size - 1)·layers + 1 tokens: the result is that of a banded mask in every layer, not of reading
+the last `size` tokens alone.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from longspan.util.errors import NotSupported
 
 @dataclass(frozen=True)
 class Window(Span, Pattern):
-    """`size` in tokens; left out, it is a trained model's window. `sinks` first tokens are seen by all, in models of our own."""
+    """Attention to the last `size` tokens, by default a trained model's window. `sinks`: first tokens that all see, in longspan
+    models."""
 
     size: int | None = None
     sinks: int = 0
@@ -48,8 +48,8 @@ class Window(Span, Pattern):
         super().check(facts)
         if self.sinks:
             raise NotSupported(
-                f"{self.spec}: {facts.architecture} was not trained with sinks, and from far away they would stand at distances "
-                f"that it has never met; streaming:sinks={self.sinks},window={self.size or facts.window} keeps them near"
+                f"{self.spec}: in a long text sinks are at distances that {facts.architecture} was not trained with; use "
+                f"streaming:sinks={self.sinks},window={self.size or facts.window}, which keeps them near"
             )
 
     def resolve(self, facts: ModelFacts, length: int | None) -> Self:
@@ -63,7 +63,7 @@ class Window(Span, Pattern):
         return size
 
     def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
-        self.require(self.size is not None, "say how many tokens it sees, such as window:size=256")
+        self.require(self.size is not None, "a model is built with a size, such as window:size=256")
         return super().build(config, layer, encoding, causal=causal)
 
     def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:

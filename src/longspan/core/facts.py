@@ -103,9 +103,10 @@ def _varies(parameters: dict[str, Any]) -> bool:
 
 
 def facts_of(model_or_config: Any) -> ModelFacts:
-    """Facts of a model, or of a configuration, from which a model is then built on the meta device to count parameters.
+    """The facts of a model or of a configuration.
 
-    Raises `NotSupported` for anything that is not a language model of transformers.
+    Of a configuration a model is built on the meta device, to count its parameters. Raises `NotSupported` for anything that is
+    not a language model of transformers.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 

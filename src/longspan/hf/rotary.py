@@ -21,9 +21,10 @@ class Rotary:
         self.module = module
 
     def tables(self, positions: Tensor, like: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (B, T, W) for W rotated channels, at `positions` (B, T), in the dtype and on the device of `like`.
+        """(cos, sin), each (B, T, W) for W rotated channels, at `positions` (B, T).
 
-        They include the attention factor of scaled models. layer_type: the kind of layer, where angles differ by it.
+        They have the dtype and the device of `like`, and include the attention factor of scaled models. layer_type: the kind of
+        layer, where angles differ by it.
         """
         at = _in_its_form(self.module, positions)
         return self.module(like, at) if layer_type is None else self.module(like, at, layer_type)
@@ -48,7 +49,10 @@ class Rotary:
 
 
 def angles(module: nn.Module, positions: Tensor) -> Tensor:
-    """cos and sin (2, B, T, W) of a rotary module at positions (B, T) in float32, of all its kinds of layers side by side."""
+    """cos and sin (2, B, T, W) of a rotary module at positions (B, T), in float32.
+
+    W are the channels of all its kinds of layers, side by side.
+    """
     device = next(module.buffers()).device
     like, at = torch.zeros(1, device=device), _in_its_form(module, positions.to(device))
     kinds: Any = module.rope_type
@@ -65,9 +69,10 @@ def _in_its_form(module: nn.Module, positions: Tensor) -> Tensor:
 
 
 def rotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, D) rotated by cos and sin (B, T, W) as `module`'s architecture rotates its queries and keys.
+    """x (B, H, T, D) rotated by cos and sin (B, T, W).
 
-    module: an attention layer. The first W channels are rotated, the others pass. Layers without positions (SmolLM3's) return x.
+    module: an attention layer, whose architecture's rotation is used. The first W channels are rotated, the others pass. Layers
+    without positions (SmolLM3's) return x.
     """
     if not getattr(module, "use_rope", True):
         return x
@@ -81,7 +86,7 @@ def rotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def unrotated_copy(module: nn.Module) -> nn.Module:
-    """A copy of a rotary module whose angles are all 0 (cos 1, sin 0), so that rotation by it changes nothing."""
+    """A copy of a rotary module whose angles are all 0 (cos 1, sin 0)."""
     still = copy.deepcopy(module)
     for name, buffer in still.named_buffers():
         if name.endswith("inv_freq"):

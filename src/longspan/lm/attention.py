@@ -234,9 +234,10 @@ def _plain_attention(
 
 
 def relative_bias(encoding: PositionEncoding, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-    """The scheme's `bias` of every pair, (B or 1, H, Tq, Tk), at q_positions (B or 1, Tq) and k_positions (B or 1, Tk).
+    """The scheme's `bias` of every pair, (B or 1, H, Tq, Tk).
 
-    Where both run without a gap, as they mostly do, each distance is computed once and the rows are views of one another.
+    q_positions (B or 1, Tq), k_positions (B or 1, Tk). Where both run without a gap, as they mostly do, each distance is
+    computed once and the rows are views of one another.
     """
     if consecutive(q_positions) and consecutive(k_positions):
         first, last = int(q_positions[0, 0]), int(k_positions[0, -1])
@@ -260,7 +261,10 @@ def query_scores(encoding: PositionEncoding, query: Tensor, positions: Tensor, l
 
 
 def relative_scores(scores: Scores, rows: slice, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-    """(B, H, rows, Tk) scores of the queries `rows`, at q_positions (B or 1, rows), with keys at k_positions (B or 1, Tk)."""
+    """Scores (B, H, rows, Tk) of the queries `rows` with all keys.
+
+    q_positions (B or 1, rows), of these queries; k_positions (B or 1, Tk).
+    """
     distance = distances(q_positions, k_positions)
     low, high = int(distance.min()), int(distance.max())
     line = scores(rows, torch.arange(low, high + 1, device=k_positions.device))
@@ -270,7 +274,7 @@ def relative_scores(scores: Scores, rows: slice, q_positions: Tensor, k_position
 
 
 def consecutive(positions: Tensor) -> bool:
-    """Whether positions (B or 1, T) are the same in every row and each is one more than the one before."""
+    """Whether positions (B or 1, T) are equal in all rows and rise by one."""
     if positions.shape[0] > 1 and not bool((positions == positions[:1]).all()):
         return False
     return positions.shape[1] < 2 or bool((positions[0].diff() == 1).all())

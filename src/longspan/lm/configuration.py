@@ -1,4 +1,4 @@
-"""What a model of ours is: its sizes, and `position`, `attention` and `memory` as spec strings."""
+"""The configuration of a `longspan.lm` model: its sizes, and `position`, `attention` and `memory` as spec strings."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ SINKS = ("none", "zero", "learned")
 
 @strict
 class LongspanConfig(PreTrainedConfig):
-    """`kind` is decoder, encoder or encoder-decoder; `max_position_embeddings` is the training length in tokens.
+    """The configuration of a decoder, an encoder or an encoder-decoder, by `kind`.
 
-    position: a position scheme as a spec string (`rope`, `alibi`, `kerple:kind=power`, `t5 + logn`, …; `longspan methods`
-    lists them).
+    max_position_embeddings: the training length in tokens.
+    position: a position scheme as a spec string (`rope`, `alibi`, `kerple:kind=power`, `t5 + logn`, …); `longspan methods` lists
+    them.
     attention: `full`, a pattern or a mixer as a spec string, or a list of them that is repeated over the layers.
-    reversible: two residual streams, whose activations are computed back instead of kept (`lm/reversible.py`).
-    mlp_chunk: how many tokens go through a feed-forward network at once; None for all (`engine/chunked.py`).
-    sink: what a decoder's attention can rest on (Xiao 2024, arXiv 2309.17453, section 3.3). `zero`: every softmax has
-    exp(0) = 1 more in its sum (softmax-off-by-one), with attention=full or a pattern. `learned`: one trained token before
-    every text (`lm/sink.py`).
-    decoder_attention: the same for the decoder of an encoder-decoder, where it is another than the encoder's.
-    memory: what lies beyond the attended tokens (`transformer-xl:segment=128,length=128`), with attention=full.
-    Sizes that are left out follow: as many key-value heads as heads, heads of hidden_size / heads, a feed-forward layer of
-    8/3 hidden_size rounded up to a multiple of 64, as many decoder layers as encoder layers.
+    decoder_attention: the same for the decoder of an encoder-decoder, where it differs from the encoder's.
+    memory: what a token sees beyond attention (`transformer-xl:segment=128,length=128`), with attention=full.
+    sink: an attention sink of a decoder (Xiao 2024, arXiv 2309.17453, section 3.3). `zero`: the sum of every softmax has one more
+    exp(0) = 1 (softmax-off-by-one), with attention=full or a pattern. `learned`: one trained token before every text
+    (`lm/sink.py`).
+    reversible: two residual streams, whose activations are recomputed and not stored (`lm/reversible.py`).
+    mlp_chunk: tokens in one call of a feed-forward network; None for all (`engine/chunked.py`).
+
+    Defaults of sizes: as many key-value heads as heads, heads of hidden_size / heads channels, a feed-forward layer of
+    8/3 · hidden_size rounded up to a multiple of 64, as many decoder layers as encoder layers. Raises `SpecError` and
+    `NotSupported` for settings that cannot be combined.
     """
 
     model_type = "longspan"
@@ -96,55 +99,59 @@ class LongspanConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration that was saved, of a time when some settings that it leaves out had another default."""
+        """A saved configuration, in which settings that are left out have their former defaults (`former_defaults`)."""
         return super().from_dict({**config_dict, **_named(config_dict, former=True)}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', with every setting named whose default was once another: `from_dict` would take it for that."""
+        """As transformers' `to_dict`, with every setting of `former_defaults` written out, so that `from_dict` keeps its
+        value."""
         saved = super().to_dict()
         return {**saved, **_named(saved, former=False)}
 
     @property
     def scheme(self) -> Scheme:
-        """The position scheme that `position` names. Raises `SpecError` for what is none."""
+        """The position scheme that `position` names. Raises `SpecError` for anything else."""
         return read_position(self.position)[0]
 
     def build_position_encoding(self, *, causal: bool) -> PositionEncoding:
-        """The scheme in a stack of this configuration, with log-n around it where `position` says so."""
+        """The scheme's encoding for one stack, with log-n scaling where `position` names it; causal: the decoder's.
+
+        Raises `NotSupported` and `SpecError` for a stack that the scheme cannot be in.
+        """
         scheme, logn = read_position(self.position)
         encoding = scheme.build(self.shape(causal=causal))
         if logn is None:
             return encoding
         if not causal:
             raise NotSupported(
-                "logn scales a query by how many keys it has seen, and in an encoder it sees all; leave it out"
+                "logn scales a query by the number of keys before it, and in an encoder it sees all keys; leave logn out"
             )
         return LogNEncoding(encoding, logn.window or max(2, self.max_position_embeddings))
 
     @property
     def attentions(self) -> tuple[AttentionMethod, ...]:
-        """What `attention` or `memory` names, to be repeated over the layers. Raises `SpecError` for what is none."""
+        """The methods that `attention` or `memory` name, repeated over the layers. Raises `SpecError` for anything else."""
         return _read_attentions(self.attention) if self.memory == "none" else (self._read_memory(),)
 
     def attentions_of(self, *, causal: bool) -> tuple[AttentionMethod, ...]:
-        """Those of one stack: the decoder's (causal) or the encoder's."""
+        """The attention methods of one stack: the decoder's (causal) or the encoder's."""
         return _read_attentions(self.decoder_attention) if causal and self.decoder_attention else self.attentions
 
     def _read_memory(self) -> AttentionMethod:
         methods = parse(self.memory).methods
         if len(methods) != 1 or not isinstance(methods[0], AttentionMethod) or methods[0].seam != "memory":
             raise SpecError(
-                f"memory={self.memory!r} is no memory that a model is built with, such as transformer-xl:segment=128,length=128"
+                f"memory={self.memory!r} is not a memory to build a model with, such as transformer-xl:segment=128,length=128"
             )
         if self.attention != "full" or self.decoder_attention:
             other = self.decoder_attention or self.attention
             raise NotSupported(
-                f"memory={self.memory} is what attention sees, and so is attention={other}; leave one of them out"
+                f"memory={self.memory} and attention={other} both define which keys are seen; leave one of them out"
             )
         return methods[0]
 
     def shape(self, *, causal: bool) -> Shape:
-        """What a position scheme is built for."""
+        """The shape of one stack, for which a position scheme is built; causal: the decoder's."""
         assert self.head_dim is not None
         return Shape(
             layers=max(self.num_hidden_layers, self.decoder_layers or 0),
@@ -166,7 +173,7 @@ class LongspanConfig(PreTrainedConfig):
         if self.sink not in SINKS:
             raise SpecError(f"sink must be one of {', '.join(SINKS)}, not {self.sink!r}")
         if self.sink != "none" and self.kind != "decoder":
-            raise NotSupported(f"sink={self.sink} is for texts without end, which a decoder reads; use kind=decoder")
+            raise NotSupported(f"sink={self.sink} works in a decoder, not with kind={self.kind}; use kind=decoder")
         replaced = all(a.replaces_mlp for a in (*self.attentions, *self.attentions_of(causal=True)))
         if self.mlp_chunk is not None and (self.mlp_chunk < 1 or replaced):
             why = (
@@ -176,11 +183,11 @@ class LongspanConfig(PreTrainedConfig):
             )
             raise SpecError(f"mlp_chunk={self.mlp_chunk}: {why}; leave it out")
         if self.decoder_attention and self.kind != "encoder-decoder":
-            raise SpecError(f"decoder_attention belongs to kind=encoder-decoder; with kind={self.kind} say attention=")
+            raise SpecError(f"decoder_attention needs kind=encoder-decoder; with kind={self.kind} use attention=")
 
 
 def _named(config: dict[str, Any], *, former: bool) -> dict[str, Any]:
-    """The attentions of a configuration, with the settings of `former_defaults` that they leave out: as they were, or are."""
+    """The attentions of a configuration with all settings of `former_defaults`, by their former or present defaults."""
     named: dict[str, Any] = {}
     for key in ("attention", "decoder_attention"):
         if specs := config.get(key):
@@ -190,9 +197,9 @@ def _named(config: dict[str, Any], *, former: bool) -> dict[str, Any]:
 
 def _name(spec: str, former: bool) -> str:
     attention, _, settings = spec.partition(":")
-    given = {setting.partition("=")[0].strip() for setting in settings.split(",")}
+    present = {setting.partition("=")[0].strip() for setting in settings.split(",")}
     method = _read_attention(spec)
-    left_out = {name: before for name, before in method.former_defaults.items() if name not in given}
+    left_out = {name: before for name, before in method.former_defaults.items() if name not in present}
     if not left_out:
         return spec
     added = [f"{name}={before if former else getattr(method, name)}" for name, before in left_out.items()]
@@ -208,20 +215,20 @@ def _read_attention(spec: str) -> AttentionMethod:
     methods = parse(spec).methods
     if len(methods) != 1 or not isinstance(methods[0], AttentionMethod) or methods[0].seam != "attention":
         raise SpecError(
-            f"attention={spec!r} is not one way to mix tokens, such as full or window:size=256; a position scheme belongs to "
-            "position, and methods for trained models are put on the model afterwards with longspan.apply"
+            f"attention={spec!r} is not one pattern or mixer, such as full or window:size=256; a position scheme belongs in "
+            "position=, and methods for trained models are applied to the model afterwards with longspan.apply"
         )
     return methods[0]
 
 
 def read_position(spec: str) -> tuple[Scheme, LogN | None]:
-    """The scheme, and log-n where it stands beside it. Raises `SpecError` for what is no position scheme."""
+    """The scheme of a `position` setting, and log-n where it is named too. Raises `SpecError` for anything else."""
     methods = parse(spec).methods
     schemes = [m for m in methods if isinstance(m, Scheme)]
     logn = [m for m in methods if isinstance(m, LogN)]
     if len(schemes) != 1 or len(schemes) + len(logn) != len(methods):
         raise SpecError(
             f"position={spec!r} is not one position scheme, such as rope, alibi or kerple:kind=power, alone or with "
-            "logn; methods for trained models, such as yarn, are put on the model afterwards with longspan.apply"
+            "logn; methods for trained models, such as yarn, are applied to the model afterwards with longspan.apply"
         )
     return schemes[0], logn[0] if logn else None

@@ -1,6 +1,6 @@
-"""An encoder and a decoder that looks at it: texts from texts, with transformers' own generation.
+"""The encoder-decoder of `longspan.lm`, which transformers' `generate` runs.
 
-Both stacks have the position scheme of the configuration, each its own place; attention from one to the other has none, as
+Both stacks have the position scheme of the configuration, each with parameters of its own; cross-attention has no positions, as
 in T5.
 """
 
@@ -30,6 +30,8 @@ class LongspanEncoder(LongspanModel):
 
 
 class LongspanForConditionalGeneration(LongspanPreTrainedModel, GenerationMixin):
+    """An encoder, a decoder with cross-attention and an output matrix. Raises `NotSupported` for another kind."""
+
     _tied_weights_keys = {
         "lm_head.weight": "encoder.embed_tokens.weight",
         "decoder.embed_tokens.weight": "encoder.embed_tokens.weight",
@@ -38,20 +40,25 @@ class LongspanForConditionalGeneration(LongspanPreTrainedModel, GenerationMixin)
     def __init__(self, config: LongspanConfig):
         super().__init__(config)
         if config.kind != "encoder-decoder":
-            raise NotSupported(f"a model of kind {config.kind} has not both stacks; use kind=encoder-decoder")
+            raise NotSupported(f"a model of kind={config.kind} has one stack; use kind=encoder-decoder")
         self.encoder = LongspanEncoder(config)
         self.decoder = LongspanModel(config, kind="decoder with cross-attention", layers=config.decoder_layers)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_encoder(self, modality: str | None = None) -> LongspanModel:
+        """The encoder's stack."""
         return self.encoder
 
     def get_input_embeddings(self) -> nn.Module:
+        """The embeddings, which both stacks share."""
         return self.encoder.embed_tokens
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """The labels one place later, behind the token that begins every answer."""
+        """The labels (B, T) shifted right by one, after the token that begins every answer.
+
+        Raises `NotSupported` where the configuration names no such token.
+        """
         start = self.config.decoder_start_token_id
         start = self.config.pad_token_id if start is None else start
         if start is None:
@@ -78,8 +85,11 @@ class LongspanForConditionalGeneration(LongspanPreTrainedModel, GenerationMixin)
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """labels (B, T): the answer's tokens, -100 where no loss is wanted; the decoder's inputs follow from them.
-        global_attention_mask (B, T): the encoder's global tokens, where its attention has such."""
+        """Logits (B, T, vocab) of the decoder, and the loss where there are labels.
+
+        labels (B, T): the answer's tokens, -100 for no loss; without decoder inputs these follow from them. global_attention_mask
+        (B, T): the encoder's global tokens, where its attention has them. The cache goes by either name.
+        """
         past_key_values = compat.one_cache(cache, past_key_values)
         if encoder_outputs is None:
             both = {k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs}

@@ -1,6 +1,6 @@
-"""A layer of our own model: attention under a position scheme, then a gated feed-forward network, each after a norm.
+"""A layer of a `longspan.lm` model: attention under a position scheme, then a gated feed-forward network, each after a norm.
 
-Norm, feed-forward network and rotation are transformers' own; a pattern or a mixer may bring an attention of its own.
+Norm, feed-forward network and rotation are transformers' own; a pattern or a mixer may have an attention module of its own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from longspan.util.errors import NotSupported
 
 
 class LongspanAttention(nn.Module):
-    """Self-attention, over the keys that `pattern` shows where there is one, or attention to an encoder's states (`cross`),
-    which has no positions."""
+    """Self-attention, under a pattern where there is one, or cross-attention (`cross`), which has no positions."""
 
     def __init__(
         self,
@@ -55,6 +54,7 @@ class LongspanAttention(nn.Module):
 
     @property
     def place(self) -> PositionEncoding:
+        """The position encoding, whose parameters belong to the model."""
         return self._place[0]
 
     def forward(
@@ -66,12 +66,17 @@ class LongspanAttention(nn.Module):
         encoder_states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """The output (B, T, hidden) before the residual, and the attention weights where the implementation returns them.
+
+        hidden_states (B, T, hidden); rotation: (cos, sin), each (B or 1, T, W); encoder_states (B, Tk, hidden) of
+        cross-attention.
+        """
         query = self._heads(self.q_proj(hidden_states))
         key, value = self._keys(hidden_states, encoder_states, past_key_values)
         if rotation is not None:
             query, key = rotated(query, rotation), rotated(key, rotation)
         if past_key_values is not None and not self.cross:
-            key, value = self._remember(past_key_values, key, value, kwargs)
+            key, value = self._update(past_key_values, key, value, kwargs)
         out, weights = self._interface()(
             self,
             query,
@@ -92,9 +97,9 @@ class LongspanAttention(nn.Module):
         batch, length, _ = x.shape
         return x.view(batch, length, -1, self.head_dim).transpose(1, 2)
 
-    def _keys(self, own: Tensor, encoder_states: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
+    def _keys(self, hidden: Tensor, encoder_states: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
         if not self.cross:
-            return self._heads(self.k_proj(own)), self._heads(self.v_proj(own))
+            return self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
         if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(self.layer_idx):
             layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
@@ -105,18 +110,20 @@ class LongspanAttention(nn.Module):
             cache.is_updated[self.layer_idx] = True
         return key, value
 
-    def _remember(self, cache: Cache, key: Tensor, value: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """All keys and values that there are to see, the new ones among them. Where the pattern sees a window only, the cache
-        keeps no more of them, unless gradients are to reach what it keeps."""
-        kept = self.pattern.cached() if self.pattern is not None else None
-        ours = (
-            kept and self.config._attn_implementation == SCHEME and not (torch.is_grad_enabled() and key.requires_grad)
-        )
-        held = rolling_of(cache, self.layer_idx, *kept) if kept and ours else None
-        if held is not None:
-            held.see_padding(given.get("padding"), key.shape[2])
+    def _update(self, cache: Cache, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The cached keys and values, to which the new ones are added.
+
+        Where the pattern sees a window only, the cache keeps no more of them, unless gradients must reach what it keeps.
+        """
+        window = self.pattern.cached() if self.pattern is not None else None
+        learns = torch.is_grad_enabled() and key.requires_grad
+        rolling = None
+        if window and self.config._attn_implementation == SCHEME and not learns:
+            rolling = rolling_of(cache, self.layer_idx, *window)
+        if rolling is not None:
+            rolling.see_padding(kwargs.get("padding"), key.shape[2])
         key, value = cache.update(key, value, self.layer_idx)
-        given["rolling"] = held
+        kwargs["rolling"] = rolling
         return key, value
 
     def _interface(self) -> Any:
@@ -129,18 +136,18 @@ class LongspanAttention(nn.Module):
 
     def _refuse_others(self, name: str) -> None:
         if not name.startswith("longspan"):
-            what = f"position={self.config.position} takes part in the scores"
+            what = f"position={self.config.position} changes the scores"
             if self.pattern is not None:
-                what = f"attention={self.pattern.spec} says which keys are seen"
+                what = f"attention={self.pattern.spec} hides keys"
             elif self.zero_key:
-                what = "sink=zero takes part in the softmax"
+                what = "sink=zero changes the softmax"
             raise NotSupported(
-                f"{what}, which attn_implementation={name!r} knows nothing of; leave attn_implementation out, or say {SCHEME!r}"
+                f"{what}, which attn_implementation={name!r} does not compute; leave attn_implementation out, or use {SCHEME!r}"
             )
 
 
 def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Heads (B, H, T, D) turned by the tables (B or 1, T, W), of which the first W channels take part."""
+    """x (B, H, T, D) whose first W channels are rotated by (cos, sin), each (B or 1, T, W)."""
     cos, sin = rotation[0].unsqueeze(1), rotation[1].unsqueeze(1)
     width = cos.shape[-1]
     if width < x.shape[-1]:
@@ -149,6 +156,8 @@ def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class LongspanLayer(GradientCheckpointingLayer):
+    """Attention, cross-attention where there is any, and a feed-forward network, each a branch of the residual stream."""
+
     def __init__(
         self, config: LongspanConfig, layer_idx: int, encoding: PositionEncoding, *, causal: bool, cross: bool = False
     ):
@@ -167,17 +176,18 @@ class LongspanLayer(GradientCheckpointingLayer):
         self.mlp_chunk = config.mlp_chunk
 
     def dropped(self, x: Tensor) -> Tensor:
-        """x after dropout; without any, as mostly, nothing is called for it."""
+        """x after dropout, which is skipped where its rate is 0."""
         return self.dropout(x) if self.dropout.p and self.training else x
 
     def branches(self) -> list[Branch]:
-        """What is added to the residual stream, in order; each is given the stream and `forward`'s inputs by name."""
-        found: list[Branch] = [self.attend]
+        """The branches in order: each takes the residual stream and `forward`'s keyword arguments, and returns what is added to
+        it."""
+        branches: list[Branch] = [self.attend]
         if hasattr(self, "cross_attn"):
-            found.append(self.look)
+            branches.append(self.look)
         if hasattr(self, "mlp"):
-            found.append(self.feed)
-        return found
+            branches.append(self.feed)
+        return branches
 
     def attend(
         self,
@@ -189,6 +199,7 @@ class LongspanLayer(GradientCheckpointingLayer):
         encoder_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        """The self-attention branch (B, T, hidden)."""
         if isinstance(past_key_values, EncoderDecoderCache):
             past_key_values = past_key_values.self_attention_cache
         states = self.input_layernorm(hidden_states)
@@ -203,11 +214,14 @@ class LongspanLayer(GradientCheckpointingLayer):
         encoder_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        """The cross-attention branch (B, T, hidden)."""
         states = self.cross_layernorm(hidden_states)
         out, _ = self.cross_attn(states, encoder_mask, None, past_key_values, encoder_states)
         return self.dropped(out)
 
     def feed(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """The feed-forward branch (B, T, hidden)."""
+
         def network(states: Tensor) -> Tensor:
             return self.dropped(self.mlp(self.post_attention_layernorm(states)))
 
@@ -216,7 +230,8 @@ class LongspanLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, twin: Tensor | None = None, **inputs: Any
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """The residual stream after the layer; with a `twin`, of a reversible stack, the mean of both streams and both."""
+        """The residual stream (B, T, hidden) after the layer; with a reversible stack's `twin`, the mean of both streams, and
+        both."""
         if twin is None:
             for branch in self.branches():
                 hidden_states = hidden_states + branch(hidden_states, **inputs)

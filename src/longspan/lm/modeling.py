@@ -1,7 +1,7 @@
-"""The model: a stack of layers under any position scheme, and heads on it, as transformers' Llama has them.
+"""The models of `longspan.lm`: a stack of layers under any position scheme, and heads on it, as transformers' Llama has them.
 
-A model is built with one `PositionEncoding`, which all layers share; a scheme without a part in the scores leaves attention to
-whatever implementation is asked for.
+A stack has one `PositionEncoding`, which all layers share. A scheme that changes nothing within attention leaves it to any
+`attn_implementation`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from longspan.util.errors import NotSupported
 
 
 class LongspanPreTrainedModel(PreTrainedModel):
+    """Base of the models: choice of the attention implementation, initialisation, what transformers asks of a model."""
+
     config: LongspanConfig
     config_class = LongspanConfig
     base_model_prefix = "model"
@@ -53,7 +55,7 @@ class LongspanPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: LongspanConfig):
         if config._attn_implementation is None:
-            with torch.device("meta"):  # only asked what it does
+            with torch.device("meta"):  # to know what it changes
                 encoding = config.build_position_encoding(causal=config.kind != "encoder")
             attentions = config.attentions + config.attentions_of(causal=True)
             ours = not encoding.plain or config.sink == "zero" or not all(isinstance(a, Full) for a in attentions)
@@ -63,8 +65,8 @@ class LongspanPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         if enable and self.config.reversible:
             raise NotSupported(
-                "reversible layers keep no activations that gradient checkpointing could drop; use one of reversible=true and "
-                "gradient checkpointing"
+                "reversible layers store no activations, so gradient checkpointing has nothing to drop; use either "
+                "reversible=true or gradient checkpointing"
             )
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
 
@@ -79,13 +81,15 @@ class LongspanPreTrainedModel(PreTrainedModel):
 
 
 class LongspanModel(LongspanPreTrainedModel):
-    """A stack of layers over embeddings: of a decoder or an encoder, by the configuration's kind."""
+    """Embeddings and a stack of layers, of a decoder or an encoder; kind and layers: by default the configuration's."""
 
     def __init__(self, config: LongspanConfig, *, kind: str | None = None, layers: int | None = None):
         super().__init__(config)
         self.kind = kind or config.kind
         if self.kind == "encoder-decoder":
-            raise NotSupported("an encoder-decoder is two stacks: use LongspanForConditionalGeneration")
+            raise NotSupported(
+                "kind=encoder-decoder has two stacks, and this is one; use LongspanForConditionalGeneration"
+            )
         self.causal = self.kind != "encoder"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.place = config.build_position_encoding(causal=self.causal)
@@ -156,10 +160,11 @@ class LongspanModel(LongspanPreTrainedModel):
 
     def _check_arguments(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]) -> None:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("pass either input_ids or inputs_embeds, and not both")
         if kwargs.get("global_attention_mask") is not None and not any(a.takes_globals for a in self.attentions):
             raise NotSupported(
-                f"global_attention_mask means nothing to attention={self.config.attention}; train with attention=longformer"
+                f"attention={self.config.attention} has no global tokens, so global_attention_mask has no effect; leave it "
+                "out, or train with attention=longformer"
             )
 
     def _layer_inputs(
@@ -225,7 +230,7 @@ class LongspanModel(LongspanPreTrainedModel):
 
     @property
     def leading(self) -> int:
-        """How many tokens of its own the model puts before a text."""
+        """The number of tokens that the model adds before a text."""
         return int(hasattr(self, "sink"))
 
     def _check_zero_sink(self) -> None:
@@ -233,18 +238,18 @@ class LongspanModel(LongspanPreTrainedModel):
             if type(layer.self_attn) is not LongspanAttention:
                 spec = self.config.attention if self.config.memory == "none" else self.config.memory
                 raise NotSupported(
-                    f"sink=zero is a part of softmax attention as full, window, local and longnet have it, and {spec} computes "
-                    "its own; use one of these, or sink=learned, which goes with everything"
+                    f"sink=zero changes the softmax of full, window, local and longnet, and {spec} computes attention by "
+                    "itself; use one of these, or sink=learned, which works with every attention"
                 )
 
     @property
     def _checkpointing(self) -> bool:
-        """Whether layers are computed again in the backward pass, which would fill a cache twice."""
+        """Whether gradient checkpointing recomputes layers in this pass, which would fill a cache twice."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     @property
     def _going_back(self) -> bool:
-        """Whether activations are computed back in the backward pass."""
+        """Whether reversible layers recompute activations in this pass."""
         return self.config.reversible and self.training and torch.is_grad_enabled()
 
     def _reversible(self, hidden: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -255,19 +260,19 @@ class LongspanModel(LongspanPreTrainedModel):
             return hidden
         if inputs["past_key_values"] is not None:
             raise NotSupported(
-                "reversible layers run twice in training, and a cache would be filled twice: train without a cache, or "
-                "use reversible=false"
+                "reversible layers run twice in training, which would fill a cache twice; train without a cache, or with "
+                "reversible=false"
             )
         for what in ("output_hidden_states", "output_attentions"):
             if inputs.get(what, getattr(self.config, what, False)):
-                raise NotSupported(f"reversible layers keep nothing for {what} in training; ask in evaluation mode")
+                raise NotSupported(f"reversible layers store nothing for {what} in training; use evaluation mode")
         branches = [branch for layer in self.layers for branch in cast(LongspanLayer, layer).branches()]
         parameters = [*self.layers.parameters(), *self.place.parameters()]
         a, b = reversible(branches, hidden, parameters, inputs)
         return (a + b) / 2
 
     def _in_order(self, mask: Tensor | None, positions: Tensor, cache: Cache | None, new: int) -> bool:
-        """Whether a bias by distance can go without a mask: no padding, no packed texts, every token so far in the cache."""
+        """Whether a bias by distance needs no mask: no padding, no packed texts, and every token so far in the cache."""
         if not self.place.defines("bias") or not all(type(a) is Full for a in self.attentions):
             return False
         hides = mask is not None and (mask.ndim != 2 or not bool(mask.all()))
@@ -285,7 +290,7 @@ class LongspanModel(LongspanPreTrainedModel):
         position_ids: Tensor | None,
         cached: int,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The mask of (new tokens × all tokens) for layers that want it, and which tokens are real for the others."""
+        """The mask (new tokens × all tokens) for layers that take it, and the padding (B, tokens so far) for the others."""
         mask: Any = None
         padding = None
         if any(a.takes_mask for a in self.attentions):
@@ -304,8 +309,8 @@ class LongspanModel(LongspanPreTrainedModel):
     def _check_no_pairs(self, mask: Tensor | None) -> None:
         if mask is not None and mask.ndim != 2:
             raise NotSupported(
-                f"attention={self.config.attention} takes a mask of the padding, (batch, tokens), not one of {mask.ndim} "
-                "dimensions; masks of pairs need attention=full"
+                f"attention={self.config.attention} takes a padding mask (batch, tokens), not one of {mask.ndim} dimensions; use "
+                "attention=full for masks of pairs"
             )
 
     def _positions(self, position_ids: Tensor | None, mask: Tensor | None, cached: int, embeds: Tensor) -> Tensor:
@@ -320,16 +325,17 @@ class LongspanModel(LongspanPreTrainedModel):
         reach = self.place.reach
         if reach is not None and (length > reach or positions.shape[0] > 1) and int(positions.max()) >= reach:
             raise NotSupported(
-                f"position={self.config.position} knows {reach:,} positions and the input reaches {int(positions.max()) + 1:,}; "
-                "shorten the input, or train with a scheme that has no end, such as rope, alibi or kerple"
+                f"position={self.config.position} has {reach:,} positions, and the input needs {int(positions.max()) + 1:,}; "
+                "shorten the input, or train with a scheme without a limit, such as rope, alibi or kerple"
             )
 
 
 class LongspanRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's, for heads of which only a part turns as well."""
+    """Llama's rotary module, which can also rotate a part of each head's channels."""
 
     @staticmethod
     def compute_default_rope_parameters(config: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+        """The inverse frequencies (W/2,) of the W rotated channels, and the attention factor 1."""
         parameters = config.rope_parameters
         width = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, width, 2, dtype=torch.float) / width
@@ -337,12 +343,16 @@ class LongspanRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):
+    """A decoder that predicts next tokens. Raises `NotSupported` for a configuration of another kind."""
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LongspanConfig):
         super().__init__(config)
         if config.kind != "decoder":
-            raise NotSupported(f"a model of kind {config.kind} predicts no next token; use kind=decoder")
+            raise NotSupported(
+                f"next tokens are predicted by a decoder, and this configuration has kind={config.kind}; use kind=decoder"
+            )
         self.model = LongspanModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -350,7 +360,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As transformers', which takes the length of a cache for the number of the text's tokens that it holds."""
+        """As transformers', which takes the length of a cache for the number of the text's tokens in it."""
         cache = compat.peek_cache(kwargs)
         if kwargs.get("is_first_iteration") and next_sequence_length is not None and cache and cache.get_seq_length():
             next_sequence_length += self.model.leading
@@ -370,8 +380,11 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """labels (B, T): the inputs themselves, -100 where no loss is wanted; the shift by one is made here. The KV cache goes by
-        either name, `cache` or `past_key_values`."""
+        """Logits (B, T, vocab), and the loss where there are labels.
+
+        labels (B, T): the inputs, -100 for no loss; they are shifted here. logits_to_keep: how many of the last tokens have
+        logits, 0 for all, or their indices. The KV cache goes by either name, `cache` or `past_key_values`.
+        """
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -402,8 +415,10 @@ def label_loss(
     ignore_index: int = -100,
     **kwargs: Any,
 ) -> Tensor:
-    """Cross-entropy of logits (B, T, vocabulary) and labels (B, T): the mean, or the sum over the labels of several batches that
-    a Trainer accumulates."""
+    """Cross-entropy of logits (B, T, vocab) and labels (B, T).
+
+    The mean over labels; with `num_items_in_batch`, the labels of all batches that a Trainer accumulates, the sum divided by it.
+    """
     sums = {"ignore_index": ignore_index, "reduction": "mean" if num_items_in_batch is None else "sum"}
     loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), **sums)  # type: ignore[arg-type]
     return loss if num_items_in_batch is None else loss / num_items_in_batch
@@ -457,7 +472,10 @@ class LongspanForMaskedLM(_LabelHead):
 
 
 class LongspanForSequenceClassification(_LabelHead):
-    """One label for a text, from the mean of its states in an encoder, from the last real token's in a decoder."""
+    """A classifier of texts.
+
+    It reads the mean of a text's states in an encoder, and the state of the last real token in a decoder.
+    """
 
     accepts_loss_kwargs = False
     """Tells the Trainer that the loss is the mean over a batch's texts, whatever else it accumulates."""

@@ -30,6 +30,7 @@ class MixerState(CacheLayerMixin):
         self.seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
+        """Raises `NotSupported`: a state has no keys and values."""
         raise NotSupported(
             "this cache layer holds a mixer's state, and keys and values cannot be added; begin with an empty cache"
         )
@@ -40,9 +41,11 @@ class MixerState(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The number of tokens with the new ones, and the first of them, 0."""
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
+        """-1: there is no limit."""
         return -1
 
     def reset(self) -> None:
@@ -70,12 +73,15 @@ class MixerState(CacheLayerMixin):
         self.tensors = {name: change(x) for name, x in self.tensors.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Selects rows by beam search's indices (B,)."""
         self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
         self._each(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows of these indices."""
         self._each(lambda x: x[indices, ...])
 
 

@@ -199,7 +199,7 @@ class SegmentAttention(LongspanAttention):
         """Puts constant keys and values into the cache. Returns those that new tokens may see, which tokens they are, (B or 1,
         Tk), and how many there are in all."""
         given: dict[str, Any] = {"padding": padding}
-        key, value = self._remember(cache, key, value, given)
+        key, value = self._update(cache, key, value, given)
         rolling = given["rolling"]
         total = key.shape[2] if rolling is None else rolling.seen
         if rolling is None or rolling.columns is None:

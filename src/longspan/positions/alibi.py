@@ -16,7 +16,10 @@ from longspan.positions.scheme import PositionEncoding, Scheme, Shape
 
 
 def slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
-    """The slope of each head, (H,) float32 (Press 2022, §3, and the authors' code where H is not a power of two)."""
+    """The slope of each head, (H,) float32.
+
+    By Press 2022, §3, and by the authors' code where H is not a power of two.
+    """
     below = 1 << (heads.bit_length() - 1)
     first = torch.arange(1, below + 1, device=device) / below
     between = torch.arange(1, 2 * below, 2, device=device) / (2 * below)

@@ -65,6 +65,6 @@ class XL(Scheme):
         self.require(self.clamp is None or self.clamp >= 1, f"clamp must be at least 1 token, not {self.clamp}")
 
     def build(self, shape: Shape) -> PositionEncoding:
-        self.require(shape.causal, "xl is defined for keys before the query; use rope or t5 in an encoder")
+        self.require(shape.causal, "it scores keys before the query alone; use rope or t5 in an encoder")
         self.require(shape.hidden % 2 == 0, f"the hidden size must be even, not {shape.hidden}")
         return XLEncoding(shape, self.clamp)

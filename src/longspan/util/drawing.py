@@ -137,7 +137,7 @@ def _svg(figure: Figure) -> str:
 
 
 def with_own_names(svg: str, prefix: str) -> str:
-    """The SVG with `prefix` before each id and each reference to one, so that ids are unique on a page of many drawings."""
+    """The SVG with `prefix` before each id and each reference to one, for a page of several drawings."""
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)
     return re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", svg)
 
@@ -192,9 +192,9 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def name_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Writes each name to the right of the axes, near the end (x, y) of its line, and joins the two by a dotted line.
+    """Writes each name to the right of the axes, near the end (x, y) of its line.
 
-    ends: (name, x, y, colour), in data units.
+    A dotted line joins the two. ends: (name, x, y, colour), in data units.
     """
     low, high = axes.get_ylim()
     figure = axes.get_figure(root=True)

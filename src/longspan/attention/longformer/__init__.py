@@ -1,4 +1,4 @@
-"""Longformer: the pattern of a layer and its second projections."""
+"""Longformer: window attention with global tokens, which have projections of their own."""
 
 from longspan.attention.longformer.pattern import Longformer
 

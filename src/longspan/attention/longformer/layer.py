@@ -1,4 +1,4 @@
-"""Attention with global tokens: rows of their own, from projections of their own."""
+"""Longformer's attention module: rows of global tokens have projections of their own."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from longspan.util.errors import NotSupported
 
 
 class LinearCopy(nn.Linear):
-    """A projection that begins as a copy of `source`, also where a checkpoint holds only that."""
+    """A projection that is initialised as a copy of `source`, also where a checkpoint has only `source`."""
 
     def __init__(self, source: nn.Linear):
         super().__init__(source.in_features, source.out_features, bias=source.bias is not None)
         self._source = (source,)  # in a tuple: its parameters belong to another module
 
     def draw_weights(self) -> None:
+        """Copies the weights of `source`."""
         for target, source in zip(self.parameters(), self._source[0].parameters(), strict=True):
             initialization.copy_(target, source)
 
 
 class LongformerAttention(LongspanAttention):
-    """Local rows under the pattern, which all see the global tokens through the ordinary projections; the rows of global
-    tokens are written over them: softmax(q_g · k_g) v_g over all real tokens. Only those rows use the second projections."""
+    """Attention under the pattern, in which all rows see the global tokens through the ordinary projections.
+
+    The rows of global tokens are then replaced by softmax(q_g · k_g) v_g over all real tokens, with the second projections.
+    """
 
     q_global: LinearCopy
     k_global: LinearCopy
@@ -50,7 +53,7 @@ class LongformerAttention(LongspanAttention):
         global_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        always_visible = self._shown(hidden_states, global_attention_mask, padding)
+        always_visible = self._global_mask(hidden_states, global_attention_mask, padding)
         out, weights = super().forward(
             hidden_states, attention_mask, rotation, *args, padding=padding, always_visible=always_visible, **kwargs
         )
@@ -59,22 +62,21 @@ class LongformerAttention(LongspanAttention):
             out = some.put(out, self._global_rows(hidden_states, some, rotation, padding))
         return out, weights
 
-    def _shown(self, hidden: Tensor, given: Tensor | None, padding: Tensor | None) -> Tensor | None:
-        """Which tokens are global, boolean (B, T); None where none is."""
+    def _global_mask(self, hidden: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
+        """The global tokens, boolean (B, T), by the caller's mask and the pattern's `globals`; None where there are none."""
         if self.is_causal:
-            if given is not None:
+            if mask is not None:
                 raise NotSupported(
-                    "a decoder has no global tokens: what they see lies ahead; leave global_attention_mask out"
+                    "a decoder has no global tokens, which would see later ones; leave global_attention_mask out"
                 )
             return None
-        if given is not None and given.shape != hidden.shape[:2]:
+        if mask is not None and mask.shape != hidden.shape[:2]:
             raise NotSupported(
-                f"global_attention_mask says for every token whether it is global, {tuple(hidden.shape[:2])}; this one is "
-                f"{tuple(given.shape)}"
+                f"global_attention_mask has shape {tuple(mask.shape)}, and the input has {tuple(hidden.shape[:2])}; pass one "
+                "value per token"
             )
-        always_visible = (
-            torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if given is None else given.bool()
-        )
+        no_tokens = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        always_visible = no_tokens if mask is None else mask.bool()
         if first := cast(Any, self.pattern).globals:
             real = torch.ones_like(always_visible) if padding is None else padding
             always_visible = always_visible | (real.cumsum(1) <= first)
@@ -84,7 +86,7 @@ class LongformerAttention(LongspanAttention):
     def _global_rows(
         self, hidden: Tensor, some: Chosen, rotation: tuple[Tensor, Tensor] | None, padding: Tensor | None
     ) -> Tensor:
-        """(B, G, hidden): what the chosen tokens get."""
+        """The output (B, G, hidden) of the global tokens."""
         query = self._heads(self.q_global(some.of(hidden)))
         key, value = self._heads(self.k_global(hidden)), self._heads(self.v_global(hidden))
         if rotation is not None:

@@ -1,13 +1,13 @@
-"""Longformer: a window around every token, in some heads with gaps, and in an encoder tokens that see all and are seen by all.
+"""Longformer: window attention, dilated in some heads, and in encoders global tokens (Beltagy 2020).
 
-A token sees `window` others, half of them before it and half after; in a decoder all of them before it (section 3.1).
-Through the layers it reads window · layers tokens, and `dilation` times as many in the heads that look only at every
-`dilation`-th. A global token is seen by all tokens as any other key is, in the same softmax and once, though it may be in the
-window too. Its own row is attention to all tokens with projections of its own, which begin as copies of the others
-(sections 3.1 and 3.2). Windows and dilations that differ by layer are a list in `attention=`; the paper's grow with the
-layer, and only two heads of the upper layers are dilated.
+A token sees `window` others, half of them before it and half after; in a decoder all of them before (section 3.1). Through the
+layers information reaches window · layers tokens, and `dilation` times as many in heads that see only every `dilation`-th. All
+tokens see a global token as any other key, in the same softmax and once, though it may be in the window too. Its own row is
+attention to all tokens, with projections that are initialised as copies of the others (sections 3.1 and 3.2). Windows and
+dilations that differ by layer are a list in `attention=`; the paper's windows grow with the layer, and two heads of the upper
+layers are dilated.
 
-A decoder that looks at such an encoder is the paper's LED: kind=encoder-decoder with decoder_attention=full.
+The paper's LED is a decoder with cross-attention to such an encoder: kind=encoder-decoder with decoder_attention=full.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from longspan.util.errors import NotSupported
 
 @dataclass(frozen=True)
 class Longformer(Pattern):
-    """window: tokens that one sees besides itself, even in an encoder. dilated: in how many heads, the last ones, they are
-    `dilation` apart. globals: how many tokens at the beginning of a text are global, besides those that a call names with
-    `global_attention_mask` (B, T); in an encoder only, as in the paper."""
+    """Window attention with global tokens. `window`: tokens that a token sees besides itself, an even number in an encoder.
+    `dilated`: the number of heads, the last ones, in which they are `dilation` apart. `globals`: first tokens of a text that are
+    global, besides those of `global_attention_mask` (B, T); in an encoder only, as in the paper."""
 
     window: int = 512
     dilated: int = 0
@@ -57,17 +57,17 @@ class Longformer(Pattern):
         self.require(self.dilation >= 1, f"dilation must be 1 or more, not {self.dilation}")
         self.require(
             (self.dilated == 0) == (self.dilation == 1),
-            f"dilated={self.dilated} heads with dilation={self.dilation} say different things; give both, such as "
+            f"dilated={self.dilated} heads with dilation={self.dilation} contradict each other; set both, such as "
             "dilated=2,dilation=2, or neither",
         )
 
     def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         heads = config.num_attention_heads
-        self.require(self.dilated <= heads, f"{self.dilated} heads are to be dilated, and there are {heads}")
+        self.require(self.dilated <= heads, f"dilated={self.dilated} exceeds the {heads} heads of the model")
         if causal and self.globals:
             raise NotSupported(
-                f"attention={self.spec}: what a global token sees lies ahead of those that see it, so a decoder has none; leave "
-                "globals out, or use kind=encoder, or kind=encoder-decoder with decoder_attention=full"
+                f"attention={self.spec}: a global token sees later tokens, so a decoder has none; leave globals out, or use "
+                "kind=encoder, or kind=encoder-decoder with decoder_attention=full"
             )
         if not causal and self.window % 2:
             raise NotSupported(
@@ -116,5 +116,5 @@ class Longformer(Pattern):
         return torch.cat((banded_attention(some_heads(call, 0, plain), before, after), dilated), dim=1)
 
     def _sides(self, grid: AttentionShape) -> tuple[int, int]:
-        """How many tokens are seen before and after a token's own."""
+        """The numbers of visible tokens before and after a token."""
         return (self.window, 0) if grid.causal else (self.window // 2, self.window // 2)
