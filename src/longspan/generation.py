@@ -1,4 +1,6 @@
-"""Text from a model with a method applied: one answer through transformers' own `generate`, or a chat without end.
+"""Text from a model with a method applied: one answer, or a chat without end.
+
+An answer is decoded by transformers' own `generate`.
 
 A chat keeps one KV cache for the whole conversation and feeds only the new tokens of each turn. With a method that bounds
 the cache (`streaming`) memory is constant however long the conversation. The new tokens of a turn are the difference of the
@@ -49,7 +51,10 @@ and hide parts of them, which must not look like a changed conversation."""
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 takes the likeliest. Raises `SpecError` for values out of range."""
+    """How the next token is chosen.
+
+    Temperature 0 takes the likeliest. Raises `SpecError` for values out of range.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -85,7 +90,10 @@ class Sampling:
 
 
 def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> Sampling:
-    """The sampling for these settings; raises `SpecError` for one out of range, before a model is loaded."""
+    """The sampling for these settings.
+
+    Raises `SpecError` for one out of range, before a model is loaded.
+    """
     if not 1 <= max_new_tokens < 2**31:
         raise SpecError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     return Sampling(temperature, top_p, seed)
@@ -137,7 +145,9 @@ def generate_text(
     chat: bool | None = None,
     on_text: OnText | None = None,
 ) -> Generation:
-    """Answers `prompt` with the model and the method applied to it; `on_text` receives each new piece of text.
+    """Answers `prompt` with the model and the method applied to it.
+
+    `on_text` receives each new piece of text.
 
     chat: as in `prompt_ids`. temperature: 0 for greedy decoding. Raises `SpecError` for settings out of range, and
     `LongspanError` where the tokenizer does not fit the model or its logits are not numbers. A prompt that is too long for
@@ -179,7 +189,10 @@ def generate_text(
 
 
 def reach_warning(model: PreTrainedModel, length: int) -> str | None:
-    """A warning where `length` tokens are more than the model can read with its method; None otherwise."""
+    """A warning where `length` tokens are more than the model can read with its method.
+
+    None otherwise.
+    """
     methods = current(model) or combination("none")
     reach = methods.reach(plain_facts(model))
     if reach is None or length <= reach:
@@ -197,12 +210,12 @@ def plain_facts(model: PreTrainedModel) -> ModelFacts:
 
 
 def default_chat_method(facts: ModelFacts) -> str:
-    """The spec of `streaming` for a chat: four sinks and a window of 2,044 tokens, or the model's own window."""
+    """The spec of `streaming` for a chat: four sinks, and at most 2,044 tokens."""
     return f"streaming:sinks=4,window={min(2044, facts.window - 4)}"
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the tokens that end an answer, by the generation config and the tokenizer, ascending."""
+    """Ids of the tokens that end an answer, ascending."""
     named = getattr(model.generation_config, "eos_token_id", None)
     found = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
     return sorted(token for token in found if token is not None)
@@ -210,7 +223,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 @dataclass
 class ChatStats:
-    """Counters of a chat: tokens that the model has read, bytes of its KV cache, turns, and the last answer's speed.
+    """Counters of a chat: tokens read, bytes of cache, turns, speed.
 
     refed: how often the whole conversation had to be fed again. tokens_per_s: None before the first answer.
     """

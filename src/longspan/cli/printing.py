@@ -25,7 +25,9 @@ _COLUMN = 14
 
 
 def print_catalogue(known: dict[str, type], name: str | None, kind: str, columns: list[str], as_json: bool) -> None:
-    """Prints a catalogue as a table, or the entry `name` in full; raises `SpecError` for an unknown name.
+    """Prints a catalogue as a table, or the entry `name` in full.
+
+    Raises `SpecError` for an unknown name.
 
     known: classes by name. kind: `method` or `task`. columns: class variables that the table shows.
     """
@@ -70,7 +72,7 @@ def _describe(cls: Any) -> dict[str, Any]:
 
 
 def _combines(cls: Any) -> dict[str, list[str]]:
-    """The methods that a method can be combined with, under one key; nothing for a task."""
+    """The methods that a method can be combined with; empty for a task."""
     from longspan.core.method import Method
 
     if not issubclass(cls, Method):
@@ -95,14 +97,17 @@ def print_json(value: Any) -> None:
 
 
 def console() -> Console:
-    """A console on standard output, of the terminal's width, or 160 columns where it is not a terminal."""
+    """A console on standard output, 160 columns wide where it is no terminal."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
 def print_table(columns: list[str], rows: list[list[str]], shown: int | None = None) -> None:
-    """Prints rows of text as a table; `shown`: the number of columns, all if left out."""
+    """Prints rows of text as a table.
+
+    `shown`: the number of columns, all if left out.
+    """
     from rich.markup import escape
     from rich.table import Table
 
@@ -134,7 +139,7 @@ def _cell(value: Any) -> str:
 
 
 def print_attention(bench: AttentionBench, out: Path | None, as_json: bool) -> None:
-    """Prints `bench attention` as tables or JSON, and writes it to `out` (JSON) with a plot beside it."""
+    """Prints `bench attention` as tables or JSON, and writes `out` with a plot."""
     from longspan.util.growth import UNTOLD
 
     if out is not None:
@@ -176,7 +181,7 @@ def _figure(value: float | None) -> str:
 
 
 def print_bench(bench: Bench, out: Path | None, as_json: bool) -> None:
-    """Prints `bench decode` or `bench prefill` as a table or JSON, and writes it to `out` (JSON)."""
+    """Prints `bench decode` or `bench prefill` as a table or JSON, and writes `out`."""
     if out is not None:
         from longspan.util.files import write_atomically
 

@@ -1,4 +1,4 @@
-"""Receptive field: how far back the tokens are that influence the last state, by the cumulative normalised gradient.
+"""Receptive field: how far back tokens influence the last state, by gradients.
 
 Projections of the last position's hidden state on random directions are differentiated by every input embedding. The norms
 of these gradients, scaled to sum to one and added up from the newest token backwards, are the share of the influence within
@@ -26,7 +26,10 @@ from longspan.util.errors import NotSupported
 
 @dataclass(frozen=True)
 class ReceptiveField(TextWindows):
-    """The score is the distance in tokens that contains `share` of the gradient, averaged over `directions` random ones."""
+    """The score is the distance in tokens that contains `share` of the gradient.
+
+    Gradients are averaged over `directions` random directions.
+    """
 
     share: float = 0.99
     directions: int = 4
@@ -55,7 +58,7 @@ class ReceptiveField(TextWindows):
 
 
 def gradient_norms(model: PreTrainedModel, ids: list[int], directions: int = 4) -> Tensor:
-    """Norms (T,) of the gradient of the last position's state by each input embedding, float64 on the CPU.
+    """Norms (T,) of the last state's gradient by each input embedding, float64 on the CPU.
 
     Averaged over random directions of that state. Raises `NotSupported` for a model without gradients.
     """

@@ -1,4 +1,4 @@
-"""Windows of a long text, for tasks that describe how a model uses its context and rate no method."""
+"""Windows of a long text, for tasks that describe how models use context."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ POINTS = 64
 
 
 class TextWindows(ReadsText, Task):
-    """Base of tasks with a setting `text`, whose samples are windows with ends evenly spread over that text."""
+    """Base of tasks on windows of `text`, with ends evenly spread over it."""
 
     source: ClassVar[str] = TEXT_SOURCES
     default_count: ClassVar[int] = 4
     rates: ClassVar[bool] = False
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Windows of exactly `length` tokens, BOS included; where they end does not depend on their length.
+        """Windows of exactly `length` tokens, BOS included.
 
+        Where they end does not depend on their length.
         Raises `SpecError` for too short a length, or too short a text.
         """
         self.require(length >= SHORTEST, f"a length of at least {SHORTEST} tokens is needed, not {length:,}")
