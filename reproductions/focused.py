@@ -36,7 +36,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 import longspan as ls
 from longspan import meter as meter_module
 from longspan.compare.statistics import Scale, difference, score
-from longspan.memory.focused.document import Memory
+from longspan.memory.document import Memory
 from longspan.meter import Meter
 from longspan.tasks.answers import WORDS
 from longspan.tasks.base import parse_task

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from longspan.generation import Chat as Chat
     from longspan.generation import generate_text as generate_text
     from longspan.hf.site import remove as remove
-    from longspan.memory.focused.document import Memory as Memory
+    from longspan.memory.document import Memory as Memory
     from longspan.memory.unlimiformer import Encoded as Encoded
     from longspan.models import load as load
     from longspan.reading.stream_decoder import StreamDecoder as StreamDecoder
@@ -49,7 +49,7 @@ _WHERE = {
     "StreamDecoder": "longspan.reading.stream_decoder:StreamDecoder",
     "stream_generate": "longspan.reading.stream_decoder:stream_generate",
     "Encoded": "longspan.memory.unlimiformer:Encoded",
-    "Memory": "longspan.memory.focused.document:Memory",
+    "Memory": "longspan.memory.document:Memory",
     "LongspanError": "longspan.util.errors:LongspanError",
     "NotSupported": "longspan.util.errors:NotSupported",
     "SpecError": "longspan.util.errors:SpecError",

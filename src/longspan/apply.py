@@ -16,7 +16,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.core.facts import facts_of, rotary_modules, text_config
 from longspan.core.method import Combination, Method, combination
@@ -47,20 +47,30 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def apply(
-    model: Model, method: str | Method | Combination | Iterable[str | Method], *, length: int | None = None
+    model: Model,
+    method: str | Method | Combination | Iterable[str | Method],
+    *,
+    length: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Model:
     """Applies `method` to `model` in place, in the place of methods applied before, and returns the model.
 
     method: a spec string, a method, or several that are combined. length: the target length in tokens, from which settings that
-    were left out follow. Raises `SpecError` for a method that cannot be parsed and `NotSupported` for one that cannot work on
-    this model, which is then as before.
+    were left out follow. tokenizer: where the method needs a special token (gist, landmark), it gets that token, and the model a
+    row for it. Raises `SpecError` for a method that cannot be parsed and `NotSupported` for one that cannot work on this model,
+    which is then as before.
     """
     methods = combination(method)
     previous = current(model)
     remove(model)
     try:
         facts = facts_of(model)
-        site = Site(model, methods.resolve(facts, length), facts)
+        resolved = methods.resolve(facts, length)
+        if tokenizer is not None:
+            resolved = resolved.prepare_tokenizer(tokenizer)
+            resolved.prepare_model(model)
+            facts = facts_of(model)
+        site = Site(model, resolved, facts)
         site.makes_dynamic_caches = facts.encoder_decoder or not site.slots or _makes_dynamic_caches(model)
         _attach(site)
     except BaseException:

@@ -34,8 +34,10 @@ from longspan.core.method import combination
 from longspan.core.tokens import encode, with_bos
 from longspan.hf.compat import cache_of, with_cache
 from longspan.hf.site import current, site_of
+from longspan.memory.document import Memory
 from longspan.meter import cache_bytes
 from longspan.reading.chat_template import Messages, encode_rendered, render
+from longspan.reading.documents import question_ids
 from longspan.reading.prefill import chunk_size
 from longspan.reading.stream_decoder import StreamDecoder, steps_are_faster, stream_generate
 from longspan.util.errors import LongspanError, NotSupported, SpecError
@@ -143,34 +145,37 @@ def generate_text(
     top_p: float = 1.0,
     seed: int | None = None,
     chat: bool | None = None,
+    memory: Memory | None = None,
     on_text: OnText | None = None,
 ) -> Generation:
     """Answers `prompt` with the model and the method applied to it.
 
     `on_text` receives each new piece of text.
 
-    chat: as in `prompt_ids`. temperature: 0 for greedy decoding. Raises `SpecError` for settings out of range, and
-    `LongspanError` where the tokenizer does not fit the model or its logits are not numbers. A prompt that is too long for
-    the method, with its answer, is still answered: `warnings` of the result says so.
+    chat: as in `prompt_ids`. memory: a document that the model has read, which `prompt` continues; `chat` is then the memory's
+    own. temperature: 0 for greedy decoding. Raises `SpecError` for settings out of range, and `LongspanError` where the
+    tokenizer does not fit the model or its logits are not numbers. A prompt that is too long for the method, with its answer,
+    is still answered: `warnings` of the result says so.
     """
     sampling = check_settings(max_new_tokens, temperature, top_p, seed)
-    ids = prompt_ids(tokenizer, prompt, chat=chat)
+    own = prompt_ids(tokenizer, prompt, chat=chat) if memory is None else question_ids(tokenizer, memory, prompt)
+    ids = own if memory is None else [*memory.ids.tolist(), *own]
     ends, chunk = end_tokens(model, tokenizer), chunk_size(model, len(ids))
     stream = _Stream(tokenizer, on_text)
     _check_ids(model, ids)
-    inputs = torch.tensor([ids], device=model.device)
+    question = torch.tensor([own], device=model.device)
+    given = prompt_inputs(question) if memory is None else memory.inputs(question)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0],
-        prefill_chunk_size=chunk if len(ids) > chunk else None,
+        prefill_chunk_size=chunk if len(ids) > chunk and memory is None else None,
         **sampling.settings(),
     )
     with torch.no_grad(), sampling.seeded(model.device):
         stream.start()
         output = model.generate(  # type: ignore[operator]
-            inputs,
-            attention_mask=torch.ones_like(inputs),
+            **given,
             generation_config=config,
             logits_processor=LogitsProcessorList([_CheckLogits()]),
             streamer=stream,
@@ -186,6 +191,11 @@ def generate_text(
         stop="end" if tokens[-1] in ends else "length",
         warnings=tuple(filter(None, [reach_warning(model, len(ids) + len(tokens))])),
     )
+
+
+def prompt_inputs(ids: Tensor) -> dict[str, Tensor]:
+    """What `generate` takes for a prompt of ids (1, T)."""
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def reach_warning(model: PreTrainedModel, length: int) -> str | None:

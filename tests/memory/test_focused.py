@@ -30,7 +30,7 @@ from longspan.hf.call import LayerCall
 from longspan.hf.compat import CACHE, cache_of
 from longspan.hf.rotary import rotate
 from longspan.hf.site import Site, layer_number
-from longspan.memory.focused.document import Memory
+from longspan.memory.document import Memory
 from longspan.memory.focused.method import Focused, reader_of
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 from shared_model import assert_checkpoints_change_no_gradient
@@ -333,7 +333,7 @@ def test_another_process_reads_it(tmp_path: Path) -> None:
     code = (
         "import sys, torch, longspan as ls\n"
         "from transformers import AutoModelForCausalLM\n"
-        "from longspan.memory.focused.document import Memory\n"
+        "from longspan.memory.document import Memory\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         f"ls.apply(model, '{SPEC}')\n"
         "memory = Memory.load(sys.argv[2], model)\n"

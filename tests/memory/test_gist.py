@@ -110,7 +110,7 @@ def encoder_decoder(family: str) -> PreTrainedModel:
 
 def prepared(model: PreTrainedModel, method: str = "gist:tokens=3") -> tuple[PreTrainedModel, Any]:
     tokenizer = tiny.tokenizer()
-    return gist.prepare(model, tokenizer, method)[0], tokenizer
+    return apply(model, method, tokenizer=tokenizer), tokenizer
 
 
 def masked_by_hand(model: PreTrainedModel, ids: Tensor, mode: str, real: Tensor | None = None) -> Tensor:
@@ -239,7 +239,7 @@ def test_controls() -> None:
     other = ids.clone()
     other[0, 2:12] = 70
     for mode, same in (("negative", True), ("gist", False)):
-        gist.prepare(model, tokenizer, f"gist:tokens=3,mode={mode}")
+        apply(model, f"gist:tokens=3,mode={mode}", tokenizer=tokenizer)
         a, b = (logits(model, x)[:, -len(TEXTS[0]) :] for x in (ids, other))
         assert torch.equal(a, b) if same else not torch.allclose(a, b, atol=1e-3)
 
@@ -387,7 +387,7 @@ def test_controls_of_an_encoder(family: str) -> None:
         logits(model, ids, decoder_input_ids=said), logits(apply(model, "none"), ids, decoder_input_ids=said)
     )
     for mode, same in (("negative", True), ("gist", False)):
-        gist.prepare(model, tokenizer, f"gist:tokens=3,mode={mode}")
+        apply(model, f"gist:tokens=3,mode={mode}", tokenizer=tokenizer)
         a, b = (logits(model, x, decoder_input_ids=said) for x in (ids, other))
         assert torch.allclose(a, b, atol=1e-6) is same
     model.train()(ids, labels=said).loss.backward()
@@ -489,7 +489,7 @@ def test_a_learned_row_is_not_begun_anew() -> None:
     row = model.get_input_embeddings().weight[wanted].clone()
     for method in ("gist:tokens=1", "gist:tokens=2,mode=negative"):
         remove(model)
-        gist.prepare(model, tokenizer, method)
+        apply(model, method, tokenizer=tokenizer)
         assert torch.equal(model.get_input_embeddings().weight[wanted], row)
     with pytest.raises(NotSupported, match="use gist:tokens=3,id=261"):
         apply(model, "gist:tokens=3")
@@ -511,11 +511,11 @@ def test_saved_with_the_model_and_on_it_again(tmp_path: Path) -> None:
     out = again.generate(**given, **asked)
     assert torch.equal(out[:, -5:], model.generate(**held.inputs(model, tokenizer, TEXTS), **asked)[:, -5:])
     row = again.get_input_embeddings().weight[gist.method_on(again).id].clone()
-    gist.prepare(again, its, "gist:tokens=2,mode=positive")  # a learned row is not begun anew
+    apply(again, "gist:tokens=2,mode=positive", tokenizer=its)  # a learned row is not begun anew
     assert torch.equal(row, again.get_input_embeddings().weight[gist.method_on(model).id])
     with torch.no_grad():
         again.model.norm.weight += 0.1
-    gist.prepare(again, its, "gist:tokens=2")
+    apply(again, "gist:tokens=2", tokenizer=its)
     with pytest.raises(LongspanError, match="another model"):
         gist.load(tmp_path / "held.safetensors", again)
     (tmp_path / "no.safetensors").write_bytes(b"no")
@@ -537,7 +537,7 @@ def test_taken_off_the_model_is_as_before() -> None:
     ids = torch.tensor([gist.joined(model, tokenizer, PROMPTS[0], TEXTS[0])])
     remove(model)
     before = logits(model, ids)
-    gist.prepare(model, tokenizer, "gist:tokens=3,id=261")
+    apply(model, "gist:tokens=3,id=261", tokenizer=tokenizer)
     remove(model)
     assert torch.equal(logits(model, ids), before)
 
@@ -568,7 +568,7 @@ def test_refusals() -> None:
             model(ids.repeat(2, 1), past_key_values=held.copy(), use_cache=True)
     with pytest.raises(NotSupported, match="filled while gist was not"):
         model(ids, past_key_values=filled, use_cache=True)
-    gist.prepare(model, tokenizer, "gist:tokens=3,mode=negative")
+    apply(model, "gist:tokens=3,mode=negative", tokenizer=tokenizer)
     with pytest.raises(NotSupported, match="control"):
         gist.compress(model, tokenizer, PROMPTS)
     remove(model)
@@ -579,9 +579,9 @@ def test_refusals() -> None:
     with pytest.raises(NotSupported, match="which has 270"):
         apply(model, "gist:id=400")
     with pytest.raises(SpecError, match="id=3 is not <GIST>"):
-        gist.prepare(model, tokenizer, "gist:id=3")
-    with pytest.raises(SpecError, match="no gist tokens"):
-        gist.prepare(model, tokenizer, "none")
+        apply(model, "gist:id=3", tokenizer=tokenizer)
+    with pytest.raises(NotSupported, match="no gist tokens"):
+        gist.compress(apply(copy.deepcopy(model), "none", tokenizer=tokenizer), tokenizer, PROMPTS)
     for wrong in ("gist:tokens=0", "gist:mode=other", "gist:id=-1"):
         with pytest.raises(SpecError):
             apply(model, wrong)
@@ -592,4 +592,4 @@ def test_refusals() -> None:
 def test_a_learned_sink_is_refused() -> None:
     sunk = AutoModelForCausalLM.from_config(LongspanConfig(position="rope", sink="learned", **SIZES))
     with pytest.raises(NotSupported, match="sink"):
-        gist.prepare(sunk, tiny.tokenizer())
+        apply(sunk, "gist", tokenizer=tiny.tokenizer())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import longspan as ls
 import tiny
 from longspan.memory.gist import method as method
 from longspan.tasks.base import parse_task
@@ -66,7 +67,8 @@ def test_between_the_controls(script: ModuleType, gist: float, between: bool, ca
 def test_cache_and_mask_are_judged_alike(script: ModuleType) -> None:
     """On a tiny model: the script's own reading with the cache, and in one pass."""
     tokenizer = tiny.tokenizer()
-    model, wanted = method.prepare(tiny.model(256), tokenizer, "gist:tokens=2")
+    model = ls.apply(tiny.model(256), "gist:tokens=2", tokenizer=tokenizer)
+    wanted = method.method_on(model)
     samples = parse_task("instructions").samples(tokenizer, 250, 12, 0)
     assert script.largest_difference(model, samples, wanted) < 1e-4
     records = script.judge(model, samples, wanted)

@@ -70,7 +70,7 @@ def model_of(family: str = "llama", method: str | None = METHOD) -> PreTrainedMo
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=1.2 * weight.shape[-1] ** -0.5)
     if method is not None:
-        landmark.prepare(model, tiny.tokenizer(), method)
+        apply(model, method, tokenizer=tiny.tokenizer())
     return model.eval()
 
 
@@ -193,7 +193,7 @@ def one_query(i: int, q: Tensor, key: Tensor, value: Tensor, turned: Any, size: 
 def test_retrieval_against_loops() -> None:
     model = model_of(method=None).double()
     plain = copy.deepcopy(model)
-    _, method = landmark.prepare(model, tiny.tokenizer(), METHOD)
+    method = landmark.reader_on(apply(model, METHOD, tokenizer=tiny.tokenizer())).method
     plain.resize_token_embeddings(len(model.get_input_embeddings().weight), mean_resizing=False)
     plain.load_state_dict(model.state_dict())
     ids = some(1, 50, 3)
@@ -241,7 +241,7 @@ def test_generation_is_greedy_over_whole_texts() -> None:
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_document_is_read_once_and_asked(offload: bool, tmp_path: Path) -> None:
     model, tokenizer = model_of(method=None), tiny.tokenizer()
-    landmark.prepare(model, tokenizer, f"{METHOD},offload={str(offload).lower()}")
+    apply(model, f"{METHOD},offload={str(offload).lower()}", tokenizer=tokenizer)
     document, asked = "It was the best of times, it was the worst of times.", [" Who?", " And when was it?"]
     held = landmark.read(model, tokenizer, document)
     assert (held.cpu_bytes > 0) is offload
@@ -378,7 +378,7 @@ def test_removed_bit_for_bit() -> None:
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
     model, tokenizer = model_of(method=None), tiny.tokenizer()
-    _, method = landmark.prepare(model, tokenizer, METHOD)
+    method = landmark.reader_on(apply(model, METHOD, tokenizer=tokenizer)).method
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again, known = ls.load(tmp_path, device="cpu")
@@ -386,7 +386,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     ids = some(1, 40)
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
-    _, same = landmark.prepare(again, known, METHOD)
+    same = landmark.reader_on(apply(again, METHOD, tokenizer=known)).method
     assert same == method and torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
@@ -414,7 +414,10 @@ def test_refusals() -> None:
         (lambda: apply(model, "landmark + streaming"), "cannot be combined"),
         (lambda: apply(model_of(method=None), METHOD), "has no landmark"),
         (lambda: landmark.reader_on(model_of(method=None)), "has no landmarks"),
-        (lambda: landmark.prepare(model, tiny.tokenizer(), "streaming"), "has no landmarks"),
+        (
+            lambda: landmark.reader_on(apply(copy.deepcopy(model), "none", tokenizer=tiny.tokenizer())),
+            "has no landmarks",
+        ),
         (lambda: apply(model_of(method=None), f"{METHOD},id=5000"), "is no token of this model"),
     ):
         with pytest.raises(LongspanError, match=said):
@@ -443,7 +446,7 @@ def test_refusals() -> None:
 )
 def test_refused_models(config: Any, said: str) -> None:
     with pytest.raises(NotSupported, match=said):
-        landmark.prepare(AutoModelForCausalLM.from_config(config), tiny.tokenizer(), METHOD)
+        apply(AutoModelForCausalLM.from_config(config), METHOD, tokenizer=tiny.tokenizer())
 
 
 @pytest.mark.slow
@@ -460,7 +463,7 @@ def _finds_far_keys(seed: int) -> bool:
     torch.manual_seed(seed)
     sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "tie_word_embeddings": True}
     model, draws = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), torch.Generator().manual_seed(seed)
-    landmark.prepare(model, tiny.tokenizer(), "landmark:block=4,retrieve=2,local=16")
+    apply(model, "landmark:block=4,retrieve=2,local=16", tokenizer=tiny.tokenizer())
 
     def texts(length: int) -> Tensor:
         ids = torch.randint(40, 60, (32, length), generator=draws)

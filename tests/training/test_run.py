@@ -26,8 +26,6 @@ import tiny
 from longspan.cli.printing import console
 from longspan.compare.planning.trained import training_cost
 from longspan.core.tokens import encode
-from longspan.memory.gist import method as gist
-from longspan.memory.landmark import method as landmark
 from longspan.models import rows_needed
 from longspan.tasks.base import parse_task
 from longspan.training import run as run_module
@@ -533,13 +531,13 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(have: Have, tmp_path: Pat
         ls.train(tuning(have, tmp_path / "out", base))
 
 
-@pytest.mark.parametrize("add_token", [gist.add_token, landmark.add_token])
-def test_a_new_token_is_not_given_another_ones_id(add_token: Callable) -> None:
-    assert add_token(tiny.tokenizer()) == 261
+@pytest.mark.parametrize("method", [ls.Gist(), ls.Landmark()])
+def test_a_new_token_is_not_given_another_ones_id(method: Any) -> None:
+    assert method.prepare_tokenizer(tiny.tokenizer()).id == 261
     made = tiny.tokenizer(gap=2)  # the 262nd token would be 261, which is that of a byte
     for _ in range(2):
         with pytest.raises(NotSupported, match="would be 261, which is"):
-            add_token(made)
+            method.prepare_tokenizer(made)
 
 
 def test_half_precision_weights(have: Have, tmp_path: Path) -> None:

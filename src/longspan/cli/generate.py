@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longspan.cli.loading import load
+from longspan.cli.memory import load_memory, method_of_memory
 from longspan.cli.options import Device, Dtype, Include, Json, MaxNew, Model, Seed, Temperature, TopP
 from longspan.cli.printing import print_json
 from longspan.cli.text import as_utf8, prompt_text
@@ -27,6 +28,9 @@ def generate(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt, or the question about --file.")] = None,
     file: Annotated[Path | None, typer.Option(help="A text file as prompt; - reads standard input.")] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="A document that longspan read has read; --prompt is a question about it.")
+    ] = None,
     max_new_tokens: MaxNew = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -42,10 +46,15 @@ def generate(
 
     generation.check_settings(max_new_tokens, temperature, top_p, seed)
     text = prompt_text(prompt, file)
+    if memory is not None and file is not None:
+        raise SpecError("--file and --memory: the memory is the document; leave --file out")
+    method = method if memory is None else method or method_of_memory(memory)
     loaded = load(model, method, dtype, device)
     chat = False if plain else None
     length = len(generation.prompt_ids(loaded.tokenizer, text, chat=chat)) + max_new_tokens
     loaded.apply_method(length)
+    book = None if memory is None else load_memory(memory, loaded.model)
+    length += 0 if book is None else book.tokens
     if warning := generation.reach_warning(loaded.model, length):
         typer.echo(f"warning: {warning}", err=True)
     answer = generation.generate_text(
@@ -57,6 +66,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         chat=chat,
+        memory=book,
         on_text=None if as_json else _print_piece,
     )
     print_json(dataclasses.asdict(answer)) if as_json else typer.echo()

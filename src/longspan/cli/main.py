@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from longspan.cli import apply, bench, catalogues, compare, generate, plan, train
+from longspan.cli import apply, bench, catalogues, compare, generate, memory, plan, train
 from longspan.cli.errors import Commands
 from longspan.util.version import __version__
 
@@ -32,6 +32,7 @@ for _command in (
     compare.compare,
     compare.report,
     apply.apply,
+    memory.read,
     generate.generate,
     generate.chat,
     plan.plan,

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from longspan.core.facts import ModelFacts
 from longspan.core.registry import Registered, import_all
 from longspan.util.errors import NotSupported, SpecError, nearest
@@ -87,6 +89,13 @@ class Method(Registered):
     def keys_seen(self, facts: ModelFacts, length: int) -> int:
         """The number of keys that the last of `length` queries attends to."""
         return self.cache_tokens(facts, length)
+
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The same method after it has added its special tokens, if any, to the tokenizer."""
+        return self
+
+    def prepare_model(self, model: PreTrainedModel) -> None:
+        """Adds embedding rows for the method's special tokens, if any; `prepare_tokenizer` comes first."""
 
     def attach(self, site: Any) -> None:
         """Puts the resolved method on a model through `site` (`longspan.hf.site.Site`), which can undo it."""
@@ -168,6 +177,15 @@ class Combination:
         """
         self.check(facts)
         return Combination(tuple(m.resolve(facts, length) for m in self.methods))
+
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Combination:
+        """The same methods after each has added its special tokens to the tokenizer."""
+        return Combination(tuple(m.prepare_tokenizer(tokenizer) for m in self.methods))
+
+    def prepare_model(self, model: PreTrainedModel) -> None:
+        """Adds embedding rows for the methods' special tokens."""
+        for method in self.methods:
+            method.prepare_model(model)
 
     def reach(self, facts: ModelFacts) -> int | None:
         """The longest input in tokens that one of the methods is meant for; None where there is no limit."""

@@ -7,27 +7,25 @@ what is new. A layer returns keys in the rotation they came with; the distance t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
-from longspan.hf.caches import Owned
+from longspan.hf.caches import CountedLayer, Owned
 from longspan.util.errors import NotSupported
 
 
-class StreamingLayer(Owned, CacheLayerMixin):
+class StreamingLayer(Owned, CountedLayer):
     """Keys and values of one layer: `sinks` slots, then a ring of `window` slots; token t ≥ sinks lives in slot
     sinks + (t - sinks) mod window. `get_seq_length` is the number of tokens seen, so positions go on past evictions."""
 
     keys: Tensor
     values: Tensor
     sink_keys: Tensor
-    is_compileable = False
-    is_sliding = False
     is_croppable = True
+    kind = "rolling"
 
     def __init__(self, sinks: int, window: int):
         super().__init__()
@@ -125,15 +123,6 @@ class StreamingLayer(Owned, CacheLayerMixin):
         self.values[:, :, : self.sinks] = sink_values.detach()
         return sink_keys, sink_values
 
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
     def reset(self) -> None:
         self.seen, self.settled = 0, 0
         self.pad = None
@@ -154,25 +143,41 @@ class StreamingLayer(Owned, CacheLayerMixin):
             )
         self.seen += tokens_to_remove
 
-    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             with torch.inference_mode(False):
                 self.keys, self.values, self.sink_keys = (change(x) for x in (self.keys, self.values, self.sink_keys))
                 self.pad = None if self.pad is None else change(self.pad)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
+    def stored_numbers(self) -> dict[str, Any]:
+        return {"sinks": self.sinks, "window": self.window, "seen": self.seen, "settled": self.settled}
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
+    def stored_tensors(self) -> dict[str, Tensor]:
+        used = min(self.seen, self.sinks + self.window)
+        tensors = {"key": self.keys[:, :, :used], "value": self.values[:, :, :used], "sink_key": self.sink_keys}
+        return tensors if self.pad is None else {**tensors, "pad": self.pad}
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._each_row(lambda x: x[indices, ...])
+    @classmethod
+    def empty(cls, numbers: dict[str, Any]) -> Self:
+        return cls(int(numbers["sinks"]), int(numbers["window"]))
+
+    def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        key, value = tensors["key"], tensors["value"]
+        self.lazy_initialization(key, value)
+        with torch.inference_mode(False):
+            self.keys[:, :, : key.shape[2]], self.values[:, :, : key.shape[2]] = key, value
+            self.sink_keys = tensors["sink_key"].clone()
+        self.seen, self.settled, self.pad = int(numbers["seen"]), int(numbers["settled"]), tensors.get("pad")
+
+    @property
+    def settings(self) -> str:
+        return f"{self.sinks} + {self.window:,} tokens"
 
 
 class WindowLayer(StreamingLayer):
     """The same for patterns, which ask which tokens the keys are that `update` returned."""
 
+    kind = "rolling window"
     columns: Tensor | None = None
     """(B or 1, keys): the number of each key's token, counted from the row's first column; -1 where a slot repeats another
     or holds nothing. None after the first call, whose keys are all tokens as they came."""

@@ -7,21 +7,21 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
+from longspan.hf.caches import CountedLayer, refuse_filled
 from longspan.hf.rolling import WindowLayer
 from longspan.util.errors import NotSupported
 
 
-class MixerState(CacheLayerMixin):
+class MixerState(CountedLayer):
     """The state of a mixer's module between calls.
 
     tensors: by name, each with the batch first; seen: the number of tokens read so far; shared: tensors that are alike for all
     rows, computed once from the weights.
     """
 
-    is_compileable = False
-    is_sliding = False
+    kind = "state"
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,17 +37,6 @@ class MixerState(CacheLayerMixin):
 
     update = lazy_initialization  # type: ignore[assignment]
 
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The number of tokens with the new ones, and the first of them, 0."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: there is no limit."""
-        return -1
-
     def reset(self) -> None:
         self.tensors, self.shared, self.seen = {}, {}, 0
 
@@ -58,10 +47,10 @@ class MixerState(CacheLayerMixin):
             )
 
     def offload(self) -> None:
-        self._each(lambda x: x.to("cpu", non_blocking=True))
+        self.each_row(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._each(lambda x: x.to(self._device, non_blocking=True))
+        self.each_row(lambda x: x.to(self._device, non_blocking=True))
 
     def keep(self, seen: int, **tensors: Tensor) -> None:
         """Stores the tensors of the state after `seen` more tokens."""
@@ -69,20 +58,20 @@ class MixerState(CacheLayerMixin):
         self._device = next(iter(tensors.values())).device
         self.seen += seen
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+    def batch_size(self) -> int:
+        return len(next(iter(self.tensors.values()), ()))
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         self.tensors = {name: change(x) for name, x in self.tensors.items()}
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Selects rows by beam search's indices (B,)."""
-        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+    def stored_numbers(self) -> dict[str, Any]:
+        return {"seen": self.seen}
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
-        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+    def stored_tensors(self) -> dict[str, Tensor]:
+        return self.tensors
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows of these indices."""
-        self._each(lambda x: x[indices, ...])
+    def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.keep(int(numbers["seen"]), **tensors)
 
 
 def state_of(cache: Cache, layer: int) -> MixerState:
@@ -92,8 +81,7 @@ def state_of(cache: Cache, layer: int) -> MixerState:
     """
     layers = _layers(cache, layer)
     if not isinstance(layers[layer], MixerState):
-        if layers[layer].get_seq_length():
-            raise NotSupported("this cache holds keys and values of another model; begin with an empty cache")
+        refuse_filled(layers[layer])
         layers[layer] = MixerState()
     return layers[layer]
 

@@ -21,7 +21,7 @@ With activation checkpointing each segment is computed again in the backward pas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from longspan.core.facts import ModelFacts, text_config
 from longspan.core.method import Method
 from longspan.engine.patterns import roll
 from longspan.hf import compat
+from longspan.hf.caches import refuse_filled
 from longspan.hf.forward import counts_on
 from longspan.hf.heads import plain_head
 from longspan.hf.site import Site
@@ -156,6 +157,32 @@ class Segments(MixerState):
     def offload(self) -> None: ...
 
     def prefetch(self) -> None: ...
+
+    kind = "segments"
+
+    @classmethod
+    def empty(cls, numbers: dict[str, Any]) -> Segments:
+        return cls([])
+
+    def stored_numbers(self) -> dict[str, Any]:
+        return {"seen": self.seen, "filled": self.rows[0].filled}
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Of rows that are as far, as those of one text are."""
+        row = self.rows[0]
+        layers: list[Any] = row.cache.layers if row.cache is not None else []
+        pairs = {
+            f"{n}.{name}": x for n, one in enumerate(layers) for name, x in (("key", one.keys), ("value", one.values))
+        }
+        return {"memory": row.memory, **pairs}
+
+    def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        row, count = Row(tensors["memory"], None, int(numbers["filled"])), len(tensors) // 2
+        if count:
+            row.cache = DynamicCache()
+        for number in range(count):
+            cast(DynamicCache, row.cache).update(tensors[f"{number}.key"], tensors[f"{number}.value"], number)
+        self.rows, self.seen = [row], int(numbers["seen"])
 
     def _pick(self, places: list[int]) -> None:
         if len(self.rows) == 1:
@@ -321,8 +348,7 @@ class RMTModel(RMTPreTrainedModel):
         layers: list[Any] = cache.layers
         if layers and isinstance(layers[0], Segments) and layers[0].rows:
             return layers[0]
-        if cache.get_seq_length():
-            raise NotSupported("this cache holds keys and values of another model; begin with an empty one")
+        refuse_filled(cache)
         state = Segments([Row(self.memory.to(embeds.dtype).expand(len(embeds), -1, -1))])
         layers[:] = [state]
         return state

@@ -17,27 +17,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from longspan.core.facts import ModelFacts, text_config
+from longspan.core.facts import ModelFacts
 from longspan.core.method import Method
 from longspan.engine.core import attention, expand_heads, with_zero_key
 from longspan.engine.decode import single_query as one_query
 from longspan.engine.slices import Slices
 from longspan.engine.window import rolling_window as windowed
 from longspan.hf.call import LayerCall
-from longspan.hf.compat import CACHE
 from longspan.hf.forward import forward_of
-from longspan.hf.rolling import StreamingLayer, streaming_cache
+from longspan.hf.rolling import StreamingLayer
 from longspan.hf.rotary import rotate
 from longspan.hf.site import Site, layer_number
 from longspan.hf.trial import prove_rotation
+from longspan.memory.base import CacheReader
 from longspan.util.errors import NotSupported
 
 QUERIES_AT_ONCE = 1024
@@ -161,11 +160,14 @@ class Pass:
     """Whether this is a step of fixed shape: the ring is full, its sinks are turned, nothing is masked."""
 
 
-class Streaming:
+class Streaming(CacheReader[StreamingLayer]):
     """StreamingLLM on one model: gives every forward a rolling cache and computes its attention."""
 
+    kind = "streaming"
+    layer_class = StreamingLayer
+
     def __init__(self, method: StreamingLLM, site: Site):
-        self.method, self.site = method, site
+        super().__init__(method, site)
         self._sinks: WeakKeyDictionary[StreamingLayer, SinkKeys | None] = WeakKeyDictionary()
         """Of each cache, by its first layer, while it lives."""
 
@@ -173,12 +175,18 @@ class Streaming:
         self.site.attention(self.attend, own_mask=True)
         self.site.before_forward(self.before_forward)
 
+    def reading(self) -> str:
+        return self.method.spec
+
+    def new_layers(self) -> list[StreamingLayer]:
+        return [StreamingLayer(self.method.sinks, self.method.recent) for _ in range(self.site.facts.layers)]
+
     # Before a forward: the cache, the padding, the positions.
 
     def before_forward(self, arguments: dict[str, Any]) -> None:
         ids = arguments.get("input_ids")
         new = (ids if ids is not None else arguments["inputs_embeds"]).shape[1]
-        layers = self._layers(arguments)
+        layers = None if self.site.drops_caches else self.cache_layers(arguments)
         start = layers[0].seen if layers else 0
         if layers and layers[0].fixed_slot is not None:
             forward_of(arguments).keep(self, Pass(start, new, None, layers, fixed=True))
@@ -221,76 +229,14 @@ class Streaming:
             for number, keys in zip(numbers, stack.to(layers[0].keys.dtype), strict=True)
         }
 
-    def _layers(self, arguments: dict[str, Any]) -> list[StreamingLayer] | None:
-        """The rolling layers of this forward's cache. An empty `DynamicCache`, which `generate` and most callers bring, gets
-        them in place, so that whoever holds the cache goes on with it."""
-        cache = arguments.get("cache")
-        config = text_config(self.site.model.config)
-        use = arguments.get("use_cache")
-        own = (self.method.sinks, self.method.recent)
-        if self.site.drops_caches:
-            return None
-        if cache is None:
-            if not (config.use_cache if use is None else use):
-                return None
-            cache = arguments["cache"] = streaming_cache(self.site.facts.layers, *own)
-        layers = cache.layers
-        if layers and isinstance(layers[0], StreamingLayer):
-            if (layers[0].sinks, layers[0].window) != own:
-                raise NotSupported(
-                    f"this cache keeps {layers[0].sinks} + {layers[0].window:,} tokens and the model has {self.method.spec} "
-                    "on it; start a new cache after changing the method"
-                )
-            return cast(list[StreamingLayer], layers)
-        if type(cache) is not DynamicCache or cache.get_seq_length() > 0:
-            raise NotSupported(
-                f"streaming keeps its own kind of cache; a {type(cache).__name__} "
-                + ("with tokens in it " if cache.get_seq_length() > 0 else "")
-                + f"cannot be turned into it. Pass {CACHE}=None or an empty DynamicCache"
-            )
-        cache.layer_class_to_replicate = None
-        cache.layers = streaming_cache(self.site.facts.layers, *own).layers
-        return cast(list[StreamingLayer], cache.layers)
-
     def _padding(self, mask: Any, start: int, new: int, layers: list[StreamingLayer] | None) -> Tensor | None:
-        """Left-padding tokens of each row, (B,), or None where there are none. A mask is read as long as rows may begin, and
-        with every call of several tokens; what it says must fit what the cache holds."""
-        known = layers[0].pad if layers else None
-        if mask is None:
-            return known
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < start + new:
-            raise NotSupported(
-                "streaming knows by itself what a query sees: give a 2-D attention mask (padding only) over all tokens so far"
-            )
-        if layers and new == 1 and start >= max(1, layers[0].settled):
-            return known
-        real = mask[:, : start + new].bool()
-        pad = (real.cumsum(-1) == 0).sum(-1)
-        self._check_mask(real, pad, known, start, cached=layers is not None)
-        if not bool((pad > 0).any()):
-            return None
-        for layer in layers or ():
-            layer.set_padding(pad)
+        """Left-padding tokens of each row, (B,), or None where there are none; the layers are told."""
+        known, settled = (layers[0].pad, layers[0].settled) if layers else (None, 2**63)
+        pad = self.left_padding(mask, start, new, known, settled=settled, cached=layers is not None)
+        if pad is not None and pad is not known:
+            for layer in layers or ():
+                layer.set_padding(pad)
         return pad
-
-    @staticmethod
-    def _check_mask(real: Tensor, pad: Tensor, known: Tensor | None, start: int, *, cached: bool) -> None:
-        """real (B, T) boolean, pad and known (B,): refuses masks that hide more than padding."""
-        after = real.shape[1] - pad - real.sum(-1)  # hidden tokens behind a row's first real one
-        end = (real.flip(-1).cumsum(-1) == 0).sum(-1)
-        if bool(((after > end) & (pad < real.shape[1])).any()):
-            raise NotSupported(
-                "streaming: a mask may hide tokens before and after a row's text, not between its tokens; give generate an "
-                "attention_mask, or it takes every padding token for padding"
-            )
-        if cached and bool((after > 0).any()):
-            raise NotSupported("streaming keeps a cache of left-padded rows only: set tokenizer.padding_side = 'left'")
-        before = torch.zeros_like(pad) if known is None else known.to(pad.device)
-        if bool(((pad != before) & (before < start)).any()):
-            raise NotSupported(
-                "streaming: this mask hides tokens that the cache holds already; pad rows once, on the left, and give the mask "
-                "from the first call on"
-            )
 
     # The attention of one layer.
 

@@ -142,10 +142,7 @@ def build(recipe: Recipe, config: PreTrainedConfig, method: Combination | None, 
 def _with_method(model: PreTrainedModel, method: Combination) -> PreTrainedModel:
     if isinstance(method.methods[0], RMT):
         return around(model, method.methods[0])
-    if gist.gist_of(method) is not None:
-        return gist.put_on(model, method)
-    if landmark.landmark_of(method) is not None:
-        return landmark.put_on(model, method)
+    method.prepare_model(model)
     return apply(model, method)
 
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def task_tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase) ->
     if (wanted := gist.gist_of(recipe.method)) is None:
         samples = task.samples(tokenizer, recipe.data.length, count, seed)
     else:
-        wanted = replace(wanted, id=gist.add_token(tokenizer))
+        wanted = wanted.prepare_tokenizer(tokenizer)
         samples = gist.inserted(task.samples(tokenizer, recipe.data.length - wanted.tokens, count, seed), wanted)
     whole = [[*s.tokens, *task.answer(tokenizer, s), tokenizer.eos_token_id] for s in samples]
     ids = np.array([i for one in whole for i in one], dtype=np.int64)

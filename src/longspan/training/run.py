@@ -38,10 +38,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from longspan import models
 from longspan.core.facts import facts_of, text_config
-from longspan.core.method import Combination
+from longspan.core.method import Combination, parse
 from longspan.memory.focused import method as focused
-from longspan.memory.gist import method as gist
-from longspan.memory.landmark import method as landmark
 from longspan.models import load_tokenizer, rows_needed
 from longspan.training import build
 from longspan.training.data import (
@@ -285,14 +283,12 @@ def _trained(out: Path) -> str | None:
 
 def _prepare(recipe: Recipe, out: Path, arguments: TrainingArguments, dtype: str) -> _Job:
     tokenizer = _tokenizer(recipe, out)
-    if gist.gist_of(recipe.method) is not None:
-        gist.add_token(tokenizer)
-    if landmark.landmark_of(recipe.method) is not None:
-        landmark.add_token(tokenizer)
+    if recipe.method is not None:
+        parse(recipe.method).prepare_tokenizer(tokenizer)
     special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     config = build.model_config(recipe, rows_needed(tokenizer), special)
     method = build.check_method(recipe, facts_of(config))
-    method = method and landmark.with_token(gist.with_token(method, tokenizer), tokenizer)
+    method = method and method.prepare_tokenizer(tokenizer)
     show = arguments.process_index == 0
     tokens = _tokens(recipe, "data.train", tokenizer, out, show)
     valid = None if recipe.data.valid is None else _tokens(recipe, "data.valid", tokenizer, out, show)

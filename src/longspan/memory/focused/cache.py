@@ -6,26 +6,24 @@ Keys are kept unrotated. `get_seq_length` is what the model has seen, so that `g
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from longspan.engine.retrieval.memories import Indexes, Store
-from longspan.hf.caches import Owned
+from longspan.hf.caches import CountedLayer, Owned
 from longspan.util.errors import NotSupported
 
 
-class FocusedLayer(Owned, CacheLayerMixin):
+class FocusedLayer(Owned, CountedLayer):
     """Keys and values of one layer: the columns from `base` on, the context of every row among them; what was before them is in
     `store`, or, in a layer without memory, gone. A row's context begins at every `local`-th of its own tokens."""
 
     keys: Tensor
     values: Tensor
-    is_compileable = False
-    is_sliding = False
     is_croppable = False
+    kind = "focused"
 
     def __init__(self, local: int, memory: bool, offloaded: bool):
         super().__init__()
@@ -67,25 +65,6 @@ class FocusedLayer(Owned, CacheLayerMixin):
             for pad in self.pads or (0,)
         )
 
-    def copy(self) -> FocusedLayer:
-        """Another one that goes on by itself."""
-        made = FocusedLayer(self.local, self.memory, self.offloaded)
-        made.seen, made.base, made.before, made.pads = self.seen, self.base, self.before, self.pads
-        if self.is_initialized:
-            made.lazy_initialization(self.keys, self.values)
-            made.keys, made.values = self.keys, self.values
-        made.store = self.store and self.store.copy()
-        return made
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
     def reset(self) -> None:
         self.seen = self.base = self.before = 0
         self.pads, self.indexes = None, {}
@@ -97,7 +76,7 @@ class FocusedLayer(Owned, CacheLayerMixin):
         if tokens_to_remove:
             raise NotSupported("focused: what went into memory is not taken back; generate without an assistant model")
 
-    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
         self.keys, self.values = change(self.keys), change(self.values)
@@ -107,11 +86,44 @@ class FocusedLayer(Owned, CacheLayerMixin):
             self.pads = tuple(change(torch.tensor(self.pads)).tolist())
         self.indexes = {}
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
+    # Copies and files
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
+    def copied(self, rows: Tensor) -> Self:
+        made = type(self)(self.local, self.memory, self.offloaded)
+        made.seen, made.base, made.before, made.pads = self.seen, self.base, self.before, self.pads
+        made.filled_by = self.filled_by
+        if self.is_initialized:
+            made.lazy_initialization(self.keys, self.values)
+            made.keys, made.values = self.keys, self.values
+        made.store = self.store and self.store.copy()
+        if not torch.equal(rows, torch.arange(self.batch_size())):
+            made.batch_select_indices(rows)
+        return made
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._each_row(lambda x: x[indices.to(x.device)])
+    def stored_numbers(self) -> dict[str, Any]:
+        return {"local": self.local, "memory": self.memory, "seen": self.seen}
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        stored = self.store.whole() if self.store else None
+        far = {} if stored is None else {"memory.key": stored[0], "memory.value": stored[1]}
+        return {"key": self.keys, "value": self.values, **far}
+
+    def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        key, value = tensors["key"], tensors["value"]
+        self.lazy_initialization(key, value)
+        self.keys, self.values = key, value
+        self.seen = int(numbers["seen"])
+        self.base = self.seen - key.shape[2]
+        if self.store is not None and self.base:
+            self.store.append(tensors["memory.key"], tensors["memory.value"])
+
+    @property
+    def settings(self) -> str:
+        return f"contexts of {self.local:,} tokens, {'with' if self.memory else 'without'} memory"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens kept, wherever they are."""
+        parts = self.store.parts() if self.store else []
+        stored = sum(x[:, :, :size].nbytes for pair, size in parts for x in pair)
+        return stored + self.keys.nbytes + self.values.nbytes

@@ -28,14 +28,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
-from longspan.core.facts import ModelFacts, text_config
+from longspan.core.facts import ModelFacts
 from longspan.core.method import Combination, Method
 from longspan.engine.core import attention
 from longspan.engine.patterns import roll
@@ -48,6 +48,7 @@ from longspan.hf.forward import forward_of
 from longspan.hf.rotary import rotate
 from longspan.hf.site import Site, layer_number, site_of
 from longspan.hf.trial import prove_rotation
+from longspan.memory.base import AT_ONCE, CacheReader
 from longspan.memory.focused.cache import FocusedLayer
 from longspan.util.errors import NotSupported, SpecError
 
@@ -194,12 +195,16 @@ class Pass:
     """Of the training."""
 
 
-class Reader:
+class Reader(CacheReader[FocusedLayer]):
     """Focused Transformer on one model: gives every forward its cache, and computes its attention."""
+
+    kind = "focused"
+    layer_class = FocusedLayer
 
     def __init__(self, method: Focused, site: Site):
         assert method.local is not None, "resolve() has filled it in"
-        self.method, self.site, self.local = method, site, method.local
+        super().__init__(method, site)
+        self.local = method.local
         self.memory_layers = frozenset(method.chosen())
         self.step = 0
         """Of the training, for `late`."""
@@ -249,13 +254,10 @@ class Reader:
                 )
 
     def _cache(self, arguments: dict[str, Any]) -> list[FocusedLayer] | None:
-        """The layers of this forward's cache. An empty `DynamicCache`, which `generate` and most callers bring, gets them in
-        place, so that whoever holds the cache goes on with it."""
-        model, use = self.site.model, arguments.get("use_cache")
+        """The layers of this forward's cache; None in training, which reads whole rows."""
         if self.site.drops_caches:
             return None
-        cache = arguments.get("cache")
-        if self.site.training and cache is None:
+        if self.site.training and arguments.get("cache") is None:
             arguments["use_cache"] = False  # or the memory of a row would stand in for crossbatch
             return None
         if self.site.training and torch.is_grad_enabled():
@@ -263,62 +265,31 @@ class Reader:
                 "focused trains on whole rows, by crossbatch, and a cache holds parts; leave "
                 f"{CACHE} out, or call model.eval()"
             )
-        if cache is None:
-            if not (text_config(model.config).use_cache if use is None else use):
-                return None
-            cache = arguments["cache"] = self.empty_cache()
-        layers = cache.layers
-        if layers and isinstance(layers[0], FocusedLayer):
-            kept = cast(list[FocusedLayer], layers)
-            if [layer.memory for layer in kept] != self._kinds() or kept[0].local != self.local:
-                raise NotSupported(
-                    f"this cache was filled under other settings than {self.method.spec}; start a new one after a change"
-                )
-            return kept
-        if type(cache) is not DynamicCache or cache.get_seq_length() > 0:
-            raise NotSupported(
-                f"focused keeps its own kind of cache; a {type(cache).__name__} "
-                + ("with tokens in it " if cache.get_seq_length() > 0 else "")
-                + f"cannot be turned into it. Pass {CACHE}=None or an empty DynamicCache"
-            )
-        cache.layer_class_to_replicate = None
-        cache.layers = self.empty_cache().layers
-        return cast(list[FocusedLayer], cache.layers)
+        return self.cache_layers(arguments)
 
-    def empty_cache(self) -> Cache:
-        """A cache for this model with the method on it."""
-        return Cache(layers=[FocusedLayer(self.local, kind, self.method.offload) for kind in self._kinds()])
+    def new_layers(self) -> list[FocusedLayer]:
+        offload = self.method.offload
+        return [FocusedLayer(self.local, n in self.memory_layers, offload) for n in range(self.site.facts.layers)]
 
-    def _kinds(self) -> list[bool]:
-        return [number in self.memory_layers for number in range(self.site.facts.layers)]
+    def reading(self) -> str:
+        method = self.method
+        return f"local={method.local},layers={method.layers},k={method.k},positions={method.positions}"
+
+    def stays_on_cpu(self, name: str) -> bool:
+        return bool(self.method.offload) and name.startswith("memory.")
+
+    def at_once(self, most: int | None = None) -> int:
+        """Whole contexts."""
+        return max(1, (most or AT_ONCE) // self.local) * self.local
 
     def _padding(self, mask: Any, start: int, new: int, layers: list[FocusedLayer] | None) -> tuple[int, ...] | None:
         """Left-padding tokens of each row, as far as has been read; None where there are none."""
-        known = layers[0].pads if layers else None
-        if mask is None or (new == 1 and start > max(known or (0,))):
-            return known
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < start + new:
-            raise NotSupported(
-                "focused knows by itself what a query sees: give a 2-D attention mask (padding only) over all tokens so far"
-            )
-        real = mask[:, : start + new].bool()
-        before, after = ((x.cumsum(-1) == 0).sum(-1) for x in (real, real.flip(-1)))
-        empty = before == real.shape[1]
-        if bool(((real.sum(-1) + before + after != real.shape[1]) & ~empty).any()):
-            raise NotSupported(
-                "focused: a mask may hide tokens before and after a row's text, not between its tokens; give generate an "
-                "attention_mask, or it takes every padding token for padding"
-            )
-        if layers and bool(((after > 0) & ~empty).any()):
-            raise NotSupported("focused keeps a cache of left-padded rows only: set tokenizer.padding_side = 'left'")
-        pads = tuple(before.tolist())
-        held = known or (0,) * len(pads)
-        if start and any(a != b and b < start for a, b in zip(pads, held, strict=True)):
-            raise NotSupported(
-                "focused: this mask hides tokens that the cache holds already; pad rows once, on the left, and give the mask "
-                "from the first call on"
-            )
-        return pads if any(pads) else None
+        pads = layers[0].pads if layers else None
+        known = None if pads is None else torch.tensor(pads)
+        found = self.left_padding(mask, start, new, known, settled=max(pads or (0,)) + 1, cached=layers is not None)
+        if found is None or found is known:
+            return None if found is None else pads
+        return tuple(found.tolist())
 
     # The attention of one layer.
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.core.facts import decoder_of, text_config
+from longspan.core.facts import decoder_of
 from longspan.core.tokens import encode
 from longspan.engine.core import causal_mask
 from longspan.engine.retrieval.gist_masks import visible
@@ -24,7 +24,8 @@ from longspan.hf import compat
 from longspan.hf.caches import Ordinary, own_layers
 from longspan.hf.call import LayerCall
 from longspan.hf.forward import forward_of
-from longspan.hf.site import Site
+from longspan.hf.trial import evaluating
+from longspan.memory.base import CacheReader, LayerTensors, OnTokens, requested_cache
 from longspan.memory.gist.settings import method_on
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
@@ -45,11 +46,10 @@ class Pass:
     """The mask of padding that came with them."""
 
 
-class DecoderReader:
+class DecoderReader(CacheReader[Any]):
     """Gist tokens on one decoder."""
 
-    def __init__(self, method: Any, site: Site):
-        self.method, self.site = method, site
+    kind = "gist"
 
     def attach(self) -> None:
         if getattr(self.site.model.base_model, "leading", 0):
@@ -59,6 +59,7 @@ class DecoderReader:
             )
         self.site.attention(self._attend)
         self.site.before_forward(self._begin)
+        self.site.state = self
 
     def _begin(self, arguments: dict[str, Any]) -> None:
         ids = arguments.get("input_ids")
@@ -76,13 +77,59 @@ class DecoderReader:
 
     def _cache(self, arguments: dict[str, Any]) -> Cache | None:
         """The caller's; an empty one is put in where the model would make it, since the marks belong on it."""
-        given, config = arguments.get("cache"), text_config(self.site.model.config)
-        wanted = arguments.get("use_cache")
-        if given is None and (config.use_cache if wanted is None else wanted):
-            given = arguments["cache"] = DynamicCache(config=config)
-        if type(given) is DynamicCache and not given.get_seq_length():
-            own_layers(given, self.site.facts.layers)
-        return given
+        cache = requested_cache(self.site, arguments)
+        if type(cache) is DynamicCache and not cache.get_seq_length():
+            own_layers(cache, self.site.facts.layers)
+        return cache
+
+    # A prompt that was read
+
+    separator = ""
+
+    def reading(self) -> str:
+        return f"gist:id={self.method.id}"
+
+    def read(self, ids: Tensor, at_once: int | None = None, on_tokens: OnTokens | None = None) -> tuple[Tensor, Cache]:
+        """The gist tokens' ids, and a `GistCache` of a prompt, which goes through the model in one forward."""
+        self.check_compresses()
+        lead = torch.full((self.method.tokens,), self.method.id)
+        whole = torch.cat((ids.cpu(), lead)).to(self.model.device)[None]
+        with evaluating(self.model):
+            first = torch.tensor([len(ids)], device=self.model.device)
+            cache = compressed(self.model, whole, torch.ones_like(whole), first, self.method.tokens)
+        if on_tokens is not None:
+            on_tokens(len(ids))
+        return lead, cache
+
+    def check_compresses(self) -> None:
+        """Raises `NotSupported` for a control, which hides nothing or everything."""
+        if self.method.mode != "gist":
+            raise NotSupported(
+                f"{self.method.spec} is a control that hides nothing or everything; compress with mode=gist"
+            )
+
+    def copy(self, cache: Cache, rows: int) -> Cache:
+        return cast(GistCache, cache).copy(rows)
+
+    def parts(self, cache: Cache) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        held = cast(GistCache, cache).copy()
+        tensors = {"shift": held.shift}
+        for number, (key, value) in enumerate(held.pairs()):
+            tensors |= {f"{number}.key": key, f"{number}.value": value}
+        return [{"kind": "full"}] * len(held.layers), tensors
+
+    def ids_of(self, tensors: dict[str, Tensor]) -> Tensor:
+        if "states" in tensors:
+            raise LongspanError("the file holds the states of an encoder; load it with longspan.memory.gist.load")
+        return torch.full((len(tensors["shift"]), tensors["0.key"].shape[2]), self.method.id)
+
+    def restore(
+        self, tensors: dict[str, Tensor], numbers: list[dict[str, Any]], tensors_of: LayerTensors, spec: str | None
+    ) -> Cache:
+        layers = [tensors_of(number) for number in range(len(numbers))]
+        return GistCache([(one["key"], one["value"]) for one in layers], tensors["shift"].to(self.model.device))
+
+    # Attention
 
     def _attend(self, call: LayerCall) -> Tensor:
         now: Pass = call.forward.state(self)

@@ -27,17 +27,21 @@ from longspan.core.tokens import bos_id, encode_all
 from longspan.engine.retrieval.gist_masks import kept, visible
 from longspan.hf import encoder_decoder as crossing
 from longspan.hf.site import Site
+from longspan.memory.base import CacheReader
 from longspan.memory.gist.settings import method_on
 from longspan.util.errors import LongspanError, NotSupported
 
 
-class EncoderReader:
-    """Gist tokens on one encoder-decoder."""
+class EncoderReader(CacheReader[Any]):
+    """Gist tokens on one encoder-decoder; of a prompt it keeps states and no keys and values."""
 
-    def __init__(self, method: Any, site: Site):
-        self.method, self.site = method, site
+    kind = "gist"
+
+    def reading(self) -> str:
+        return f"gist:id={self.method.id}"
 
     def attach(self) -> None:
+        self.site.state = self
         encoder = self.site.model.get_encoder()
         if encoder.config._attn_implementation not in ("eager", "sdpa"):
             raise NotSupported(

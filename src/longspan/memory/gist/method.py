@@ -16,46 +16,41 @@ as little time.
 
 In Python, on a model of one's own, decoder or encoder-decoder, before any training:
 
-    model, method = prepare(model, tokenizer, "gist:tokens=4")
+    longspan.apply(model, "gist:tokens=4", tokenizer=tokenizer)
     held = compress(model, tokenizer, "Instruction: translate into French")
     model.generate(**held.inputs(model, tokenizer, ["\nInput: bread\nOutput:"]))
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.apply import apply
 from longspan.core.facts import ModelFacts
-from longspan.core.method import Combination, Method, combination
+from longspan.core.method import Combination, combination
 from longspan.core.tokens import encode, with_bos
-from longspan.hf.site import Site, remove
+from longspan.hf.site import Site
+from longspan.hf.trial import evaluating
+from longspan.memory import files
+from longspan.memory.base import reader_on
 from longspan.memory.gist import decoder as gist_decoder
 from longspan.memory.gist import encoder as gist_encoder
 from longspan.memory.gist.decoder import DecoderReader, GistCache
 from longspan.memory.gist.encoder import EncoderReader, GistStates
 from longspan.memory.gist.settings import TOKEN, method_on
-from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
+from longspan.memory.special_tokens import TokenMethod, known_id
+from longspan.util.errors import NotSupported, SpecError
 
-_KNOWN = "gist_token_id"
-"""In a model's configuration, and so saved with it: the token that it has a row for."""
-Model = TypeVar("Model", bound=PreTrainedModel)
 Held = GistCache | GistStates
 
 
 @dataclass(frozen=True)
-class Gist(Method):
+class Gist(TokenMethod):
     """`tokens` gist tokens stand for a prompt. `id` is the gist token's, which a training fills in."""
 
     tokens: int = 1
@@ -63,6 +58,7 @@ class Gist(Method):
     id: int | None = None
 
     name: ClassVar[str] = "gist"
+    token: ClassVar[str] = TOKEN
     title: ClassVar[str] = "Gist tokens"
     also: ClassVar[tuple[str, ...]] = ("gist-tokens", "gisting")
     near: ClassVar[tuple[str, ...]] = ("autocompressors", "icae")
@@ -91,18 +87,9 @@ class Gist(Method):
         return 2**31
 
     def attach(self, site: Site) -> None:
-        if self.id is None:
-            if (known := getattr(site.model.config, _KNOWN, None)) is not None:
-                raise NotSupported(f"gist: this model's gist token is {known}: use {replace(self, id=known).spec}")
-            raise NotSupported(
-                f"{site.facts.architecture} has no gist token: longspan train with method={self.spec} teaches it one, and "
-                "longspan.memory.gist.prepare(model, tokenizer, method) gives it one in Python"
-            )
-        if self.id >= site.facts.vocab:
-            raise NotSupported(
-                f"gist: id={self.id} is no token of this model, which has {site.facts.vocab:,}; load the model that was "
-                "trained with it"
-            )
+        if self.id is None and (known := known_id(site.model, Gist)) is not None:
+            raise NotSupported(f"gist: this model's gist token is {known}: use {replace(self, id=known).spec}")
+        self.check_token(site, self.id)
         reader = EncoderReader if site.facts.encoder_decoder else DecoderReader
         reader(self, site).attach()
 
@@ -114,64 +101,6 @@ def gist_of(method: Combination | str | None) -> Gist | None:
     """The gist among some methods; None where there is none."""
     found = combination(method).methods if method is not None else ()
     return next((m for m in found if isinstance(m, Gist)), None)
-
-
-def add_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of `<GIST>`, which is added to the tokenizer where it has none."""
-    if TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([TOKEN], special_tokens=True)
-    id: Any = tokenizer.convert_tokens_to_ids(TOKEN)
-    if other := next((name for name, other in tokenizer.get_vocab().items() if other == id and name != TOKEN), None):
-        raise NotSupported(
-            f"the tokenizer's ids have gaps, and a new token, {TOKEN}, would be {id}, which is {other!r}: number its tokens anew"
-        )
-    return int(id)
-
-
-def with_token(method: Combination, tokenizer: PreTrainedTokenizerBase) -> Combination:
-    """The same methods with gist's token, which the tokenizer then has. Raises `SpecError` for an id that is another token's."""
-    wanted = gist_of(method)
-    if wanted is None:
-        return method
-    id = add_token(tokenizer)
-    wanted.require(wanted.id in (None, id), f"id={wanted.id} is not {TOKEN}, which is {id} here; leave id out")
-    return Combination(tuple(replace(m, id=id) if isinstance(m, Gist) else m for m in method.methods))
-
-
-@torch.no_grad()
-def extend(model: PreTrainedModel, id: int) -> None:
-    """Gives the model a row for a new token `id`, in the table of embeddings and in an output matrix of its own: the mean of
-    the tokens before it."""
-    table: Any = model.get_input_embeddings()
-    if id >= len(table.weight):
-        model.resize_token_embeddings(id + 1, mean_resizing=False)
-    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for matrix in {m.weight: None for m in modules if m is not None}:
-        matrix[id] = matrix[:id].float().mean(0).to(matrix)
-
-
-def prepare(
-    model: Model, tokenizer: PreTrainedTokenizerBase, method: str | Gist | Combination = "gist"
-) -> tuple[Model, Gist]:
-    """A model that has a gist token, and `method` on it, with the method as it then is. The token is added to the tokenizer, and
-    a new row to the model; a model that has learned the token keeps its row."""
-    wanted = with_token(combination(method), tokenizer)
-    found = gist_of(wanted)
-    if found is None:
-        raise SpecError(f"{wanted.spec} has no gist tokens; write gist:tokens=1")
-    return put_on(model, wanted), found
-
-
-def put_on(model: Model, method: Combination) -> Model:
-    """Puts methods with a gist that has its token on a model, which gets a row for it unless its configuration says that it has
-    one, learned or not."""
-    wanted = gist_of(method)
-    assert wanted is not None and wanted.id is not None, "with_token() has filled it in"
-    if getattr(model.config, _KNOWN, None) != wanted.id:
-        remove(model)
-        extend(model, wanted.id)
-        setattr(model.config, _KNOWN, wanted.id)
-    return apply(model, method)
 
 
 # Prompts
@@ -197,7 +126,7 @@ def compress(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     ids, mask = gist_encoder.padded([[*row, *_gists(method)] for row in rows], pad, model.device)
     first = torch.tensor([len(row) for row in rows], device=model.device)
     side = gist_encoder if model.config.is_encoder_decoder else gist_decoder
-    with _evaluating(model):
+    with evaluating(model):
         return side.compressed(model, ids, mask, first, method.tokens)
 
 
@@ -228,65 +157,24 @@ def _gists(method: Gist) -> list[int]:
     return [method.id] * method.tokens
 
 
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 # Files
 
 
 def save(held: Held, path: str | Path, model: PreTrainedModel) -> None:
     """Writes compressed prompts as a safetensors file that `model` can read again."""
-    tensors = {"shift": held.shift}
     if isinstance(held, GistStates):
-        tensors["states"] = held.states
+        files.write(path, model, None, held.tokens, {"shift": held.shift, "states": held.states})
     else:
-        for number, (key, value) in enumerate(held.copy().pairs()):
-            tensors |= {f"{number}.key": key, f"{number}.value": value}
-    said = {"longspan": "gist tokens", "method": method_on(model).spec, "model": _fingerprint(model)}
-    with writing(path):
-        save_file({name: x.detach().contiguous().cpu() for name, x in tensors.items()}, str(path), metadata=said)
+        files.write(path, model, held, int(held.shift.max()), {})
 
 
 def load(path: str | Path, model: PreTrainedModel) -> Held:
     """Reads what `save` wrote, onto the model's device and in its dtype. Raises `LongspanError` where it is no such file, or
     another model made it."""
-    method = method_on(model)
-    try:
-        with safe_open(str(path), "pt", device=str(model.device)) as file:
-            said = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except (SafetensorError, OSError) as error:
-        raise LongspanError(f"{path} cannot be read as gist tokens: {error}; save them again") from error
-    if said.get("longspan") != "gist tokens":
-        raise LongspanError(f"{path} holds no gist tokens; write them with longspan.memory.gist.save")
-    if said.get("model") != _fingerprint(model):
-        raise LongspanError(
-            f"{path} was made by another model, or before this one was trained further ({said.get('method')}; here "
-            f"{method.spec}); compress the prompts again"
-        )
-    shift = tensors.pop("shift")
-    tensors = {name: x.to(model.dtype) for name, x in tensors.items()}
-    if "states" in tensors:
-        return GistStates(tensors["states"], shift)
-    count = len(tensors) // 2
-    return GistCache([(tensors[f"{i}.key"], tensors[f"{i}.value"]) for i in range(count)], shift)
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """sha256, in hex, of the gist token's row and of all vectors among the weights, such as those of norms: any training changes
-    them, and they are few. As bfloat16, so that a model in another dtype is the same one."""
-    table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    vectors = [("gist", table[method_on(model).id]), *((n, p) for n, p in model.named_parameters() if p.ndim == 1)]
-    total = hashlib.sha256()
-    for name, vector in sorted(vectors, key=lambda one: one[0]):
-        total.update(f"{name} {tuple(vector.shape)}\n".encode())
-        total.update(vector.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    method_on(model)
+    file = files.read(path, model)
+    if "states" in file.tensors:
+        states, shift = file.tensors["states"].to(model.device), file.tensors["shift"].to(model.device)
+        return GistStates(file.cast(states, model), shift)
+    restored = reader_on(model).restore(file.tensors, file.layers, file.layer_tensors(model), None)
+    return cast(GistCache, restored)

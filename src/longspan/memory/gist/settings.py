@@ -18,6 +18,7 @@ def method_on(model: PreTrainedModel) -> Any:
     found = next((m for m in methods.methods if m.name == "gist"), None) if methods else None
     if found is None:
         raise NotSupported(
-            "this model has no gist tokens: load one that was trained with them, or longspan.memory.gist.prepare(model, …)"
+            "this model has no gist tokens: load one that was trained with them, or "
+            'longspan.apply(model, "gist", tokenizer=tokenizer)'
         )
     return found

@@ -1,5 +1,5 @@
 """Landmark attention: its method, its cache, and documents that were read."""
 
-from longspan.memory.landmark.method import Landmark, Memory, load, prepare, read, save
+from longspan.memory.landmark.method import Landmark, Memory, load, read, save
 
-__all__ = ["Landmark", "Memory", "load", "prepare", "read", "save"]
+__all__ = ["Landmark", "Memory", "load", "read", "save"]

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from longspan.engine.retrieval.landmarks import Layout, Pages
-from longspan.hf.caches import Owned
+from longspan.hf.caches import CountedLayer, Owned
 from longspan.util.errors import NotSupported
 
 KEPT = 256
@@ -59,7 +58,7 @@ class Rows:
         self.ids, self.real = self.ids[:, : self.seen - columns], self.real[:, : self.real.shape[1] - columns]
 
 
-class PageLayer(Owned, CacheLayerMixin):
+class PageLayer(Owned, CountedLayer):
     """Pages of one layer, in slots: token i of a row is in slot i + i // block, and slot block of each page is its landmark's.
 
     keys and values (B, H_kv, slots, D) are those on the device, from each row's page `base` (B,) on; landmarks
@@ -69,9 +68,8 @@ class PageLayer(Owned, CacheLayerMixin):
     keys: Tensor
     values: Tensor
     landmarks: Tensor
-    is_compileable = False
-    is_sliding = False
     is_croppable = True
+    kind = "pages"
 
     def __init__(self, rows: Rows, layout: Layout, *, offloads: bool = False, leads: bool = False):
         super().__init__()
@@ -255,12 +253,6 @@ class PageLayer(Owned, CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.rows.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.rows.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
     def reset(self) -> None:
         if self.leads:
             self.rows.cut(self.rows.seen)
@@ -278,7 +270,7 @@ class PageLayer(Owned, CacheLayerMixin):
                 "landmark: tokens whose pages went to the CPU's memory cannot be cut off again; use offload=false"
             )
 
-    def _each_row(self, rows: Tensor) -> None:
+    def _select(self, rows: Tensor) -> None:
         """Goes on with these rows of what there is."""
         if self.leads:
             self.rows.pick(rows)
@@ -293,20 +285,21 @@ class PageLayer(Owned, CacheLayerMixin):
                 self._far_is_shared = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each_row(beam_idx)
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each_row(torch.arange(len(self.base)).repeat_interleave(repeats))
+        self._select(torch.arange(len(self.base)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._each_row(torch.arange(len(self.base))[indices.cpu()])
+        self._select(torch.arange(len(self.base))[indices.cpu()])
 
     # Copies and files
 
-    def copied(self, rows: Rows, index: Tensor) -> PageLayer:
+    def copied_to(self, rows: Rows, index: Tensor) -> PageLayer:
         """A layer of its own with rows `index` of this one. Pages in the CPU's memory are shared where the rows are the same."""
         made = PageLayer(rows, self.layout, offloads=self.offloads, leads=self.leads)
         made.dtype, made.device, made.is_initialized = self.dtype, self.device, True
+        made.filled_by = self.filled_by
         at = index.to(self.keys.device)
         with torch.inference_mode(False):
             made.keys, made.values, made.landmarks = (x[at] for x in (self.keys, self.values, self.landmarks))
@@ -330,6 +323,30 @@ class PageLayer(Owned, CacheLayerMixin):
                 room[row, :, base:end] = near[row, :, : end - base].cpu()
             made.append(room)
         return made[0], made[1]
+
+    def stored_numbers(self) -> dict[str, Any]:
+        return {}
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        tokens = self.rows.tokens(len(self.base))
+        keys, values = self.whole(tokens + tokens // self.layout.block)
+        return {"key": keys, "value": values}
+
+    def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The tokens of `rows` must be there already."""
+        tokens = self.rows.tokens(0)
+        self.write(tensors["key"], tensors["value"], torch.zeros_like(tokens))
+        self.settle(tokens + tokens // self.layout.block)
+
+    @property
+    def settings(self) -> str:
+        where = "the CPU's memory" if self.offloads else "the device"
+        return f"{self.layout}, blocks in {where}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, on the device and in the CPU's memory."""
+        return self.device_bytes + self.far_bytes
 
     @property
     def device_bytes(self) -> int:

@@ -21,41 +21,33 @@ In Python, on a model that was trained with it, a document is read once and aske
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from longspan.apply import apply
-from longspan.core.facts import ModelFacts, decoder_of
-from longspan.core.method import Combination, Method, combination
+from longspan.core.facts import ModelFacts
+from longspan.core.method import Combination, combination
 from longspan.core.tokens import encode, with_bos
 from longspan.engine.retrieval.landmarks import Layout
 from longspan.hf import compat
-from longspan.hf.site import Site, remove, site_of
-from longspan.memory.gist.method import extend
+from longspan.hf.site import Site, site_of
+from longspan.memory import files
 from longspan.memory.landmark.cache import PageLayer, Rows
-from longspan.memory.landmark.reader import LandmarkReader
-from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
+from longspan.memory.landmark.reader import LandmarkReader, copied
+from longspan.memory.special_tokens import TokenMethod, known_id
+from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 TOKEN = "<LANDMARK>"
-_KNOWN = "landmark_token_id"
-"""In a model's configuration, and so saved with it: the token that it has a row for."""
-_AT_ONCE = 64
-"""Chunks of a document that are read in one forward."""
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
-class Landmark(Method):
+class Landmark(TokenMethod):
     """A landmark after every `block` tokens; `retrieve` blocks for each token and head (`per=token`) or for each head and chunk
     (`per=head`), beside the chunk of `local` tokens at hand. `offload` keeps the other blocks in the CPU's memory. `id` is the
     landmark's token, which a training fills in.
@@ -71,6 +63,7 @@ class Landmark(Method):
     id: int | None = None
 
     name: ClassVar[str] = "landmark"
+    token: ClassVar[str] = TOKEN
     title: ClassVar[str] = "Landmark attention"
     also: ClassVar[tuple[str, ...]] = ("landmark-attention", "landmark-tokens")
     paper: ClassVar[str] = "Mohtashami & Jaggi 2023, arXiv 2305.16300"
@@ -138,20 +131,10 @@ class Landmark(Method):
         return min(self.cache_tokens(facts, length), self.positions - self.layout.size + length // self.block)
 
     def attach(self, site: Site) -> None:
-        known = getattr(site.model.config, _KNOWN, None)
-        id = known if self.id is None else self.id
-        if id is None:
-            raise NotSupported(
-                f"{site.facts.architecture} has no landmark: longspan train with method={self.spec} teaches it one, and "
-                "longspan.memory.landmark.prepare(model, tokenizer, method) gives it one in Python"
-            )
+        known = known_id(site.model, Landmark)
+        id = self.check_token(site, known if self.id is None else self.id)
         if known not in (None, id):
             raise NotSupported(f"landmark: this model's landmark is token {known}, not {id}; leave id out")
-        if id >= site.facts.vocab:
-            raise NotSupported(
-                f"landmark: id={id} is no token of this model, which has {site.facts.vocab:,}; load the model that was "
-                "trained with it"
-            )
         if getattr(site.model.base_model, "leading", 0):
             raise NotSupported(
                 "landmark counts blocks from a text's first token, and this model puts a learned sink before it; use a model "
@@ -186,56 +169,10 @@ def reader_on(model: PreTrainedModel) -> LandmarkReader:
     site = site_of(model)
     if site is None or not isinstance(site.state, LandmarkReader):
         raise NotSupported(
-            "this model has no landmarks: load one that was trained with them, or longspan.memory.landmark.prepare(model, …)"
+            "this model has no landmarks: load one that was trained with them, or "
+            'longspan.apply(model, "landmark", tokenizer=tokenizer)'
         )
     return site.state
-
-
-def add_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of `<LANDMARK>`, which is added to the tokenizer where it has none."""
-    if TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([TOKEN], special_tokens=True)
-    id: Any = tokenizer.convert_tokens_to_ids(TOKEN)
-    if other := next((name for name, other in tokenizer.get_vocab().items() if other == id and name != TOKEN), None):
-        raise NotSupported(
-            f"the tokenizer's ids have gaps, and a new token, {TOKEN}, would be {id}, which is {other!r}: number its tokens anew"
-        )
-    return int(id)
-
-
-def with_token(method: Combination, tokenizer: PreTrainedTokenizerBase) -> Combination:
-    """The same methods with landmark's token, which the tokenizer then has. Raises `SpecError` for an id that is another
-    token's."""
-    wanted = landmark_of(method)
-    if wanted is None:
-        return method
-    id = add_token(tokenizer)
-    wanted.require(wanted.id in (None, id), f"id={wanted.id} is not {TOKEN}, which is {id} here; leave id out")
-    return Combination(tuple(replace(m, id=id) if isinstance(m, Landmark) else m for m in method.methods))
-
-
-def prepare(
-    model: Model, tokenizer: PreTrainedTokenizerBase, method: str | Landmark | Combination = "landmark"
-) -> tuple[Model, Landmark]:
-    """A model that has a landmark, and `method` on it, with the method as it then is. The token is added to the tokenizer, and
-    a new row to the model, the mean of the vocabulary's; a model that has learned the token keeps its row."""
-    wanted = with_token(combination(method), tokenizer)
-    found = landmark_of(wanted)
-    if found is None:
-        raise SpecError(f"{wanted.spec} has no landmarks; write landmark")
-    return put_on(model, wanted), found
-
-
-def put_on(model: Model, method: Combination) -> Model:
-    """Puts methods with a landmark that has its token on a model, which gets a row for it unless its configuration says that
-    it has one, learned or not."""
-    wanted = landmark_of(method)
-    assert wanted is not None and wanted.id is not None, "with_token() has filled it in"
-    if getattr(model.config, _KNOWN, None) != wanted.id:
-        remove(model)
-        extend(model, wanted.id)
-        setattr(model.config, _KNOWN, wanted.id)
-    return apply(model, method)
 
 
 # Documents
@@ -245,7 +182,7 @@ def put_on(model: Model, method: Combination) -> Model:
 class Memory:
     """Documents that were read, as a cache; `inputs` gives each asking a copy of it."""
 
-    cache: DynamicCache
+    cache: Cache
 
     @property
     def layers(self) -> list[PageLayer]:
@@ -269,17 +206,12 @@ class Memory:
         """Bytes of blocks that `offload` keeps in the CPU's memory."""
         return sum(layer.far_bytes for layer in self.layers)
 
-    def copy(self, rows: int | None = None, each: int = 1) -> DynamicCache:
+    def copy(self, rows: int | None = None, each: int = 1) -> Cache:
         """A cache to go on with: a row for each document, or the only one `rows` times, and every row `each` times."""
         rows = len(self) if rows is None else rows
         if len(self) not in (1, rows):
             raise LongspanError(f"{len(self)} documents cannot go before {rows} texts; give one text for each document")
-        index = torch.arange(rows).repeat_interleave(each) % len(self)
-        shared, made = Rows(self.rows.block), DynamicCache()
-        shared.add(self.rows.ids[index], self.rows.real[index])
-        made.layer_class_to_replicate = None
-        made.layers = cast(Any, [layer.copied(shared, index) for layer in self.layers])
-        return made
+        return copied(self.cache, torch.arange(rows).repeat_interleave(each) % len(self))
 
     def inputs(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str], *, beams: int = 1
@@ -309,7 +241,7 @@ def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str 
     if not rows or not all(rows):
         raise SpecError("landmark: a document is empty; give at least one token for each")
     ids, mask = (x.to(model.device) for x in _left_padded(rows, tokenizer))
-    return read_ids(model, ids, mask, at_once=_AT_ONCE * reader.method.local)
+    return read_ids(model, ids, mask, at_once=reader.at_once())
 
 
 @torch.no_grad()
@@ -318,17 +250,7 @@ def read_ids(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, *,
     reader = reader_on(model)
     if reader.site.training:
         raise NotSupported("landmark retrieves in evaluation mode only; call model.eval() first")
-    cache, decoder = DynamicCache(), decoder_of(model)
-    reader.fill(cache)
-    for first in range(0, ids.shape[1], at_once):
-        end = min(first + at_once, ids.shape[1])
-        decoder(
-            input_ids=ids[:, first:end],
-            attention_mask=None if mask is None else mask[:, :end],
-            use_cache=True,
-            **compat.with_cache(decoder, cache),
-        )
-    return Memory(cache)
+    return Memory(reader.prefill(ids, mask, at_once))
 
 
 def _left_padded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
@@ -344,72 +266,13 @@ def _left_padded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBa
 
 def save(held: Memory, path: str | Path, model: PreTrainedModel) -> None:
     """Writes documents that were read as a safetensors file that `model` can read again."""
-    reader = reader_on(model)
-    tokens = held.rows.tokens(len(held))
-    filled = tokens + tokens // reader.layout.block
-    tensors = {"ids": held.rows.ids, "real": held.rows.real}
-    for number, layer in enumerate(held.layers):
-        tensors[f"{number}.keys"], tensors[f"{number}.values"] = layer.whole(filled)
-    said = {"longspan": "landmark memory", "method": _reading(reader), "model": _fingerprint(model, reader)}
-    with writing(path):
-        save_file({name: x.contiguous() for name, x in tensors.items()}, str(path), metadata=said)
+    tokens = int(held.rows.tokens(len(held)).max())
+    files.write(path, model, held.cache, tokens, {"ids": held.rows.ids, "real": held.rows.real})
 
 
 def load(path: str | Path, model: PreTrainedModel) -> Memory:
     """Reads what `save` wrote, in the model's dtype, onto its device or, with `offload`, into the CPU's memory. Raises
     `LongspanError` where it is no such file, or was made by another model or with other settings."""
     reader = reader_on(model)
-    try:
-        with safe_open(str(path), "pt") as file:
-            said = file.metadata() or {}
-            if said.get("longspan") != "landmark memory":
-                raise LongspanError(f"{path} holds no landmark memory; write it with longspan.memory.landmark.save")
-            _check_made_by(said, path, reader, model)
-            return _loaded(file, reader, model)
-    except (SafetensorError, OSError) as error:
-        raise LongspanError(f"{path} cannot be read as a landmark memory: {error}; save it again") from error
-
-
-def _check_made_by(said: dict[str, str], path: str | Path, reader: LandmarkReader, model: PreTrainedModel) -> None:
-    if said.get("model") != _fingerprint(model, reader):
-        raise LongspanError(
-            f"{path} was made by another model, or before this one was trained further; read the documents again"
-        )
-    if said.get("method") != _reading(reader):
-        raise LongspanError(
-            f"{path} was read with {said.get('method')}, and the model has {_reading(reader)} on it; apply that, or read "
-            "the documents again"
-        )
-
-
-def _loaded(file: Any, reader: LandmarkReader, model: PreTrainedModel) -> Memory:
-    cache = DynamicCache()
-    layers = reader.fill(cache)
-    layers[0].rows.add(file.get_tensor("ids"), file.get_tensor("real"))
-    tokens = layers[0].rows.tokens(0)
-    filled = tokens + tokens // reader.layout.block
-    for number, layer in enumerate(layers):
-        keys, values = (
-            file.get_tensor(f"{number}.{what}").to(model.device, model.dtype) for what in ("keys", "values")
-        )
-        layer.write(keys, values, torch.zeros_like(tokens))
-        layer.settle(filled)
-    return Memory(cache)
-
-
-def _reading(reader: LandmarkReader) -> str:
-    """The settings that decide what is read, as text."""
-    return replace(reader.method, offload=False).spec
-
-
-def _fingerprint(model: PreTrainedModel, reader: LandmarkReader) -> str:
-    """sha256, in hex, of the landmark's row and of all vectors among the weights: any training changes them, and they are few. As
-    bfloat16, so that a model in another dtype is the same one."""
-    table: Any = model.get_input_embeddings()
-    vectors = [("landmark", table.weight[reader.method.id])]
-    vectors += sorted((name, p) for name, p in model.named_parameters() if p.ndim == 1)
-    total = hashlib.sha256()
-    for name, vector in vectors:
-        total.update(f"{name} {tuple(vector.shape)}\n".encode())
-        total.update(vector.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    file = files.read(path, model)
+    return Memory(reader.restore(file.tensors, file.layers, file.layer_tensors(model), None))

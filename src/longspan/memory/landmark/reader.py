@@ -8,23 +8,26 @@ from, as in the paper, where the landmark is the token that comes before it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
-from longspan.core.facts import text_config
 from longspan.engine.retrieval import landmarks
 from longspan.engine.retrieval.grouped import grouped_attention, wide
+from longspan.hf.caches import Stored, cache_of_layers, filled_by
 from longspan.hf.call import LayerCall
-from longspan.hf.compat import CACHE
 from longspan.hf.forward import Forward, counts_on, forward_of
 from longspan.hf.rotary import rotate
 from longspan.hf.site import Site, layer_number
+from longspan.memory.base import CacheReader
 from longspan.memory.landmark.cache import PageLayer, Rows
 from longspan.util.errors import NotSupported
+
+CHUNKS_AT_ONCE = 64
+"""Chunks of a document that are read in one forward."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,14 @@ class Pass:
     training: bool
 
 
-class LandmarkReader:
+class LandmarkReader(CacheReader[PageLayer]):
     """Landmark attention on one model."""
 
+    kind = "landmark"
+    layer_class = PageLayer
+
     def __init__(self, method: Any, site: Site):
-        self.method, self.site = method, site
+        super().__init__(method, site)
         self.layout = method.layout
 
     def attach(self) -> None:
@@ -110,9 +116,7 @@ class LandmarkReader:
             or mask.ndim != 2
             or mask.shape[1] not in (ids.shape[1], rows.seen + ids.shape[1])
         ):
-            raise NotSupported(
-                "landmark knows by itself what a query sees: give a 2-D attention mask (padding only) over all tokens so far"
-            )
+            self.refuse_mask()
         return mask[:, -ids.shape[1] :].bool()
 
     def _check_positions(self, given: Tensor | None, real: Tensor) -> None:
@@ -124,45 +128,40 @@ class LandmarkReader:
             )
 
     def _layers(self, arguments: dict[str, Any]) -> list[PageLayer] | None:
-        """The layers of this forward's cache; an empty `DynamicCache`, which `generate` and most callers bring, gets them."""
-        cache, config = arguments.get("cache"), text_config(self.site.model.config)
-        wanted = arguments.get("use_cache")
+        """The layers of this forward's cache; None in training, which reads whole texts."""
         if self.site.training:
-            if cache is not None:
+            if arguments.get("cache") is not None:
                 raise NotSupported(
                     "landmark trains on whole texts, without a cache; call model.eval() to read with one"
                 )
             arguments["use_cache"] = False
             return None
-        if cache is None:
-            if not (config.use_cache if wanted is None else wanted):
-                return None
-            cache = arguments["cache"] = DynamicCache(config=config)
-        layers = cache.layers
-        if layers and isinstance(layers[0], PageLayer):
-            if layers[0].layout != self.layout or layers[0].offloads != self.method.offload:
-                raise NotSupported(
-                    f"this cache was made with other settings than {self.method.spec}; start a new one after changing the method"
-                )
-            return cast(list[PageLayer], layers)
-        if type(cache) is not DynamicCache or cache.get_seq_length() > 0:
-            raise NotSupported(
-                f"landmark keeps its own kind of cache; a {type(cache).__name__} "
-                + ("with tokens in it " if cache.get_seq_length() > 0 else "")
-                + f"cannot be turned into it. Pass {CACHE}=None or an empty DynamicCache"
-            )
-        return self.fill(cache)
+        return self.cache_layers(arguments)
 
-    def fill(self, cache: Cache) -> list[PageLayer]:
-        """Puts this method's layers, with nothing in them, into a cache."""
+    def new_layers(self) -> list[PageLayer]:
         rows = Rows(self.layout.block)
-        made = [
+        return [
             PageLayer(rows, self.layout, offloads=self.method.offload, leads=number == 0)
             for number in range(self.site.facts.layers)
         ]
-        cache.layer_class_to_replicate = None
-        cache.layers = cast(Any, made)
-        return made
+
+    # A document that was read
+
+    def reading(self) -> str:
+        return replace(self.method, offload=False).spec
+
+    def at_once(self, most: int | None = None) -> int:
+        """Whole chunks."""
+        local = self.method.local
+        return int((CHUNKS_AT_ONCE if most is None else max(1, most // local)) * local)
+
+    def copy(self, cache: Cache, rows: int) -> Cache:
+        return copied(cache, torch.zeros(rows, dtype=torch.long))
+
+    def empty_layers(self, tensors: dict[str, Tensor], numbers: list[dict[str, Any]]) -> list[Stored]:
+        layers, ids = self.new_layers(), torch.atleast_2d(tensors["ids"])
+        layers[0].rows.add(ids, tensors.get("real", torch.ones_like(ids)).bool())
+        return cast(list[Stored], layers)
 
     def _plan(self, tokens: Tensor, real: Tensor, ids: Tensor, rows: Rows, layers: list[PageLayer] | None) -> Pass:
         """tokens (B,), on the CPU: how many each row has before this forward."""
@@ -278,3 +277,12 @@ class LandmarkReader:
         chosen = chosen.last(min(self.layout.retrieve, int(piece.first.max())))
         here = layer.here(piece.first)
         return landmarks.attend(turned, chosen, layer.fetch, here, piece.offset, self.layout, call.scale, call.softcap)
+
+
+def copied(cache: Cache, index: Tensor) -> Cache:
+    """A cache with rows `index` (B',) of a landmark cache, which goes on by itself."""
+    layers = cast(list[PageLayer], cache.layers)
+    rows = layers[0].rows
+    shared = Rows(rows.block)
+    shared.add(rows.ids[index], rows.real[index])
+    return cache_of_layers([layer.copied_to(shared, index) for layer in layers], filled_by(cache))

@@ -1,0 +1,47 @@
+"""Documents that are read once and asked often, in the tokenizer's chat template where there is one.
+
+A document begins a user's message, `… document`, and each question ends it, `question …`; without a template both are plain text.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from longspan.core.tokens import encode, with_bos
+from longspan.memory.base import OnTokens, reader_on
+from longspan.memory.document import Memory
+from longspan.reading.chat_template import encode_rendered, render
+from longspan.reading.prefill import chunk_size
+from longspan.util.errors import SpecError
+
+_QUESTION = "\u2063question\u2063"
+"""Stands for the question where the template is rendered."""
+
+
+def document_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> list[int]:
+    """The ids of a document up to where a question begins. Raises `SpecError` for an empty document."""
+    if not text.strip():
+        raise SpecError("the document is empty")
+    if not chat:
+        return with_bos(tokenizer, encode(tokenizer, text))
+    message = f"{text}{reader_on(model).separator}{_QUESTION}"
+    before, _, _ = render(tokenizer, [{"role": "user", "content": message}]).partition(_QUESTION)
+    return with_bos(tokenizer, encode_rendered(tokenizer, before))
+
+
+def read_document(model: PreTrainedModel, ids: list[int], *, chat: bool, on_tokens: OnTokens | None = None) -> Memory:
+    """Reads the ids that `document_ids` returned, with as many tokens a forward as the device's memory allows."""
+    return Memory.read(
+        model, None, torch.tensor(ids), chat=chat, at_once=chunk_size(model, len(ids)), on_tokens=on_tokens
+    )
+
+
+def question_ids(tokenizer: PreTrainedTokenizerBase, memory: Memory, question: str) -> list[int]:
+    """The ids of a question that goes on from a memory. Raises `SpecError` for an empty one."""
+    if not question.strip():
+        raise SpecError("the prompt is empty")
+    if not memory.chat:
+        return encode(tokenizer, reader_on(memory.model).separator + question)
+    message = [{"role": "user", "content": _QUESTION + question}]
+    return encode_rendered(tokenizer, render(tokenizer, message).partition(_QUESTION)[2])
