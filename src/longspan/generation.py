@@ -150,21 +150,19 @@ def generate_text(
 ) -> Generation:
     """Answers `prompt` with the model and the method applied to it.
 
-    `on_text` receives each new piece of text.
-
-    chat: as in `prompt_ids`. memory: a document that the model has read, which `prompt` continues; `chat` is then the memory's
+    on_text: receives each new piece of text. chat: as in `prompt_ids`. memory: a document that the model has read, which `prompt` continues; `chat` is then the memory's
     own. temperature: 0 for greedy decoding. Raises `SpecError` for settings out of range, and `LongspanError` where the
     tokenizer does not fit the model or its logits are not numbers. A prompt that is too long for the method, with its answer,
     is still answered: `warnings` of the result says so.
     """
     sampling = check_settings(max_new_tokens, temperature, top_p, seed)
-    own = prompt_ids(tokenizer, prompt, chat=chat) if memory is None else question_ids(tokenizer, memory, prompt)
-    ids = own if memory is None else [*memory.ids.tolist(), *own]
+    unread = prompt_ids(tokenizer, prompt, chat=chat) if memory is None else question_ids(tokenizer, memory, prompt)
+    ids = unread if memory is None else [*memory.ids.tolist(), *unread]
     ends, chunk = end_tokens(model, tokenizer), chunk_size(model, len(ids))
     stream = _Stream(tokenizer, on_text)
     _check_ids(model, ids)
-    question = torch.tensor([own], device=model.device)
-    given = prompt_inputs(question) if memory is None else memory.inputs(question)
+    question = torch.tensor([unread], device=model.device)
+    inputs = prompt_inputs(question) if memory is None else memory.inputs(question)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
@@ -175,7 +173,7 @@ def generate_text(
     with torch.no_grad(), sampling.seeded(model.device):
         stream.start()
         output = model.generate(  # type: ignore[operator]
-            **given,
+            **inputs,
             generation_config=config,
             logits_processor=LogitsProcessorList([_CheckLogits()]),
             streamer=stream,
@@ -194,7 +192,7 @@ def generate_text(
 
 
 def prompt_inputs(ids: Tensor) -> dict[str, Tensor]:
-    """What `generate` takes for a prompt of ids (1, T)."""
+    """Arguments of `generate` for a prompt of token ids (1, T)."""
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

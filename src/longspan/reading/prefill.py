@@ -74,10 +74,11 @@ def chunked_prefill(
 ) -> Prefilled:
     """Reads `ids` into a KV cache in chunks, timed as one prefill.
 
-    chunk: tokens that pass at once (None: `chunk_size`). cache: a new one by default; a method may replace it, so continue with the returned one. logits: `last`, or a function
-    that receives the logits of every position from `first` on, in order, `ROWS` rows at once, so that vocabulary × length
-    is never in memory. Logits are computed after the timed pass, so that a prefill costs the same in every task; only where
-    the model's head is more than one matrix are they computed within it, in chunks of at most 2,048 tokens.
+    chunk: tokens that pass at once (None: `chunk_size`). cache: a new one by default; a method may replace it, so continue
+    with the returned one. logits: `last`, or a function that receives the logits of every position from `first` on,
+    in order, `ROWS` rows at once, so that vocabulary × length is never in memory. Logits are computed after the timed
+    pass, so that a prefill costs the same in every task; only where the model's head is more than one matrix are they
+    computed within it, in chunks of at most 2,048 tokens.
     """
     chunk = chunk or chunk_size(model, len(ids))
     cache = cache if cache is not None else DynamicCache(config=model.config)

@@ -5,7 +5,8 @@ With s[n] the mean score before the softmax of a query and the key n tokens befo
     R(s) = Σ_n e^s[n] · (e^s[n] - e^s[n+1]) / (Σ_n e^s[n])²
 
 is 0 where all distances have the same score, and grows where scores fall monotonically with distance. A position encoding
-whose scores rise again at distances beyond training loses resolution there. It describes a model and is not a quality. Sun 2023: arXiv 2212.10554.
+whose scores rise again at distances beyond training loses resolution there. It describes a model
+and is not a quality. Sun 2023: arXiv 2212.10554.
 """
 
 from __future__ import annotations
