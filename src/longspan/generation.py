@@ -150,10 +150,11 @@ def generate_text(
 ) -> Generation:
     """Answers `prompt` with the model and the method applied to it.
 
-    on_text: receives each new piece of text. chat: as in `prompt_ids`. memory: a document that the model has read, which `prompt` continues; `chat` is then the memory's
-    own. temperature: 0 for greedy decoding. Raises `SpecError` for settings out of range, and `LongspanError` where the
-    tokenizer does not fit the model or its logits are not numbers. A prompt that is too long for the method, with its answer,
-    is still answered: `warnings` of the result says so.
+    on_text: receives each new piece of text. chat: as in `prompt_ids`. memory: a document that the model has read,
+    which `prompt` continues; `chat` is then the memory's own. temperature: 0 for greedy decoding. Raises `SpecError`
+    for settings out of range, and `LongspanError` where the tokenizer does not fit the model or its logits are not
+    numbers. A prompt that is too long for the method, with its answer, is still answered: `warnings` of the result
+    says so.
     """
     sampling = check_settings(max_new_tokens, temperature, top_p, seed)
     unread = prompt_ids(tokenizer, prompt, chat=chat) if memory is None else question_ids(tokenizer, memory, prompt)
