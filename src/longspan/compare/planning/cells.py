@@ -1,4 +1,4 @@
-"""A cell: one method, one task and one length, with a key that hashes everything its result depends on.
+"""A cell: method, task and length, with a key for everything its result depends on.
 
 The same key means the same measurement; any change of weights, settings, samples, code or versions gives another key.
 """
@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def spec(self) -> str:
-        """The name of the cell's row: the method's full spec, or the name of a trained model."""
+        """The name of the cell's row: the method's full spec, or a trained model's name."""
         return self.method.spec if self.trained is None else self.requested
 
     @property
@@ -117,7 +117,10 @@ def code_digest() -> str:
 
 
 def source_digest(cls: type[Method | Task]) -> str | None:
-    """sha256, in hex, of the file that defines a user's class; None for classes of this package."""
+    """sha256, in hex, of the file that defines a user's class.
+
+    None for classes of this package.
+    """
     if cls.__module__.startswith("longspan."):
         return None
     file = inspect.getsourcefile(cls)

@@ -1,4 +1,4 @@
-"""The plan of a run: which cells it has, in which order, roughly how long each takes, and the manifest that says so."""
+"""The plan of a run: cells in order, a forecast of time, the manifest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from longspan.util import environment
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that has been checked against the model: what will run, and what was chosen for the user.
+    """A request, checked against the model and completed with the user's defaults.
 
     speed: floating point operations a second that the forecast assumes. machine: `environment.machine` of the device.
     """
@@ -51,10 +51,14 @@ class Plan:
 
     @property
     def dtype_name(self) -> str:
+        """The dtype's name, such as `bfloat16`."""
         return str(self.dtype).removeprefix("torch.")
 
     def cells(self) -> list[Cell]:
-        """Every cell, the bare model's first, then short lengths before long, so that a stopped run can be read."""
+        """Every cell, the bare model's first, then short lengths before long.
+
+        So the part of a stopped run can be read.
+        """
         cells = [
             Cell(
                 model=self.request.model,
@@ -162,7 +166,10 @@ def _trained_facts(chosen: Chosen) -> dict[str, Any]:
 
 
 def make_plan(request: Request) -> Plan:
-    """Reads and checks a request; no weights are loaded. Raises `LongspanError` for whatever cannot be carried out."""
+    """Reads and checks a request.
+
+    No weights are loaded. Raises `LongspanError` for whatever cannot be carried out.
+    """
     request.check()
     facts = models.inspect_model(request.model)
     device = models.pick_device(request.device)

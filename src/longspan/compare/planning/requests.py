@@ -42,7 +42,7 @@ class Request:
     device: str | torch.device | None = None
 
     def check(self) -> None:
-        """Raises `SpecError` for a seed or a number of samples that is not a whole number in range."""
+        """Raises `SpecError` for a seed or a number of samples out of range."""
         if not _is_whole(self.seed) or self.seed < 0:
             raise SpecError(f"seed must be a whole number from 0 up, not {self.seed!r}")
         if self.samples is not None and (not _is_whole(self.samples) or self.samples < 1):
@@ -51,7 +51,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A row of the table: a method as requested and with every setting filled in, or a trained model.
+    """A row: a method as requested and with all settings, or a trained model.
 
     trained, facts: the folder of a model that was trained from the compared one, and its facts; None for a method.
     saved: the methods that the trained model was saved with.
@@ -65,12 +65,12 @@ class Chosen:
 
     @property
     def spec(self) -> str:
-        """The name of the row: the method's full spec, or the name of a trained model."""
+        """The name of the row: the method's full spec, or a trained model's name."""
         return self.method.spec if self.trained is None else self.requested
 
 
 def as_list(value: Any, kinds: tuple[type, ...]) -> list[Any] | None:
-    """A single value of `kinds` as a list of one, another iterable as a list, None for nothing.
+    """A value of `kinds` or an iterable of them as a list; None for nothing.
 
     Raises `SpecError` for anything else.
     """
@@ -103,7 +103,9 @@ def read_tasks(tasks: Iterable[str | Task] | None) -> list[Task]:
 def read_methods(
     methods: Iterable[MethodLike] | None, facts: ModelFacts, longest: int, model: str
 ) -> tuple[list[Chosen], dict[str, str]]:
-    """The methods with settings for `longest` tokens, the bare model first, each once; and what is left out, with reasons.
+    """The methods with settings for `longest` tokens, and the reasons of those left out.
+
+    The bare model is first, and none is twice.
 
     methods: None for every method of the catalogue that the model can take; only then is anything left out.
     Raises `LongspanError` for a requested method that is wrong or that the model cannot take.
@@ -123,7 +125,7 @@ def read_methods(
 
 
 def request_name(method: MethodLike) -> str:
-    """A requested method as text: its spec, or the folder of a trained model as it was written."""
+    """A requested method as text: its spec, or the folder of a trained model."""
     return str(method) if trained.is_folder(method) else _combination(method).spec
 
 

@@ -1,4 +1,4 @@
-"""Models that were trained from the compared one, as rows beside its methods: the folder of a training, with its cost.
+"""Models trained from the compared one, as rows beside its methods.
 
 A method such as RMT or PoSE is not a setting of a model but another model. Its folder is written where a method would be
 (`-m runs/pose`); it is measured on the same samples, and its row says what the training took.
@@ -19,7 +19,7 @@ PROBE = "The quick brown fox jumps over 13 lazy dogs; naïve? 世界!\n    def f
 
 
 def is_folder(value: Any) -> bool:
-    """True for a path, as text or `Path`, of a model's folder or of a training that has one."""
+    """True for the path of a model's folder, or of a training with a model."""
     return isinstance(value, str | Path) and _model_folder(value) is not None
 
 

@@ -1,4 +1,4 @@
-"""The advice of a report in one sentence: which method for this model and length, at what cost, and why.
+"""The advice of a report in one sentence: method, cost, and reason.
 
 Only measurements decide, in this order:
 
@@ -86,7 +86,7 @@ def advise(results: Results) -> Advice:
 
 
 def forgets(results: Results, method: str, informative: Sequence[TaskFacts]) -> bool:
-    """True where a method keeps the loss with a smaller KV cache but fails tasks with a score."""
+    """True where a method keeps the loss but, with a smaller cache, fails other tasks."""
     losses = [t for t in informative if not t.higher_is_better]
     scored = [t for t in informative if t.higher_is_better and results.ok(method, t, results.target)]
     keeps_loss = bool(losses) and all(_works(results, method, t) for t in losses)
