@@ -189,6 +189,10 @@ def _attach_frequencies(site: Site, method: Method) -> None:
         method.attach(site)
         new = [angles(module, positions) for _, module in rotary_modules(site.model)]
         after = probe(site.model, positions.shape[1], positions)
+        # Twice past the trained window: some versions of transformers choose other frequencies there, and fail the second time.
+        past = positions + text_config(site.model.config).max_position_embeddings
+        for _ in range(2):
+            probe(site.model, positions.shape[1], past)
     except LongspanError:
         raise
     except Exception as error:

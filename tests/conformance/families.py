@@ -59,13 +59,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """What each family's configuration has beside the common sizes."""
 
-SINCE = {"gptj": ("5.24", "its attention goes through transformers' AttentionInterface")}
-"""Families of which some methods run only from a version of transformers on, and why."""
+FACTORS = ("ntk-by-parts", "longrope", "yarn:factor=2,ramp=paper", "yarn:factor=1,ramp=paper")
+"""How specs begin whose frequencies travel as LongRoPE factors."""
+SINCE: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "gptj": ("5.24", ("",), "its attention goes through transformers' AttentionInterface"),
+    "gemma3_text": ("5.21", FACTORS, "factors for each type of layer hold past the trained window too"),
+}
+"""Families of which some methods run only from a version of transformers on: the version, how their specs begin, and why."""
+RESTARTS = {"phi3": "5.23"}
+"""Families whose `generate` begins a new cache at the end of the trained window, and goes on wrongly, before a version of
+transformers."""
 
 
-def installed(family: str) -> bool:
-    """Whether the installed transformers is new enough for all that the page says of `family`."""
-    return Version(transformers.__version__) >= Version(SINCE.get(family, ("0",))[0])
+def _since(version: str) -> bool:
+    return Version(transformers.__version__) >= Version(version)
+
+
+def installed(family: str, spec: str) -> bool:
+    """Whether the installed transformers is new enough for `spec` on `family`."""
+    version, begins, _ = SINCE.get(family, ("0", (), ""))
+    return _since(version) or not spec.startswith(begins)
+
+
+def restarts(family: str) -> bool:
+    """Whether the installed transformers cannot generate across the end of the family's window."""
+    return family in RESTARTS and not _since(RESTARTS[family])
 
 
 @functools.cache

@@ -135,7 +135,8 @@ def table() -> str:
             rows.append(f"| {family} | {' | '.join(cells)} |")
     notes = [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]
     since = [
-        f"{family}: from transformers {version} on, where {why}." for family, (version, why) in families.SINCE.items()
+        f"{family}{'' if begins == ('',) else ' with ' + ', '.join(begins[:-1])}: from transformers {version} on, where {why}."
+        for family, (version, begins, why) in families.SINCE.items()
     ]
     return "\n".join([HEAD, *rows, "", *notes, "", *since])
 
@@ -154,7 +155,11 @@ def documented(family: str, line: Line) -> str:
     """What the page says of a cell: `runs`, or `no` with the number of the reason, or that transformers is too old."""
     row = _documented().get(family, [])
     said = row[LINES.index(line)] if len(row) == len(LINES) else "nothing: write the page again"
-    return said if said != "runs" or families.installed(family) else "no (the installed transformers is too old)"
+    return (
+        said
+        if said != "runs" or families.installed(family, line.spec)
+        else "no (the installed transformers is too old)"
+    )
 
 
 if __name__ == "__main__":

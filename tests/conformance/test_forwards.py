@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import families
 import forwards
 import pytest
 import torch
@@ -28,7 +29,11 @@ def test_every_method_has_a_row() -> None:
 def test_as_the_page_says(line: Line, column: Column) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        assert forwards.outcome(line, column) == forwards.documented(line, column)
+        expected = forwards.documented(line, column)
+        if column.name == "gemma-3" and expected == "equal" and not families.installed("gemma3_text", line.spec):
+            assert "does not run on" in forwards.outcome(line, column)
+            return
+        assert forwards.outcome(line, column) == expected
 
 
 def test_an_image_across_the_end_of_the_window() -> None:

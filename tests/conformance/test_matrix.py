@@ -178,7 +178,8 @@ def test_gradients(cell: Cell) -> None:
 def test_saved_and_loaded(cell: Cell, tmp_path: Path) -> None:
     """A saved model says what was on it, and holds the whole of a static method; what is more is put on again."""
     cell.model.save_pretrained(tmp_path / "saved")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    implementation = families.FAMILIES[cell.family].get("attn_implementation")  # older SDPA leaves out Gemma 2's cap
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation=implementation).eval()
     assert loaded.config.longspan == cell.model.config.longspan
     assert loaded.config._attn_implementation in ("sdpa", "eager")
     if not cell.line.static:
@@ -198,7 +199,7 @@ def generate(model: PreTrainedModel, ids: Tensor, count: int = 5, **arguments: A
 @cells()
 def test_greedy(cell: Cell) -> None:
     """With a cache and without one; on few families in chunks and in a left-padded batch too."""
-    prompt = cell.ids[:, :29]
+    prompt = cell.ids[:, : 26 if families.restarts(cell.family) else 29]
     cell.model.double()
     expected = generate(cell.model, prompt, use_cache=False)
     assert torch.equal(generate(cell.model, prompt), expected)
