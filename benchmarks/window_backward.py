@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longspan.core.method import parse
-from longspan.engine.backends import through
+from longspan.engine.backends import use_backend
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.patterns import attend
 from longspan.engine.window.banded import banded_attention
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{'':48}{'tokens':>8}{'forward':>10}{'factor':>8}{'backward':>10}{'factor':>8}")
     for name, run in runs(chosen.device).items():
         before: tuple[float, float] | None = None
-        with through("masks"):
+        with use_backend("masks"):
             for length in lengths:
                 here = seconds(run, length, chosen.turns, chosen.device)
                 factors = (

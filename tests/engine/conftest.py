@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from longspan.engine import kernels as package
+from longspan import engine as package
+from longspan.engine.kernels import INTERPRETED
 
 BOTH: set[Any] = {False, True}
 FORMS: dict[
@@ -24,27 +25,31 @@ FORMS: dict[
     "PARTS": {1, 4},
 }
 FEWER: dict[tuple[str, str], set[Any]] = {
-    ("biased.fill", "KIND"): {"log", "power", "table"},
-    ("windowed_backward.backward_sinks", "SINK"): {16, 32},
-    ("far_sinks.join", "SINK"): {16, 32},
-    ("far_sinks.add_queries", "SINK"): {16, 32},
+    ("biased.forward.fill", "KIND"): {"log", "power", "table"},
+    ("window.backward.backward_sinks", "SINK"): {16, 32},
+    ("window.sink_correction.join", "SINK"): {16, 32},
+    ("window.sink_correction.add_queries", "SINK"): {16, 32},
 }
 SIZES = {"BLOCK", "BLOCKS", "BM", "BN", "KEYS", "PRECISION", "ROWS", "S", "SCALE", "WIDTH"}
 """Arguments of the same kind that no branch depends on."""
 
 
 def all_kernels() -> dict[str, Any]:
-    """Every kernel by `file.name`. What is launched returns nothing; functions that kernels call do."""
+    """Every kernel by `family.file.name`. What is launched returns nothing and has a public name; helpers of kernels differ."""
     from triton.runtime.jit import KernelInterface
 
     found = {}
-    for file in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{file.name}")
+    for file in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        family = file.name.removeprefix(f"{package.__name__}.")
+        if file.ispkg or "kernels" not in family.split(".")[1:]:
+            continue
+        module = importlib.import_module(file.name)
         for node in ast.parse(inspect.getsource(module)).body:
             if not (isinstance(node, ast.FunctionDef) and isinstance(getattr(module, node.name), KernelInterface)):
                 continue
-            if not any(isinstance(x, ast.Return) and x.value is not None for x in ast.walk(node)):
-                found[f"{file.name}.{node.name}"] = getattr(module, node.name)
+            returns = any(isinstance(x, ast.Return) and x.value is not None for x in ast.walk(node))
+            if not returns and not node.name.startswith("_"):
+                found[f"{family.replace('.kernels', '')}.{node.name}"] = getattr(module, node.name)
     return found
 
 
@@ -110,7 +115,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--every-kernel", default=False):
-        if not package.INTERPRETED:
+        if not INTERPRETED:
             raise pytest.UsageError("--every-kernel watches Triton's interpreter: set TRITON_INTERPRET=1")
         launches = Launches()
         launches.watch()

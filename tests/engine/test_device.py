@@ -15,7 +15,6 @@ from transformers import DynamicCache
 
 import dense
 from longspan.apply import apply
-from longspan.engine import kernels
 from longspan.engine.decode import single_query as one_query
 from longspan.engine.window import fa4
 from longspan.memory.streaming import StreamingLLM
@@ -72,7 +71,7 @@ def test_steps_of_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_that_torch_knows_nothing_of(monkeypatch: pytest.MonkeyPatch) -> None:
     entered, found = Entered(), []
 
-    def attend(*given: Any, **settings: Any) -> None:
+    def attend(**arguments: Any) -> None:
         found.append(list(entered.now))
 
     def flash(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> tuple[Tensor, None]:
@@ -80,7 +79,7 @@ def test_kernels_that_torch_knows_nothing_of(monkeypatch: pytest.MonkeyPatch) ->
         return q, None
 
     monkeypatch.setattr(one_query, "on_device", entered)
-    monkeypatch.setitem(sys.modules, f"{kernels.__name__}.one_query", SimpleNamespace(attend={(1, 1): attend}))
+    monkeypatch.setitem(sys.modules, "longspan.engine.decode.kernels", SimpleNamespace(attend={(1, 1): attend}))
     monkeypatch.setattr(fa4, "on_device", entered)
     monkeypatch.setattr(fa4, "_function", lambda: flash)
     query = torch.zeros(1, 1, 1, 16)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.window import Window
-from longspan.engine import backends as routes
-from longspan.engine.backends import choose, through
+from longspan.engine import backends
+from longspan.engine.backends import choose, use_backend
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_attention
 from longspan.engine.window import fa4
@@ -103,15 +103,15 @@ def test_it_is_asked_for_the_window(case: str, monkeypatch: pytest.MonkeyPatch) 
 def test_windows_go_there_where_it_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs("square", "cpu", torch.float32)
     here, grid = AttentionCall(*tensors, 0.2), AttentionShape(2, 200, 0, True)
-    assert "fa4: the device is no CUDA device" in choose(Window(30), here, grid).why
+    assert "fa4: the device is not a CUDA device" in choose(Window(30), here, grid).why
     monkeypatch.setattr(fa4, "refusal", lambda *tensors, sinks: "no sinks" if sinks else None)
     monkeypatch.setattr(fa4, "_function", lambda: documented)
-    assert choose(Window(30), here, grid) == routes.Route("fa4")
-    torch.testing.assert_close(routes.run(Window(30), here, grid), wanted(tensors, 30))
-    assert choose(Window(30, 2), here, grid).way != "fa4"
-    with pytest.raises(NotSupported, match="no sinks"), through("fa4"):
+    assert choose(Window(30), here, grid) == backends.Choice("fa4")
+    torch.testing.assert_close(backends.run(Window(30), here, grid), wanted(tensors, 30))
+    assert choose(Window(30, 2), here, grid).backend != "fa4"
+    with pytest.raises(NotSupported, match="no sinks"), use_backend("fa4"):
         choose(Window(30, 2), here, grid)
-    assert choose(Window(30), here, AttentionShape(2, 200, 0, False)).way != "fa4"
+    assert choose(Window(30), here, AttentionShape(2, 200, 0, False)).backend != "fa4"
 
 
 @pytest.mark.parametrize("missing", ["flash_attn.cute", "cutlass.cute"])

@@ -97,7 +97,7 @@ def test_beams_are_those_of_a_full_cache(monkeypatch: pytest.MonkeyPatch) -> Non
         )
 
     bounded = beams()
-    monkeypatch.setattr(Window, "kept", lambda self: None)
+    monkeypatch.setattr(Window, "sinks_and_window", lambda self: None)
     assert torch.equal(bounded, beams())
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.window import Window
-from longspan.engine import backends as routes
+from longspan.engine import backends
 from longspan.engine.backends import choose
 from longspan.engine.biased.attention import serves
 from longspan.engine.biased.bias import Bias
@@ -109,9 +109,9 @@ def test_a_key_of_zeros(case: str, dtype: torch.dtype, width: int, tolerance: fl
 def test_windows_of_a_model_with_a_zero_sink_go_there(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = (x.detach() for x in inputs((1, 2, 1, 40, 40), 32, torch.float32))
     call, grid = AttentionCall(query, key, value, 0.2, zero_key=True), AttentionShape(2, 40, 0, True)
-    assert choose(Window(9, 2), call, grid).way == "kernel"
+    assert choose(Window(9, 2), call, grid).backend == "kernel"
     want = masked_attention(Window(9, 2), call, grid)
-    monkeypatch.setattr(routes, "masked_attention", None)
+    monkeypatch.setattr(backends, "masked_attention", None)
     torch.testing.assert_close(attend(Window(9, 2), call, grid), want, rtol=1e-4, atol=1e-4)
 
 

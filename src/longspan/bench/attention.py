@@ -1,7 +1,7 @@
-"""Time and memory of every way to mix tokens, by length: `longspan bench attention`.
+"""Time and memory of every attention of the catalogue, by length: `longspan bench attention`.
 
-A contender goes on to the next length until it is out of memory or would take too long; what fails is said in its row, and the
-others go on. Everything that the catalogue knows takes part (`longspan.bench.contenders`), so a new method does by itself.
+A contender goes on to the next length until it is out of memory or would take too long; its row says what failed, and the
+others continue. Everything that the catalogue knows takes part (`longspan.bench.contenders`), so a new method does by itself.
 
 Every backward that is timed has a forward of its own: compiled attention gives its saved tensors away in its backward, and
 cannot run it twice.

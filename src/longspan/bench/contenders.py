@@ -1,4 +1,4 @@
-"""Who takes part in `longspan bench attention`.
+"""The contenders of `longspan bench attention`.
 
 Patterns are timed as attention alone, on queries, keys and values that are there. What has projections of its own is timed as
 a layer with them, beside full attention as a layer. Dense SDPA comes first. Modules of other libraries take part where they
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from longspan.core.method import catalogue, parse
-from longspan.engine.backends import choose, dense_first, through
+from longspan.engine.backends import choose, dense_first, use_backend
 from longspan.engine.blocks.tables import block_size, bucket
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.masks import pieces
@@ -161,17 +161,19 @@ def _pattern(pattern: Pattern, shape: Shape, causal: bool, way: str | None, leng
     grid = AttentionShape(shape.heads, length, 0, causal)
 
     def run() -> Tensor:
-        with through(way) if way else contextlib.nullcontext():
+        with use_backend(way) if way else contextlib.nullcontext():
             return attend(pattern, call, grid)
 
     pairs = pattern.pairs(grid)
     if way is None and type(pattern).run is not Pattern.run:
         return Work(run, leaves, pairs, pattern.visited(grid, shape.device), "own")
     tables_s = _tables_s(pattern, grid, shape.device)  # first, since they are kept
-    with through(way) if way else contextlib.nullcontext():
-        route = choose(pattern, call, grid)
-    mask_s = tables_s if route.way == "flex" else _masks_s(pattern, call, grid) if route.way == "masks" else 0.0
-    return Work(run, leaves, pairs, pattern.visited(grid, shape.device), route.way, route.why, mask_s)
+    with use_backend(way) if way else contextlib.nullcontext():
+        choice = choose(pattern, call, grid)
+    mask_s = (
+        tables_s if choice.backend == "flex" else _masks_s(pattern, call, grid) if choice.backend == "masks" else 0.0
+    )
+    return Work(run, leaves, pairs, pattern.visited(grid, shape.device), choice.backend, choice.why, mask_s)
 
 
 def _is_linear(pattern: Pattern, grid: AttentionShape) -> bool:

@@ -1,4 +1,4 @@
-"""One call of attention, the text that it is about, and the pattern of keys that its queries see."""
+"""The records of one call of attention: its tensors, its shape, and the pattern of keys that queries see."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longspan.engine.blocks.tables import Blocks
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call. query (B, H, Tq, D), key and value (B, H_kv, Tk, D), ready to meet; the queries are the last of the keys."""
+    """One call of attention: query (B, H, Tq, D), key and value (B, H_kv, Tk, D), the queries the last of the keys."""
 
     query: Tensor
     key: Tensor
@@ -46,7 +46,7 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What a pattern is asked about: `length` tokens in all, seen by `heads` heads of layer number `layer`."""
+    """The sizes that a pattern is computed for: `length` tokens in all, `heads` heads, layer number `layer`."""
 
     heads: int
     length: int
@@ -57,7 +57,7 @@ class AttentionShape:
 
 
 class Pattern(Protocol):
-    """Which keys a query sees, as the engine asks: `longspan.lm.base.Pattern` says what each member is."""
+    """Which keys a query sees, as the engine uses it; `longspan.lm.base.Pattern` documents each member."""
 
     runs_zero_key: ClassVar[bool]
     name: ClassVar[str]
@@ -65,16 +65,16 @@ class Pattern(Protocol):
     @property
     def spec(self) -> str: ...
 
-    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor: ...
+    def mask(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor: ...
 
-    def multiplicity(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor | None: ...
+    def multiplicity(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor | None: ...
 
-    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]: ...
+    def ranges(self, start: int, end: int, shape: AttentionShape) -> list[tuple[int, int]]: ...
 
-    def blocks(self, grid: AttentionShape, size: int, device: torch.device) -> Blocks | None: ...
+    def blocks(self, shape: AttentionShape, size: int, device: torch.device) -> Blocks | None: ...
 
     def sinks_and_window(self) -> tuple[int, int] | None: ...
 
     def cached(self) -> tuple[int, int] | None: ...
 
-    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor: ...
+    def run(self, call: AttentionCall, shape: AttentionShape) -> Tensor: ...

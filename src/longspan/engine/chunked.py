@@ -1,7 +1,7 @@
-"""A function of single tokens, such as a feed-forward network, on a few tokens at a time.
+"""Runs a per-token function, such as a feed-forward network, on chunks of tokens.
 
 The inner activations of a feed-forward network, several times as wide as the model, are then as long as a chunk and not as
-long as the text, in the backward pass too, where each chunk's are made again (Reformer, section 3; Blockwise Parallel
+long as the text, in the backward pass too, where each chunk is computed again (Reformer, section 3; Blockwise Parallel
 Transformer). The result is that of all tokens at once.
 """
 

@@ -1,7 +1,7 @@
-"""torch.compile for functions of many shapes, which torch gives up on after eight.
+"""torch.compile for more shapes than torch's own limit of eight.
 
-FlexAttention that is not compiled holds every score, without a word: so a function is compiled for as many shapes as its caller
-counts, and says so (`fullgraph`) when torch would run it uncompiled.
+FlexAttention that is not compiled holds every score, without a warning. So a function is compiled for as many shapes as its
+caller allows, and raises (`fullgraph`) where torch would run it uncompiled.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def compiled(
     settings: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": backend}
     if own_limit:
         return torch.compile(function, **settings | {"recompile_limit": shapes})
-    made = torch.compile(function, **settings)
+    function_compiled = torch.compile(function, **settings)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=shapes):
-            return made(*args, **kwargs)
+            return function_compiled(*args, **kwargs)
 
     return run

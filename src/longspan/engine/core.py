@@ -1,4 +1,4 @@
-"""Attention itself: the reference that defines what is right, and the form that the methods call.
+"""Dense attention: the reference formula, and the form through SDPA that methods call.
 
 Shapes everywhere: query (B, H, Tq, D), key and value (B, H_kv, Tk, D) with H a multiple of H_kv, mask boolean and
 broadcastable to (B, H, Tq, Tk) with True where a query sees a key. A query that sees none (padding) gets zeros, as SDPA
@@ -15,7 +15,7 @@ from torch import Tensor
 def reference_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """softmax(scale · q kᵀ) v by its formula, every score held at once, in the dtype given (tests give float64)."""
+    """softmax(scale · q kᵀ) v by its formula, every score held at once, in the inputs' dtype."""
     scores = (query @ expand_heads(key, query.shape[1]).mT) * scale
     return reference_mix(scores, expand_heads(value, query.shape[1]), mask, softcap)
 
@@ -41,8 +41,9 @@ def attention(
     softcap: float | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """The same through SDPA, which knows no softcap: with one, the reference form runs. causal: without a mask, each query
-    sees the keys up to its own, the last query's being the last one."""
+    """softmax(scale · q kᵀ) v through SDPA: (B, H, Tq, D). SDPA has no softcap; with one, the reference runs.
+
+    causal: without a mask, each query sees the keys up to its own, the last query's being the last one."""
     queries, keys = query.shape[2], key.shape[2]
     if causal and mask is None and (softcap is not None or queries != keys):  # SDPA's first query has the first key
         mask, causal = causal_mask(queries, keys, query.device), False

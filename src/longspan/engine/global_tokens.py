@@ -1,4 +1,4 @@
-"""Rows of attention that see every token, for the few that do under a pattern."""
+"""Attention of the global tokens of a pattern, which see every token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One softmax over keys that lie in several pieces: blocks, dilated segments, global tokens. No matrix of all tokens, no mask.
+"""One softmax over keys in several pieces: blocks, dilated segments, global tokens.
 
 A `Part` says where equal pieces of attention lie, as regular steps through the text, so that each is one dense call of a
 flash kernel on views. Every call also gives log-sum-exps, and results are put together by them:
@@ -255,12 +255,12 @@ def plain_backward(
     """Gradients of queries, keys and values where softmax's sums are `lse`."""
     dq, dk, dv = (torch.zeros_like(x, dtype=_wide(x)) for x in (q, k, v))
     for n, rows in _tiles(q, k):
-        asked, pull, mixed = (x[n, :, rows].to(dq.dtype) for x in (q, grad, out))
-        weights = (_scores(asked, k[n], scale, rows, causal) - lse[n, :, rows, None]).exp()
+        queries, pull, mixed = (x[n, :, rows].to(dq.dtype) for x in (q, grad, out))
+        weights = (_scores(queries, k[n], scale, rows, causal) - lse[n, :, rows, None]).exp()
         dv[n] += weights.mT @ pull
         slope = weights * (pull @ v[n].to(dq.dtype).mT - (pull * mixed).sum(-1, keepdim=True)) * scale
         dq[n, :, rows] = slope @ k[n].to(dq.dtype)
-        dk[n] += slope.mT @ asked
+        dk[n] += slope.mT @ queries
     return dq, dk, dv
 
 

@@ -1,7 +1,7 @@
-"""Attention under a pattern by its definition, made affordable: the way that always works.
+"""Attention under a pattern by its mask, one block of queries at a time: the backend that always works.
 
-Queries pass a block at a time, with the keys that they can see and a mask made for them, so that no mask is as long as the
-text on both sides. A block is about as long as what one query sees, so that under a window time and memory grow with
+Each block of queries meets the keys that it can see under a mask of its own, so that no mask is as long as the text on both
+sides. A block is about as long as what one query sees, so that under a window time and memory grow with
 length · window, in the backward too.
 """
 
@@ -37,27 +37,27 @@ class Piece:
     multiplicity: Tensor | None
 
 
-def masked_attention(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Tensor:
-    """The definition, made affordable: `pattern.visible` for one block of queries and the keys in its `ranges`."""
-    return _all_blocks(call, grid, pieces(pattern, call, grid))
+def masked_attention(pattern: Pattern, call: AttentionCall, shape: AttentionShape) -> Tensor:
+    """Attention under `pattern.mask`, a block of queries at a time over the keys in its `ranges`: (B, H, Tq, D)."""
+    return _all_blocks(call, shape, pieces(pattern, call, shape))
 
 
-def pieces(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Iterator[Piece]:
+def pieces(pattern: Pattern, call: AttentionCall, shape: AttentionShape) -> Iterator[Piece]:
     """All blocks of queries, one after another."""
     total, new, device = call.key.shape[2], call.query.shape[2], call.query.device
     first = _first(call)
     lead, least = int(first.max()), int(first.min())
-    for start, end in _blocks(pattern, grid, total - new, total):
+    for start, end in _blocks(pattern, shape, total - new, total):
         # Rows begin at columns 0 … lead, so a range of token numbers lies in columns that are up to `lead` further on.
-        wanted = pattern.ranges(max(0, start - lead), end - least, grid)
-        last = end if grid.causal else total
-        ranges = _disjoint([(low, min(high + lead, last)) for low, high in wanted])
+        visible = pattern.ranges(max(0, start - lead), end - least, shape)
+        last = end if shape.causal else total
+        ranges = _disjoint([(low, min(high + lead, last)) for low, high in visible])
         columns = torch.cat([torch.arange(*span, device=device) for span in ranges])[None]
-        yield _piece(pattern, call, grid, (start, end), ranges, columns, first, in_order=True)
+        yield _piece(pattern, call, shape, (start, end), ranges, columns, first, in_order=True)
 
 
-def rolled_attention(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Tensor:
-    """New tokens of a text of `grid.length`, with the keys that a rolling cache still has."""
+def rolled_attention(pattern: Pattern, call: AttentionCall, shape: AttentionShape) -> Tensor:
+    """Attention of a text's last tokens over the keys that a rolling cache still holds: (B, H, Tq, D)."""
     cached, columns, new = pattern.cached(), call.columns, call.query.shape[2]
     assert cached is not None and columns is not None
     exact = pattern.sinks_and_window() == cached  # then a ring holds what its query sees, and nothing else
@@ -66,25 +66,25 @@ def rolled_attention(pattern: Pattern, call: AttentionCall, grid: AttentionShape
         if call.zero_key:
             key, value, _ = with_zero_key(key, value, None)
         return attention(call.query, key, value, None, call.scale, dropout=call.dropout)
-    return _all_blocks(call, grid, _rolled_pieces(pattern, call, grid, cached, columns))
+    return _all_blocks(call, shape, _rolled_pieces(pattern, call, shape, cached, columns))
 
 
 def _rolled_pieces(
-    pattern: Pattern, call: AttentionCall, grid: AttentionShape, cached: tuple[int, int], columns: Tensor
+    pattern: Pattern, call: AttentionCall, shape: AttentionShape, cached: tuple[int, int], columns: Tensor
 ) -> Iterator[Piece]:
-    (sinks, window), held, new, first = cached, columns.shape[1], call.query.shape[2], _first(call)
-    for start, end in _blocks(pattern, grid, grid.length - new, grid.length):
-        ranges = [(0, held)]
+    (sinks, window), count, new, first = cached, columns.shape[1], call.query.shape[2], _first(call)
+    for start, end in _blocks(pattern, shape, shape.length - new, shape.length):
+        ranges = [(0, count)]
         if new > 1:  # past the sinks the keys are the last tokens in order
-            low = max(0, held - (grid.length - start) - window + 1)
-            ranges = _disjoint([(0, min(sinks, held)), (low, held - (grid.length - end))])
-        seen = torch.cat([columns[:, low:high] for low, high in ranges], dim=1)
-        yield _piece(pattern, call, grid, (start, end), ranges, seen, first, in_order=False)
+            low = max(0, count - (shape.length - start) - window + 1)
+            ranges = _disjoint([(0, min(sinks, count)), (low, count - (shape.length - end))])
+        visible = torch.cat([columns[:, low:high] for low, high in ranges], dim=1)
+        yield _piece(pattern, call, shape, (start, end), ranges, visible, first, in_order=False)
 
 
-def _all_blocks(call: AttentionCall, grid: AttentionShape, pieces: Iterator[Piece]) -> Tensor:
+def _all_blocks(call: AttentionCall, shape: AttentionShape, pieces: Iterator[Piece]) -> Tensor:
     heads = Slices(call.query), Slices(call.key), Slices(call.value)
-    return torch.cat([_block(call, grid, *heads, piece) for piece in pieces], dim=2)
+    return torch.cat([_block(call, shape, *heads, piece) for piece in pieces], dim=2)
 
 
 def _first(call: AttentionCall) -> Tensor:
@@ -94,17 +94,17 @@ def _first(call: AttentionCall) -> Tensor:
     return call.padding.int().argmax(1, keepdim=True)
 
 
-def _blocks(pattern: Pattern, grid: AttentionShape, start: int, end: int) -> list[tuple[int, int]]:
+def _blocks(pattern: Pattern, shape: AttentionShape, start: int, end: int) -> list[tuple[int, int]]:
     """Where blocks of queries begin and end: powers of two about as long as what a query at the end sees."""
-    seen = sum(high - low for low, high in pattern.ranges(end - 1, end, grid))
-    size = min(max(1 << max(seen, 1).bit_length() - 1, BLOCKS[0]), BLOCKS[1])
+    visible = sum(high - low for low, high in pattern.ranges(end - 1, end, shape))
+    size = min(max(1 << max(visible, 1).bit_length() - 1, BLOCKS[0]), BLOCKS[1])
     return [(low, min(low + size, end)) for low in range(start, end, size)]
 
 
 def _piece(
     pattern: Pattern,
     call: AttentionCall,
-    grid: AttentionShape,
+    shape: AttentionShape,
     queries: tuple[int, int],
     ranges: list[tuple[int, int]],
     columns: Tensor,
@@ -113,15 +113,15 @@ def _piece(
     in_order: bool,
 ) -> Piece:
     numbers, keys = torch.arange(*queries, device=columns.device)[None] - first, columns - first
-    mask = _mask(pattern, call, grid, numbers, columns, first)
-    return Piece(queries, ranges, columns, in_order, mask, pattern.multiplicity(numbers, keys, grid))
+    mask = _mask(pattern, call, shape, numbers, columns, first)
+    return Piece(queries, ranges, columns, in_order, mask, pattern.multiplicity(numbers, keys, shape))
 
 
 def _block(
-    call: AttentionCall, grid: AttentionShape, queries: Slices, keys: Slices, values: Slices, piece: Piece
+    call: AttentionCall, shape: AttentionShape, queries: Slices, keys: Slices, values: Slices, piece: Piece
 ) -> Tensor:
     """Attention of one block."""
-    heads, early = call.query.shape[1], grid.length - call.query.shape[2]
+    heads, early = call.query.shape[1], shape.length - call.query.shape[2]
     rows = slice(piece.queries[0] - early, piece.queries[1] - early)
     query = queries[:, :, rows]
     key, value = (expand_heads(_ranges(x, piece.ranges), heads) for x in (keys, values))
@@ -173,11 +173,11 @@ def _bias(call: AttentionCall, rows: slice, piece: Piece) -> Tensor:
 
 
 def _mask(
-    pattern: Pattern, call: AttentionCall, grid: AttentionShape, queries: Tensor, columns: Tensor, first: Tensor
+    pattern: Pattern, call: AttentionCall, shape: AttentionShape, queries: Tensor, columns: Tensor, first: Tensor
 ) -> Tensor:
     keys = columns - first
-    mask = pattern.mask(queries, keys, grid) & (keys >= 0)[:, None, None]
-    if grid.causal:
+    mask = pattern.mask(queries, keys, shape) & (keys >= 0)[:, None, None]
+    if shape.causal:
         mask = mask & (keys[:, None, None, :] <= queries[:, None, :, None])
     if call.padding is None:
         return mask

@@ -1,7 +1,7 @@
-"""Attention under a pattern: a call, and where it goes.
+"""Attention under a pattern, sent to what computes it.
 
-A text that attends to itself goes to the pattern's own `run`, with rows aligned at their first real token; tokens that come
-after others (decoding, chunks) to masks, or to a kernel where it knows the keys of a rolling cache.
+A text that attends to itself goes to the pattern's own `run`, with rows aligned at their first real token. Tokens that come after
+others (decoding, chunks) go to masks, or to a kernel for the keys of a rolling cache.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from longspan.engine import backends as routes
+from longspan.engine import backends
 from longspan.engine.call import AttentionCall, AttentionShape, Pattern
 from longspan.engine.core import expand_heads
 from longspan.engine.masks import masked_attention
@@ -21,8 +21,8 @@ def some_heads(call: AttentionCall, start: int, end: int) -> AttentionCall:
     """The call for the query heads from `start` to `end` - 1, each with keys and values of its own."""
     heads, bias = call.query.shape[1], call.bias
     key, value = (expand_heads(x, heads)[:, start:end] for x in (call.key, call.value))
-    own = None if bias is None else lambda distance: bias(distance)[start:end]
-    return replace(call, query=call.query[:, start:end], key=key, value=value, bias=own)
+    part = None if bias is None else lambda distance: bias(distance)[start:end]
+    return replace(call, query=call.query[:, start:end], key=key, value=value, bias=part)
 
 
 def text_lengths(padding: Tensor | None) -> Tensor | None:
@@ -32,16 +32,16 @@ def text_lengths(padding: Tensor | None) -> Tensor | None:
     return padding.shape[1] - padding.flip(1).int().argmax(1) - padding.int().argmax(1)
 
 
-def attend(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Tensor:
-    """(B, H, Tq, D). What padding tokens get is never read by others, but is a number."""
+def attend(pattern: Pattern, call: AttentionCall, shape: AttentionShape) -> Tensor:
+    """Attention of the call under the pattern: (B, H, Tq, D). Padding tokens get numbers that no other token reads."""
     if call.columns is not None:
-        return routes.run_rolled(pattern, call, grid)
+        return backends.run_rolled(pattern, call, shape)
     padded_left = call.padding is not None and not bool((call.padding[:, 1:] <= call.padding[:, :-1]).all())
     unlike = call.zero_key and not pattern.runs_zero_key
     if unlike or call.query.shape[2] != call.key.shape[2] or (padded_left and call.query_scores is not None):
-        return masked_attention(pattern, call, grid)
+        return masked_attention(pattern, call, shape)
     if not padded_left:
-        return pattern.run(call, grid)
+        return pattern.run(call, shape)
     assert call.padding is not None
     shift = call.padding.int().argmax(1)
     query, key, value = (roll(x, shift, 2) for x in (call.query, call.key, call.value))
@@ -49,7 +49,7 @@ def attend(pattern: Pattern, call: AttentionCall, grid: AttentionShape) -> Tenso
     aligned = replace(
         call, query=query, key=key, value=value, padding=roll(call.padding, shift, 1), always_visible=always_visible
     )
-    out = pattern.run(aligned, grid)
+    out = pattern.run(aligned, shape)
     return roll(out, -shift, 2)
 
 

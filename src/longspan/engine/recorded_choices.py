@@ -1,7 +1,7 @@
-"""What a layer decided while it ran, kept so that a second run of it decides alike.
+"""Records a layer's discrete choices, so that recomputation in the backward pass repeats them.
 
-A layer that is run again in the backward pass may get inputs that differ in their last bits. A number changes by as little;
-a decision made of it, such as which bucket a token falls into, may turn over, and the gradients would be another function's.
+Recomputed inputs may differ in their last bits. A number changes as little, but a choice made from it, such as a token's
+hash bucket, may flip, and the gradients would be those of another function.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-_kept: ContextVar[list[Tensor] | None] = ContextVar("kept", default=None)
+_recorded: ContextVar[list[Tensor] | None] = ContextVar("recorded", default=None)
 _again: ContextVar[Iterator[Tensor] | None] = ContextVar("again", default=None)
 
 
 def decided(make: Callable[[], Tensor]) -> Tensor:
     """What `make` decides, or what it decided in the run that is repeated. Nothing is differentiated through it."""
-    again, kept = _again.get(), _kept.get()
+    again, recorded = _again.get(), _recorded.get()
     if again is not None:
         return next(again)
-    made = make()
-    if kept is not None:
-        kept.append(made)
-    return made
+    choice = make()
+    if recorded is not None:
+        recorded.append(choice)
+    return choice
 
 
 @contextmanager
 def keeping() -> Iterator[list[Tensor]]:
     """The decisions of the block, in their order."""
-    kept: list[Tensor] = []
-    token = _kept.set(kept)
+    recorded: list[Tensor] = []
+    token = _recorded.set(recorded)
     try:
-        yield kept
+        yield recorded
     finally:
-        _kept.reset(token)
+        _recorded.reset(token)
 
 
 @contextmanager
-def repeating(kept: list[Tensor]) -> Iterator[None]:
+def repeating(recorded: list[Tensor]) -> Iterator[None]:
     """The block decides what was decided before."""
-    token = _again.set(iter(kept))
+    token = _again.set(iter(recorded))
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Slices of one long tensor, taken block by block, whose gradients are summed in place.
+"""Slices of one long tensor whose gradients are summed in one shared buffer.
 
 Autograd gives every slice `x[:, :, a:b]` a gradient as long as x, zeros around what the slice received, and adds these up:
 a loop over n blocks writes n · length numbers in its backward pass, and its cost grows with the square of the length. Here

@@ -1,7 +1,7 @@
-"""Attention whose scores get a bias that depends on the distance alone, forward and backward, without a matrix of scores.
+"""Attention with a bias by distance, forward and backward, without a matrix of scores.
 
-`reference` is the formula in plain torch, in blocks of queries: it defines what is right and is what runs on a CPU. On CUDA
-kernels of our own run it, as two operators registered with torch: torch.compile sees calls with known shapes, not kernels.
+`reference` is the formula in plain torch, in blocks of queries: it is the definition, and runs on a CPU. On CUDA Triton
+kernels run it, as two operators registered with torch: torch.compile sees calls with known shapes, not kernels.
 Distance d is query position minus key position; the queries are the last Tq of the Tk keys.
 """
 
@@ -17,18 +17,15 @@ from torch.utils.checkpoint import checkpoint
 from longspan.engine import kernels
 from longspan.engine.biased.bias import Bias
 from longspan.engine.core import expand_heads, reference_mix
+from longspan.engine.kernels import LONG, MOST_PAIRS, contiguous_rows, result_shapes, strided
 from longspan.util.device import on_device
 from longspan.util.errors import SpecError
 
 LOG2E = 1.4426950408889634
 MOST_SCORES = 2**24
 """Scores that the reference holds at once."""
-MOST_PAIRS = 2**16 - 1
-"""Rows times heads of one launch: what CUDA allows a grid in its second dimension."""
 PAD = 256
 """Numbers past either end of a table that a kernel's tile of at most 128 × 128 may read."""
-LONG = 4096
-"""Queries from which block sizes are chosen anew: short inputs want other ones."""
 
 
 def biased_attention(
@@ -194,18 +191,13 @@ def _numbers(
 
     numbers = torch.empty(heads, layout.span, dtype=torch.float32, device=a.device)
     slopes = torch.empty_like(numbers) if unit and layout.kind == "curve" else numbers
-    grid = (-(-layout.span // 1024), heads)
-    fill[grid](a, numbers, slopes, a, b, a.shape[-1], offset, *layout[1:], KIND=kind, UNIT=unit)
+    fill[(-(-layout.span // 1024), heads)](
+        *(a, numbers, slopes, a, b, a.shape[-1], offset),
+        *(layout.span, layout.zero, layout.nearest, layout.farthest),
+        KIND=kind,
+        UNIT=unit,
+    )
     return numbers, slopes
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _rows_whole(*tensors: Tensor) -> list[Tensor]:
-    """Kernels read the numbers of a row one after the other."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _parameters(a: Tensor | None, b: Tensor | None, spare: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,11 +206,31 @@ def _parameters(a: Tensor | None, b: Tensor | None, spare: Tensor) -> tuple[Tens
     return wide[0], wide[1]
 
 
-def _choices(
-    layout: _Layout, query: Tensor, key: Tensor, causal: bool, window: int | None, starts: Tensor | None
-) -> dict:
+def _arguments(
+    layout: _Layout,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    lse: Tensor,
+    numbers: Tensor,
+    starts: Tensor | None,
+) -> dict[str, Any]:
+    """What all kernels take by name beside the tensors that have strides: sizes, tables, and what they are compiled for."""
     return {
-        "KIND": layout.kind,
+        "lse": lse,
+        "table": numbers,
+        "starts": lse if starts is None else starts,
+        "heads": query.shape[1],
+        "queries": query.shape[2],
+        "keys": key.shape[2],
+        "window": window or 0,
+        "span": layout.span,
+        "zero": layout.zero,
+        "nearest": layout.nearest,
+        "farthest": layout.farthest,
+        "scale": scale,
         "CAUSAL": causal,
         "WINDOW": window is not None,
         "STARTS": starts is not None,
@@ -245,18 +257,17 @@ def _forward(
     """The output, and each row's log-sum-exp to base 2 (B, H, Tq)."""
     from longspan.engine.biased.kernels.forward import forward
 
-    query, key, value = _rows_whole(query, key, value)
+    query, key, value = contiguous_rows(query, key, value)
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     layout = _layout(kind, a, offset, queries, keys, causal, window or 0)
     with on_device(query.device):
         numbers, _ = _numbers(layout, kind, _parameters(a, b, lse), offset, heads)
         forward[lambda config: (-(-queries // config["BM"]), batch * heads)](
-            *(query, key, value, out, lse, numbers, lse if starts is None else starts),
-            *(heads, queries, keys, window or 0, *layout[1:], scale),
-            *_strides(query, key, value, out),
-            int(queries >= LONG),
-            **_choices(layout, query, key, causal, window, starts),
+            **strided(query=query, key=key, value=value, out=out),
+            **_arguments(layout, query, key, scale, causal, window, lse, numbers, starts),
+            KIND=layout.kind,
+            bucket=int(queries >= LONG),
         )
     return out, lse
 
@@ -282,7 +293,7 @@ def _backward(
     """Derivatives by query, key, value, a and b; the last two are empty unless `learn`."""
     from longspan.engine.biased.kernels.backward import backward_keys, backward_queries
 
-    query, key, value, out, d_out = _rows_whole(query, key, value, out, d_out)
+    query, key, value, out, d_out = contiguous_rows(query, key, value, out, d_out)
     (batch, heads, queries, _), (_, kv_heads, keys, _) = query.shape, key.shape
     layout = _layout(kind, a, offset, queries, keys, causal, window or 0)
     grad = {"none": "none", "linear": "linear", "curve": "curve", "table": "ends"}[layout.kind] if learn else "none"
@@ -291,36 +302,24 @@ def _backward(
     factor = {"linear": LOG2E, "log": -1.0, "power": -LOG2E}.get(kind)
     factors = a32 if factor is None else a32 * factor
     sums = lse.new_empty(2, batch, heads, -(-keys // 16) if learn else 0)
-    first = lse if starts is None else starts
-    choices = _choices(layout, query, key, causal, window, starts)
-    sizes = (heads, queries, keys, window or 0, *layout[1:], scale)
-    long = int(queries >= LONG)
+    inputs, long = strided(query=query, key=key, value=value, d_out=d_out), int(queries >= LONG)
     with on_device(query.device):
         numbers, slopes = _numbers(layout, kind, (a32, b32), offset, heads, unit=kind != "table")
+        shared = _arguments(layout, query, key, scale, causal, window, lse, numbers, starts) | {"delta": delta}
+        tuned = {"factors": factors, "KIND": layout.kind, "bucket": long}
         backward_queries[lambda config: (-(-queries // config["BM"]), batch * heads)](
-            *(query, key, value, out, d_out, dq, lse, delta, numbers, factors, first, *sizes),
-            *_strides(query, key, value, out, d_out, dq),
-            long,
-            **choices,
+            **inputs, **strided(out=out, d_query=dq), **shared, **tuned
         )
         backward_keys[lambda config: (-(-keys // config["BN"]), batch * kv_heads)](
-            *(query, key, value, d_out, dk, dv, lse, delta, numbers, slopes, factors, sums, first, *sizes),
-            *_strides(query, key, value, d_out, dk, dv),
-            long,
-            GRAD=grad,
-            **choices,
+            **inputs, **strided(d_key=dk, d_value=dv), **shared, **tuned, slopes=slopes, sums=sums, GRAD=grad
         )
         da, db = _learned(kind, a32, sums.sum((1, 3))) if learn else (lse.new_empty(0), lse.new_empty(0))
         if learn and kind == "table":
             from longspan.engine.biased.kernels.table import backward_table
 
-            del choices["KIND"]
             side = 32 if query.dtype == torch.float32 else 64
             backward_table[(-(-queries // side), batch * heads)](
-                *(query, key, value, d_out, da, lse, delta, numbers, first, heads, a32.shape[1], *sizes[1:]),
-                *_strides(query, key, value, d_out),
-                S=side,
-                **choices,
+                **inputs, **shared, d_table=da, size=a32.shape[1], S=side
             )
     return dq, dk, dv, da, db
 
@@ -337,16 +336,14 @@ def _learned(kind: str, a32: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     return -first / (LOG2E if kind == "log" else 1.0), -a32 * second
 
 
-@_forward.register_fake
-def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(_rows_whole(query)[0]), query.new_empty(query.shape[:3], dtype=torch.float32)
+_forward.register_fake(result_shapes)
 
 
 @_backward.register_fake
 def _(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple:
     a, b, *_, learn = rest
     empty = [lse.new_empty(x.shape if learn and x is not None else 0) for x in (a, b)]
-    return (*(torch.empty_like(_rows_whole(x)[0]) for x in (query, key, value)), *empty)
+    return (*(torch.empty_like(contiguous_rows(x)[0]) for x in (query, key, value)), *empty)
 
 
 class _Biased(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""A bias by distance as data: what position schemes give and `longspan.engine.biased.attention` adds to scores."""
+"""A bias by distance as data, which `longspan.engine.biased.attention` adds to scores."""
 
 from __future__ import annotations
 

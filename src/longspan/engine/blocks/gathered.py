@@ -1,5 +1,6 @@
-"""Attention of blocks of queries to blocks of keys that a table names: keys are gathered, so time and memory grow with the
-number of entries, and nothing is as long as the text on both sides."""
+"""Attention of blocks of queries to the blocks of keys that a table names.
+
+Keys are gathered, so time and memory grow with the number of entries, and nothing is as long as the text on both sides."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Attention of blocks of tokens to blocks of tokens that lists name (BigBird), in kernels of our own for CUDA.
+"""Attention of blocks to the blocks in their lists (BigBird), in Triton kernels for CUDA.
 
-Every block of queries has a list of the blocks of keys that it sees, whole and each once; the same turned round serves the
-gradient of the keys. Lists may be of any length: those of blocks that see everything are worked off in parts. Nothing is
+Every block of queries has a list of the blocks of keys that it sees, whole and each once; the transposed lists serve the
+gradient of the keys. Lists may be of any length: those of blocks that see everything are cut into parts. Nothing is
 gathered, and there is no limit to the number of shapes.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.engine.biased.attention import _rows_whole, _strides
+from longspan.engine.kernels import contiguous_rows, gradient_shapes, result_shapes, strided
 from longspan.engine.window import window_sinks
 from longspan.util.device import on_device
 from longspan.util.errors import SpecError
@@ -107,9 +107,30 @@ def listed_attention(query: Tensor, key: Tensor, value: Tensor, lists: BlockList
     return _Listed.apply(query, key, value, *lists.seeing.tables, *lists.seen.tables, lists.block, scale)[0]
 
 
-def _choices(query: Tensor, key: Tensor, block: int, *, accumulators: int = 1) -> dict[str, Any]:
-    """accumulators: how many results (BLOCK, WIDTH) a program carries; two wide ones take the registers of 8 warps."""
+def arguments(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    lse: Tensor,
+    work: Tensor,
+    starts: Tensor,
+    index: Tensor,
+    block: int,
+    *,
+    accumulators: int = 1,
+) -> dict[str, Any]:
+    """What all kernels that go through lists take by name, and how they are compiled.
+
+    accumulators: how many results (BLOCK, WIDTH) a program carries; two wide ones take the registers of 8 warps."""
     return {
+        "lse": lse,
+        "work": work,
+        "starts": starts,
+        "index": index,
+        "heads": query.shape[1],
+        "tokens": query.shape[2],
+        "count": (len(starts) - 1) // query.shape[1],
+        "scale": scale,
         "GROUP": query.shape[1] // key.shape[1],
         "WIDTH": query.shape[-1],
         "BLOCK": block,
@@ -142,21 +163,27 @@ def _forward(
     """The output, and each row's log-sum-exp to base 2 (B, H, T)."""
     from longspan.engine.blocks.kernels import forward, join_forward
 
-    query, key, value = _rows_whole(query, key, value)
+    query, key, value = contiguous_rows(query, key, value)
     batch, heads, tokens, width = query.shape
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     part_out, part_lse = (_room(query, work, starts, owners, heads, block, n) for n in (width, 1))
-    count, slots = (len(starts) - 1) // heads, part_out.shape[2]
-    choices = _choices(query, key, block)
+    parts = {"part_out": part_out, "part_lse": part_lse, "slots": part_out.shape[2]}
     with on_device(query.device):
         forward[(len(work), batch * heads)](
-            *(query, key, value, out, lse, part_out, part_lse, work, starts, index, heads, tokens, count, slots, scale),
-            *_strides(query, key, value, out),
-            **choices,
+            **strided(query=query, key=key, value=value, out=out),
+            **arguments(query, key, scale, lse, work, starts, index, block),
+            **parts,
         )
         if len(owners):
             join_forward[(len(owners), batch * heads)](
-                *(part_out, part_lse, out, lse, owners, heads, tokens, slots), *_strides(out), WIDTH=width, BLOCK=block
+                **strided(out=out),
+                **parts,
+                lse=lse,
+                owners=owners,
+                heads=heads,
+                tokens=tokens,
+                WIDTH=width,
+                BLOCK=block,
             )
     return out, lse
 
@@ -183,46 +210,46 @@ def _backward(
     """Derivatives by query, key and value."""
     from longspan.engine.blocks.kernels import backward_keys, backward_queries, join_gradients
 
-    query, key, value, d_out = _rows_whole(query, key, value, d_out)
+    query, key, value, d_out = contiguous_rows(query, key, value, d_out)
     (batch, heads, tokens, width), kv_heads = query.shape, key.shape[1]
     dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
     delta = (out.float() * d_out.float()).sum(-1)
     part_query = _room(query, work, starts, owners, heads, block, width)
     part_key, part_value = (_room(key, key_work, key_starts, key_owners, heads, block, width) for _ in range(2))
-    count = (len(starts) - 1) // heads
+    inputs = strided(query=query, key=key, value=value, d_out=d_out) | {"delta": delta}
     with on_device(query.device):
         backward_queries[(len(work), batch * heads)](
-            *(query, key, value, d_out, dq, part_query, lse, delta, work, starts, index),
-            *(heads, tokens, count, part_query.shape[2], scale),
-            *_strides(query, key, value, d_out, dq),
-            **_choices(query, key, block),
+            **inputs,
+            **strided(d_query=dq),
+            **arguments(query, key, scale, lse, work, starts, index, block),
+            part_query=part_query,
+            slots=part_query.shape[2],
         )
         backward_keys[(len(key_work), batch * kv_heads)](
-            *(query, key, value, d_out, dk, dv, part_key, part_value, lse, delta, key_work, key_starts, key_index),
-            *(heads, tokens, count, part_key.shape[2], scale),
-            *_strides(query, key, value, d_out, dk, dv),
-            **_choices(query, key, block, accumulators=2),
+            **inputs,
+            **strided(d_key=dk, d_value=dv),
+            **arguments(query, key, scale, lse, key_work, key_starts, key_index, block, accumulators=2),
+            part_key=part_key,
+            part_value=part_value,
+            slots=part_key.shape[2],
         )
         for sums, gradient, of in ((part_query, dq, owners), (part_key, dk, key_owners), (part_value, dv, key_owners)):
             if len(of):
                 join_gradients[(len(of), batch * gradient.shape[1])](
-                    *(sums, gradient, of, gradient.shape[1], tokens, sums.shape[2]),
-                    *_strides(gradient),
+                    **strided(gradient=gradient),
+                    sums=sums,
+                    owners=of,
+                    heads=gradient.shape[1],
+                    tokens=tokens,
+                    slots=sums.shape[2],
                     WIDTH=width,
                     BLOCK=block,
                 )
     return dq, dk, dv
 
 
-@_forward.register_fake
-def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(_rows_whole(query)[0]), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@_backward.register_fake
-def _(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x) for x in _rows_whole(query, key, value))
-    return dq, dk, dv
+_forward.register_fake(result_shapes)
+_backward.register_fake(gradient_shapes)
 
 
 class _Listed(torch.autograd.Function):

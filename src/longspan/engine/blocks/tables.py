@@ -1,8 +1,8 @@
-"""Which blocks of keys the blocks of queries see, computed from a pattern's own arithmetic and never from a mask of pairs.
+"""Tables of the blocks that see one another, computed without a mask of pairs.
 
 A pattern says for each block of queries which blocks of keys to visit (`Blocks`); FlexAttention runs it. The tables are as
 wide as the longest row, so they cost as many numbers as there are blocks to visit, and a text of millions of tokens has a
-mask of megabytes. The same table turned round, from keys to queries, is what a backward needs.
+mask of megabytes. The transposed table, from keys to queries, is what a backward needs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 SIZE = 128
 """Tokens of a block: what FlexAttention's kernels are tuned for."""
 MOST_ROWS = 2**13
-"""Blocks of queries past which blocks grow, where all of them may see one block of keys: a table turned round is square
+"""Blocks of queries past which blocks grow, where all of them may see one block of keys: a transposed table is square
 then, of 2 · 268 MB at this size."""
 
 
@@ -152,7 +152,7 @@ def bucket(length: int) -> int:
 
 
 def block_size(length: int, *, backward: bool) -> int:
-    """SIZE, or more where a table turned round would grow out of proportion."""
+    """SIZE, or more where a transposed table would grow out of proportion."""
     size = SIZE
     while backward and length > size * MOST_ROWS:
         size *= 2

@@ -1,4 +1,4 @@
-"""Attention of one query a row over everything in a cache, as decoding does it: a kernel of our own for CUDA.
+"""Attention of one query per row over a whole KV cache, in a Triton kernel for decoding.
 
 One query leaves a fused kernel little to do at once, so the keys are split: each program takes a run of keys of one key-value
 head, with all the query heads that share it, and the last one to finish joins the parts, which is one softmax over them.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine import kernels
+from longspan.engine.kernels import strided
 from longspan.util.device import on_device
 
 KEYS = 64
@@ -50,18 +51,16 @@ def one_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float)
     weight = torch.empty(batch * kv_heads * parts * rows * 2, dtype=torch.float32, device=query.device)
     with on_device(query.device):
         attend[(batch * kv_heads, parts)](
-            query,
-            key,
-            value,
-            out,
-            partial,
-            weight,
-            _counters(query.device, batch * kv_heads),
-            size,
-            kv_heads,
-            *query.stride()[:2],
-            *key.stride()[:3],
-            *value.stride()[:3],
+            query=query,
+            q_batch=query.stride(0),
+            q_head=query.stride(1),
+            **strided(key=key, value=value),
+            out=out,
+            partial=partial,
+            weight=weight,
+            arrived=_counters(query.device, batch * kv_heads),
+            size=size,
+            kv_heads=kv_heads,
             SCALE=scale * 1.4426950408889634,  # powers of two are what the hardware has
             GROUP=group,
             ROWS=rows,

@@ -1,4 +1,4 @@
-"""Dilated attention (LongNet) in kernels of our own for CUDA, forward and backward: one launch a pattern, nothing gathered.
+"""Dilated attention (LongNet) in Triton kernels, forward and backward: one launch per pattern.
 
 Pattern (size, step) cuts the text into segments of `size` tokens, of each of which head h takes every `step`-th from number
 h mod `step` on, as queries, keys and values alike. All patterns make one softmax, in which a key of m patterns counts m times.
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.engine.biased.attention import _rows_whole, _strides
-from longspan.engine.kernels import INTERPRETED
+from longspan.engine.kernels import INTERPRETED, contiguous_rows, result_shapes, strided, strides
 from longspan.engine.window.window_sinks import refusal as refusal
 from longspan.util.device import on_device
 from longspan.util.errors import SpecError
@@ -71,9 +70,9 @@ def _pairs(numbers: list[int]) -> list[tuple[int, int]]:
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def _far(step: int, strides: list[int], choices: dict[str, Any]) -> bool:
+def _far(step: int, tensors: tuple[Tensor, ...], choices: dict[str, Any]) -> bool:
     """Whether rows of one tile lie 2³¹ numbers apart or more: what counts them is 64 bits wide only then."""
-    return step * max(choices["BM"], choices["BN"]) * max(strides[2::3]) >= 2**31
+    return step * max(choices["BM"], choices["BN"]) * max(strides(x).row for x in tensors) >= 2**31
 
 
 def _choices(kind: str, query: Tensor, key: Tensor, ends: Tensor | None, causal: bool) -> dict[str, Any]:
@@ -89,6 +88,8 @@ def _choices(kind: str, query: Tensor, key: Tensor, ends: Tensor | None, causal:
         "CAUSAL": causal,
         "ENDS": ends is not None,
         "PRECISION": "ieee",  # float32 inputs are multiplied as such
+        "heads": query.shape[1],
+        "text": query.shape[2],
         "BM": rows,
         "BN": columns,
         "num_warps": warps,
@@ -118,7 +119,7 @@ def _forward(
     """The output, and each row's log-sum-exp to base 2 (B, H, T)."""
     from longspan.engine.dilated.kernels import forward
 
-    query, key, value = _rows_whole(query, key, value)
+    query, key, value = contiguous_rows(query, key, value)
     out = torch.empty_like(query)
     lse = query.new_full(query.shape[:3], 0.0 if zero_key else float("-inf"), dtype=torch.float32)
     sums = lse
@@ -126,17 +127,20 @@ def _forward(
         make = query.new_zeros if zero_key else query.new_empty
         sums = make(query.shape, dtype=torch.float32)
     choices = _choices("forward", query, key, ends, causal)
-    pairs, strides = _pairs(patterns), _strides(query, key, value, out)
+    pairs, tensors = _pairs(patterns), (query, key, value, out)
+    shared = strided(query=query, key=key, value=value, out=out)
+    shared |= {"sums": sums, "lse": lse, "ends": lse if ends is None else ends, "scale": scale}
     with on_device(query.device):
         for number, (size, step) in enumerate(pairs):
             blocks, grid = _grid(query, size, step, choices["BM"])
             forward[grid](
-                *(query, key, value, sums, out, lse, lse if ends is None else ends),
-                *(query.shape[1], query.shape[2], size, step, blocks, scale),
-                *strides,
-                LAST=number == len(pairs) - 1,
-                FAR=_far(step, strides, choices),
+                **shared,
                 **choices,
+                size=size,
+                step=step,
+                blocks=blocks,
+                LAST=number == len(pairs) - 1,
+                FAR=_far(step, tensors, choices),
             )
     return out, lse
 
@@ -157,36 +161,27 @@ def _backward(
     """Derivatives by query, key and value."""
     from longspan.engine.dilated.kernels import backward_keys, backward_queries
 
-    query, key, value, d_out = _rows_whole(query, key, value, d_out)
+    query, key, value, d_out = contiguous_rows(query, key, value, d_out)
     delta = (out.float() * d_out.float()).sum(-1)
     dq, dk, dv = (query.new_zeros(query.shape, dtype=torch.float32) for _ in range(3))
-    lines = lse if ends is None else ends
-    strides = _strides(query, key, value, d_out)
+    shared = strided(query=query, key=key, value=value, d_out=d_out)
+    shared |= {"lse": lse, "delta": delta, "ends": lse if ends is None else ends, "scale": scale}
     for_queries, for_keys = (_choices(kind, query, key, ends, causal) for kind in ("queries", "keys"))
+    launches = (
+        (backward_queries, for_queries, for_queries["BM"], {"sums": dq}),
+        (backward_keys, for_keys, for_keys["BN"], {"d_key": dk, "d_value": dv}),
+    )
     with on_device(query.device):
         for size, step in _pairs(patterns):
-            numbers = query.shape[1], query.shape[2], size, step
-            blocks, grid = _grid(query, size, step, for_queries["BM"])
-            backward_queries[grid](
-                *(query, key, value, d_out, dq, lse, delta, lines, *numbers, blocks, scale),
-                *strides,
-                FAR=_far(step, strides, for_queries),
-                **for_queries,
-            )
-            blocks, grid = _grid(query, size, step, for_keys["BN"])
-            backward_keys[grid](
-                *(query, key, value, d_out, dk, dv, lse, delta, lines, *numbers, blocks, scale),
-                *strides,
-                FAR=_far(step, strides, for_keys),
-                **for_keys,
-            )
+            for kernel, choices, tile, results in launches:
+                blocks, grid = _grid(query, size, step, tile)
+                far = _far(step, (query, key, value, d_out), choices)
+                kernel[grid](**shared, **choices, **results, size=size, step=step, blocks=blocks, FAR=far)
     dk, dv = (x.unflatten(1, (key.shape[1], -1)).sum(2) for x in (dk, dv))
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
 
 
-@_forward.register_fake
-def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(_rows_whole(query)[0]), query.new_empty(query.shape[:3], dtype=torch.float32)
+_forward.register_fake(result_shapes)
 
 
 @_backward.register_fake

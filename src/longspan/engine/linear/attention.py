@@ -1,4 +1,4 @@
-"""Linear attention: a kernel φ(q)·φ(k) in place of e^(q·k), so that what was read fits into one sum of fixed size.
+"""Linear attention: φ(q)·φ(k) in place of e^(q·k), with a state of fixed size.
 
     out_t = φ(q_t) Σ_{j<=t} φ(k_j) v_jᵀ / φ(q_t) Σ_{j<=t} φ(k_j)        (Katharopoulos 2020, eqs. 9 and 12)
 

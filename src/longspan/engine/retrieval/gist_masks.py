@@ -1,4 +1,4 @@
-"""Which tokens see which, where gist tokens stand for what comes before them.
+"""Masks where gist tokens replace the tokens before them.
 
 A text is cut behind every run of gist tokens. A token sees its own piece, and of the piece before only the gist tokens at
 its end; so a second run of gist tokens sums up what the first one held and what came since. In a decoder attention is causal

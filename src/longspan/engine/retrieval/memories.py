@@ -356,5 +356,5 @@ def _fold(query: Tensor, kv_heads: int) -> Tensor:
 
 
 def _unfold(x: Tensor, query: Tensor) -> Tensor:
-    """The other way round, for a result or log-sum-exps: (B, H_kv, …, T, …) → (B, H, T, …)."""
+    """The inverse, for a result or log-sum-exps: (B, H_kv, …, T, …) → (B, H, T, …)."""
     return x.unflatten(2, (-1, query.shape[2])).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Attention over those states of a long text that score highest, with what is held at once bounded by a number of elements.
+"""Attention over the highest-scoring states of a long text, in bounded memory.
 
 A query meets the states themselves, (N, d), not keys made of them: whoever calls has moved the keys' projection to the query
 and does the values' projection afterwards. So one store serves every layer and every head. `nearest` finds the highest scores

@@ -49,7 +49,7 @@ class _Band:
 
 def banded_attention(call: AttentionCall, before: int, after: int, dilation: int = 1) -> Tensor:
     """(B, H, T, D) for a text that attends to itself, with its first real token in column 0. before, after: how many tokens
-    are seen on either side, `dilation` apart. A row of `call.shown` is seen by all, and counts once."""
+    are seen on either side, `dilation` apart. A row of `call.always_visible` is seen by all, and counts once."""
     rows, length, device = call.query.shape[0], call.query.shape[2], call.query.device
     seen, shared = torch.ones(rows, length, dtype=torch.bool, device=device), None
     if call.padding is not None:

@@ -1,4 +1,4 @@
-"""Causal attention over a rolling window on a GPU: FlexAttention with a block mask built from the window's own arithmetic.
+"""Causal attention over a rolling window on a GPU, by FlexAttention with a computed block mask.
 
 Only blocks that the window touches are visited, and the mask is never materialised. The log-sum-exp comes back with the
 output, so that other keys (sinks) can join the softmax.

@@ -1,4 +1,4 @@
-"""The first keys beside a window that another library attends over, forward and backward, in kernels of our own for CUDA.
+"""Adds sinks to windowed attention that another library computes, forward and backward.
 
 Attention over a window and sinks is the window's, and that over the sinks that a query is past the window of, weighed by their
 log-sum-exps. Sinks are few: it costs little more than reading and writing each tensor once.
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.engine.biased.attention import _rows_whole, _strides
-from longspan.engine.kernels import INTERPRETED
-from longspan.engine.window.window_sinks import choices_for, far_gradients
+from longspan.engine.kernels import INTERPRETED, contiguous_rows, strided
+from longspan.engine.window.window_sinks import arguments, far_gradients
 from longspan.util.device import on_device
 
 Near = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -41,8 +40,8 @@ def with_sinks(
 
 
 class _Enter(torch.autograd.Function):
-    """Nothing on the way in; on the way back the last to run, so that what the window gives is changed in place instead of added
-    to. `handed` is where `_Join` leaves what that takes."""
+    """The identity in the forward; in the backward the last to run, so that the window's gradients are changed in
+    place instead of added to. `handed` is where `_Join` leaves what that takes."""
 
     @staticmethod
     def forward(
@@ -61,7 +60,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_inputs: Tensor) -> tuple:
-        grads = _rows_whole(*d_inputs)
+        grads = contiguous_rows(*d_inputs)
         query, key, value, d_out, lse, delta = ctx.handed.pop()
         _add(grads, query, key, value, d_out, lse, delta, *ctx.settings)
         return (*grads, None, None, None, None)
@@ -103,14 +102,15 @@ def _join(
     """The output, and each row's log-sum-exp to base 2 (B, H, Tq)."""
     from longspan.engine.window.kernels.sink_correction import join
 
-    query, key, value, near = _rows_whole(query, key, value, near)
-    (batch, heads, queries, _), keys = query.shape, key.shape[2]
+    query, key, value, near = contiguous_rows(query, key, value, near)
+    batch, heads, queries, _ = query.shape
     out, lse = torch.empty_like(near), near_lse.new_empty(near_lse.shape)
     with on_device(query.device):
         join[(-(-queries // ROWS), batch * heads)](
-            *(query, key, value, near, near_lse.contiguous(), out, lse, heads, queries, keys, window, sinks, scale),
-            *_strides(query, key, value, near, out),
-            **choices_for(query, key, sinks),
+            **strided(query=query, key=key, value=value, near=near, out=out),
+            **arguments(query, key, window, sinks, scale),
+            near_lse=near_lse.contiguous(),
+            lse=lse,
             BM=ROWS,
         )
     return out, lse
@@ -120,13 +120,18 @@ def _split(near: Tensor, near_lse: Tensor, out: Tensor, lse: Tensor, d_out: Tens
     """Derivatives by `near` and `near_lse`, and each row's sum of out · d_out."""
     from longspan.engine.window.kernels.sink_correction import split
 
-    near, out, d_out = _rows_whole(near, out, d_out)
+    near, out, d_out = contiguous_rows(near, out, d_out)
     (batch, heads, queries, width) = near.shape
     d_near, d_near_lse, delta = torch.empty_like(near), torch.empty_like(lse), torch.empty_like(lse)
     with on_device(near.device):
         split[(-(-queries // ROWS), batch * heads)](
-            *(near, near_lse.contiguous(), out, lse, d_out, d_near, d_near_lse, delta, heads, queries),
-            *_strides(near, out, d_out, d_near),
+            **strided(near=near, out=out, d_out=d_out, d_near=d_near),
+            near_lse=near_lse.contiguous(),
+            lse=lse,
+            d_near_lse=d_near_lse,
+            delta=delta,
+            heads=heads,
+            queries=queries,
             WIDTH=width,
             BM=ROWS,
         )
@@ -145,20 +150,16 @@ def _add(
     sinks: int,
     scale: float,
 ) -> None:
-    """Adds to the derivatives by query, key and value what comes by way of the sinks."""
+    """Adds to the derivatives by query, key and value what comes through the sinks."""
     from longspan.engine.window.kernels.sink_correction import add_queries
 
     d_query, d_key, d_value = grads
-    query, key, value, d_out = _rows_whole(query, key, value, d_out)
-    (batch, heads, queries, _), keys = query.shape, key.shape[2]
-    sizes, choices = (heads, queries, keys, window, sinks), choices_for(query, key, sinks)
+    query, key, value, d_out = contiguous_rows(query, key, value, d_out)
+    batch, heads, queries, _ = query.shape
+    shared = strided(query=query, key=key, value=value, d_out=d_out) | {"lse": lse, "delta": delta}
+    shared |= arguments(query, key, window, sinks, scale)
     with on_device(query.device):
-        add_queries[(-(-queries // ROWS), batch * heads)](
-            *(query, key, value, d_out, d_query, lse, delta, *sizes, scale),
-            *_strides(query, key, value, d_out, d_query),
-            **choices,
-            BM=ROWS,
-        )
-        keys_far, values_far = far_gradients(query, key, value, d_out, lse, delta, sizes, scale, choices)
+        add_queries[(-(-queries // ROWS), batch * heads)](**shared, **strided(d_query=d_query), BM=ROWS)
+        keys_far, values_far = far_gradients(query, key, shared)
     d_key[:, :, :sinks] += (keys_far * scale).to(d_key.dtype)
     d_value[:, :, :sinks] += values_far.to(d_value.dtype)

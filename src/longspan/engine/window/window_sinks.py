@@ -1,4 +1,4 @@
-"""Causal attention over a window and the first keys, forward and backward, in kernels of our own for CUDA.
+"""Causal attention over a window and sinks, forward and backward, in Triton kernels for CUDA.
 
 A query at position p sees key k where p - window < k <= p or k < sinks, k <= p. The queries are the last Tq of the Tk keys, so
 that keys of a rolling cache, sinks before the window, will do. Two operators registered with torch run the kernels:
@@ -14,8 +14,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.engine import kernels
-from longspan.engine.biased.attention import LONG, MOST_PAIRS, _rows_whole, _strides
-from longspan.engine.kernels import INTERPRETED
+from longspan.engine.kernels import (
+    INTERPRETED,
+    LONG,
+    MOST_PAIRS,
+    contiguous_rows,
+    gradient_shapes,
+    result_shapes,
+    strided,
+    strides,
+)
 from longspan.util.device import on_device
 from longspan.util.errors import SpecError
 
@@ -52,9 +60,15 @@ def attention(
     return _Windowed.apply(query, key, value, min(window, keys), min(sinks, keys), zero_key, scale)[0]
 
 
-def choices_for(query: Tensor, key: Tensor, sinks: int) -> dict[str, Any]:
-    """What all kernels for windows are compiled for."""
+def arguments(query: Tensor, key: Tensor, window: int, sinks: int, scale: float) -> dict[str, Any]:
+    """What all kernels for windows take by name: sizes, and what they are compiled for."""
     return {
+        "heads": query.shape[1],
+        "queries": query.shape[2],
+        "keys": key.shape[2],
+        "window": window,
+        "sinks": sinks,
+        "scale": scale,
         "GROUP": query.shape[1] // key.shape[1],
         "WIDTH": query.shape[-1],
         "SINK": 0 if sinks == 0 else 16 if sinks <= 16 else 32,
@@ -68,8 +82,8 @@ def described(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     if not INTERPRETED and torch.cuda.get_device_capability(query.device) < (9, 0):
         return False
-    strides = [x.element_size() * n for x in (key, value) for n in x.stride()[:3]]
-    return all(n > 0 and n % 16 == 0 for n in (*strides, key.data_ptr(), value.data_ptr()))
+    steps = [x.element_size() * n for x in (key, value) for n in strides(x)]
+    return all(n > 0 and n % 16 == 0 for n in (*steps, key.data_ptr(), value.data_ptr()))
 
 
 def _forward_described(
@@ -84,18 +98,21 @@ def _forward_described(
     scale: float,
 ) -> None:
     """Writes `out` and `lse`. Tiles are those that were the fastest on an H200 at 32,768 tokens and a window of 1,024: 12 %
-    less time than `windowed.forward`. Sinks want a mask on every tile."""
+    less time than `kernels.forward`. Sinks want a mask on every tile."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from longspan.engine.window.kernels.forward_tma import forward
 
-    (batch, heads, queries, width), keys = query.shape, key.shape[2]
+    batch, heads, queries, width = query.shape
     rows, columns = (32, 16) if INTERPRETED else (128, 64)
     tiles = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, columns, width]) for x in (key, value)]
     forward[(-(-queries // rows) * batch * heads,)](
-        *(query, key, value, *tiles, out, lse, batch * heads, heads, queries, keys, window, sinks, scale),
-        *_strides(query, key, value, out),
-        **choices_for(query, key, sinks),
+        **strided(query=query, key=key, value=value, out=out),
+        **arguments(query, key, window, sinks, scale),
+        keys_described=tiles[0],
+        values_described=tiles[1],
+        lse=lse,
+        pairs=batch * heads,
         ZERO=zero_key,
         ALWAYS=sinks > 0,
         BM=rows,
@@ -114,8 +131,8 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, zero_key: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output, and each row's log-sum-exp to base 2 (B, H, Tq)."""
-    query, key, value = _rows_whole(query, key, value)
-    (batch, heads, queries, _), keys = query.shape, key.shape[2]
+    query, key, value = contiguous_rows(query, key, value)
+    batch, heads, queries, _ = query.shape
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     with on_device(query.device):
         if described(query, key, value):
@@ -124,10 +141,10 @@ def _forward(
         from longspan.engine.window.kernels.forward import forward
 
         forward[lambda config: (-(-queries // config["BM"]), batch * heads)](
-            *(query, key, value, out, lse, heads, queries, keys, window, sinks, scale),
-            *_strides(query, key, value, out),
-            _bucket(queries, window),
-            **choices_for(query, key, sinks),
+            **strided(query=query, key=key, value=value, out=out),
+            **arguments(query, key, window, sinks, scale),
+            lse=lse,
+            bucket=_bucket(queries, window),
             ZERO=zero_key,
         )
     return out, lse
@@ -148,64 +165,39 @@ def _backward(
     """Derivatives by query, key and value."""
     from longspan.engine.window.kernels.backward import backward_keys, backward_queries
 
-    query, key, value, out, d_out = _rows_whole(query, key, value, out, d_out)
+    query, key, value, out, d_out = contiguous_rows(query, key, value, out, d_out)
     (batch, heads, queries, _), (_, kv_heads, keys, _) = query.shape, key.shape
     dq, dk, dv, delta = (torch.empty_like(x) for x in (query, key, value, lse))
-    sizes, choices = (heads, queries, keys, window, sinks), choices_for(query, key, sinks)
+    shared = strided(query=query, key=key, value=value, d_out=d_out) | {"lse": lse, "delta": delta}
+    shared |= arguments(query, key, window, sinks, scale)
     bucket = _bucket(queries, window)
     with on_device(query.device):
         backward_queries[lambda config: (-(-queries // config["BM"]), batch * heads)](
-            *(query, key, value, out, d_out, dq, lse, delta, *sizes, scale),
-            *_strides(query, key, value, out, d_out, dq),
-            bucket,
-            **choices,
+            **shared, **strided(out=out, d_query=dq), bucket=bucket
         )
-        far = far_gradients(query, key, value, d_out, lse, delta, sizes, scale, choices) if sinks else lse
+        far = far_gradients(query, key, shared) if sinks else lse
         backward_keys[lambda config: (-(-keys // config["BN"]), batch * kv_heads)](
-            *(query, key, value, d_out, dk, dv, far, lse, delta, *sizes, scale),
-            *_strides(query, key, value, d_out, dk, dv),
-            bucket,
-            **choices,
+            **shared, **strided(d_key=dk, d_value=dv), far=far, bucket=bucket
         )
     return dq, dk, dv
 
 
-def far_gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    d_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    sizes: tuple[int, int, int, int, int],
-    scale: float,
-    choices: dict[str, Any],
-) -> Tensor:
-    """What queries give to sinks that they are far from, (2, B, H_kv, sinks, D) float32, for keys without the scale."""
+def far_gradients(query: Tensor, key: Tensor, shared: dict[str, Any]) -> Tensor:
+    """What queries give to sinks that they are far from, (2, B, H_kv, sinks, D) float32, for keys without the scale.
+
+    shared: the arguments that all backward kernels take."""
     from longspan.engine.window.kernels.backward import backward_sinks
 
-    (batch, heads, queries, width), sinks, rows = query.shape, sizes[-1], 32 if query.element_size() == 4 else 64
+    (batch, heads, queries, width), sinks, rows = query.shape, shared["sinks"], 32 if query.element_size() == 4 else 64
     part = max(LEAST_PART, -(-queries // (MOST_PARTS * rows)) * rows)
-    sums = lse.new_empty(2, -(-queries // part), batch, heads, sinks, width)
-    grid = (sums.shape[1], batch * heads, -(-sinks // choices["SINK"]))
-    backward_sinks[grid](
-        *(query, key, value, d_out, sums, lse, delta, *sizes, part, scale),
-        *_strides(query, key, value, d_out),
-        **choices,
-        BM=rows,
-    )
+    sums = query.new_empty((2, -(-queries // part), batch, heads, sinks, width), dtype=torch.float32)
+    grid = (sums.shape[1], batch * heads, -(-sinks // shared["SINK"]))
+    backward_sinks[grid](**shared, sums=sums, part=part, BM=rows)
     return sums.sum(1).unflatten(2, (key.shape[1], -1)).sum(3)
 
 
-@_forward.register_fake
-def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(_rows_whole(query)[0]), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@_backward.register_fake
-def _(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x) for x in _rows_whole(query, key, value))
-    return dq, dk, dv
+_forward.register_fake(result_shapes)
+_backward.register_fake(gradient_shapes)
 
 
 class _Windowed(torch.autograd.Function):

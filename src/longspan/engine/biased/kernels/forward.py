@@ -10,17 +10,25 @@ Everything is in powers of two: scores and biases are multiplied by log₂ e.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import triton
 import triton.language as tl
 
+from longspan.engine.kernel_parts import (
+    LOG2E,
+    add_values,
+    empty_softmax,
+    head_of,
+    read_rows,
+    read_tile,
+    softmax_weights,
+    split_pair,
+    store_tile,
+    tuned,
+)
 from longspan.engine.kernels import INTERPRETED
 
 DIRECT = tl.constexpr(INTERPRETED)
 """Whether kernels run as plain Python, where no inline assembly can."""
-LOG2E = tl.constexpr(1.4426950408889634)
 
 UNSPECIALISED = ["heads", "queries", "keys", "window", "span", "zero", "nearest", "farthest"]
 """Numbers that say nothing about alignment: a kernel compiled for one length serves all."""
@@ -56,14 +64,6 @@ def fill(table, out, slopes, a, b, size, offset, span, zero, nearest, farthest, 
             tl.store(slopes + head.to(tl.int64) * span + at, slope, mask=at < span)
         else:
             tl.store(place, -outer * number, mask=at < span)
-
-
-@triton.jit
-def read_rows(base, at, row, limit, MASK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """(ROWS, WIDTH) from row `at` on; with MASK, zeros from row `limit` on."""
-    rows = tl.arange(0, ROWS)
-    places = base + tl.cast(at, tl.int64) * row + rows[:, None] * row + tl.arange(0, WIDTH)[None, :]
-    return tl.load(places, mask=(at + rows < limit)[:, None], other=0.0) if MASK else tl.load(places)
 
 
 @triton.jit
@@ -115,17 +115,9 @@ def visible(apart, i, j, key, start, keys, window, CAUSAL: tl.constexpr, WINDOW:
 
 @triton.jit
 def key_ranges(
-    low_query,
-    start,
-    keys,
-    window,
-    nearest,
-    farthest,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BM: tl.constexpr,
+    low_query, start, keys, window, nearest, farthest, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
-):
+):  # fmt: skip
     """The keys that the queries at positions low_query .. low_query + BM - 1 see, cut at multiples of BN: from `first` masked,
     from `full` on every score counts and distances are at least `farthest`, from `near` between, from `ahead` at most
     `nearest`, from `ragged` to `end` masked again."""
@@ -152,35 +144,10 @@ def key_ranges(
 
 @triton.jit
 def _forward_tiles(
-    acc,
-    total,
-    top,
-    q,
-    key_base,
-    value_base,
-    k_row,
-    v_row,
-    table,
-    number,
-    scale,
-    begin,
-    end,
-    low_query,
-    start,
-    keys,
-    window,
-    zero,
-    nearest,
-    farthest,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    acc, total, top, q, key_base, value_base, k_row, v_row, table, number, scale, begin, end, low_query, start, keys,
+    window, zero, nearest, farthest, BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The softmax carried over the keys from `begin` to `end`. `number` is the one number of the bias: a slope, or what is
     added to every score of these tiles."""
     i = tl.arange(0, BM)[:, None]
@@ -209,104 +176,35 @@ def _forward_tiles(
                 t -= number * distances(apart, i, j, False)
             if MASK:
                 t = tl.where(visible(apart, i, j, n, start, keys, window, CAUSAL, WINDOW), t, float("-inf"))
-            new_top = tl.maximum(top, tl.max(t, 1))
-            finite = tl.where(new_top == float("-inf"), 0.0, new_top) if MASK else new_top
-            p = tl.exp2(t - finite[:, None])
-            shrink = tl.exp2(top - finite)
-        total = total * shrink + tl.sum(p, 1)
-        v = read_rows(value_base, n, v_row, keys, MASK, BN, WIDTH)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+            new_top, p, shrink = softmax_weights(t, top, MASK)
+        acc, total = add_values(acc, total, p, shrink, value_base, n, v_row, keys, MASK, BN, WIDTH, PRECISION)
         top = new_top
     return acc, total, top
-
-
-def tuning_key(kernel: Any) -> list[str]:
-    """Those of a kernel's arguments that block sizes are chosen anew for. From 3.9 on Triton refuses names of no argument."""
-    return [
-        name for name in ("bucket", "KIND", "GRAD", "WIDTH", "CAUSAL", "WINDOW", "GROUP") if name in kernel.arg_names
-    ]
-
-
-def tuned(narrow: list[tuple[int, ...]], wide: list[tuple[int, ...]]) -> Callable:
-    """Autotuning among (BM, BN, warps, stages): `narrow` for heads of up to 64, `wide` for larger. They are those
-    whose inner loops keep to the registers on compute capability 9.0. For float32 there is one, which always fits."""
-    if INTERPRETED:
-        return lambda kernel: triton.autotune([triton.Config({"BM": 32, "BN": 16})], key=tuning_key(kernel))(kernel)
-    shapes: dict[str, list[tuple[int, ...]]] = {"narrow": narrow, "wide": wide, "single": [(32, 32, 4, 1)]}
-    plans = {
-        name: [triton.Config({"BM": m, "BN": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in shape]
-        for name, shape in shapes.items()
-    }
-
-    def fitting(configs: list, arguments: dict, **constants: Any) -> list:
-        if arguments["query"].element_size() == 4:
-            return plans["single"]
-        return plans["wide" if constants["WIDTH"] > 64 else "narrow"]
-
-    return lambda kernel: triton.autotune(
-        [config for plan in plans.values() for config in plan],
-        key=tuning_key(kernel),
-        prune_configs_by={"early_config_prune": fitting},
-    )(kernel)
 
 
 @tuned(narrow=[(128, 64, 4, 3), (128, 128, 8, 2)], wide=[(128, 64, 8, 3), (128, 128, 8, 2)])
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "bucket"])
 def forward(
-    query,
-    key,
-    value,
-    out,
-    lse,
-    table,
-    starts,
-    heads,
-    queries,
-    keys,
-    window,
-    span,
-    zero,
-    nearest,
-    farthest,
-    scale,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    o_batch,
-    o_head,
-    o_row,
+    query, key, value, out, lse, table, starts,
+    heads, queries, keys, window, span, zero, nearest, farthest, scale,
+    query_strides, key_strides, value_strides, out_strides,
     bucket,
-    KIND: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    STARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr, GROUP: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """BM queries of one head over all keys that they see. KIND: none, linear, table (with one number past either end) or
     curve (a table as long as the distances go). The log-sum-exp is to base 2, +inf for a row that sees nothing."""
     pair = tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = (pair % heads).to(tl.int64)
+    batch, head = split_pair(pair, heads)
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     m = block * BM
     low_query = keys - queries + m
     start = tl.load(starts + batch) if STARTS else 0
-    q = read_rows(query + batch * q_batch + head * q_head, m, q_row, queries, True, BM, WIDTH)
-    k_base = key + batch * k_batch + head // GROUP * k_head
-    v_base = value + batch * v_batch + head // GROUP * v_head
-    acc = tl.zeros([BM, WIDTH], tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
+    q = read_tile(query, query_strides, batch, head, m, queries, BM, WIDTH)
+    k_base = head_of(key, key_strides, batch, head // GROUP)
+    v_base = head_of(value, value_strides, batch, head // GROUP)
+    k_row, v_row = key_strides.row, value_strides.row
+    acc, total, top = empty_softmax(False, BM, WIDTH)
     first, full, near, ahead, ragged, end = key_ranges(
         low_query, start, keys, window, nearest, farthest, CAUSAL, WINDOW, BM, BN
     )
@@ -345,7 +243,6 @@ def forward(
     rows = m + tl.arange(0, BM)
     sees = (total > 0.0) & (low_query + tl.arange(0, BM) >= start)
     result = tl.where(sees[:, None], acc / tl.where(sees, total, 1.0)[:, None], 0.0)
-    place = out + batch * o_batch + head * o_head + rows.to(tl.int64)[:, None] * o_row + tl.arange(0, WIDTH)[None, :]
-    tl.store(place, result.to(out.dtype.element_ty), mask=(rows < queries)[:, None])
+    store_tile(out, out_strides, batch, head, rows, result, rows < queries, WIDTH)
     sums = tl.where(sees, top + tl.log2(total), float("inf"))
     tl.store(lse + pair.to(tl.int64) * queries + rows, sums, mask=rows < queries)

@@ -9,68 +9,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longspan.engine.biased.kernels.forward import LOG2E, UNSPECIALISED, read_clamped, read_rows, visible
+from longspan.engine.biased.kernels.forward import UNSPECIALISED, read_clamped, visible
+from longspan.engine.kernel_parts import LOG2E, head_of, read_rows, read_sums, read_tile, split_pair
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "size"])
 def backward_table(
-    query,
-    key,
-    value,
-    d_out,
-    d_table,
-    lse,
-    delta,
-    table,
-    starts,
-    heads,
-    size,
-    queries,
-    keys,
-    window,
-    span,
-    zero,
-    nearest,
-    farthest,
-    scale,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    g_batch,
-    g_head,
-    g_row,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    STARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    S: tl.constexpr,
-):
+    query, key, value, d_out, d_table, lse, delta, table, starts,
+    heads, size, queries, keys, window, span, zero, nearest, farthest, scale,
+    query_strides, key_strides, value_strides, d_out_strides,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
     """The derivative by the entries of a table between its ends, added to `d_table` (H, size) float32: S queries of one head
     over the keys at distances between `nearest` and `farthest`. A tile is turned so that its diagonals are columns."""
     pair = tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = (pair % heads).to(tl.int64)
+    batch, head = split_pair(pair, heads)
     m = tl.program_id(0) * S
     low_query = keys - queries + m
     start = tl.load(starts + batch) if STARTS else 0
     i = tl.arange(0, S)[:, None]
     j = tl.arange(0, S)[None, :]
     inside = m + tl.arange(0, S) < queries
-    q = read_rows(query + batch * q_batch + head * q_head, m, q_row, queries, True, S, WIDTH)
-    do = read_rows(d_out + batch * g_batch + head * g_head, m, g_row, queries, True, S, WIDTH)
+    q = read_tile(query, query_strides, batch, head, m, queries, S, WIDTH)
+    do = read_tile(d_out, d_out_strides, batch, head, m, queries, S, WIDTH)
     lines = pair.to(tl.int64) * queries + m + tl.arange(0, S)
-    row = tl.load(lse + lines, mask=inside, other=float("inf"))
-    sums = tl.load(delta + lines, mask=inside, other=0.0)
-    k_base = key + batch * k_batch + head // GROUP * k_head
-    v_base = value + batch * v_batch + head // GROUP * v_head
+    row, sums = read_sums(lse, delta, lines, inside, True)
+    k_base = head_of(key, key_strides, batch, head // GROUP)
+    v_base = head_of(value, value_strides, batch, head // GROUP)
+    k_row, v_row = key_strides.row, value_strides.row
     band = table + head * span
     begin = tl.maximum(start, low_query - farthest + 1)
     end = tl.minimum(keys, low_query + S - nearest)

@@ -11,35 +11,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longspan.engine.biased.kernels.forward import LOG2E, read_rows, tuned
+from longspan.engine.kernel_parts import (
+    LOG2E,
+    add_query_gradient,
+    add_value_gradient,
+    head_of,
+    read_queries,
+    read_rows,
+    read_sums,
+    read_tile,
+    split_pair,
+    store_tile,
+    tuned,
+)
 from longspan.engine.window.kernels.forward import UNSPECIALISED, far_end, near_keys, seen
 
 
 @triton.jit
 def query_tiles(
-    dq,
-    q,
-    do,
-    row,
-    delta,
-    key_base,
-    value_base,
-    k_row,
-    v_row,
-    scale,
-    begin,
-    end,
-    low,
-    sinks,
-    keys,
-    window,
-    MASK: tl.constexpr,
-    FAR: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    dq, q, do, row, delta, key_base, value_base, k_row, v_row, scale, begin, end, low, sinks, keys, window,
+    MASK: tl.constexpr, FAR: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """dq over the keys from `begin` to `end`; `row` is each query's log-sum-exp."""
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
@@ -49,70 +42,33 @@ def query_tiles(
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - row[:, None])
         if MASK:
             p = tl.where(seen(low - n + i - j, n + j, sinks, keys, window, FAR), p, 0.0)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = add_query_gradient(dq, p, do, k, v, delta, PRECISION)
     return dq
 
 
 @tuned(narrow=[(64, 64, 4, 3), (128, 64, 8, 3)], wide=[(128, 64, 8, 2), (64, 64, 4, 2)])
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "bucket"])
 def backward_queries(
-    query,
-    key,
-    value,
-    out,
-    d_out,
-    d_query,
-    lse,
-    delta,
-    heads,
-    queries,
-    keys,
-    window,
-    sinks,
-    scale,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    o_batch,
-    o_head,
-    o_row,
-    g_batch,
-    g_head,
-    g_row,
-    dq_batch,
-    dq_head,
-    dq_row,
+    query, key, value, out, d_out, d_query, lse, delta,
+    heads, queries, keys, window, sinks, scale,
+    query_strides, key_strides, value_strides, out_strides, d_out_strides, d_query_strides,
     bucket,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SINK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
-):
+):  # fmt: skip
     """The derivative by BM queries of one head; and `delta`, each row's sum of out · d_out, for the other kernels."""
     pair = tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = (pair % heads).to(tl.int64)
+    batch, head = split_pair(pair, heads)
     m = tl.program_id(0) * BM
     low = keys - queries + m
     rows = m + tl.arange(0, BM)
     inside = rows < queries
-    q = read_rows(query + batch * q_batch + head * q_head, m, q_row, queries, True, BM, WIDTH)
-    o = read_rows(out + batch * o_batch + head * o_head, m, o_row, queries, True, BM, WIDTH)
-    do = read_rows(d_out + batch * g_batch + head * g_head, m, g_row, queries, True, BM, WIDTH)
-    sums = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta + pair.to(tl.int64) * queries + rows, sums, mask=inside)
-    row = tl.load(lse + pair.to(tl.int64) * queries + rows, mask=inside, other=float("inf"))
-    k_base = key + batch * k_batch + head // GROUP * k_head
-    v_base = value + batch * v_batch + head // GROUP * v_head
+    q, do, row, sums = read_queries(
+        query, query_strides, out, out_strides, d_out, d_out_strides, lse, delta, batch, head, pair, m, queries, BM, WIDTH,
+    )  # fmt: skip
+    k_base = head_of(key, key_strides, batch, head // GROUP)
+    v_base = head_of(value, value_strides, batch, head // GROUP)
+    k_row, v_row = key_strides.row, value_strides.row
     dq = tl.zeros([BM, WIDTH], tl.float32)
     by = scale * LOG2E
     first, full, ragged, end = near_keys(low, keys, window, BM, BN)
@@ -133,39 +89,15 @@ def backward_queries(
         dq, q, do, row, sums, k_base, v_base, k_row, v_row, by, ragged, end, low, sinks, keys, window,
         True, False, WIDTH, BM, BN, PRECISION,
     )  # fmt: skip
-    place = d_query + batch * dq_batch + head * dq_head
-    place += rows.to(tl.int64)[:, None] * dq_row + tl.arange(0, WIDTH)[None, :]
-    tl.store(place, (dq * scale).to(d_query.dtype.element_ty), mask=inside[:, None])
+    store_tile(d_query, d_query_strides, batch, head, rows, dq * scale, inside, WIDTH)
 
 
 @triton.jit
 def _key_tiles(
-    dk,
-    dv,
-    k,
-    v,
-    query_base,
-    d_out_base,
-    q_row,
-    g_row,
-    lse,
-    delta,
-    scale,
-    begin,
-    end,
-    shift,
-    n,
-    sinks,
-    queries,
-    keys,
-    window,
-    MASK: tl.constexpr,
-    FAR: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    dk, dv, k, v, query_base, d_out_base, q_row, g_row, lse, delta, scale, begin, end, shift, n, sinks, queries, keys,
+    window, MASK: tl.constexpr, FAR: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """dk and dv over the queries from `begin` to `end`. Query r is at position `shift` + r."""
     i = tl.arange(0, BM)[None, :]
     j = tl.arange(0, BN)[:, None]
@@ -173,67 +105,37 @@ def _key_tiles(
         q = read_rows(query_base, m, q_row, queries, MASK, BM, WIDTH)
         do = read_rows(d_out_base, m, g_row, queries, MASK, BM, WIDTH)
         rows = m + tl.arange(0, BM)
-        row = tl.load(lse + rows, mask=rows < queries, other=float("inf")) if MASK else tl.load(lse + rows)
-        sums = tl.load(delta + rows, mask=rows < queries, other=0.0) if MASK else tl.load(delta + rows)
+        row, sums = read_sums(lse, delta, rows, rows < queries, MASK)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - row[None, :])
         if MASK:
             p = tl.where(seen(shift + m - n + i - j, n + j, sinks, keys, window, FAR), p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - sums[None, :])
+        dv, ds = add_value_gradient(dv, p, do, v, sums, PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "part"])
 def backward_sinks(
-    query,
-    key,
-    value,
-    d_out,
-    sums,
-    lse,
-    delta,
-    heads,
-    queries,
-    keys,
-    window,
-    sinks,
-    part,
-    scale,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    g_batch,
-    g_head,
-    g_row,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SINK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-):
+    query, key, value, d_out, sums, lse, delta,
+    heads, queries, keys, window, sinks, part, scale,
+    query_strides, key_strides, value_strides, d_out_strides,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     """What `part` queries of one head give to SINK sinks that they are far from, into sums (2, parts, B · H, sinks, WIDTH)."""
     pair = tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = (pair % heads).to(tl.int64)
+    batch, head = split_pair(pair, heads)
     n = tl.program_id(2) * SINK
     begin = tl.program_id(0) * part
     shift = keys - queries
-    k = read_rows(key + batch * k_batch + head // GROUP * k_head, n, k_row, sinks, True, SINK, WIDTH)
-    v = read_rows(value + batch * v_batch + head // GROUP * v_head, n, v_row, sinks, True, SINK, WIDTH)
+    k = read_tile(key, key_strides, batch, head // GROUP, n, sinks, SINK, WIDTH)
+    v = read_tile(value, value_strides, batch, head // GROUP, n, sinks, SINK, WIDTH)
     dk = tl.zeros([SINK, WIDTH], tl.float32)
     dv = tl.zeros([SINK, WIDTH], tl.float32)
     lines = (batch * heads + head) * queries
     dk, dv = _key_tiles(
-        dk, dv, k, v, query + batch * q_batch + head * q_head, d_out + batch * g_batch + head * g_head, q_row, g_row,
-        lse + lines, delta + lines, scale * LOG2E, begin, tl.minimum(begin + part, queries), shift, n, sinks, queries, keys,
-        window, True, True, WIDTH, BM, SINK, PRECISION,
+        dk, dv, k, v, head_of(query, query_strides, batch, head), head_of(d_out, d_out_strides, batch, head),
+        query_strides.row, d_out_strides.row, lse + lines, delta + lines, scale * LOG2E, begin,
+        tl.minimum(begin + part, queries), shift, n, sinks, queries, keys, window, True, True, WIDTH, BM, SINK, PRECISION,
     )  # fmt: skip
     line = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + pair
     rows = n + tl.arange(0, SINK)
@@ -260,57 +162,22 @@ def near_queries(n, shift, queries, window, BM: tl.constexpr, BN: tl.constexpr):
 )
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "bucket"])
 def backward_keys(
-    query,
-    key,
-    value,
-    d_out,
-    d_key,
-    d_value,
-    far,
-    lse,
-    delta,
-    heads,
-    queries,
-    keys,
-    window,
-    sinks,
-    scale,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    g_batch,
-    g_head,
-    g_row,
-    dk_batch,
-    dk_head,
-    dk_row,
-    dv_batch,
-    dv_head,
-    dv_row,
+    query, key, value, d_out, d_key, d_value, far, lse, delta,
+    heads, queries, keys, window, sinks, scale,
+    query_strides, key_strides, value_strides, d_out_strides, d_key_strides, d_value_strides,
     bucket,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SINK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
-):
+):  # fmt: skip
     """The derivative by BN keys and values of one key head, over all query heads that share it. `far` (2, B · H_kv, sinks,
     WIDTH) float32 holds what distant queries give."""
     pair = tl.program_id(1)
     kv_heads = heads // GROUP
-    batch = (pair // kv_heads).to(tl.int64)
-    kv_head = (pair % kv_heads).to(tl.int64)
+    batch, kv_head = split_pair(pair, kv_heads)
     n = tl.program_id(0) * BN
     shift = keys - queries
-    k = read_rows(key + batch * k_batch + kv_head * k_head, n, k_row, keys, True, BN, WIDTH)
-    v = read_rows(value + batch * v_batch + kv_head * v_head, n, v_row, keys, True, BN, WIDTH)
+    k = read_tile(key, key_strides, batch, kv_head, n, keys, BN, WIDTH)
+    v = read_tile(value, value_strides, batch, kv_head, n, keys, BN, WIDTH)
     dk = tl.zeros([BN, WIDTH], tl.float32)
     dv = tl.zeros([BN, WIDTH], tl.float32)
     if SINK:
@@ -320,25 +187,21 @@ def backward_keys(
     first, full, ragged, end = near_queries(n, shift, queries, window, BM, BN)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q_base = query + batch * q_batch + head * q_head
-        g_base = d_out + batch * g_batch + head * g_head
+        q_base = head_of(query, query_strides, batch, head)
+        g_base = head_of(d_out, d_out_strides, batch, head)
         lines = (batch * heads + head) * queries
         dk, dv = _key_tiles(
-            dk, dv, k, v, q_base, g_base, q_row, g_row, lse + lines, delta + lines, scale * LOG2E, first,
+            dk, dv, k, v, q_base, g_base, query_strides.row, d_out_strides.row, lse + lines, delta + lines, scale * LOG2E, first,
             tl.minimum(full, end), shift, n, sinks, queries, keys, window, True, False, WIDTH, BM, BN, PRECISION,
         )  # fmt: skip
         dk, dv = _key_tiles(
-            dk, dv, k, v, q_base, g_base, q_row, g_row, lse + lines, delta + lines, scale * LOG2E, full,
+            dk, dv, k, v, q_base, g_base, query_strides.row, d_out_strides.row, lse + lines, delta + lines, scale * LOG2E, full,
             ragged, shift, n, sinks, queries, keys, window, False, False, WIDTH, BM, BN, PRECISION,
         )  # fmt: skip
         dk, dv = _key_tiles(
-            dk, dv, k, v, q_base, g_base, q_row, g_row, lse + lines, delta + lines, scale * LOG2E, ragged,
+            dk, dv, k, v, q_base, g_base, query_strides.row, d_out_strides.row, lse + lines, delta + lines, scale * LOG2E, ragged,
             end, shift, n, sinks, queries, keys, window, True, False, WIDTH, BM, BN, PRECISION,
         )  # fmt: skip
     rows = n + tl.arange(0, BN)
-    columns = tl.arange(0, WIDTH)[None, :]
-    at = rows.to(tl.int64)[:, None]
-    place = d_key + batch * dk_batch + kv_head * dk_head + at * dk_row + columns
-    tl.store(place, (dk * scale).to(d_key.dtype.element_ty), mask=(rows < keys)[:, None])
-    place = d_value + batch * dv_batch + kv_head * dv_head + at * dv_row + columns
-    tl.store(place, dv.to(d_value.dtype.element_ty), mask=(rows < keys)[:, None])
+    store_tile(d_key, d_key_strides, batch, kv_head, rows, dk * scale, rows < keys, WIDTH)
+    store_tile(d_value, d_value_strides, batch, kv_head, rows, dv, rows < keys, WIDTH)

@@ -10,7 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longspan.engine.biased.kernels.forward import LOG2E, read_rows, tuned
+from longspan.engine.kernel_parts import (
+    LOG2E,
+    add_values,
+    empty_softmax,
+    head_of,
+    read_rows,
+    read_tile,
+    softmax_weights,
+    split_pair,
+    store_tile,
+    tuned,
+)
 
 UNSPECIALISED = ["heads", "queries", "keys", "window", "sinks"]
 """Numbers that say nothing about alignment: a kernel compiled for one length serves all."""
@@ -44,28 +55,10 @@ def seen(apart, key, sinks, keys, window, FAR: tl.constexpr):
 
 @triton.jit
 def softmax_tiles(
-    acc,
-    total,
-    top,
-    q,
-    key_base,
-    value_base,
-    k_row,
-    v_row,
-    scale,
-    begin,
-    end,
-    low,
-    sinks,
-    keys,
-    window,
-    MASK: tl.constexpr,
-    FAR: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    acc, total, top, q, key_base, value_base, k_row, v_row, scale, begin, end, low, sinks, keys, window,
+    MASK: tl.constexpr, FAR: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """The softmax carried over the keys from `begin` to `end`."""
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
@@ -74,17 +67,12 @@ def softmax_tiles(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASK:
             t = tl.where(seen(low - n + i - j, n + j, sinks, keys, window, FAR), s * scale, float("-inf"))
-            new_top = tl.maximum(top, tl.max(t, 1))
-            finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = tl.exp2(t - finite[:, None])
-            shrink = tl.exp2(top - finite)
+            new_top, p, shrink = softmax_weights(t, top, True)
         else:  # the scale is positive, so that the largest score stays the largest
             new_top = tl.maximum(top, tl.max(s, 1) * scale)
             p = tl.exp2(s * scale - new_top[:, None])
             shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        v = read_rows(value_base, n, v_row, keys, MASK, BN, WIDTH)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        acc, total = add_values(acc, total, p, shrink, value_base, n, v_row, keys, MASK, BN, WIDTH, PRECISION)
         top = new_top
     return acc, total, top
 
@@ -95,51 +83,24 @@ def softmax_tiles(
 )
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "bucket"])
 def forward(
-    query,
-    key,
-    value,
-    out,
-    lse,
-    heads,
-    queries,
-    keys,
-    window,
-    sinks,
-    scale,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    o_batch,
-    o_head,
-    o_row,
+    query, key, value, out, lse,
+    heads, queries, keys, window, sinks, scale,
+    query_strides, key_strides, value_strides, out_strides,
     bucket,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SINK: tl.constexpr,
-    ZERO: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, ZERO: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """BM queries of one head over all keys that they see; SINK is how many sinks make a tile, 0 where there are none. ZERO: each
     also sees a key and a value of zeros. The log-sum-exp is to base 2."""
     pair = tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = (pair % heads).to(tl.int64)
+    batch, head = split_pair(pair, heads)
     m = tl.program_id(0) * BM
     low = keys - queries + m
-    q = read_rows(query + batch * q_batch + head * q_head, m, q_row, queries, True, BM, WIDTH)
-    k_base = key + batch * k_batch + head // GROUP * k_head
-    v_base = value + batch * v_batch + head // GROUP * v_head
-    acc = tl.zeros([BM, WIDTH], tl.float32)
-    total = tl.full([BM], 1.0 if ZERO else 0.0, tl.float32)
-    top = tl.full([BM], 0.0 if ZERO else float("-inf"), tl.float32)
+    q = read_tile(query, query_strides, batch, head, m, queries, BM, WIDTH)
+    k_base = head_of(key, key_strides, batch, head // GROUP)
+    v_base = head_of(value, value_strides, batch, head // GROUP)
+    k_row, v_row = key_strides.row, value_strides.row
+    acc, total, top = empty_softmax(ZERO, BM, WIDTH)
     scale *= LOG2E
     first, full, ragged, end = near_keys(low, keys, window, BM, BN)
     if SINK:
@@ -161,6 +122,5 @@ def forward(
     )  # fmt: skip
     rows = m + tl.arange(0, BM)
     total = tl.where(total > 0.0, total, 1.0)  # rows past the last query may see nothing
-    place = out + batch * o_batch + head * o_head + rows.to(tl.int64)[:, None] * o_row + tl.arange(0, WIDTH)[None, :]
-    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=(rows < queries)[:, None])
+    store_tile(out, out_strides, batch, head, rows, acc / total[:, None], rows < queries, WIDTH)
     tl.store(lse + pair.to(tl.int64) * queries + rows, top + tl.log2(total), mask=rows < queries)

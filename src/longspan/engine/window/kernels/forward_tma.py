@@ -1,8 +1,8 @@
 """The forward kernel of `longspan.engine.window.window_sinks` for wide heads on Hopper and newer GPUs.
 
-It is `windowed.forward` with keys and values read through tensor descriptors, by the GPU's own engine for copies: no registers
-hold addresses, so that two programs fit on a multiprocessor and one multiplies while the other takes exponentials. Near keys
-pass in one loop. ALWAYS masks all its tiles; without it a tile is masked if it lies at one of the two ends.
+It is the kernel of `forward.py` with keys and values read through tensor descriptors, by the GPU's own engine for copies: no
+registers hold addresses, so that two programs fit on a multiprocessor and one multiplies while the other takes exponentials.
+Near keys pass in one loop. ALWAYS masks all its tiles; without it a tile is masked if it lies at one of the two ends.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longspan.engine.biased.kernels.forward import LOG2E, read_rows
+from longspan.engine.kernel_parts import LOG2E, empty_softmax, head_of, read_tile, store_tile
 from longspan.engine.window.kernels.forward import UNSPECIALISED, far_end, near_keys, softmax_tiles
 
 HIDDEN = tl.constexpr(-(2.0**100))
@@ -21,41 +21,12 @@ the product, and what rounding left of another number would be its exponential's
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def forward(
-    query,
-    key,
-    value,
-    keys_described,
-    values_described,
-    out,
-    lse,
-    pairs,
-    heads,
-    queries,
-    keys,
-    window,
-    sinks,
-    scale,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    o_batch,
-    o_head,
-    o_row,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SINK: tl.constexpr,
-    ZERO: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ALWAYS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    query, key, value, keys_described, values_described, out, lse,
+    pairs, heads, queries, keys, window, sinks, scale,
+    query_strides, key_strides, value_strides, out_strides,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, SINK: tl.constexpr, ZERO: tl.constexpr, PRECISION: tl.constexpr,
+    ALWAYS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """BM queries of one head over all keys that they see; descriptors are of blocks (1, 1, BN, WIDTH). The last queries come
     first: those that see the fewest keys fill the gaps at the end."""
     pair = (tl.program_id(0) % pairs).to(tl.int32)
@@ -63,17 +34,15 @@ def forward(
     head = pair % heads
     m = (tl.cdiv(queries, BM) - 1 - tl.program_id(0) // pairs) * BM
     low = keys - queries + m
-    q = read_rows(query + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head, m, q_row, queries, True, BM, WIDTH)
-    acc = tl.zeros([BM, WIDTH], tl.float32)
-    total = tl.full([BM], 1.0 if ZERO else 0.0, tl.float32)
-    top = tl.full([BM], 0.0 if ZERO else float("-inf"), tl.float32)
+    q = read_tile(query, query_strides, batch.to(tl.int64), head.to(tl.int64), m, queries, BM, WIDTH)
+    acc, total, top = empty_softmax(ZERO, BM, WIDTH)
     scale *= LOG2E
     if SINK:
-        k_base = key + batch.to(tl.int64) * k_batch + (head // GROUP).to(tl.int64) * k_head
-        v_base = value + batch.to(tl.int64) * v_batch + (head // GROUP).to(tl.int64) * v_head
+        k_base = head_of(key, key_strides, batch.to(tl.int64), (head // GROUP).to(tl.int64))
+        v_base = head_of(value, value_strides, batch.to(tl.int64), (head // GROUP).to(tl.int64))
         acc, total, top = softmax_tiles(
-            acc, total, top, q, k_base, v_base, k_row, v_row, scale, 0, far_end(low, window, sinks, BM), low, sinks,
-            keys, window, True, True, WIDTH, BM, SINK, PRECISION,
+            acc, total, top, q, k_base, v_base, key_strides.row, value_strides.row, scale, 0,
+            far_end(low, window, sinks, BM), low, sinks, keys, window, True, True, WIDTH, BM, SINK, PRECISION,
         )  # fmt: skip
     first, full, ragged, end = near_keys(low, keys, window, BM, BN)
     i = tl.arange(0, BM)[:, None]
@@ -96,7 +65,7 @@ def forward(
         top = new_top
     rows = m + tl.arange(0, BM)
     total = tl.where(total > 0.0, total, 1.0)
-    place = out + batch.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
-    place += rows.to(tl.int64)[:, None] * o_row + tl.arange(0, WIDTH)[None, :]
-    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=(rows < queries)[:, None])
+    store_tile(
+        out, out_strides, batch.to(tl.int64), head.to(tl.int64), rows, acc / total[:, None], rows < queries, WIDTH
+    )
     tl.store(lse + pair.to(tl.int64) * queries + rows, top + tl.log2(total), mask=rows < queries)

@@ -1,4 +1,4 @@
-"""That every way gives what the definition gives, and which way is taken."""
+"""Every backend against the definition, and which backend is chosen."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from longspan.attention.window import Window
-from longspan.engine import backends as routes
-from longspan.engine.backends import choose, through
+from longspan.engine import backends
+from longspan.engine.backends import choose, use_backend
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_attention
 from longspan.engine.kernels import INTERPRETED
@@ -49,7 +49,7 @@ def test_flex_is_the_definition(pattern: Pattern, causal: bool, device: str) -> 
     plain = call(device=device)
     padded = torch.ones(2, 300, dtype=torch.bool, device=device)
     padded[0, :33] = padded[1, 251:] = False
-    with through("flex"):
+    with use_backend("flex"):
         got = attend(pattern, plain, AttentionShape(4, 300, 0, causal))
         torch.testing.assert_close(got, wanted(pattern, plain, causal), rtol=1e-4, atol=1e-4)
         got = attend(pattern, replace(plain, padding=padded), AttentionShape(4, 300, 0, causal))
@@ -66,7 +66,7 @@ def test_flex_trains(pattern: Pattern, causal: bool) -> None:
     """The tables from keys to queries, on a GPU."""
     here = call(700, width=64, device="cuda")
     tensors = [x.requires_grad_() for x in (here.query, here.key, here.value)]
-    with through("flex"):
+    with use_backend("flex"):
         out = attend(pattern, here, AttentionShape(4, 700, 0, causal))
     push = torch.randn_like(out)
     got = torch.autograd.grad(out, tensors, push)
@@ -77,32 +77,34 @@ def test_flex_trains(pattern: Pattern, causal: bool) -> None:
 
 def test_what_is_chosen_and_why() -> None:
     here, grid = call(), AttentionShape(4, 300, 0, True)
-    route = choose(Window(40, 3), here, grid)
+    choice = choose(Window(40, 3), here, grid)
     if INTERPRETED:
-        assert route.way == "kernel" and not route.why
+        assert choice.backend == "kernel" and not choice.why
         return
-    assert route.way == "masks" and "kernel: " in route.why and "flex: the device is no CUDA device" in route.why
-    with through("masks"):
-        assert choose(Window(40), here, grid).why == "asked for"
-    with pytest.raises(NotSupported, match="no backward on a CPU"), through("flex"):
+    assert (
+        choice.backend == "masks" and "kernel: " in choice.why and "flex: the device is not a CUDA device" in choice.why
+    )
+    with use_backend("masks"):
+        assert choose(Window(40), here, grid).why == "requested"
+    with pytest.raises(NotSupported, match="no backward on a CPU"), use_backend("flex"):
         choose(Window(40), replace(here, query=here.query.requires_grad_()), grid)
-    with pytest.raises(NotSupported, match="windows that look back"), through("kernel"):
+    with pytest.raises(NotSupported, match="windows that look back"), use_backend("kernel"):
         choose(Window(40), here, replace(grid, causal=False))
-    with pytest.raises(NotSupported, match="position scheme"), through("flex"):
+    with pytest.raises(NotSupported, match="position scheme"), use_backend("flex"):
         choose(Window(40), replace(here, bias=lambda d: d.float()[None]), grid)
-    with pytest.raises(SpecError), through("fast"):
+    with pytest.raises(SpecError), use_backend("fast"):
         pass
-    assert choose(Window(40), here, grid).way == "masks"
+    assert choose(Window(40), here, grid).backend == "masks"
 
 
 @pytest.mark.cuda
 def test_what_is_chosen_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     here, grid = call(device="cuda"), AttentionShape(4, 300, 0, True)
-    assert choose(Window(40, 3), here, grid).way == "kernel"
-    assert choose(Window(40, 3), here, replace(grid, causal=False)).way == "flex"
-    assert choose(Window(40, 3), replace(here, bias=lambda d: d.float()[None]), grid).way == "masks"
-    monkeypatch.setattr(routes, "MOST_SHAPES", 0)
-    monkeypatch.setattr(routes, "_shapes", set())
+    assert choose(Window(40, 3), here, grid).backend == "kernel"
+    assert choose(Window(40, 3), here, replace(grid, causal=False)).backend == "flex"
+    assert choose(Window(40, 3), replace(here, bias=lambda d: d.float()[None]), grid).backend == "masks"
+    monkeypatch.setattr(backends, "MOST_SHAPES", 0)
+    monkeypatch.setattr(backends, "_shapes", set())
     assert "compiled 0 shapes" in choose(Window(40), here, replace(grid, causal=False)).why
 
 
@@ -110,7 +112,12 @@ def test_a_shape_counts_once_for_each_device() -> None:
     """A model over several GPUs has FlexAttention compiled on each."""
     grid = AttentionShape(4, 300, 0, True)
     blocks = Window(40).blocks(grid, 128, torch.device("cpu"))
-    assert len({routes._shape(Window(40), call(device=device), grid, blocks) for device in ("cpu", "meta", "cpu")}) == 2
+    assert (
+        len(
+            {backends._compiled_for(Window(40), call(device=device), grid, blocks) for device in ("cpu", "meta", "cpu")}
+        )
+        == 2
+    )
 
 
 @pytest.fixture
@@ -122,10 +129,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         made.append(len(inputs))
         return graph.forward
 
-    routes.forget_compiled()
-    monkeypatch.setattr(routes, "_runner", lambda device: routes._compiled(backend))
+    backends.forget_compiled()
+    monkeypatch.setattr(backends, "_runner", lambda device: backends._compiled(backend))
     yield made
-    routes.forget_compiled()
+    backends.forget_compiled()
 
 
 @torch.no_grad()
@@ -137,25 +144,25 @@ def test_texts_of_about_one_length_share_a_kernel(causal: bool, compiled: list[i
         padded = torch.ones(2, length, dtype=torch.bool)
         padded[0, -length // 3 :] = False
         for pattern in (Window(40, 3), Window(150)):
-            with through("flex"):
+            with use_backend("flex"):
                 got = attend(pattern, plain, grid)
                 rows = attend(pattern, replace(plain, padding=padded), grid)
             torch.testing.assert_close(got, wanted(pattern, plain, causal), rtol=1e-4, atol=1e-4)
             exact = wanted(pattern, replace(plain, padding=padded), causal)
             real = padded[:, None, :, None]
             torch.testing.assert_close(rows * real, exact * real, rtol=1e-4, atol=1e-4)
-    assert len(compiled) <= len(routes._shapes) * 2 <= (4 if causal else 8)
+    assert len(compiled) <= len(backends._shapes) * 2 <= (4 if causal else 8)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("own_limit", {False, routes._LIMIT_OF_ITS_OWN})
+@pytest.mark.parametrize("own_limit", {False, backends._LIMIT_OF_ITS_OWN})
 def test_more_shapes_than_torch_compiles_by_itself(
     own_limit: bool, compiled: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Past its limit, which is eight, FlexAttention would hold every score."""
-    monkeypatch.setattr(routes, "_LIMIT_OF_ITS_OWN", own_limit)
-    monkeypatch.setattr(routes, "_over_blocks", lambda query: query + 1)
-    run = routes._runner(torch.device("cpu"))
+    monkeypatch.setattr(backends, "_LIMIT_OF_ITS_OWN", own_limit)
+    monkeypatch.setattr(backends, "_over_blocks", lambda query: query + 1)
+    run = backends._runner(torch.device("cpu"))
     for length in range(2, 14):
         assert torch.equal(run(torch.ones(length)), torch.full((length,), 2.0))
     assert len(compiled) == 12
@@ -165,23 +172,23 @@ def test_more_shapes_than_torch_compiles_by_itself(
 @pytest.mark.parametrize("causal", [True, False])
 def test_texts_of_many_lengths_on_cuda(causal: bool) -> None:
     """Forward and backward, none refused."""
-    routes.forget_compiled()
+    backends.forget_compiled()
     for length in (257, 300, 450, 700, 770, 1000, 1400, 1500, 1900, 2500, 2600, 3500):
         here = call(length, width=64, device="cuda")
         tensors = [x.requires_grad_() for x in (here.query, here.key, here.value)]
         outs = []
-        for way in ("flex", "masks"):
-            with through(way):
+        for backend in ("flex", "masks"):
+            with use_backend(backend):
                 outs.append(attend(Window(100, 3), here, AttentionShape(4, length, 0, causal)))
         push = torch.randn_like(outs[0])
         got, exact = (torch.autograd.grad(out, tensors, push) for out in outs)
         for x, y in zip([outs[0], *got], [outs[1], *exact], strict=True):
             assert (x - y).abs().max() < 2e-2 * y.abs().max()
-    assert len(routes._shapes) <= 8
+    assert len(backends._shapes) <= 8
 
 
 @torch.no_grad()
-def test_a_whole_model_gives_the_same_every_way() -> None:
+def test_a_whole_model_gives_the_same_on_every_backend() -> None:
     config = LongspanConfig(
         vocab_size=96,
         hidden_size=128,
@@ -197,11 +204,20 @@ def test_a_whole_model_gives_the_same_every_way() -> None:
     mask = torch.ones_like(ids)
     mask[0, :19] = 0
     results = []
-    for way in ("masks", "flex", "kernel") if INTERPRETED else ("masks", "flex"):
+    for backend in ("masks", "flex", "kernel") if INTERPRETED else ("masks", "flex"):
         cache = DynamicCache()
-        with through(way):
+        with use_backend(backend):
             results.append(model(ids, attention_mask=mask).logits * mask[..., None])
             parts = [model(part, past_key_values=cache).logits for part in ids.split((70, 1, 1, 40, 38), dim=1)]
             torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, rtol=1e-3, atol=1e-4)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_earlier_name_warns() -> None:
+    here = call(device="cpu")
+    with pytest.warns(DeprecationWarning, match="use_backend"):
+        requirement = backends.through("masks")
+    with requirement:
+        shape = AttentionShape(4, here.query.shape[2], 0, True)
+        assert choose(Window(40), here, shape) == backends.Choice("masks", "requested")
