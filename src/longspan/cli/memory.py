@@ -55,7 +55,7 @@ def read(
     )
     seconds = time.perf_counter() - begun
     memory.save(out)
-    told = {
+    result = {
         "out": str(out),
         "method": memory.method,
         "tokens": memory.tokens,
@@ -64,7 +64,7 @@ def read(
         "seconds": seconds,
     }
     if as_json:
-        return print_json(told)
+        return print_json(result)
     return typer.echo(
         f"{out}: {memory.tokens:,} tokens read with {memory.method} in {duration(seconds)}, {size(out.stat().st_size)}"
     )

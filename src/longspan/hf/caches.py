@@ -71,14 +71,14 @@ class Stored:
     def copied(self, rows: Tensor) -> Self:
         """A layer with rows `rows` (B',) of this one, which goes on by itself."""
         numbers, tensors = self.stored_numbers(), self.stored_tensors()
-        made = self.empty(numbers)
+        copied = self.empty(numbers)
         first = next(iter(tensors.values()))
         if self.written_in_place or not torch.equal(rows, torch.arange(len(first))):
             tensors = {name: x[rows.to(x.device)] for name, x in tensors.items()}
-        made.restore(numbers, tensors)
-        if isinstance(made, Owned) and isinstance(self, Owned):
-            made.filled_by = self.filled_by
-        return made
+        copied.restore(numbers, tensors)
+        if isinstance(copied, Owned) and isinstance(self, Owned):
+            copied.filled_by = self.filled_by
+        return copied
 
 
 class CountedLayer(Stored, CacheLayerMixin):
@@ -239,22 +239,22 @@ def stored_layers(cache: Cache) -> list[Stored]:
 
 
 def _stored(layer: Any) -> Stored:
-    made: OwnedDynamicLayer | OwnedSlidingLayer
+    stored: OwnedDynamicLayer | OwnedSlidingLayer
     if isinstance(layer, Stored) and Stored.kinds.get(layer.kind) is type(layer):
         return layer
     if type(layer) is DynamicLayer:
-        made = OwnedDynamicLayer()
+        stored = OwnedDynamicLayer()
         numbers: dict[str, Any] = {}
     elif type(layer) is DynamicSlidingWindowLayer:
-        made = OwnedSlidingLayer(layer.sliding_window)
+        stored = OwnedSlidingLayer(layer.sliding_window)
         numbers = {"seen": layer.cumulative_length}
     else:
         raise NotSupported(
             f"a cache with layers of type {type(layer).__name__} cannot be kept as a memory, which holds keys and values; "
             "read the text with each question"
         )
-    made.restore(numbers, {"key": layer.keys, "value": layer.values})
-    return made
+    stored.restore(numbers, {"key": layer.keys, "value": layer.values})
+    return stored
 
 
 def cache_of_layers(layers: list[Any], spec: str | None) -> DynamicCache:

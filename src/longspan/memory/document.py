@@ -109,8 +109,8 @@ class Memory:
         given = self.inputs(
             torch.tensor([encode(tokenizer, question)], dtype=torch.long, device=compat.input_device(model))
         )
-        said = model.generate(**given, **settings)  # type: ignore[operator]
-        return str(tokenizer.decode(said[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
+        answer = model.generate(**given, **settings)  # type: ignore[operator]
+        return str(tokenizer.decode(answer[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file that the same model, with the same method on it, can read again."""

@@ -110,7 +110,7 @@ def write(
     """Writes a cache of `model` and further tensors, such as `ids`. tokens: length of the document; chat: `Memory.chat`."""
     reader = reader_on(model)
     layers, parts = reader.parts(cache) if cache is not None else ([], {})
-    said = {
+    metadata = {
         "longspan": _MARK,
         "version": __version__,
         "kind": reader.kind,
@@ -123,14 +123,14 @@ def write(
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": json.dumps(layers),
     }
-    save(path, {**tensors, **parts}, said)
+    save(path, {**tensors, **parts}, metadata)
 
 
 def method_of(path: str | Path) -> str | None:
     """The spec that a file's document was read under; None for the plain model. Raises `LongspanError` for no such file."""
-    with opened(path) as (said, _):
-        mark = said["longspan"]
-        spec = f"focused:{said['settings']}" if _BEFORE.get(mark) == "focused" else said["method"]
+    with opened(path) as (metadata, _):
+        mark = metadata["longspan"]
+        spec = f"focused:{metadata['settings']}" if _BEFORE.get(mark) == "focused" else metadata["method"]
     return None if spec == NoMethod.name else spec
 
 
@@ -139,52 +139,52 @@ def opened(path: str | Path) -> Iterator[tuple[dict[str, str], Any]]:
     """A memory's file: its metadata, and what gives its tensors. Raises `LongspanError` where it is none or is damaged."""
     try:
         with safe_open(str(path), "pt") as file:
-            said = file.metadata() or {}
-            if said.get("longspan") not in (_MARK, *_BEFORE):
+            metadata = file.metadata() or {}
+            if metadata.get("longspan") not in (_MARK, *_BEFORE):
                 raise LongspanError(f"{path} holds no memory; write one with longspan read, or Memory.save")
-            yield said, file
+            yield metadata, file
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise LongspanError(
             f"{path} cannot be read as a memory: {error}; it may be cut short: read the text again"
         ) from error
 
 
-def save(path: str | Path, tensors: dict[str, Tensor], said: dict[str, str]) -> None:
+def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file with metadata. Raises `OSError` that names the file."""
     with writing(path):
-        save_file({n: x.detach().contiguous().cpu() for n, x in tensors.items()}, str(path), metadata=said)
+        save_file({n: x.detach().contiguous().cpu() for n, x in tensors.items()}, str(path), metadata=metadata)
 
 
 def read(path: str | Path, model: PreTrainedModel) -> MemoryFile:
     """A file that `model` may read. Raises `LongspanError` where it is none, is damaged, or was written by another model or under
     another method."""
-    with opened(path) as (said, file):
-        found = _parsed(Path(path), said, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    with opened(path) as (metadata, file):
+        found = _parsed(Path(path), metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     found.check(model)
     return found
 
 
-def _parsed(path: Path, said: dict[str, str], tensors: dict[str, Tensor]) -> MemoryFile:
-    if said["longspan"] in _BEFORE:
-        return _of_earlier_version(path, said, tensors)
+def _parsed(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> MemoryFile:
+    if metadata["longspan"] in _BEFORE:
+        return _of_earlier_version(path, metadata, tensors)
     return MemoryFile(
         path,
-        said["kind"],
-        said["reading"],
-        said["method"],
-        said["model"],
-        said["config"],
-        int(said["tokens"]),
-        getattr(torch, said["dtype"]),
-        json.loads(said["layers"]),
+        metadata["kind"],
+        metadata["reading"],
+        metadata["method"],
+        metadata["model"],
+        metadata["config"],
+        int(metadata["tokens"]),
+        getattr(torch, metadata["dtype"]),
+        json.loads(metadata["layers"]),
         tensors,
-        chat=said["chat"] == "true",
+        chat=metadata["chat"] == "true",
     )
 
 
-def _of_earlier_version(path: Path, said: dict[str, str], tensors: dict[str, Tensor]) -> MemoryFile:
+def _of_earlier_version(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> MemoryFile:
     """A file with the metadata that focused, landmark and gist each had of their own."""
-    kind = _BEFORE[said["longspan"]]
+    kind = _BEFORE[metadata["longspan"]]
     short = {"keys": "key", "values": "value"}
     tensors = {
         f"{lead}{dot}{short.get(last, last)}": x
@@ -194,14 +194,14 @@ def _of_earlier_version(path: Path, said: dict[str, str], tensors: dict[str, Ten
     numbers = {int(lead) for lead, dot, _ in (name.partition(".") for name in tensors) if dot}
     tokens = tensors["ids"].shape[-1] if "ids" in tensors else int(tensors["shift"].max())
     layer = {"kind": {"focused": "focused", "landmark": "pages", "gist": "full"}[kind], "seen": tokens}
-    reading = {"focused": said.get("settings"), "landmark": said.get("method"), "gist": None}[kind]
-    method = f"focused:{said['settings']}" if kind == "focused" else said["method"]
+    reading = {"focused": metadata.get("settings"), "landmark": metadata.get("method"), "gist": None}[kind]
+    method = f"focused:{metadata['settings']}" if kind == "focused" else metadata["method"]
     return MemoryFile(
         path,
         kind,
         reading,
         method,
-        said["model"],
+        metadata["model"],
         None,
         tokens,
         None,
@@ -246,8 +246,8 @@ def vectors_fingerprint(model: PreTrainedModel, reader: TextReader) -> str:
 def config_fingerprint(model: PreTrainedModel) -> str:
     """sha256, in hex, of the settings in a model's configuration that change keys and values."""
     config = text_config(model.config)
-    told = {name: value for name in _CONFIG if (value := getattr(config, name, None)) is not None}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    settings = {name: value for name in _CONFIG if (value := getattr(config, name, None)) is not None}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _digest(parts: Iterable[tuple[str, torch.Size, Tensor]]) -> str:
