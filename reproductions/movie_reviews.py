@@ -40,7 +40,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from longspan.compare.statistics import newcombe, wilson
 from longspan.lm import LongspanConfig, LongspanForSequenceClassification
-from longspan.training.trainer import own_settings, set_apart
+from longspan.training.trainer import group_by_settings, module_settings
 
 TEXT, PAD = 256, 257
 """Numbers after those of the bytes: what stands before a text, and padding."""
@@ -118,7 +118,7 @@ def precision(device: torch.device) -> AbstractContextManager[Any]:
 def train(model: LongspanForSequenceClassification, rows: Data, options: argparse.Namespace) -> dict[str, float]:
     """Seconds, tokens (without padding) and the mean loss of the last epoch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01)
-    set_apart(optimizer, own_settings(model))
+    group_by_settings(optimizer, module_settings(model))
     steps = options.epochs * -(-len(rows) // options.batch)
     schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
     order, tokens, begin, losses = random.Random(options.seed), 0, time.perf_counter(), []

@@ -37,7 +37,7 @@ from transformers import get_cosine_schedule_with_warmup
 from longspan.compare.statistics import newcombe, wilson
 from longspan.lm import LongspanConfig, LongspanForSequenceClassification
 from longspan.tasks.listops import WORDS, Trees, value, words
-from longspan.training.trainer import own_settings, set_apart
+from longspan.training.trainer import group_by_settings, module_settings
 
 SHORT = {
     "max_depth": 6,
@@ -143,7 +143,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
-        set_apart(self.optimizer, own_settings(self.model))
+        group_by_settings(self.optimizer, module_settings(self.model))
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, options.warmup, options.steps)
         self.order = torch.Generator().manual_seed(options.seed)
         self.losses = torch.zeros(options.steps, device=device)  # not waited for at every step

@@ -9,6 +9,8 @@ import torch
 
 from longspan.engine.kernels import INTERPRETED
 
+pytest.register_assert_rewrite("checks")
+
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time() -> None:

@@ -100,6 +100,7 @@ class TestStart:
             "compare",
             "report",
             "apply",
+            "read",
             "generate",
             "chat",
             "plan",
@@ -302,6 +303,51 @@ class TestGenerate:
         arguments = ("generate", model, "--prompt", "hello", "--max-new-tokens", 4, "--json")
         templated, plain = (json.loads(command(*arguments, *more).out) for more in ((), ("--plain",)))
         assert (templated["prompt_tokens"], plain["prompt_tokens"]) == (10, 6)
+
+
+class TestRead:
+    @pytest.mark.parametrize("plain", [False, True])
+    @pytest.mark.parametrize("method", ["none", "streaming:sinks=4,window=40", "focused:local=32", "yarn"])
+    def test_asked_later_it_answers_as_if_it_read_again(
+        self, command: Command, model: Path, tmp_path: Path, method: str, plain: bool
+    ) -> None:
+        (tmp_path / "text.md").write_text("A text of some length, which is read once. " * 2)
+        out, more = tmp_path / "new" / "text.memory", ["--plain"] * plain
+        done = command("read", model, tmp_path / "text.md", "--out", out, "-m", method, "--json", *more)
+        told = json.loads(done.out)
+        assert (done.code, done.err) == (0, "") and told["file_bytes"] == out.stat().st_size > told["cache_bytes"] > 0
+        for question in ("Why?", "And when?", "Why?"):
+            asked = ("generate", model, "--prompt", question, "--max-new-tokens", 6)
+            answer = command(*asked, "--memory", out)
+            assert (answer.code, answer.err) == (0, "")
+            again = command(*asked, "-m", told["method"], "--file", tmp_path / "text.md", *more)
+            assert answer.out == again.out
+
+    def test_standard_input_and_a_line_for_people(self, command: Command, model: Path, tmp_path: Path) -> None:
+        done = command("read", model, "-", "--out", tmp_path / "a.memory", stdin="a text")
+        assert done.code == 0 and done.out.startswith(f"{tmp_path / 'a.memory'}: 10 tokens read with none in ")
+
+    def test_refusals(self, command: Command, model: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty.txt").write_text(" \n")
+        done = command("read", model, tmp_path / "empty.txt", "--out", tmp_path / "a.memory")
+        assert (done.code, done.err) == (2, "error: the document is empty\n") and not (tmp_path / "a.memory").exists()
+        command("read", model, "-", "--out", tmp_path / "a.memory", stdin="a text")
+        asked = ("generate", model, "--memory", tmp_path / "a.memory")
+        assert "no prompt" in command(*asked).err
+        assert "leave --file out" in command(*asked, "--file", tmp_path / "empty.txt").err
+        done = command(*asked, "--prompt", "Why?", "-m", "streaming:window=40")
+        assert done.code == 2 and "was read under none, and the model has streaming:window=40 on it" in done.err
+        done = command("generate", model, "--memory", tmp_path / "empty.txt", "--prompt", "Why?")
+        assert done.code == 2 and "empty.txt cannot be read as a memory" in done.err
+
+    def test_the_built_in_model(self, command: Command, tmp_path: Path) -> None:
+        text = "It was night. The boats lay still in the harbour, and no one was on the quay."
+        out = tmp_path / "night.memory"
+        done = command("read", "longspan-7m", "-", "--out", out, "--device", "cpu", stdin=text)
+        assert done.code == 0
+        asked = ("generate", "longspan-7m", "--device", "cpu", "--max-new-tokens", 8, "--prompt", "And then")
+        (tmp_path / "night.txt").write_text(text)
+        assert command(*asked, "--memory", out).out == command(*asked, "--file", tmp_path / "night.txt").out
 
 
 class TestChat:

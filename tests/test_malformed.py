@@ -429,10 +429,19 @@ def break_models(bad: Path, model: Path) -> None:
     def copy(name: str) -> Path:
         return Path(shutil.copytree(model, bad / name))
 
-    def config(name: str, **changes: object) -> None:
-        path = copy(f"config-{name}") / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    break_configurations(copy)
+    break_weights(bad, model, copy)
+    break_tokenizers(model, copy)
 
+
+def change_config(folder: Path, **changes: object) -> None:
+    """Other values in the configuration of a model's folder."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def break_configurations(copy: Callable[[str], Path]) -> None:
+    """Configurations that are no JSON, or say what cannot be."""
     for name, content in {"empty": b"", "garbage": b"{no", "binary": b"\xff\xfe\x00", "list": b"[]"}.items():
         (copy(f"config-{name}") / "config.json").write_bytes(content)
     for name, content in {"number": b"4", "null": b"null", "no-type": b"{}"}.items():
@@ -441,23 +450,29 @@ def break_models(bad: Path, model: Path) -> None:
     folder = copy("config-is-a-folder") / "config.json"
     folder.unlink()
     folder.mkdir()
-    config("type-unknown", model_type="lama", architectures=["Lama"])
-    config("type-number", model_type=4)
-    config("bert-encoder", model_type="vit", architectures=["ViTModel"])
-    config("heads-words", num_attention_heads="four")
-    config("heads-zero", num_attention_heads=0)
-    config("hidden-negative", hidden_size=-64)
-    config("layers-none", num_hidden_layers=None)
-    config("vocab-text", vocab_size="many")
-    config("window-text", max_position_embeddings="long")
-    config("window-negative", max_position_embeddings=-1)
-    config("rope-word", rope_parameters="yarn")
-    config("rope-unknown", rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0})
+    change_config(copy("config-type-unknown"), model_type="lama", architectures=["Lama"])
+    change_config(copy("config-type-number"), model_type=4)
+    change_config(copy("config-bert-encoder"), model_type="vit", architectures=["ViTModel"])
+    change_config(copy("config-heads-words"), num_attention_heads="four")
+    change_config(copy("config-heads-zero"), num_attention_heads=0)
+    change_config(copy("config-hidden-negative"), hidden_size=-64)
+    change_config(copy("config-layers-none"), num_hidden_layers=None)
+    change_config(copy("config-vocab-text"), vocab_size="many")
+    change_config(copy("config-window-text"), max_position_embeddings="long")
+    change_config(copy("config-window-negative"), max_position_embeddings=-1)
+    change_config(copy("config-rope-word"), rope_parameters="yarn")
+    change_config(copy("config-rope-unknown"), rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0})
     for name, method in {"jarn": "jarn", "number": 4, "streaming-twice": "streaming + streaming"}.items():
-        path = copy(f"saved-{name}") / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "longspan": {"method": method}}))
-    config("remote-code", model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.M"})
+        change_config(copy(f"saved-{name}"), longspan={"method": method})
+    change_config(
+        copy("config-remote-code"),
+        model_type="mine",
+        auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.M"},
+    )
 
+
+def break_weights(bad: Path, model: Path, copy: Callable[[str], Path]) -> None:
+    """Files of weights that are cut, garbage, missing, or in another format."""
     weights = (model / "model.safetensors").read_bytes()
     for name, content in {
         "empty": b"",
@@ -469,8 +484,7 @@ def break_models(bad: Path, model: Path) -> None:
         (copy(f"weights-{name}") / "model.safetensors").write_bytes(content)
     (copy("weights-missing") / "model.safetensors").unlink()
     break_tensors(model, copy)
-    config("fewer-tokens", vocab_size=50)
-    shutil.move(bad / "config-fewer-tokens" / "config.json", bad / "weights-fewer-tokens" / "config.json")
+    change_config(bad / "weights-fewer-tokens", vocab_size=50)
     (copy("weights-pickle") / "model.safetensors").rename(bad / "weights-pickle" / "pytorch_model.bin")
     for name, content in {
         "index-garbage": b"{no",
@@ -480,6 +494,9 @@ def break_models(bad: Path, model: Path) -> None:
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors.index.json").write_bytes(content)
 
+
+def break_tokenizers(model: Path, copy: Callable[[str], Path]) -> None:
+    """Tokenizers and chat templates that are cut, garbage or missing."""
     tokenizer = (model / "tokenizer.json").read_bytes()
     for name, content in {"garbage": b"{no", "empty": b"", "truncated": tokenizer[:300]}.items():
         (copy(f"tokenizer-{name}") / "tokenizer.json").write_bytes(content)

@@ -394,7 +394,11 @@ def test_folders_that_are_no_model(folder: Path, tmp_path: Path) -> None:
     folder = model
     (tmp_path / "adapter_config.json").write_text("{}")
     _refused(tmp_path, "adapter", "merge")
-    for text, message in [("{", "cannot be read"), ("[]", "not a JSON object"), ("{}", "no model that transformers")]:
+    for text, message in [
+        ("{", "cannot be read"),
+        ("[]", "not a JSON object"),
+        ("{}", "is not of a model of transformers"),
+    ]:
         (folder / "config.json").write_text(text)
         _refused(folder, message)
     (folder / "config.json").write_text('{"model_type": "of-tomorrow"}')

@@ -29,7 +29,7 @@ PROJECT = {
     "SECURITY.md": "security.md",
 }
 """Pages of the site that lie outside docs/, by their path in the repository."""
-GUIDES = ("positions", "attention", "memory", "training", "adding-a-method")
+GUIDES = ("positions", "attention", "memory", "training", "adding-a-method", "own-method")
 """Pages of docs/ that come first, in this order; the others follow by name."""
 PICTURES = {".png", ".svg", ".jpg"}
 HIDDEN = ("texts", "weights", "templates")

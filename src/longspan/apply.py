@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -81,9 +81,14 @@ def apply(
     # An encoder's model has one configuration, of which `text_config` gives a copy.
     config = model.config if site.facts.encoder_decoder else text_config(model.config)
     before = getattr(config, "longspan", None)  # a checkpoint may have been saved with a method in it
-    config.longspan = {"method": site.methods.spec}
+    config.longspan = config_entry("method", site.methods)
     site.keep_for_undo(partial(setattr, config, "longspan", before) if before else partial(delattr, config, "longspan"))
     return model
+
+
+def config_entry(key: str, methods: Combination) -> dict[str, Any]:
+    """What a configuration says of its methods: the spec under `key`, and under `files` the users' files that define them."""
+    return {key: methods.spec} | ({"files": methods.sources} if methods.sources else {})
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""Text from a model with a method applied: one answer through transformers' own `generate`, or a chat without end.
+"""Text from a model with a method applied: one answer, or a chat without end.
+
+An answer is decoded by transformers' own `generate`.
 
 A chat keeps one KV cache for the whole conversation and feeds only the new tokens of each turn. With a method that bounds
 the cache (`streaming`) memory is constant however long the conversation. The new tokens of a turn are the difference of the
@@ -51,7 +53,10 @@ and hide parts of them, which must not look like a changed conversation."""
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 takes the likeliest. Raises `SpecError` for values out of range."""
+    """How the next token is chosen.
+
+    Temperature 0 takes the likeliest. Raises `SpecError` for values out of range.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -87,7 +92,10 @@ class Sampling:
 
 
 def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> Sampling:
-    """The sampling for these settings; raises `SpecError` for one out of range, before a model is loaded."""
+    """The sampling for these settings.
+
+    Raises `SpecError` for one out of range, before a model is loaded.
+    """
     if not 1 <= max_new_tokens < 2**31:
         raise SpecError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     return Sampling(temperature, top_p, seed)
@@ -140,21 +148,22 @@ def generate_text(
     memory: Memory | None = None,
     on_text: OnText | None = None,
 ) -> Generation:
-    """Answers `prompt` with the model and the method applied to it; `on_text` receives each new piece of text.
+    """Answers `prompt` with the model and the method applied to it.
 
-    chat: as in `prompt_ids`. memory: a document that the model has read, which `prompt` continues; `chat` is then the memory's
-    own. temperature: 0 for greedy decoding. Raises `SpecError` for settings out of range, and `LongspanError` where the
-    tokenizer does not fit the model or its logits are not numbers. A prompt that is too long for the method, with its answer,
-    is still answered: `warnings` of the result says so.
+    on_text: receives each new piece of text. chat: as in `prompt_ids`. memory: a document that the model has read,
+    which `prompt` continues; `chat` is then the memory's own. temperature: 0 for greedy decoding. Raises `SpecError`
+    for settings out of range, and `LongspanError` where the tokenizer does not fit the model or its logits are not
+    numbers. A prompt that is too long for the method, with its answer, is still answered: `warnings` of the result
+    says so.
     """
     sampling = check_settings(max_new_tokens, temperature, top_p, seed)
-    own = prompt_ids(tokenizer, prompt, chat=chat) if memory is None else question_ids(tokenizer, memory, prompt)
-    ids = own if memory is None else [*memory.ids.tolist(), *own]
+    unread = prompt_ids(tokenizer, prompt, chat=chat) if memory is None else question_ids(tokenizer, memory, prompt)
+    ids = unread if memory is None else [*memory.ids.tolist(), *unread]
     ends, chunk = end_tokens(model, tokenizer), chunk_size(model, len(ids))
     stream = _Stream(tokenizer, on_text)
     _check_ids(model, ids)
-    question = torch.tensor([own], device=model.device)
-    given = prompt_inputs(question) if memory is None else memory.inputs(question)
+    question = torch.tensor([unread], device=model.device)
+    inputs = prompt_inputs(question) if memory is None else memory.inputs(question)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
@@ -165,7 +174,7 @@ def generate_text(
     with torch.no_grad(), sampling.seeded(model.device):
         stream.start()
         output = model.generate(  # type: ignore[operator]
-            **given,
+            **inputs,
             generation_config=config,
             logits_processor=LogitsProcessorList([_CheckLogits()]),
             streamer=stream,
@@ -184,12 +193,15 @@ def generate_text(
 
 
 def prompt_inputs(ids: Tensor) -> dict[str, Tensor]:
-    """What `generate` takes for a prompt of ids (1, T)."""
+    """Arguments of `generate` for a prompt of token ids (1, T)."""
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def reach_warning(model: PreTrainedModel, length: int) -> str | None:
-    """A warning where `length` tokens are more than the model can read with its method; None otherwise."""
+    """A warning where `length` tokens are more than the model can read with its method.
+
+    None otherwise.
+    """
     methods = current(model) or combination("none")
     reach = methods.reach(plain_facts(model))
     if reach is None or length <= reach:
@@ -207,12 +219,12 @@ def plain_facts(model: PreTrainedModel) -> ModelFacts:
 
 
 def default_chat_method(facts: ModelFacts) -> str:
-    """The spec of `streaming` for a chat: four sinks and a window of 2,044 tokens, or the model's own window."""
+    """The spec of `streaming` for a chat: four sinks, and at most 2,044 tokens."""
     return f"streaming:sinks=4,window={min(2044, facts.window - 4)}"
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the tokens that end an answer, by the generation config and the tokenizer, ascending."""
+    """Ids of the tokens that end an answer, ascending."""
     named = getattr(model.generation_config, "eos_token_id", None)
     found = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
     return sorted(token for token in found if token is not None)
@@ -220,7 +232,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 @dataclass
 class ChatStats:
-    """Counters of a chat: tokens that the model has read, bytes of its KV cache, turns, and the last answer's speed.
+    """Counters of a chat: tokens read, bytes of cache, turns, speed.
 
     refed: how often the whole conversation had to be fed again. tokens_per_s: None before the first answer.
     """

@@ -159,21 +159,21 @@ def _storage_bytes(tensors: Any) -> int:
     return sum({(s.device, s.data_ptr()): s.nbytes() for s in storages}.values())
 
 
-def _collect(value: Any, found: list[Tensor], seen: set[int]) -> None:
+def _collect(value: Any, found: list[Tensor], visited: set[int]) -> None:
     """Appends to `found` the tensors within an object, through lists, dicts and attributes, but not through modules."""
-    if id(value) in seen:
+    if id(value) in visited:
         return
-    seen.add(id(value))
+    visited.add(id(value))
     if isinstance(value, Tensor):
         found.append(value)
     elif isinstance(value, dict):
         for part in value.values():
-            _collect(part, found, seen)
+            _collect(part, found, visited)
     elif isinstance(value, list | tuple | set):
         for part in value:
-            _collect(part, found, seen)
+            _collect(part, found, visited)
     elif hasattr(value, "__dict__") and not isinstance(value, _NOT_CACHE):
-        _collect(vars(value), found, seen)
+        _collect(vars(value), found, visited)
 
 
 _NOT_CACHE = (nn.Module, PreTrainedConfig, ModelFacts, type, ModuleType, FunctionType, MethodType)

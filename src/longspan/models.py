@@ -14,15 +14,22 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-import longspan.lm
-import longspan.memory.rmt  # noqa: F401 - makes transformers know the models of this package
+import longspan.lm  # noqa: F401 - makes transformers know the model type
 from longspan.apply import apply
 from longspan.core.facts import ModelFacts, facts_of, text_config
-from longspan.core.method import Combination, Method, combination
+from longspan.core.method import Combination, Method, catalogue, combination, unknown_names
+from longspan.hf.parts import is_part, load_parts
 from longspan.util import fetching
-from longspan.util.errors import LongspanError, NotSupported, nearest
+from longspan.util.errors import LongspanError, NotSupported, SpecError, nearest
 from longspan.util.fetching import ALIASES, Alias, Fetched, Shipped, check_whole, digest, reading, reason
 
 Name = str | Path
@@ -68,14 +75,16 @@ def load(
     kind = pick_dtype(dtype, where)
     folder = ready_folder(name)
     config = _read_config(folder)
-    requested = _requested(config, method)
+    methods = _to_apply(folder, config, method)
     facts = _facts(config)
-    if requested is not None:
-        requested.resolve(facts, length)
+    resolved = None if methods is None else methods.resolve(facts, length)
     tokenizer = _read_tokenizer(folder)
     model = _read_weights(folder, config, kind, where)
     model.name_or_path = str(name)
-    return (model if requested is None else apply(model, requested, length=length)), tokenizer
+    if methods is None or resolved is None:
+        return model, tokenizer
+    load_parts(model, resolved, facts, _weight_files(folder))
+    return apply(model, methods, length=length), tokenizer
 
 
 def inspect_model(name: Name) -> ModelFacts:
@@ -88,9 +97,16 @@ def read_config(name: Name) -> PreTrainedConfig:
     folder = local_folder(name)
     if folder is None and _kind(name) == "hub":
         folder = fetching.from_hub(str(name), ["config.json"])
-    config = _read_config(folder or ready_folder(name))
-    _requested(config, None)
+    folder = folder or ready_folder(name)
+    config = _read_config(folder)
+    _to_apply(folder, config, None)
     return config
+
+
+def saved_methods(name: Name) -> Combination:
+    """The methods that a model was saved with, built in or put on; none for a model that was saved without any."""
+    folder = ready_folder(name)
+    return _parse_saved(folder, saved_entry(folder)) or Combination(())
 
 
 def describe(model: PreTrainedModel) -> str:
@@ -239,7 +255,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     """The configuration in a folder. Raises `NotSupported` where it is not of a decoder-only model."""
-    _read_json(folder / "config.json")  # whose absence has an error of its own
+    _know_type(folder)
     with reading(f"{folder}/config.json is not of a model of transformers"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kinds = config.architectures or []
@@ -256,21 +272,71 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def _know_type(folder: Path) -> None:
+    """Has the methods register their types of models where transformers does not know the folder's.
+
+    Raises `NotSupported` where a user's own file registers it and is not loaded.
+    """
+    kind = str(_read_json(folder / "config.json").get("model_type"))
+    if kind in CONFIG_MAPPING:
+        return
+    catalogue()  # imports every method's file, and RMT's registers its model
+    entry = saved_entry(folder)
+    if kind not in CONFIG_MAPPING and entry.get("files"):
+        raise NotSupported(
+            f"{folder} holds a model of the type {kind!r}, built by {entry.get('built_by')}; {_load_first(entry['files'])}"
+        )
+
+
+def saved_entry(folder: Path) -> dict[str, Any]:
+    """What the folder's configuration says of the methods that the model was saved with (`apply.config_entry`)."""
+    raw = _read_json(folder / "config.json")
+    section = raw.get("text_config")
+    entry = raw.get("longspan") or (section.get("longspan") if isinstance(section, dict) else None)
+    return entry if isinstance(entry, dict) else {}
+
+
+def _parse_saved(folder: Path, entry: Any) -> Combination | None:
+    """The methods of a saved entry; None where it names none. Raises `SpecError` for one that is not loaded."""
+    spec = (entry.get("method") or entry.get("built_by")) if isinstance(entry, dict) else None
+    if spec is None:
+        return None
+    files = entry.get("files")
+    if isinstance(spec, str) and files and (unknown := unknown_names(spec)):
+        raise SpecError(
+            f"{folder} was saved with the method {spec}, and {unknown[0]} is not loaded; {_load_first(files)}"
+        )
+    return combination(spec)
+
+
+def _load_first(files: Any) -> str:
+    """What to do where a user's own files are not loaded."""
+    names = [str(file) for file in (files if isinstance(files, list) else [files])]
+    options = " ".join(f"--include {name}" if name.endswith(".py") else f"(import {name})" for name in names)
+    return f"it is defined in {', '.join(names)}: add {options} to the command, or import the file in Python first"
+
+
 def _facts(config: PreTrainedConfig) -> ModelFacts:
     with reading("no model can be built from this configuration"):
         return facts_of(config)
 
 
-def _requested(config: PreTrainedConfig, method: Any) -> Combination | None:
-    """The methods to apply: `method`, or those that the model was saved with, without those that the configuration holds
-    whole."""
+def _to_apply(folder: Path, config: PreTrainedConfig, method: Any) -> Combination | None:
+    """The methods to put on the model: `method`, or those that it was saved with; None for none.
+
+    The configuration's entry of them is taken out. Methods that a checkpoint holds wholly (scaled frequencies) are not put on
+    again, nor are those that built the model.
+    """
     text = text_config(config)
-    saved = vars(text).pop("longspan", None)
+    entry = getattr(text, "longspan", None)
+    if entry is not None and not (isinstance(entry, dict) and "built_by" in entry):
+        del text.longspan
     if method is not None:
         return combination(method)
-    if not isinstance(saved, dict) or "method" not in saved:
+    if not isinstance(entry, dict) or "method" not in entry:
         return None
-    rest = tuple(m for m in combination(saved["method"]).methods if not m.exportable)
+    saved = _parse_saved(folder, entry)
+    rest = tuple(m for m in saved.methods if not m.exportable) if saved else ()
     return Combination(rest) if rest else None
 
 
@@ -330,7 +396,8 @@ def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, de
             output_loading_info=True,
         )
     model, info = loaded
-    check_whole(f"the weights in {folder}", type(model).__name__, info["missing_keys"], info["unexpected_keys"])
+    left_over = [name for name in info["unexpected_keys"] if not is_part(name)]
+    check_whole(f"the weights in {folder}", type(model).__name__, info["missing_keys"], left_over)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Memory and time before a run: what a model needs for one input, and which methods fit this machine.
+"""Memory and time before a run, for one input and every method.
 
 Memory is computed from the configuration, as a run of this package uses it: weights, KV cache, activations of the tokens
 that pass at once, logits of one token, and the process itself. Time is operations divided by speed: the speeds of a matrix
@@ -100,7 +100,10 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan for one method, with all methods for comparison. Lengths in tokens, sizes in bytes, times in seconds."""
+    """The plan for one method, with all methods for comparison.
+
+    Lengths in tokens, sizes in bytes, times in seconds.
+    """
 
     model: str
     method: str
@@ -153,7 +156,7 @@ def plan(
     device: str | torch.device | None = None,
     output_tokens: int = 256,
 ) -> Plan:
-    """Memory and time to read `length` tokens and write `output_tokens`, with `method` and with every other method.
+    """Memory and time to read and write so many tokens, with every method.
 
     method: the bare model if left out. Raises `LongspanError` for a model that cannot be read, or a method that it cannot
     take.
@@ -202,6 +205,9 @@ def _row(case: _Case, cls: type[Method], length: int, free: int, speeds: Speeds)
         applied = Combination((cls(),)).resolve(case.facts, length)
     except LongspanError as error:
         return MethodPlan(cls.name, legal=False, reason=str(error).removeprefix(f"{cls.name}: "))
+    except TypeError:  # a setting has no default
+        reason = "it needs settings that do not follow from the length: name it with them"
+        return MethodPlan(cls.name, legal=False, reason=reason)
     needs, reach = needed(case, applied, length), applied.reach(case.facts)
     prefill, decode = seconds(case, applied, length, speeds)
     reason = f"made for up to {reach:,} tokens" if reach is not None and reach < length else ""
@@ -212,7 +218,7 @@ def _row(case: _Case, cls: type[Method], length: int, free: int, speeds: Speeds)
 
 
 def available(device: torch.device) -> int:
-    """Bytes that a run could use: free memory, and on the CPU also that of this process, which a run has as well."""
+    """Bytes that a run could use: free memory, on the CPU with this process's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
@@ -225,7 +231,10 @@ def _process_bytes(device: torch.device) -> int:
 
 
 def needed(case: _Case, applied: Combination, length: int) -> Needs:
-    """Memory for one input of `length` tokens; a layer whose cache grows briefly has the old and the new one."""
+    """Memory for one input of `length` tokens.
+
+    A layer whose cache grows briefly has the old and the new one.
+    """
     facts = case.facts
     per_token = facts.cache_bytes_per_token(case.dtype)
     cache = per_token * cached_tokens(facts, applied, length + case.output_tokens)
@@ -234,7 +243,8 @@ def needed(case: _Case, applied: Combination, length: int) -> Needs:
     activations = at_once * width * case.dtype.itemsize + cache // facts.layers + facts.vocab * 4
     # Chunks after the first attend with a mask, as booleans and as numbers.
     activations += min(at_once, length - at_once) * cached_tokens(facts, applied, length) * (1 + case.dtype.itemsize)
-    return Needs(facts.parameters * case.dtype.itemsize, cache, activations, case.process)
+    weights = (facts.parameters + applied.added_parameters(facts)) * case.dtype.itemsize
+    return Needs(weights, cache, activations, case.process)
 
 
 def cached_tokens(facts: ModelFacts, applied: Combination, length: int) -> int:
@@ -256,7 +266,10 @@ def _feed_forward(config: PreTrainedConfig) -> int:
 
 
 def longest(case: _Case, applied: Combination, free: int) -> int | None:
-    """The longest input, in tokens, that fits into `free` bytes; 0 for none, None from `LONGEST` on."""
+    """The longest input, in tokens, that fits into `free` bytes.
+
+    0 for none, None from `LONGEST` on.
+    """
     if needed(case, applied, LONGEST).total <= free:
         return None
     low, high = 0, LONGEST

@@ -66,8 +66,8 @@ def load_user_file(path: str | Path) -> ModuleType:
 
 
 def _check_defines_something(module: ModuleType, path: str | Path) -> None:
-    own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
-    if not any(issubclass(cls, Registered) and cls.__dict__.get("name") for cls in own):
+    defined = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    if not any(issubclass(cls, Registered) and cls.__dict__.get("name") for cls in defined):
         raise LongspanError(
             f"{path} defines no Method and no Task with a name, so including it has no effect; set `name` in its class"
         )

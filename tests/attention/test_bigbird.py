@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, BigBirdConfig, BigBirdModel
 
+import checks
 from growth import growth
 from longspan.attention.bigbird import BigBird
 from longspan.engine.blocks import gathered as blocks
@@ -20,16 +21,7 @@ from longspan.engine.patterns import attend
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration, LongspanForMaskedLM
 from longspan.util.errors import NotSupported, SpecError
 
-SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-}
+SIZES = {**checks.SIZES, "hidden_size": 32, "intermediate_size": 48}
 
 
 def config(spec: str, **settings: Any) -> LongspanConfig:
@@ -290,7 +282,7 @@ def test_reads_for_a_decoder() -> None:
         ({"block": 0}, "at least 1"),
         ({"random": -1}, "0 or more"),
         ({"globals": -1}, "0 or more"),
-        ({"among": 10}, "no block of 64"),
+        ({"among": 10}, "less than a block of 64"),
         ({"random": 0, "seed": 1}, "have no effect"),
         ({"random": 0, "among": 1024}, "have no effect"),
     ],

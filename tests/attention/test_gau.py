@@ -317,5 +317,5 @@ def test_what_cannot_be_is_refused() -> None:
         unit("flash:size=8,linear=count", causal=False)
     with pytest.raises(SpecError, match="scale=paper"):
         unit("gau:size=8,scale=count", causal=False)
-    with pytest.raises(SpecError, match="4 divides"):
+    with pytest.raises(SpecError, match="divisible by 4"):
         unit("gau:size=8,buckets=6", causal=False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import checks
 from longspan.attention.linear import elu_plus_one
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration
 from longspan.lm.modeling import LongspanModel
@@ -67,16 +68,7 @@ def test_encoder_decoder_generates_what_it_computes() -> None:
         config(kind="encoder-decoder", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
     ).eval()
     ids = torch.randint(2, 96, (2, 20))
-    mask = torch.ones_like(ids)
-    mask[0, 15:] = 0
-    made = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
-    own = torch.zeros(2, 1, dtype=torch.long)
-    with torch.no_grad():
-        while own.shape[1] < made.shape[1]:
-            out = model(ids, attention_mask=mask, decoder_input_ids=own, use_cache=False).logits
-            own = torch.cat((own, out[:, -1:].argmax(-1)), dim=1)
-    running = (made == 1).cumsum(1) == 0
-    assert torch.equal(made[running], own[running])
+    checks.encoder_decoder_generates_what_it_computes(model, ids, padded=5, new=6)
 
 
 @pytest.mark.parametrize(

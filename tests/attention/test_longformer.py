@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, LongformerConfig, LongformerModel
 
+import checks
 from growth import growth
 from longspan.attention.longformer.layer import LongformerAttention
 from longspan.attention.longformer.pattern import Longformer
@@ -17,18 +18,7 @@ from longspan.engine.patterns import attend, masked_attention
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForConditionalGeneration, LongspanForMaskedLM
 from longspan.util.errors import NotSupported, SpecError
 
-SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
-}
+SIZES = {**checks.SIZES, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2, "eos_token_id": 1}
 
 
 def config(spec: str, **settings: Any) -> LongspanConfig:
@@ -308,7 +298,7 @@ def test_led_reads_with_windows_and_writes_with_full_attention(tmp_path: Any) ->
     [
         ({"window": 0}, "at least 1"),
         ({"dilated": 2}, "dilated=2,dilation=2"),
-        ({"dilation": 2}, "give both"),
+        ({"dilation": 2}, "set both"),
         ({"dilated": -1, "dilation": 2}, "0 or more"),
         ({"globals": -1}, "0 or more"),
     ],
@@ -324,7 +314,7 @@ def test_what_cannot_be_built_or_called() -> None:
         LongspanForCausalLM(config("longformer:globals=1", **causal))
     with pytest.raises(NotSupported, match="window=8"):
         LongspanForMaskedLM(config("longformer:window=7"))
-    with pytest.raises(SpecError, match="5 heads"):
+    with pytest.raises(SpecError, match="dilated=5 exceeds the 4 heads"):
         LongspanForMaskedLM(config("longformer:dilated=5,dilation=2"))
     with pytest.raises(NotSupported, match="attention=full"):
         LongspanForMaskedLM(config("longformer", position="tupe"))
@@ -332,7 +322,7 @@ def test_what_cannot_be_built_or_called() -> None:
         config("full", decoder_attention="full")
     ids = torch.arange(10)[None]
     always_visible = torch.ones_like(ids)
-    with pytest.raises(NotSupported, match="ahead"):
+    with pytest.raises(NotSupported, match="would see later ones"):
         LongspanForCausalLM(config("longformer", **causal))(ids, global_attention_mask=always_visible)
     with pytest.raises(NotSupported, match=r"\(1, 10\)"):
         LongspanForMaskedLM(config("longformer"))(ids, global_attention_mask=always_visible[:, :4])

@@ -124,7 +124,7 @@ def test_settings() -> None:
     for spec, said in (
         ("segments=8/16", "2 segments and 5 dilations"),
         ("segments=8,dilations=2", "first dilation must be 1"),
-        ("segments=8/16,dilations=1/17", "between 1 and its segment"),
+        ("segments=8/16,dilations=1/17", "from 1 to its segment"),
         ("segments=8/x,dilations=1/2", "whole number"),
         ("segments=8//16,dilations=1/2/3", "whole number"),
     ):
@@ -144,7 +144,7 @@ def test_refusals() -> None:
     with pytest.raises(NotSupported, match="weights=exact"):
         LongspanForCausalLM(config)
     ours = LongspanForCausalLM(LongspanConfig(hidden_size=64, num_hidden_layers=1, position="alibi"))
-    with pytest.raises(NotSupported, match="built with it"):
+    with pytest.raises(NotSupported, match="built with this attention"):
         apply(ours, "longnet:segments=8,dilations=1")
 
 

@@ -366,7 +366,7 @@ class TestSwap:
         with applied(model, self.METHOD):
             with pytest.raises(NotSupported, match="padding"):
                 model(ids, attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
-            with pytest.raises(NotSupported, match="packed"):
+            with pytest.raises(NotSupported, match="pack several texts"):
                 model(ids, position_ids=torch.arange(4).repeat(2)[None])
         small = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
         small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}

@@ -16,6 +16,13 @@ import torch
 from longspan.tasks.base import Outcome, Sample, Task
 
 
+def prefill(model, sample: Sample, meter):
+    """The tokens of a sample, (1, T), and the model's output for them."""
+    ids = torch.tensor([sample.tokens], device=model.device)
+    with meter.prefill(tokens=ids.shape[1]):
+        return ids, model(ids, use_cache=True)
+
+
 @dataclass(frozen=True)
 class TinyTask(Task):
     """Samples of random tokens, the same for every method."""
@@ -39,9 +46,7 @@ class TinyLoss(TinyTask):
     higher_is_better: ClassVar[bool] = False
 
     def run(self, model, tokenizer, sample: Sample, meter) -> Outcome:
-        ids = torch.tensor([sample.tokens], device=model.device)
-        with meter.prefill(tokens=ids.shape[1]):
-            out = model(ids, use_cache=True)
+        ids, out = prefill(model, sample, meter)
         meter.cache(out.past_key_values)
         loss = torch.nn.functional.cross_entropy(out.logits[0, :-1], ids[0, 1:], reduction="none")
         parts = torch.tensor_split(loss.double(), 64)
@@ -61,9 +66,7 @@ class TinyHit(TinyTask):
     higher_is_better: ClassVar[bool] = True
 
     def run(self, model, tokenizer, sample: Sample, meter) -> Outcome:
-        ids = torch.tensor([sample.tokens], device=model.device)
-        with meter.prefill(tokens=ids.shape[1]):
-            out = model(ids, use_cache=True)
+        _, out = prefill(model, sample, meter)
         token = out.logits[:, -1:].argmax(-1)
         with meter.decode(tokens=1):
             model(token, past_key_values=out.past_key_values)

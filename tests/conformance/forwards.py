@@ -48,7 +48,7 @@ from longspan.positions import near_far, spans
 from longspan.util.errors import LongspanError, NotSupported
 
 INTRODUCTION = """
-On tiny random models, each cell tested (`tests/conformance/test_forwards.py`): equal to the same forwards by themselves, or
+On tiny random models, each cell tested (`tests/conformance/test_forwards.py`): equal to the same forwards on their own, or
 refused for the reason below.
 """
 WINDOW, LENGTH = 40, 46
@@ -560,14 +560,14 @@ COLUMNS = (
     ),
     Column(
         "checkpointed, PoSE",
-        "the same with positions that jump, under an attention mask of ones",
+        "the same with positions that skip, under an attention mask of ones",
         lambda line: jumping(line.spec),
         _decoder,
     ),
     Column(
-        "threads", "four threads that generate on one model, twelve texts", lambda line: threads(line.spec), _decoder
+        "threads", "four threads that generate twelve texts on one model", lambda line: threads(line.spec), _decoder
     ),
-    Column("in turns", "two caches, chunk by chunk in turns", lambda line: alternating(line.spec)),
+    Column("in turns", "two caches, chunk by chunk, alternately", lambda line: alternating(line.spec)),
     Column("nested", "a forward within a forward, between two layers", lambda line: nested(line.spec)),
     Column(
         "LLaVA",
@@ -590,7 +590,7 @@ COLUMNS = (
     ),
     Column(
         "packed",
-        "documents in one row, told apart by positions that begin again",
+        "documents in one row, whose positions start at 0 in each",
         lambda line: packed(line.spec),
         _decoder,
     ),
@@ -603,7 +603,7 @@ COLUMNS = (
     Column("dynamic", "the same past the window of a `dynamic` base", dynamic, _neutral),
     Column(
         "other cache",
-        "a cache of the plain model or of another method, and the method's own under another or after it was taken off",
+        "a cache of the plain model or of another method, and the method's cache under another one or after `remove`",
         foreign,
         _one_model,
     ),

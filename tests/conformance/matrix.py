@@ -23,13 +23,13 @@ from longspan.core.method import NoMethod, catalogue, parse
 from longspan.util.errors import NotSupported
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
-FORWARDS = "## Forwards at once, within one another, and around an image"
+FORWARDS = "## Concurrent and nested forwards, and images"
 """The heading of the second table, which `forwards.py` makes."""
 HEAD = """# Which method runs on which model
 
 Written by `python tests/conformance/matrix.py > docs/conformance.md`, from tiny random models of each family. Every cell
-that runs is tested (`tests/conformance/test_matrix.py`): it changes nothing where it must not, reads in one piece, in chunks
-and token by token alike, with left-padded batches, and comes off again bit for bit.
+that runs is tested (`tests/conformance/test_matrix.py`): logits stay where the method changes nothing, are the same in one
+forward, in chunks, token by token and in left-padded batches, and `remove` restores the model bit for bit.
 """
 
 

@@ -101,7 +101,7 @@ def test_a_cache_that_is_lost_between_two_pieces_is_found_out() -> None:
 
     model = dense.llama(layers=2)
     model.model.__class__ = Forgetful
-    with pytest.raises(NotSupported, match=r"goes on from a KV cache|misread"):
+    with pytest.raises(NotSupported, match=r"read from a KV cache|misread"):
         apply(model, "window:size=16")
     assert current(model) is None and isinstance(model, LlamaForCausalLM)
 

@@ -7,23 +7,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+import checks
 from longspan.core.method import catalogue
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.positions.scheme import Scheme
 
 WINDOW = 64
-SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": WINDOW,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
-}
+SIZES = {**checks.SIZES, "hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "eos_token_id": 1}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from schemes import tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+import checks
 from longspan.core.method import catalogue, parse
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_mix
@@ -98,14 +99,7 @@ def test_later_tokens_change_nothing_before_them(line: Line) -> None:
 @where("causal", "exact")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(line: Line, side: str) -> None:
-    model, ids = build(line), tokens(2, 30)
-    mask = torch.ones_like(ids)
-    inside = slice(7, None) if side == "left" else slice(None, 23)
-    mask[0] = 0
-    mask[0, inside] = 1
-    got = logits(model, ids, attention_mask=mask)
-    torch.testing.assert_close(got[:1, inside], logits(model, ids[:1, inside]), **CLOSE)
-    torch.testing.assert_close(got[1:], logits(model, ids[1:]), **CLOSE)
+    checks.padding_changes_nothing(build(line), tokens(2, 30), side, **CLOSE)
 
 
 @where("full", "causal")
@@ -163,15 +157,7 @@ def test_saved_and_loaded(line: Line, tmp_path: Path) -> None:
 def test_generation_uses_the_cache(line: Line) -> None:
     """Greedy tokens of a left-padded batch equal those of each row by itself without a cache."""
     model, ids = build(line), tokens(2, 25)
-    mask = torch.ones_like(ids)
-    mask[0, :6] = 0
-    made = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    for row, begin in ((0, 6), (1, 0)):
-        own = ids[row : row + 1, begin:]
-        for _ in range(8):
-            own = torch.cat((own, logits(model, own)[:, -1:].argmax(-1)), dim=1)
-        end = made[row, begin:].tolist()
-        assert end[: len(end)] == own[0, : len(end)].tolist() or 1 in end[19:]
+    mask = checks.generation_uses_the_cache(model, ids)
     assert model.generate(ids, attention_mask=mask, max_new_tokens=5, num_beams=3).shape[0] == 2
 
 

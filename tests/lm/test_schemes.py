@@ -11,6 +11,7 @@ from schemes import LINES, WINDOW, Line, build, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+import checks
 from longspan.apply import applied, apply
 from longspan.core.method import NoMethod, catalogue
 from longspan.lm import LongspanForConditionalGeneration, LongspanForMaskedLM, LongspanForSequenceClassification
@@ -85,15 +86,7 @@ def test_limit_is_the_baseline(line: Line) -> None:
 
 @every
 def test_trains_with_and_without_checkpointing(line: Line) -> None:
-    model, ids = build(line.spec).train(), tokens(2, 32)
-    model(ids, labels=ids, use_cache=False).loss.backward()
-    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
-    assert all(g.abs().sum() > 0 for g in plain.values())
-    model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model(ids, labels=ids, use_cache=False).loss.backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, plain[name], msg=name)
+    checks.trains_alike_with_checkpointing(build(line.spec), tokens(2, 32))
 
 
 @every
@@ -109,16 +102,7 @@ def test_saved_and_loaded(line: Line, tmp_path: Path) -> None:
 @every
 def test_generation_uses_the_cache(line: Line) -> None:
     """Greedy tokens of a left-padded batch equal those of each row by itself without a cache."""
-    model, ids = build(line.spec), tokens(2, 25)
-    mask = torch.ones_like(ids)
-    mask[0, :6] = 0
-    made = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    for row, begin in ((0, 6), (1, 0)):
-        own = ids[row : row + 1, begin:]
-        for _ in range(8):
-            own = torch.cat((own, logits(model, own)[:, -1:].argmax(-1)), dim=1)
-        end = made[row, begin:].tolist()
-        assert end[: len(end)] == own[0, : len(end)].tolist() or 1 in end[19:]
+    checks.generation_uses_the_cache(build(line.spec), tokens(2, 25))
 
 
 @every
@@ -152,16 +136,7 @@ def test_encoder(line: Line) -> None:
 def test_encoder_decoder_generates_what_it_computes(line: Line) -> None:
     model = build(line.spec, LongspanForConditionalGeneration, kind="encoder-decoder", decoder_layers=3)
     ids = tokens(2, 25)
-    mask = torch.ones_like(ids)
-    mask[0, 18:] = 0
-    made = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False)
-    own = torch.zeros(2, 1, dtype=torch.long)
-    with torch.no_grad():
-        while own.shape[1] < made.shape[1]:
-            out = model(ids, attention_mask=mask, decoder_input_ids=own, use_cache=False).logits
-            own = torch.cat((own, out[:, -1:].argmax(-1)), dim=1)
-    running = (made == 1).cumsum(1) == 0
-    assert torch.equal(made[running], own[running])
+    mask = checks.encoder_decoder_generates_what_it_computes(model, ids, padded=7, new=7)
     assert model.generate(ids, attention_mask=mask, max_new_tokens=5, num_beams=3).shape[0] == 2
     loss = model(ids, attention_mask=mask, labels=ids).loss
     loss.backward()

@@ -13,6 +13,7 @@ from schemes import SIZES, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+import checks
 import longspan as ls
 from longspan.core.method import parse
 from longspan.engine.call import AttentionCall, AttentionShape
@@ -193,13 +194,7 @@ def test_chunks_and_single_tokens_equal_one_forward(line: Line) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(line: Line, side: str) -> None:
     model, ids = model_of(line), tokens(2, 30)
-    mask = torch.ones_like(ids)
-    inside = slice(7, None) if side == "left" else slice(None, 23)
-    mask[0] = 0
-    mask[0, inside] = 1
-    got = logits(model, ids, attention_mask=mask)
-    torch.testing.assert_close(got[:1, inside], logits(model, ids[:1, inside]), **CLOSE)
-    torch.testing.assert_close(got[1:], logits(model, ids[1:]), **CLOSE)
+    got, mask = checks.padding_changes_nothing(model, ids, side, **CLOSE)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     torch.testing.assert_close(
         logits(model, ids, attention_mask=mask, position_ids=positions)[mask.bool()], got[mask.bool()]
@@ -231,14 +226,7 @@ def test_generation_and_several_turns(line: Line) -> None:
 @every
 def test_trained_saved_copied_and_loaded(line: Line, tmp_path: Path) -> None:
     model, ids = model_of(line), tokens(2, 30)
-    model.train()(ids, labels=ids, use_cache=False).loss.backward()
-    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
-    assert all(g.abs().sum() > 0 for g in plain.values())
-    model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model(ids, labels=ids, use_cache=False).loss.backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, plain[name], msg=name)
+    checks.trains_alike_with_checkpointing(model, ids)
     model.eval().save_pretrained(tmp_path)
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import longspan as ls
 from longspan.core.facts import facts_of
 from longspan.engine.retrieval import top as retrieval
-from longspan.hf import encoder_decoder as crossing
+from longspan.hf import encoder_decoder
 from longspan.hf.site import current
 from longspan.memory.unlimiformer import Encoded, Given, windows
 from longspan.util.errors import LongspanError, NotSupported, SpecError
@@ -178,7 +178,9 @@ def test_the_k_best_of_each_head_forward_and_backward(family: str) -> None:
     states.requires_grad_()
     with ls.applied(model, "unlimiformer:k=6"):
         for module in cross_modules(model):
-            given = crossing.give(torch.zeros(6, 1, 32, dtype=torch.float64), Given(Encoded([states]), "retrieval"))
+            given = encoder_decoder.attach(
+                torch.zeros(6, 1, 32, dtype=torch.float64), Given(Encoded([states]), "retrieval")
+            )
             want = by_the_formula(module, hidden, states, 6)
             weight = torch.randn_like(want)
             learns = [hidden, states, *(p for p in module.parameters())]
@@ -440,7 +442,7 @@ def test_random_training_attends_to_k_states_of_the_text() -> None:
     torch.manual_seed(1)
     drawn = torch.randperm(50)[:9]
     torch.manual_seed(1)
-    given = crossing.give(hidden.new_zeros(1, 1, 32), Given(Encoded([states]), "random"))
+    given = encoder_decoder.attach(hidden.new_zeros(1, 1, 32), Given(Encoded([states]), "random"))
     torch.testing.assert_close(
         module(hidden, key_value_states=given)[0], by_the_formula(module, hidden, states[drawn], 9)
     )
@@ -666,7 +668,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         ls.apply(build("bart"), "unlimiformer:window=32")
     assert ls.apply(build("t5"), "unlimiformer:window=32").config.longspan
     build("bart").save_pretrained(tmp_path / "bart")
-    with pytest.raises(NotSupported, match="it has an encoder"):
+    with pytest.raises(NotSupported, match="has an encoder, and longspan loads"):
         ls.load(tmp_path / "bart")
     for bad in (
         "k=0",
@@ -695,7 +697,9 @@ IMPOSSIBLE: dict[str, Callable[[PreTrainedModel], Any]] = {
     ),
     "evenly": lambda m: m.get_decoder()(
         input_ids=text(3, 4),
-        encoder_hidden_states=crossing.give(crossing.stand_in(3, torch.zeros(1, 32)), Encoded.of(m, IDS)),
+        encoder_hidden_states=encoder_decoder.attach(
+            encoder_decoder.stand_in(3, torch.zeros(1, 32)), Encoded.of(m, IDS)
+        ),
     ),
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Llama4ForCausalLM, Llama4TextConfig, LlamaForCausalLM
 
+import checks
 import dense
 from longspan.apply import apply
 from longspan.core.facts import facts_of
@@ -64,14 +65,7 @@ def test_formula(model: LlamaForCausalLM, spec: str, rectified: int | None, impl
 
 def test_gradients_of_the_formula() -> None:
     model, ids = dense.llama(layers=2), dense.tokens(1, 24)
-
-    def gradients(logits: Tensor) -> list[Tensor]:
-        return torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()))
-
-    expected = gradients(judge(model, ids[0], 5))
-    apply(model, LogN(5))
-    for got, want in zip(gradients(model(ids, use_cache=False).logits), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    checks.gradients_are_those_of(model, ids, judge(model, ids[0], 5), LogN(5))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
+import checks
 import dense
 from longspan.apply import apply
 from longspan.core.facts import facts_of
@@ -92,14 +93,7 @@ def test_positions(model: LlamaForCausalLM, method: Either, at_once: int, monkey
 @pytest.mark.parametrize("method", [ReRoPE(5), LeakyReRoPE(5, 3.0)], ids=lambda m: m.spec)
 def test_gradients_of_the_formula(method: Either) -> None:
     model, ids = dense.llama(layers=2), dense.tokens(1, 24)
-
-    def gradients(logits: Tensor) -> list[Tensor]:
-        return torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()))
-
-    expected = gradients(judge(model, ids[0], method))
-    apply(model, method)
-    for got, want in zip(gradients(model(ids, use_cache=False).logits), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    checks.gradients_are_those_of(model, ids, judge(model, ids[0], method), method)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import checks
 import dense
 from longspan.apply import applied, apply
 from longspan.attention.window import Window
@@ -119,14 +120,7 @@ def test_positions_with_jumps(model: LlamaForCausalLM, method: Span, at_once: No
 @pytest.mark.parametrize("method", [Window(5), BlockwiseCausal(6)], ids=lambda m: m.spec)
 def test_gradients_of_the_formula(method: Span, at_once: None) -> None:
     model, ids = dense.llama(layers=2), dense.tokens(1, 24)
-
-    def gradients(logits: Tensor) -> list[Tensor]:
-        return torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()))
-
-    expected = gradients(judge(model, ids[0], method))
-    apply(model, method)
-    for got, want in zip(gradients(model(ids, use_cache=False).logits), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    checks.gradients_are_those_of(model, ids, judge(model, ids[0], method), method)
 
 
 # The model's own attention does the work.

@@ -51,20 +51,21 @@ def byte_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
     return made
 
 
+SHAPE: dict[str, Any] = {
+    "vocab_size": 258,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+"""Settings of a tiny decoder for the byte tokenizer's tokens."""
+
+
 def llama(**changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    settings = {
-        "vocab_size": 258,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
+    settings = {**SHAPE, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1}
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
 

@@ -222,19 +222,6 @@ def test_every_cell_has_a_decoding_time(noise: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("memorize:text=nowhere.txt", "neither a built-in text nor a file"),
-        ("detect:score=words", "one of choice, generation"),
-        ("reasoning:facts=3", "no setting 'facts'"),
-    ],
-)
-def test_settings_without_sense_are_refused(spec: str, message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        parse_task(spec)
-
-
 def test_too_short_a_length_says_what_is_needed(noise: Path) -> None:
     tokenizer, task = byte_tokenizer(), parse_task(f"memorize:text={noise}")
     with pytest.raises(SpecError, match="at least") as error:

@@ -105,20 +105,6 @@ def test_a_random_model_finds_nothing() -> None:
     assert (outcome.score, outcome.failed) == (0.0, False)
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("lookup:questions=0", "from 1 to 10,000"),
-        ("lookup:width=0", "from 1 to 16"),
-        ("lookup:symbols=1", "from 2 to"),
-        ("lookup:symbols=1000", "from 2 to"),
-    ],
-)
-def test_settings_without_sense_are_refused(spec: str, message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        parse_task(spec)
-
-
 def test_what_does_not_fit_says_what_would() -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(SpecError, match=r"about ([\d,]+) tokens are needed") as error:

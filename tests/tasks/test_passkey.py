@@ -208,20 +208,3 @@ def test_too_short_a_length_says_what_is_needed() -> None:
         Passkey(protocol="pi").samples(tokenizer, 200, 1, 0)
     least = int(str(error.value).split("at least ")[1].split()[0])
     assert len(Passkey(protocol="pi").samples(tokenizer, least, 1, 0)[0].tokens) == least - 10
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("passkey:depths=10", "belong to protocol=pi"),
-        ("passkey:protocol=pi,trials=3", "trials needs depths"),
-        ("passkey:protocol=pi,depths=0", "at least 2"),
-        ("passkey:protocol=pi,depths=1", "at least 2"),
-        ("passkey:protocol=pi,depths=3,trials=0", "at least 1"),
-        ("passkey:answer_tokens=0", "from 1 to 256"),
-        ("passkey:template=raw", "one of none, chat"),
-    ],
-)
-def test_settings_without_sense_are_refused(spec: str, message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        parse_task(spec)

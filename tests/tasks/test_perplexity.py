@@ -314,24 +314,6 @@ def test_the_digest_follows_the_file(tmp_path: Path) -> None:
     assert task.data_digest() != before
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("ppl:window=2k", "leave out window="),
-        ("ppl:stride=256", "no effect on protocol=window"),
-        ("ppl:protocol=sliding", "ppl:protocol=sliding,window=2k"),
-        ("ppl:protocol=rolling,window=2k,stride=256", "no effect on protocol=rolling"),
-        ("ppl:protocol=sliding,window=128,stride=129", "from 1 to the window of 128"),
-        ("ppl:protocol=yarn,window=8", "at least 64 tokens"),
-        ("ppl:protocol=yarn,window=0", "at least 64 tokens"),
-        ("ppl:text=nothing", "neither a built-in text nor a file"),
-    ],
-)
-def test_settings_without_sense_are_refused(spec: str, message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        parse_task(spec)
-
-
 def test_samples_are_the_same_in_another_process(book: Path) -> None:
     code = (
         "import sys, json; sys.path.insert(0, sys.argv[1]); from tasks_tiny import byte_tokenizer;"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tasks_tiny import FakeMeter, llama
+from tasks_tiny import SHAPE, FakeMeter, llama
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from longspan.compare.statistics import independent
@@ -17,16 +17,8 @@ from longspan.util.errors import SpecError
 
 
 def windowed(layers: int, window: int) -> Any:
-    config = MistralConfig(
-        vocab_size=258,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        sliding_window=window,
-    )
+    shape = {**SHAPE, "num_hidden_layers": layers, "initializer_range": 0.02}
+    config = MistralConfig(**shape, max_position_embeddings=256, sliding_window=window)
     return AutoModelForCausalLM.from_config(config).eval()
 
 

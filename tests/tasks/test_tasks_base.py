@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tasks_tiny import FakeMeter, byte_tokenizer, llama
+from tasks_tiny import SHAPE, FakeMeter, byte_tokenizer, llama
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from longspan.core.tokens import bos_id, encode, with_bos
@@ -25,18 +25,7 @@ IDS = [(i * 37 + 5) % 250 + 2 for i in range(60)]
 def gemma2() -> Gemma2ForCausalLM:
     """A model that caps its logits after the output matrix."""
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=258,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=512,
-        final_logit_softcapping=2.0,
-        initializer_range=0.3,
-    )
+    config = Gemma2Config(**SHAPE, head_dim=16, sliding_window=512, final_logit_softcapping=2.0)
     return Gemma2ForCausalLM(config).eval()
 
 

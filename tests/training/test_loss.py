@@ -166,12 +166,12 @@ def _forget(model: LlamaForCausalLM, change: Callable[[dict], dict]) -> None:
 def test_a_model_that_takes_a_jump_for_another_document_is_refused() -> None:
     model = tiny.model(window=256)
     _forget(model, lambda given: {k: v for k, v in given.items() if k != "attention_mask"})
-    with pytest.raises(NotSupported, match="the start of another text"):
+    with pytest.raises(NotSupported, match="the start of another document"):
         prove_jump(model)
 
 
 def test_a_model_that_mixes_documents_is_refused() -> None:
     model = tiny.model(window=256)
     _forget(model, lambda given: {**given, "attention_mask": torch.ones_like(given["position_ids"])})
-    with pytest.raises(NotSupported, match="lets a document see the one before it"):
+    with pytest.raises(NotSupported, match="attends to the document before"):
         prove_boundaries(model)

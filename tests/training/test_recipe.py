@@ -76,18 +76,18 @@ def test_what_is_stored_reads_back_to_the_same_recipe() -> None:
         (SCRATCH, "data.valid_samples=3", "without data.valid"),
         (SCRATCH, "data.packing=boundary", 'did you mean "boundaries"'),
         (SCRATCH, "data=prose", "must be keys with values"),
-        (SCRATCH, "data.train=", "data.train must be given"),
+        (SCRATCH, "data.train=", "data.train needs a value"),
         (SCRATCH, "model.type=", "model.type must name"),
-        (SCRATCH, "tokenizer=", "tokenizer must be given"),
+        (SCRATCH, "tokenizer=", "needs a tokenizer"),
         (SCRATCH, "tokenizer.vocabulary=100", "from 260"),
         (SCRATCH, "tokenizer.train=wordpiece", "bpe"),
-        (SCRATCH, "lora.rank=4", "trained whole"),
+        (SCRATCH, "lora.rank=4", "is built from scratch"),
         (SCRATCH, "method=yarm:factor=4", 'did you mean "yarn"'),
         (SCRATCH, "seed=-1", "seed must be"),
-        (SCRATCH, "out=", "out must be given"),
-        (TUNED, "model.position=alibi", "which has no keys in it"),
+        (SCRATCH, "out=", "out needs a value"),
+        (TUNED, "model.position=alibi", "which has no keys"),
         (TUNED, "tokenizer.train=bpe", "leave tokenizer out"),
-        (TUNED, "tokenizer=gpt2", "brings its own"),
+        (TUNED, "tokenizer=gpt2", "has its own"),
         (TUNED, "positions.chunks=3", "would change nothing"),
         (TUNED, "positions.kind=pose", "positions.target must be given"),
         (TUNED, "lora.rank=0", "at least 1"),
@@ -164,7 +164,7 @@ def test_a_key_may_stand_once_in_each_of_several_sections_and_over_what_is_merge
 
 
 def test_settings_that_are_given_twice_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"training\.steps is given twice, as 1 and as 2"):
+    with pytest.raises(SpecError, match=r"training\.steps is set twice, to 1 and to 2"):
         read_overrides(["training.steps=1", "seed=3", "training.steps=2"])
     with pytest.raises(SpecError, match=r"model=.*: the key 'type' is twice on line 1"):
         read_override("model={type: llama, type: gpt2}")

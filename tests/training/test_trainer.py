@@ -11,7 +11,7 @@ from recipes_tiny import folder, recipe
 
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 from longspan.training.run import train
-from longspan.training.trainer import RecipeTrainer, own_settings, set_apart
+from longspan.training.trainer import RecipeTrainer, group_by_settings, module_settings
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 OWN = {"log_step", "log_decay", "turn", "entry", "low"}
@@ -32,7 +32,7 @@ def test_state_spaces_learn_at_their_own_rate() -> None:
         LongspanConfig(**SIZES, position="nope", attention=["s4:states=4", "s4:states=4,lr=none"])
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
-    set_apart(optimizer, own_settings(model))
+    group_by_settings(optimizer, module_settings(model))
     found = names_by_rate(model, optimizer)
     assert found[(0.001, 0.0)] == found[(0.02, 0.0)] == OWN
     assert found[(0.02, 0.1)] == {"weight", "bias", "exit", "direct"}

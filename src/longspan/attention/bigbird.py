@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from longspan.engine.blocks.gathered import block_sparse_attention
@@ -26,8 +28,9 @@ from longspan.engine.blocks.lists import BlockLists, block_lists, listed_attenti
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.global_tokens import Chosen, attend_everywhere
 from longspan.engine.joint import by_row
+from longspan.hf.encoder_form import EncoderForm
 from longspan.lm.base import Pattern
-from longspan.util.errors import NotSupported
+from longspan.util.errors import NotSupported, SpecError
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,6 @@ class BigBird(Pattern):
     name = "bigbird"
     title = "BigBird: window, random and global blocks"
     works_on = "from scratch, trained encoders (longspan apply)"
-    converts_encoders = True
     paper = "Zaheer 2020, arXiv 2007.14062"
     cost = "time n, encoders only"
     directions = ("bidirectional",)
@@ -62,6 +64,30 @@ class BigBird(Pattern):
         self.require(
             self.random > 0 or (self.seed == 0 and self.among is None),
             f"seed={self.seed} and among={self.among} have no effect with random=0; leave them out",
+        )
+
+    def encoder_form(self) -> EncoderForm:
+        return EncoderForm(
+            encoder=transformers.BigBirdModel,
+            masked=transformers.BigBirdForMaskedLM,
+            check=self._check_encoder,
+            config=self._encoder_config,
+            bert_names=True,
+            note="transformers draws random blocks in training only; in evaluation the first block stands in their place",
+        )
+
+    def _check_encoder(self, length: int) -> None:
+        if self != (known := BigBird(self.block, self.random)):
+            hint = " and name global tokens in each call with global_attention_mask" if self.globals else ""
+            raise NotSupported(f"{self.spec}: transformers' BigBird has no such settings; use {known.spec}{hint}")
+        if length % self.block:
+            raise SpecError(f"length={length:,} must be a multiple of block={self.block}")
+
+    def _encoder_config(
+        self, old: transformers.PreTrainedConfig, settings: dict[str, Any], length: int
+    ) -> transformers.BigBirdConfig:
+        return transformers.BigBirdConfig(
+            **settings, block_size=self.block, num_random_blocks=self.random, max_position_embeddings=length
         )
 
     def check_direction(self, causal: bool) -> None:
@@ -150,10 +176,10 @@ class BigBird(Pattern):
 def _table(pattern: BigBird, count: int, heads: int, layer: int) -> Tensor:
     """(H, count, slots): the blocks that each block sees, each once, -1 where there are fewer."""
     blocks = np.arange(count)
-    seen = [blocks - 1, blocks, np.where(blocks + 1 < count, blocks + 1, -1)]
+    visible = [blocks - 1, blocks, np.where(blocks + 1 < count, blocks + 1, -1)]
     if not pattern.globals:
-        seen += [np.zeros_like(blocks), np.full_like(blocks, count - 1)]
-    table = np.broadcast_to(np.stack(seen, axis=1), (heads, count, len(seen)))
+        visible += [np.zeros_like(blocks), np.full_like(blocks, count - 1)]
+    table = np.broadcast_to(np.stack(visible, axis=1), (heads, count, len(visible)))
     bound = count if pattern.among is None else min(count, pattern.among // pattern.block)
     raw = np.random.PCG64([pattern.seed, layer]).random_raw(count * heads * pattern.random)
     raw = raw.reshape(count, heads, pattern.random).transpose(1, 0, 2)

@@ -93,8 +93,8 @@ class Performer(KernelMixer):
         """Passes its features to each forward: when it is recomputed, others may have been drawn."""
         if not (stack.training and torch.is_grad_enabled()):
             return None
-        own = [m for m in stack.modules() if isinstance(m, PerformerAttention) and m.method == self]
-        drawn = {module.layer_idx: module.features.count() for module in own}
+        modules = [m for m in stack.modules() if isinstance(m, PerformerAttention) and m.method == self]
+        drawn = {module.layer_idx: module.features.count() for module in modules}
         return args, {**kwargs, HANDED: {**kwargs.get(HANDED, {}), self: drawn}}
 
     def check(self, facts: ModelFacts) -> None:

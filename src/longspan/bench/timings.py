@@ -21,9 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from longspan.apply import applied
 from longspan.core.facts import facts_of, text_config
-from longspan.core.method import combination
+from longspan.core.method import Method, combination
 from longspan.hf.compat import cache_of, with_cache
-from longspan.memory.streaming import StreamingLLM
 from longspan.reading.stream_decoder import StreamDecoder
 from longspan.util.errors import LongspanError, SpecError
 
@@ -92,12 +91,12 @@ def decode(
     tokens: how many steps each contender is timed for. Raises `SpecError` unless the method is `streaming` alone.
     """
     methods = combination(method).methods
-    if len(methods) != 1 or not isinstance(methods[0], StreamingLLM):
+    if len(methods) != 1 or not methods[0].fixed_step():
         raise SpecError(f'bench decode times the rolling cache: give "streaming:sinks=4,window=2044", not {method!r}')
     if tokens < 8:
         raise SpecError(f"bench decode needs at least 8 tokens for a median, not {tokens}")
     streaming = methods[0]
-    context = streaming.sinks + streaming.recent
+    context = streaming.cache_tokens(facts_of(model), LONG)
     prompt = _random_ids(model, context)
     bench = Bench("decode", "s/token", _settings(model, method=method, context=context, tokens=tokens))
     contenders: list[tuple[str, Callable[[], Row]]] = [
@@ -231,7 +230,7 @@ def _fill(model: PreTrainedModel, prompt: Tensor) -> tuple[DynamicCache, Tensor]
     return cache, logits[:, -1].argmax(-1, keepdim=True)
 
 
-def _fixed_step(model: PreTrainedModel, method: StreamingLLM, prompt: Tensor, tokens: int, *, compile: bool) -> Row:
+def _fixed_step(model: PreTrainedModel, method: Method, prompt: Tensor, tokens: int, *, compile: bool) -> Row:
     with applied(model, method):
         cache, ids = _fill(model, prompt)
         decoder = StreamDecoder(model, cache, compile=compile)
@@ -244,7 +243,7 @@ def _fixed_step(model: PreTrainedModel, method: StreamingLLM, prompt: Tensor, to
         return _row(times[4:], first)
 
 
-def _rolling_generate(model: PreTrainedModel, method: StreamingLLM, prompt: Tensor, tokens: int) -> Row:
+def _rolling_generate(model: PreTrainedModel, method: Method, prompt: Tensor, tokens: int) -> Row:
     with applied(model, method):
         return generate_row(model, prompt, tokens)
 

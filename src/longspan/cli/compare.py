@@ -1,4 +1,4 @@
-"""The commands `compare` and `report`: a run of methods × tasks × lengths, and its table and page."""
+"""The commands `compare` and `report`: a run, its table and its page."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def compare(
 
 
 def default_folder(model: str) -> Path:
-    """`runs/MODEL-DATE`, where MODEL is a name, or the last parts of a path, without signs that a folder cannot have."""
+    """`runs/MODEL-DATE`, where MODEL is a name or the end of a path.
+
+    Characters that a folder cannot have are replaced.
+    """
     path = Path(model)
     last = "-".join(path.parts[-2:]) if path.name == "model" else path.name  # every training leaves a folder `model`
     name = re.sub(r"[^\w.-]+", "-", last).strip("-.") or "model"

@@ -1,4 +1,4 @@
-"""How a command ends: errors that a user can correct as one line, and the exit codes.
+"""Errors of commands in one line, and their exit codes.
 
 Exit codes: 0 done, 2 a request that cannot be carried out (one line, `error: …`), 130 interrupted. A traceback is a
 bug.
@@ -15,10 +15,13 @@ from longspan.util.errors import LongspanError
 
 
 class Commands(TyperGroup):
-    """A group of commands that turns errors a user can correct into one line and exit code 2."""
+    """A command group that reports errors in one line with exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command of a click context. Raises `typer.Exit` with the exit code where it fails."""
+        """Runs the command of a click context.
+
+        Raises `typer.Exit` with the exit code where it fails.
+        """
         try:
             return super().invoke(ctx)
         except typer.Exit:

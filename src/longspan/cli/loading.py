@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 class Loaded(NamedTuple):
-    """A model without its method, its tokenizer, and `apply_method(length)`, which applies the method for so many tokens."""
+    """A model without its method, its tokenizer, and `apply_method(length)`.
+
+    The length, in tokens, decides settings that the spec leaves open.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -18,7 +21,7 @@ class Loaded(NamedTuple):
 
 
 def load(name: str, method: str | None, dtype: str | None, device: str | None) -> Loaded:
-    """Loads a model; the spec of `method` is checked against its configuration before any weights are read.
+    """Loads a model, after its configuration was checked against the method's spec.
 
     Raises `LongspanError` for a model that cannot be loaded, or a method that it cannot take.
     """

@@ -1,4 +1,4 @@
-"""The command line: its commands in the order of the help, and what holds for all of them.
+"""The command line: its commands in the order of the help.
 
 A command parses, calls and prints. It imports what it needs when it runs, so that help costs no time; what it does lives
 in the module that it calls. Exit codes: `longspan.cli.errors`.

@@ -33,7 +33,10 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
 
 def token_count(text: str, option: str = "length") -> int:
-    """The number of tokens that an option's text such as "16k" means; raises `SpecError` below 1."""
+    """The number of tokens that an option's text such as "16k" means.
+
+    Raises `SpecError` below 1.
+    """
     from longspan.util.units import read_size
 
     if (size := read_size(text, option)) < 1:

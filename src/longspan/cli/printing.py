@@ -1,4 +1,4 @@
-"""What the command line prints: JSON for programs, tables and entries for people."""
+"""Output of the command line: JSON for programs, tables and catalogue entries for people."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ if TYPE_CHECKING:
     from longspan.bench.attention import Row as AttentionRow
     from longspan.bench.timings import Bench, Row
 
-
 _SHORT = 16
-"""Characters of a name that is never broken."""
+"""Characters of a name that is never wrapped."""
 _COLUMN = 14
-"""Characters that a column of a catalogue must have, its border with them."""
+"""Least characters of a column of a catalogue, its border included."""
 
 
 def print_catalogue(known: dict[str, type], name: str | None, kind: str, columns: list[str], as_json: bool) -> None:
-    """Every entry in a table, or the one named `name` in full. Raises `SpecError` for a name that there is not."""
+    """Prints a catalogue as a table, or the entry `name` in full.
+
+    Raises `SpecError` for an unknown name.
+
+    known: classes by name. kind: `method` or `task`. columns: class variables that the table shows.
+    """
     if name is not None:
         from longspan.core.method import find
 
-        asked, name = name, find(name, kind, known)
-        if asked != name:
-            typer.echo(f"{asked} is {name} here", err=True)
+        requested, name = name, find(name, kind, known)
+        if requested != name:
+            typer.echo(f"{requested} is {name} here", err=True)
     if as_json:
         print_json(_describe(known[name]) if name else {n: _describe(cls) for n, cls in known.items()})
     elif name:
@@ -42,7 +46,7 @@ def print_catalogue(known: dict[str, type], name: str | None, kind: str, columns
 
 
 def _print_entries(known: dict[str, type], kind: str, columns: list[str]) -> None:
-    """As many columns as the terminal has room for; which are left out is said."""
+    """A table with as many columns as fit the terminal, and a line that names the others."""
     shown = max(1, min(len(columns), (console().width - _SHORT) // _COLUMN))
     rows = [[n, *(_cell(getattr(cls, c)) for c in columns)] for n, cls in known.items()]
     print_table([kind, *columns], rows, 1 + shown)
@@ -52,21 +56,23 @@ def _print_entries(known: dict[str, type], kind: str, columns: list[str]) -> Non
 
 
 def _describe(cls: Any) -> dict[str, Any]:
-    """A method or a task as data: its class variables, its settings and what its author says of it."""
+    """A method or a task as JSON data: class variables, other names, settings, and its docstring."""
     facts = {
         key: sorted(value) if isinstance(value, frozenset) else value
         for base in reversed(cls.__mro__)
         for key, value in vars(base).items()
         if not key.startswith("_") and isinstance(value, str | bool | int | frozenset) and key not in _settings_of(cls)
     }
-    said = cls.__doc__ or ""
-    about = "" if said.startswith(f"{cls.__name__}(") else " ".join(said.split())  # what dataclass writes says nothing
+    doc = cls.__doc__ or ""
+    about = (
+        "" if doc.startswith(f"{cls.__name__}(") else " ".join(doc.split())
+    )  # not the signature that dataclass writes
     also = {"also": list(names)} if (names := getattr(cls, "also", ())) else {}
     return {**facts, **also, **_combines(cls), "settings": list(_settings_of(cls).values()), "about": about}
 
 
 def _combines(cls: Any) -> dict[str, list[str]]:
-    """Of a method, what it can be combined with."""
+    """The methods that a method can be combined with; empty for a task."""
     from longspan.core.method import Method
 
     if not issubclass(cls, Method):
@@ -85,20 +91,23 @@ def _settings_of(cls: Any) -> dict[str, dict[str, Any]]:
 
 
 def print_json(value: Any) -> None:
-    """As it is where standard output takes every sign, else in JSON's own escapes, which lose nothing."""
+    """Prints JSON, with escapes where standard output is not Unicode, so that nothing is lost."""
     takes_all = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
     typer.echo(json.dumps(value, indent=2, ensure_ascii=not takes_all, default=str))
 
 
 def console() -> Console:
-    """Standard output, at the terminal's width; wide where it is read from a file."""
+    """A console on standard output, 160 columns wide where it is no terminal."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
 def print_table(columns: list[str], rows: list[list[str]], shown: int | None = None) -> None:
-    """`shown`: how many of the columns; all if left out."""
+    """Prints rows of text as a table.
+
+    `shown`: the number of columns, all if left out.
+    """
     from rich.markup import escape
     from rich.table import Table
 
@@ -113,7 +122,7 @@ def print_table(columns: list[str], rows: list[list[str]], shown: int | None = N
 
 
 def _print_entry(entry: dict[str, Any]) -> None:
-    """One method or task: its facts, one a line, then its settings."""
+    """A method or task: one line for each fact, then for each setting."""
     settings = entry.pop("settings")
     for key, value in entry.items():
         if value != "":
@@ -129,32 +138,32 @@ def _cell(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple | frozenset) else str(value)
 
 
-def print_attention(made: AttentionBench, out: Path | None, as_json: bool) -> None:
-    """The rows of `bench attention` as a table or as JSON; into the file `out` and a picture beside it."""
+def print_attention(bench: AttentionBench, out: Path | None, as_json: bool) -> None:
+    """Prints `bench attention` as tables or JSON, and writes `out` with a plot."""
     from longspan.util.growth import UNTOLD
 
     if out is not None:
         from longspan.bench.attention import draw
 
-        made.write(out)
-        draw(made, out.with_suffix(".png"))
+        bench.write(out)
+        draw(bench, out.with_suffix(".png"))
     if as_json:
-        print_json(made.to_dict())
+        print_json(bench.to_dict())
         return
     columns = ["attention", "timed as", "tokens", "way", "forward ms", "backward ms", "peak MB", "TFLOP/s", "backward"]
-    print_table([*columns, "mask share"], [_attention_row(row) for row in made.rows])
+    print_table([*columns, "mask share"], [_attention_row(row) for row in bench.rows])
     measured = ("forward_s", "backward_s", "peak_bytes")
-    growth = [[name, *(str(made.growth(name, what) or "") for what in measured)] for name in made.names()]
-    if told := [line for line in growth if any(line[1:])]:
-        print_table(["grows as length to the power of [95 %]", "forward", "backward", "peak"], told)
-    if untold := [name for name, forward, *_ in growth if not forward]:
-        typer.echo(f"grows as length to a power that is left open ({UNTOLD}): {'; '.join(untold)}")
-    for what, rows in made.targets().items():
+    growth = [[name, *(str(bench.growth(name, what) or "") for what in measured)] for name in bench.names()]
+    if fitted := [line for line in growth if any(line[1:])]:
+        print_table(["grows as length to the power of [95 %]", "forward", "backward", "peak"], fitted)
+    if unfitted := [name for name, forward, *_ in growth if not forward]:
+        typer.echo(f"grows as length to a power that is left open ({UNTOLD}): {'; '.join(unfitted)}")
+    for what, rows in bench.targets().items():
         if what.startswith("at_") and rows:
             columns = [f"{int(what[3:]):,} tokens", "forward ms", "backward / forward", "TFLOP/s on visited blocks"]
             table = [[name, *(_figure(value) for value in row.values())] for name, row in rows.items()]
             print_table([*columns, "share of dense", "times faster"], table)
-    for name, reason in made.skipped.items():
+    for name, reason in bench.skipped.items():
         typer.echo(f"left out: {name}: {reason}")
 
 
@@ -171,22 +180,29 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def print_bench(made: Bench, out: Path | None, as_json: bool) -> None:
-    """The rows of a bench as a table or as JSON, and into the file `out`."""
+def print_bench(bench: Bench, out: Path | None, as_json: bool) -> None:
+    """Prints `bench decode` or `bench prefill` as a table or JSON, and writes `out`."""
     if out is not None:
         from longspan.util.files import write_atomically
 
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, json.dumps(made.to_dict(), indent=1) + "\n")
+        write_atomically(out, json.dumps(bench.to_dict(), indent=1) + "\n")
     if as_json:
-        return print_json(made.to_dict())
-    columns = [made.what, f"median {made.unit}", "quartiles", "times slower than the first", "first call s", "peak MB"]
-    return print_table(columns, [_bench_row(made, row) for row in made.rows])
+        return print_json(bench.to_dict())
+    columns = [
+        bench.what,
+        f"median {bench.unit}",
+        "quartiles",
+        "times slower than the first",
+        "first call s",
+        "peak MB",
+    ]
+    return print_table(columns, [_bench_row(bench, row) for row in bench.rows])
 
 
-def _bench_row(made: Bench, row: Row) -> list[str]:
+def _bench_row(bench: Bench, row: Row) -> list[str]:
     quartiles = f"{row.quartiles[0]:.4g} … {row.quartiles[1]:.4g}" if row.quartiles else ""
-    ratio, first, peak = made.ratio(row), row.first_s, row.peak_bytes
+    ratio, first, peak = bench.ratio(row), row.first_s, row.peak_bytes
     return [
         row.name,
         f"{row.seconds:.4g}" if row.seconds else row.note,

@@ -9,7 +9,7 @@ from longspan.util.errors import LongspanError, SpecError
 
 
 def prompt_text(prompt: str | None, file: Path | None) -> str:
-    """The text of --file, of --prompt, or of both, the file's before the question about it.
+    """The text of --file, of --prompt, or of the file before the prompt.
 
     Raises `SpecError` where neither is present, and `LongspanError` for what is not UTF-8.
     """
@@ -31,7 +31,10 @@ def as_utf8(text: str, source: str) -> str:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file, or of standard input for `-`; raises `LongspanError` where it cannot be read as UTF-8."""
+    """The text of a file, or of standard input for `-`.
+
+    Raises `LongspanError` where it cannot be read as UTF-8.
+    """
     from longspan.util.textfiles import decode
 
     try:

@@ -1,4 +1,4 @@
-"""The commands `train` and `study`: a model by a recipe, and every position encoding trained alike."""
+"""The commands `train` and `study`: one recipe, or one for every position encoding."""
 
 from __future__ import annotations
 

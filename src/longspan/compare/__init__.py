@@ -1,4 +1,4 @@
-"""Methods × tasks × lengths, measured for quality and cost: `compare` makes a run, `Run` reads one.
+"""Methods × tasks × lengths: `compare` makes a run, `Run` reads one.
 
     planning/      the request, checked against the model, as cells with keys and a forecast
     running/       one worker process after another, a cell in each

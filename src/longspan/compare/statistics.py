@@ -1,4 +1,4 @@
-"""Scores with their uncertainty, and the difference to the baseline on the same samples. All intervals are 95 %.
+"""Scores and paired differences to the baseline, with their 95 % intervals.
 
 A failed sample counts as the worst score and stays in the denominator. The interval of a score is:
 
@@ -61,7 +61,7 @@ class Scale:
 
 
 def score(samples: Sequence[dict[str, Any]], scale: Scale, length: int | None = None) -> Estimate:
-    """The mean score of a cell's samples, with its interval by the rules of this module.
+    """The mean score of a cell's samples, with its 95 % interval.
 
     samples: records with `score`, `failed` and `detail`. length: of a sample, in tokens; None where samples cannot overlap.
     """
@@ -82,7 +82,10 @@ def score(samples: Sequence[dict[str, Any]], scale: Scale, length: int | None = 
 def difference(
     samples: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], scale: Scale, length: int | None = None
 ) -> Estimate:
-    """The mean paired difference, score minus baseline's score, over samples with the same id, with its interval."""
+    """The mean paired difference to the baseline, with its interval.
+
+    Score minus the baseline's score, over samples with the same id.
+    """
     others = {s["id"]: s for s in baseline}
     paired = [s for s in samples if s["id"] in others]
     theirs = [others[s["id"]] for s in paired]
@@ -126,7 +129,9 @@ def independent(samples: Sequence[dict[str, Any]], length: int | None) -> float:
 
 
 def effective_window(trials: Iterable[tuple[float, int, bool]]) -> int:
-    """The largest distance, in tokens, up to which at least a share `FOUND` of the trials finds the key, at every depth.
+    """The effective window: the largest distance, in tokens, up to which keys are found.
+
+    At every depth up to it at least a share `FOUND` of the trials finds the key.
 
     PI's k_max (Chen 2023, arXiv 2306.15595). trials: (depth, distance in tokens from the key to the end, found) each. Keys
     differ in tokens, so the trials at one depth may differ in distance by a few; the shortest represents them. 0 where the
@@ -152,7 +157,7 @@ def wilson(hits: float, n: int) -> Interval:
 
 
 def newcombe(a: np.ndarray, b: np.ndarray) -> Interval:
-    """Newcombe's 95 % interval of the difference of two paired shares, `a` minus `b` (1998, method 10).
+    """Newcombe's 95 % interval of the paired difference of two shares (1998, method 10).
 
     a, b: (n,), 1 for a right sample and 0 for a wrong one, of the same samples.
     """
@@ -216,7 +221,10 @@ def _is_share(values: np.ndarray, scale: Scale) -> bool:
 
 
 def _curves(samples: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Loss and token counts by position, each (windows, buckets); None unless every sample has them, in one shape."""
+    """Loss and token counts by position, each (windows, buckets).
+
+    None unless every sample has them, in one shape.
+    """
     details = [s["detail"] or {} for s in samples]
     if any(s["failed"] for s in samples) or not all(d.get("nll_by_position") for d in details):
         return None

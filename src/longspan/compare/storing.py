@@ -1,4 +1,4 @@
-"""A run on disk: `run.json` with the request and the machine, `cells.jsonl` with one finished cell a line.
+"""A run on disk: its manifest `run.json`, and `cells.jsonl`, one finished cell a line.
 
 The cell file is only ever appended to. A line is written by one `os.write`, flushed to disk before the next cell starts,
 and contains its own checksum, so a kill at any moment loses at most the cell that was running: a torn last line is cut off
@@ -43,7 +43,9 @@ def digest(value: Any) -> str:
 
 
 def clean(value: Any) -> Any:
-    """A value as plain JSON data: tensors and arrays as numbers or lists, floats that are not finite as None.
+    """A value as plain JSON data.
+
+    Tensors and arrays become numbers or lists, floats that are not finite become None.
 
     Raises `TypeError` for what JSON cannot express.
     """
@@ -63,7 +65,10 @@ def clean(value: Any) -> Any:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run; raises `LongspanError` where `folder` is not a run, or its manifest is damaged."""
+    """The manifest of a run.
+
+    Raises `LongspanError` where `folder` is not a run, or its manifest is damaged.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -79,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_cells(folder: Path) -> tuple[list[Record], list[str]]:
-    """Every intact record in the order of writing, and a message for each damaged line that was skipped."""
+    """Every intact record in order, and a message for each damaged line."""
     path = folder / CELLS
     content = path.read_bytes() if path.exists() else b""
     records, problems = [], []
@@ -93,7 +98,7 @@ def read_cells(folder: Path) -> tuple[list[Record], list[str]]:
 
 
 def is_finished(record: Record | None, memory: int | None) -> bool:
-    """True where a cell need not run again: it succeeded, or ran out of memory on a device of this size.
+    """True where a cell succeeded, or ran out of memory on such a device.
 
     memory: of the device, in bytes, compared within 2 %, since two starts of one machine can differ a little.
     """
@@ -106,7 +111,10 @@ def is_finished(record: Record | None, memory: int | None) -> bool:
 
 
 class Store:
-    """The cells of a run, opened for writing; a context manager that holds the run's lock until it is closed."""
+    """The cells of a run, opened for writing.
+
+    A context manager that holds the run's lock until it is closed.
+    """
 
     def __init__(self, folder: str | Path):
         """Creates the folder where there is none, takes the lock, and cuts off a torn last line.
@@ -127,8 +135,9 @@ class Store:
             raise
 
     def append(self, record: Record) -> bool:
-        """Writes a finished cell and flushes it to disk; False, and nothing is written, where it already succeeded.
+        """Writes a finished cell and flushes it to disk.
 
+        False, and nothing is written, where it already succeeded.
         Raises `LongspanError` where the disk does not take it.
         """
         known = self.records.get(record["key"])
@@ -188,12 +197,15 @@ class Run:
         return [self._latest[c["key"]] for c in self.manifest["cells"] if c["key"] in self._latest]
 
     def missing(self) -> list[dict[str, Any]]:
-        """The planned cells without a result, or failed, which the same command would run; as in the manifest."""
+        """The planned cells, as in the manifest, that the same command would run.
+
+        Those without a result, and failed ones.
+        """
         memory = self.manifest["environment"]["device_memory"]
         return [c for c in self.manifest["cells"] if not is_finished(self._latest.get(c["key"]), memory)]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row for each planned cell, in the plan's order, with its score, difference to the bare model, and cost.
+        """One row for each planned cell: score, difference to the bare model, and cost.
 
         Keys: `key`, `method`, `asked`, `task`, `task_spec`, `length`; `status` (`missing` where it has not run) and
         `error`; `score`, `interval`, `n` samples, `independent` ones among them, `failed` ones; `difference` to the bare

@@ -6,6 +6,9 @@
 A method declares which parts of a model it changes (`slots`); two methods that share one cannot be combined. Its code says what
 it needs of a model (`check`), how settings follow from a target length (`resolve`) and how it is put on a model (`attach`,
 through `longspan.hf.site.Site`). Subclassing `Method` with a `name` registers it.
+
+Training, export, `plan`, `compare` and the report know no method by its name: they call the hooks of `Method`, each of which
+does nothing unless a method overrides it. docs/own-method.md has a whole method with most of them.
 """
 
 from __future__ import annotations
@@ -14,16 +17,21 @@ import dataclasses
 import functools
 import importlib
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.core.facts import ModelFacts
 from longspan.core.registry import Registered, import_all
+from longspan.core.training_setup import TrainingSetup
 from longspan.util.errors import NotSupported, SpecError, nearest
 from longspan.util.units import read_size
 
@@ -55,6 +63,7 @@ class Method(Registered):
     exportable: ClassVar[bool] = False
     """Whether a saved checkpoint holds the whole method, so that plain transformers runs it."""
     why_not_exportable: ClassVar[str] = ""
+    """The reason that `longspan apply` gives where `exportable` is False."""
     examples: ClassVar[tuple[str, ...]] = ()
     """Two specs for a tiny model (a window of 32 tokens, a text of 40): the first changes its logits, the second changes nothing.
     With them the tests of all methods and the page on conformance take up a method by themselves."""
@@ -99,6 +108,57 @@ class Method(Registered):
 
     def attach(self, site: Any) -> None:
         """Puts the resolved method on a model through `site` (`longspan.hf.site.Site`), which can undo it."""
+
+    def token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that `prepare_model` gives the model rows for; none unless overridden."""
+        return ()
+
+    def parts(self, facts: ModelFacts) -> nn.Module | None:
+        """The module of trained parameters that the method adds to a model of these `facts`, with its initial values.
+
+        It becomes `model.longspan_parts[name]`, which `attach` finds as `site.parts(name)`: it is trained and saved with the
+        model, and loaded with it. Called once the settings are filled in.
+        """
+        return None
+
+    def build_model(self, model: PreTrainedModel) -> PreTrainedModel | None:
+        """Another model around `model`, which then holds the method; None (the default) where `attach` puts it on `model`.
+
+        The new model's type must be registered with transformers (`AutoConfig.register`, `AutoModelForCausalLM.register`) in
+        the method's file, since a saved one is loaded by that type alone.
+        """
+        return None
+
+    def check_training(self, setup: TrainingSetup, facts: ModelFacts) -> None:
+        """Raises `SpecError` for a recipe that cannot train the method: the key, its value, and what to write instead."""
+
+    def training_reach(self, facts: ModelFacts) -> int | None:
+        """The longest input, in tokens, that a model trained with the method is meant for; `reach` unless overridden."""
+        return self.reach(facts)
+
+    def training_samples(self, samples: Sequence[Any]) -> Sequence[Any]:
+        """A task's samples (`longspan.tasks.base.Sample`) as the model trains on them, longer by at most `inserted_tokens()`."""
+        return samples
+
+    def inserted_tokens(self) -> int:
+        """How many tokens `training_samples` adds to a sample, for which room is left in `data.length`."""
+        return 0
+
+    def training_callbacks(self, model: PreTrainedModel) -> Sequence[Any]:
+        """Callbacks (`transformers.TrainerCallback`) for the training of `model`, which has the method on it."""
+        return ()
+
+    def fixed_step(self) -> bool:
+        """Whether decoding over a full cache is a step of fixed shape, which `longspan.reading.stream_decoder` runs."""
+        return False
+
+    def encoder_form(self) -> Any:
+        """How a trained encoder becomes one with this method (`longspan.hf.encoder_form.EncoderForm`); None where it cannot."""
+        return None
+
+    def report_notes(self, facts: ModelFacts, length: int) -> Sequence[str]:
+        """Sentences that a report should say of the method on this model, compared up to `length` tokens."""
+        return ()
 
     @property
     def spec(self) -> str:
@@ -160,6 +220,11 @@ class Combination:
         """Whether a saved checkpoint holds all methods whole."""
         return all(m.exportable for m in self.methods)
 
+    @property
+    def sources(self) -> list[str]:
+        """The users' own files and modules that define methods of this combination, as `source_of` names them."""
+        return list(dict.fromkeys(source for m in self.methods if (source := source_of(type(m)))))
+
     def check(self, facts: ModelFacts) -> None:
         """Raises `NotSupported` where one of the methods cannot work on this model."""
         for method in self.methods:
@@ -189,8 +254,27 @@ class Combination:
 
     def reach(self, facts: ModelFacts) -> int | None:
         """The longest input in tokens that one of the methods is meant for; None where there is no limit."""
-        reaches = [m.reach(facts) for m in self.methods]
-        return None if None in reaches or not reaches else max(r for r in reaches if r is not None)
+        return _longest(m.reach(facts) for m in self.methods)
+
+    def training_reach(self, facts: ModelFacts) -> int | None:
+        """`reach` of a model that was trained with the methods on it."""
+        return _longest(m.training_reach(facts) for m in self.methods)
+
+    def parts(self, facts: ModelFacts) -> dict[str, nn.Module]:
+        """The modules that the methods add to a model, by the method's name."""
+        found = {m.name: m.parts(facts) for m in self.methods}
+        return {name: module for name, module in found.items() if module is not None}
+
+    def added_parameters(self, facts: ModelFacts) -> int:
+        """How many parameters `parts` adds; no memory is taken to count them."""
+        with torch.device("meta"):
+            return sum(p.numel() for module in self.parts(facts).values() for p in module.parameters())
+
+
+def _longest(reaches: Iterable[int | None]) -> int | None:
+    """The largest of some reaches; None where one has no end, or where there are none."""
+    known = list(reaches)
+    return None if None in known or not known else max(r for r in known if r is not None)
 
 
 def find(name: str, kind: str, known: Mapping[str, type]) -> str:
@@ -214,6 +298,29 @@ def find(name: str, kind: str, known: Mapping[str, type]) -> str:
 def _spelling(name: str) -> str:
     """A name in lower case without hyphens, underscores and spaces."""
     return re.sub("[-_ ]", "", name.lower())
+
+
+def source_of(cls: type) -> str | None:
+    """The name of the file, or the dotted name of the module, that defines a user's own class; None for this package's."""
+    if cls.__module__.startswith("longspan."):
+        return None
+    if "." in cls.__module__:
+        return cls.__module__
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return Path(file).name if file else None
+
+
+def unknown_names(spec: str) -> list[str]:
+    """The names in a spec string that no method goes by here."""
+    names = [part.partition(":")[0].strip() for part in spec.split("+")]
+    return [name for name in names if not _is_known(name)]
+
+
+def _is_known(name: str) -> bool:
+    try:
+        return bool(find(name, "method", catalogue()))
+    except SpecError:
+        return False
 
 
 def catalogue() -> dict[str, type[Method]]:

@@ -1,4 +1,4 @@
-"""The folder of an exported model: made beside its place, renamed when it is whole, with the tokenizer of its source."""
+"""The folder of an exported model: written under another name, renamed when it is complete, with its source's tokenizer."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import json
 import shlex
 import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longspan.util import files
 from longspan.util.errors import LongspanError, writing
 
 _TOKENIZER = (
@@ -27,8 +27,11 @@ _TOKENIZER = (
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written. `window` is in tokens: what the positions were scaled for; `reach` the longest input that the
-    method is meant for, which is what should be served."""
+    """The files that were written, of `bytes` in all.
+
+    window: tokens that the positions were scaled for. reach: the longest input, in tokens, that the method is meant for and that
+    a server should accept.
+    """
 
     folder: str
     model: str
@@ -47,11 +50,16 @@ class ExportReport:
         return f"vllm serve {shlex.quote(self.folder)} --max-model-len {self.reach}"
 
     @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads the folder."""
+        return "AutoModelForCausalLM"
+
+    @property
     def python(self) -> str:
-        """What loads the folder without longspan."""
+        """The Python code that loads the folder without longspan."""
         return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            f"model = AutoModelForCausalLM.from_pretrained({self.folder!r})\n"
+            f"from transformers import {self.auto_class}, AutoTokenizer\n"
+            f"model = {self.auto_class}.from_pretrained({self.folder!r})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({self.folder!r})"
         )
 
@@ -60,45 +68,44 @@ class ExportReport:
 
 
 def free_place(out: Path, overwrite: bool, source: Path | None) -> Path:
-    """Where the folder will be; refuses to write over anything but an earlier model, and that only when told to."""
+    """The absolute path of `out`. Raises `LongspanError` for a file, for `source` itself, and for a folder with files in it.
+
+    overwrite: an earlier model in the folder may be replaced.
+    """
     place = out.expanduser().resolve()
     if source is not None and place in (source.resolve(), *source.resolve().parents):
-        raise LongspanError(f"{out} holds the model that is to be exported; name another folder")
+        raise LongspanError(f"{out} holds the model to be exported; name another folder")
     if place.is_file():
         raise LongspanError(f"{out} is a file; name a folder that is new or empty")
     if place.is_dir() and any(place.iterdir()):
         if not overwrite:
-            raise LongspanError(f"{out} is not empty; name another folder, or say that it may be overwritten")
+            raise LongspanError(f"{out} is not empty; name another folder, or allow it to be replaced (--overwrite)")
         if not (place / "config.json").is_file():
-            raise LongspanError(f"{out} holds something else than a model and is left alone; name another folder")
+            raise LongspanError(f"{out} does not hold a model and is not replaced; name another folder")
     return place
 
 
 @contextlib.contextmanager
 def filling(place: Path) -> Iterator[Path]:
-    """A folder beside `place` that takes its place, whole, when the block ends well."""
-    part = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
-    old = part.with_suffix(".old")
+    """A new folder that replaces `place` when the block succeeds. Raises `LongspanError` where the disk refuses a write."""
     try:
-        part.mkdir(parents=True)
-        with writing(place):
+        with files.filling(place) as part, writing(place):
             yield part
-        if place.is_dir():
-            place.rename(old)
-        part.rename(place)
     except OSError as error:
-        if old.is_dir() and not place.exists():
-            old.rename(place)
         raise LongspanError(f"{place} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in `folder`."""
+    return sum(p.stat().st_size for p in folder.iterdir())
 
 
 def copy_tokenizer(source: Path, folder: Path, window: int) -> None:
-    """The tokenizer's files, mended for a model of `window` tokens: vLLM takes the smaller of the model's and the tokenizer's
-    length, and transformers 4 does not know the name that transformers 5 gives to a tokenizer.json without a class of its
-    own."""
+    """Copies the tokenizer's files and corrects two of its settings for a model of `window` tokens.
+
+    vLLM takes the smaller of the model's and the tokenizer's length. transformers 4 does not know the class that transformers 5
+    names for a tokenizer.json that has no class itself.
+    """
     for pattern in _TOKENIZER:
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
@@ -113,8 +120,10 @@ def copy_tokenizer(source: Path, folder: Path, window: int) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object as transformers writes its configurations."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -23,8 +23,8 @@ from longspan.util.errors import LongspanError, NotSupported
 
 CROSS = "longspan_cross"
 """The attention implementation of cross-attention modules alone."""
-_GIVEN = "_longspan_given"
-"""The attribute of a tensor for what `give` attaches to it."""
+_ATTACHED = "_longspan_attached"
+"""The attribute of a tensor for what `attach` attaches to it."""
 _CALL = "longspan_cross"
 """The keyword argument by which a cross-attention module passes this call's function to its attention function."""
 
@@ -36,7 +36,7 @@ _LAYOUTS = {
 
 Arguments = dict[str, Any]
 CrossAttend = Callable[["Projections", Any, Tensor, float, float], Tensor]
-"""(projections, what `give` attached to the encoder's states, query (B, H, T, D), scale, dropout) -> (B, H, T, D)."""
+"""(projections, what `attach` attached to the encoder's states, query (B, H, T, D), scale, dropout) -> (B, H, T, D)."""
 
 
 class Projections:
@@ -120,24 +120,24 @@ def _enter_model(
     before({**dict(zip(names, args, strict=False)), **kwargs})
 
 
-def give(states: Tensor, what: Any) -> Tensor:
+def attach(states: Tensor, what: Any) -> Tensor:
     """Attaches `what` to a tensor and returns the tensor, which carries it through layers, recomputed ones too.
 
     The function of `cross_attention` gets what is attached to the decoder's `encoder_hidden_states`.
     """
-    setattr(states, _GIVEN, what)
+    setattr(states, _ATTACHED, what)
     return states
 
 
-def given(states: Any) -> Any:
-    """What `give` attached to a tensor; None where that is nothing."""
-    return getattr(states, _GIVEN, None)
+def attached(states: Any) -> Any:
+    """What `attach` attached to a tensor; None where that is nothing."""
+    return getattr(states, _ATTACHED, None)
 
 
-def taken(states: Tensor) -> Any:
-    """What `give` attached to a tensor, removed from it, since a graph of gradients keeps tensors alive."""
-    what = given(states)
-    delattr(states, _GIVEN)
+def detach(states: Tensor) -> Any:
+    """What `attach` attached to a tensor, removed from it, since a graph of gradients keeps tensors alive."""
+    what = attached(states)
+    delattr(states, _ATTACHED)
     return what
 
 
@@ -173,11 +173,11 @@ class _TakenOver:
             undo(module.register_forward_hook(self._instead, with_kwargs=True).remove)
             return
         undo(module.register_forward_pre_hook(self._hand_on, with_kwargs=True).remove)
-        own: Any = module.config
-        ours = copy.copy(own)
+        config: Any = module.config
+        ours = copy.copy(config)
         ours._attn_implementation = CROSS
         module.config = ours
-        undo(partial(setattr, module, "config", own))
+        undo(partial(setattr, module, "config", config))
 
     def _hand_on(self, module: nn.Module, args: tuple, kwargs: Arguments) -> tuple[tuple, Arguments]:
         return args, {**kwargs, _CALL: partial(self.attend, self.projections, self._given(args, kwargs))}
@@ -192,7 +192,7 @@ class _TakenOver:
         return projections.out(out.transpose(1, 2).flatten(2)), None, *output[2:]
 
     def _given(self, args: tuple, kwargs: Arguments) -> Any:
-        found = next((what for x in (*args, *kwargs.values()) if (what := given(x)) is not None), None)
+        found = next((what for x in (*args, *kwargs.values()) if (what := attached(x)) is not None), None)
         if found is None:
             raise NotSupported(
                 f"{self.site.methods.spec}: a decoder layer got other encoder states than its decoder. With gradient "

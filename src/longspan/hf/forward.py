@@ -22,19 +22,19 @@ T = TypeVar("T")
 class Forward:
     """One forward of a decoder.
 
-    given: positions (B or 1, T) of its tokens where the caller passed them; start: the number of tokens in the cache before it;
+    position_ids: (B or 1, T), of its tokens, where the caller passed them; start: the number of tokens in the cache before it;
     causal: no query sees later keys, which is certain unless the caller prepared masks.
     """
 
-    def __init__(self, given: Tensor | None = None, start: int = 0, *, causal: bool = True):
-        self.given, self._start, self.causal = given, start, causal
+    def __init__(self, position_ids: Tensor | None = None, start: int = 0, *, causal: bool = True):
+        self.position_ids, self._start, self.causal = position_ids, start, causal
         self._shared: dict[str, Any] = {}
         self._state: dict[int, Any] = {}
 
     def positions(self, queries: Tensor) -> Tensor:
         """Positions (B or 1, Tq) of the queries (B, H, Tq, D): those that the caller passed, or those that follow the cache."""
-        if self.given is not None:
-            return self.given
+        if self.position_ids is not None:
+            return self.position_ids
         return torch.arange(self._start, self._start + queries.shape[2], device=queries.device)[None]
 
     def once(self, name: str, compute: Callable[[], T]) -> T:

@@ -109,7 +109,7 @@ class ModelHooks:
         for hook in self._before:
             hook(arguments)
         if (positions := arguments.get("position_ids")) is not None and positions.ndim == 2:
-            forward.given = positions
+            forward.position_ids = positions
         if not self.facts.encoder_decoder:
             self._claim(arguments)
         if self.tags_positions:

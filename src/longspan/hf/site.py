@@ -22,6 +22,7 @@ from longspan.hf.call import LayerCall
 from longspan.hf.forward import handed
 from longspan.hf.hooks import ModelHooks
 from longspan.hf.model_attention import run_model_attention
+from longspan.hf.parts import parts_of
 from longspan.hf.rotary import Rotary, unrotated_copy
 from longspan.util.errors import LongspanError, NotSupported
 
@@ -70,6 +71,18 @@ class Site(ModelHooks):
     def rotary(self) -> Rotary:
         """The angles of the model's rotary module, with whatever scaling has been put on it."""
         return self._rotary if hasattr(self, "_rotary") else Rotary(self._only_rotary()[1])
+
+    def parts(self, name: str) -> nn.Module:
+        """The module that the method of this name added to the model (`Method.parts`), with its trained parameters.
+
+        Raises `NotSupported` for a model that was never trained with the method.
+        """
+        if name not in parts_of(self.model):
+            raise NotSupported(
+                f"{name} has parameters of its own, and this {self.facts.architecture} was not trained with it: longspan train "
+                f"with method={name} teaches it, and longspan.hf.parts.add_parts gives it untrained ones"
+            )
+        return parts_of(self.model)[name]
 
     def set_rope(self, changes: dict[str, Any], window: int) -> None:
         """Static scaling: sets `rope_parameters` and `max_position_embeddings` and rebuilds the rotary modules from them.

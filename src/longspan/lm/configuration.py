@@ -10,8 +10,7 @@ from transformers import PreTrainedConfig
 from longspan.core.method import parse
 from longspan.hf.compat import CACHE_NAMES
 from longspan.lm.attention_method import AttentionMethod
-from longspan.positions.logn import LogN, LogNEncoding
-from longspan.positions.scheme import PositionEncoding, Scheme, Shape
+from longspan.positions.scheme import PositionEncoding, Scheme, SchemeModifier, Shape
 from longspan.util.errors import NotSupported, SpecError
 
 KINDS = ("decoder", "encoder", "encoder-decoder")
@@ -114,19 +113,15 @@ class LongspanConfig(PreTrainedConfig):
         return read_position(self.position)[0]
 
     def build_position_encoding(self, *, causal: bool) -> PositionEncoding:
-        """The scheme's encoding for one stack, with log-n scaling where `position` names it; causal: the decoder's.
+        """The scheme's encoding for one stack, with the methods around it that `position` names (log-n); causal: the decoder's.
 
         Raises `NotSupported` and `SpecError` for a stack that the scheme cannot be in.
         """
-        scheme, logn = read_position(self.position)
+        scheme, modifiers = read_position(self.position)
         encoding = scheme.build(self.shape(causal=causal))
-        if logn is None:
-            return encoding
-        if not causal:
-            raise NotSupported(
-                "logn scales a query by the number of keys before it, and in an encoder it sees all keys; leave logn out"
-            )
-        return LogNEncoding(encoding, logn.window or max(2, self.max_position_embeddings))
+        for modifier in modifiers:
+            encoding = modifier.wrap(encoding, self.max_position_embeddings, causal=causal)
+        return encoding
 
     @property
     def attentions(self) -> tuple[AttentionMethod, ...]:
@@ -221,14 +216,14 @@ def _read_attention(spec: str) -> AttentionMethod:
     return methods[0]
 
 
-def read_position(spec: str) -> tuple[Scheme, LogN | None]:
-    """The scheme of a `position` setting, and log-n where it is named too. Raises `SpecError` for anything else."""
+def read_position(spec: str) -> tuple[Scheme, list[SchemeModifier]]:
+    """The scheme of a `position` setting, and the methods around it (log-n). Raises `SpecError` for anything else."""
     methods = parse(spec).methods
     schemes = [m for m in methods if isinstance(m, Scheme)]
-    logn = [m for m in methods if isinstance(m, LogN)]
-    if len(schemes) != 1 or len(schemes) + len(logn) != len(methods):
+    modifiers = [m for m in methods if isinstance(m, SchemeModifier)]
+    if len(schemes) != 1 or len(schemes) + len(modifiers) != len(methods):
         raise SpecError(
             f"position={spec!r} is not one position scheme, such as rope, alibi or kerple:kind=power, alone or with "
             "logn; methods for trained models, such as yarn, are applied to the model afterwards with longspan.apply"
         )
-    return schemes[0], logn[0] if logn else None
+    return schemes[0], modifiers

@@ -53,14 +53,14 @@ class SinkToken(nn.Module):
                 f"sink=learned adds a token to the cache, for which a {type(cache).__name__} has no slot; use the default "
                 "DynamicCache (in generate: leave out cache_implementation)"
             )
-        seen = 0 if cache is None else cache.get_seq_length()
-        led = arguments[LED] = seen == 0
+        cached = 0 if cache is None else cache.get_seq_length()
+        led = arguments[LED] = cached == 0
         ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             return (), arguments  # the stack says what is wrong
         new = (ids if embeds is None else embeds).shape[1]  # type: ignore[union-attr]
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        begins = _begins(mask, new, seen)
+        begins = _begins(mask, new, cached)
         arguments["attention_mask"] = _with_sink(mask, begins)
         if led:
             arguments["input_ids"] = None
@@ -89,18 +89,18 @@ class SinkToken(nn.Module):
         return torch.where(_at(begins, embeds.shape[1] + 1)[..., None], weight, F.pad(embeds, (0, 0, 1, 0)))
 
 
-def _begins(mask: Tensor | None, new: int, seen: int) -> Tensor | None:
-    """The number of padding tokens (B,) at the start of each row; None without a mask. seen: cached tokens, the sink included."""
+def _begins(mask: Tensor | None, new: int, cached: int) -> Tensor | None:
+    """The padding tokens (B,) at the start of each row; None without a mask. cached: tokens in the cache, with the sink."""
     if mask is None:
         return None
-    whole = new + max(0, seen - 1)
+    whole = new + max(0, cached - 1)
     if mask.ndim != 2 or mask.shape[1] != whole:
         raise NotSupported(
             f"sink=learned takes a mask of the padding of all {whole:,} tokens so far, (batch, tokens), not one of shape "
             f"{tuple(mask.shape)}"
         )
     begins = (mask.cumsum(-1) == 0).sum(-1)
-    if seen == 0 and bool((begins == new).any()):
+    if cached == 0 and bool((begins == new).any()):
         raise NotSupported(
             "sink=learned: a row has only padding in the first call; pass at least one token of every row's text in it"
         )

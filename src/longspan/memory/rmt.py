@@ -88,6 +88,9 @@ class RMT(Method):
     def cache_tokens(self, facts: ModelFacts, length: int) -> int:
         return self.segment + self.tokens
 
+    def build_model(self, model: PreTrainedModel) -> RMTForCausalLM:
+        return around(model, self)
+
     def attach(self, site: Site) -> NoReturn:
         raise NotSupported(
             f"rmt makes another model around {site.facts.architecture}, which must be tuned before it knows anything: longspan "

@@ -47,6 +47,9 @@ class TokenMethod(Method):
             add_row(model, cast(int, self.id))
             setattr(model.config, self.config_key(), self.id)
 
+    def token_ids(self) -> tuple[int, ...]:
+        return () if self.id is None else (self.id,)
+
     def check_token(self, site: Site, id: int | None) -> int:
         """`id`, where the model has a row for it. Raises `NotSupported` for None and for an id past the vocabulary."""
         if id is None:

@@ -106,6 +106,9 @@ class StreamingLLM(Method):
     def cache_tokens(self, facts: ModelFacts, length: int) -> int:
         return self.sinks + self.recent
 
+    def fixed_step(self) -> bool:
+        return True
+
     def attach(self, site: Site) -> None:
         prove_rotation(site)
         site.state = Streaming(self, site)

@@ -46,7 +46,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Method
 from longspan.engine.retrieval import top as retrieval
-from longspan.hf import encoder_decoder as crossing
+from longspan.hf import encoder_decoder
 from longspan.hf.site import Site
 from longspan.util.errors import LongspanError, NotSupported, writing
 
@@ -188,7 +188,7 @@ class Encoded:
 
     def stand_in(self) -> Tensor:
         """(texts, 1, d) that stands where a decoder expects the states, with these on it."""
-        return crossing.give(crossing.stand_in(len(self.rows), self.rows[0]), self)
+        return encoder_decoder.attach(encoder_decoder.stand_in(len(self.rows), self.rows[0]), self)
 
     def __add__(self, other: Encoded) -> Encoded:
         """The texts of both, joined row by row; one row joins every row. Which comes first makes no difference."""
@@ -329,10 +329,10 @@ class Reader:
         """Begun in training so far, for `alternating`; which of the two a forward does is handed along with it."""
 
     def attach(self) -> None:
-        crossing.before_model(self._site, self._begin)
-        crossing.around_encoder(self._site, self._before_encoder, self._after_encoder)
+        encoder_decoder.before_model(self._site, self._begin)
+        encoder_decoder.around_encoder(self._site, self._before_encoder, self._after_encoder)
         self._site.before_forward(self._before_decoder)
-        crossing.cross_attention(self._site, self._attend)
+        encoder_decoder.cross_attention(self._site, self._attend)
 
     # One forward: the encoder reads, and what was read goes to the decoder on the tensor that stands for it.
 
@@ -341,7 +341,7 @@ class Reader:
         outputs = arguments.get("encoder_outputs")
         encoded = getattr(outputs, _ENCODED, None)
         if encoded is not None:
-            crossing.give(outputs[0], encoded)  # type: ignore[index]
+            encoder_decoder.attach(outputs[0], encoded)  # type: ignore[index]
 
     def _before_encoder(self, encoder: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """Encodes all batches of windows but the last, which the running call is given."""
@@ -356,7 +356,7 @@ class Reader:
         for batch in before:
             reading.take(batch, self._encode(encoder, reading.arguments(batch)))
         running = reading.arguments(last)
-        crossing.give(_text_of(running), (reading, last))  # a tensor of this call alone
+        encoder_decoder.attach(_text_of(running), (reading, last))  # a tensor of this call alone
         return running
 
     def _encode(self, encoder: nn.Module, arguments: dict[str, Any]) -> Tensor:
@@ -366,7 +366,7 @@ class Reader:
         return checkpoint(lambda: encoder.forward(**arguments)[0], use_reentrant=False)
 
     def _after_encoder(self, arguments: dict[str, Any], output: Any) -> Any:
-        reading, last = crossing.taken(_text_of(arguments))
+        reading, last = encoder_decoder.detach(_text_of(arguments))
         reading.take(last, output[0])
         encoded = reading.encoded()
         output.last_hidden_state = encoded.stand_in()
@@ -377,8 +377,8 @@ class Reader:
         states = arguments.get("encoder_hidden_states")
         if states is None:
             raise NotSupported(f"{self.method.spec} needs the encoder's states; give input_ids or encoder_outputs")
-        encoded: Encoded | None = crossing.given(states)
-        if encoded is None and crossing.is_stand_in(states):
+        encoded: Encoded | None = encoder_decoder.attached(states)
+        if encoded is None and encoder_decoder.is_stand_in(states):
             raise NotSupported(
                 f"{self.method.spec}: these encoder outputs have lost the states that belong to them; hand on what the encoder "
                 "returned, or Encoded.outputs()"
@@ -387,7 +387,7 @@ class Reader:
         if len(states) % len(encoded.rows):
             raise NotSupported(f"{len(states)} rows of a decoder cannot share {len(encoded.rows)} texts evenly")
         zeros = torch.zeros_like(states[:, :1])
-        arguments["encoder_hidden_states"] = crossing.give(zeros, Given(encoded, self._how()))
+        arguments["encoder_hidden_states"] = encoder_decoder.attach(zeros, Given(encoded, self._how()))
         arguments["encoder_attention_mask"] = None
 
     # Training.
@@ -411,7 +411,7 @@ class Reader:
     # The cross-attention of one layer.
 
     def _attend(
-        self, projections: crossing.Projections, given: Given, query: Tensor, scale: float, dropout: float
+        self, projections: encoder_decoder.Projections, given: Given, query: Tensor, scale: float, dropout: float
     ) -> Tensor:
         """(B, H, T, D). The rows of a text stand together: beams and samples of one share its store."""
         key, value = projections.key, projections.value

@@ -62,6 +62,9 @@ class DynamicNTK(Method):
     def reach(self, facts: ModelFacts) -> int | None:
         return 4 * facts.window  # beyond about four windows no fixed-data result supports it without training
 
+    def training_reach(self, facts: ModelFacts) -> int | None:
+        return int(facts.window * max(4.0, self.factor))
+
     def neutral_length(self) -> int:
         return 2  # any window is longer
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from longspan.core.facts import ModelFacts
-from longspan.core.method import Method
 from longspan.engine.biased.bias import Bias
 from longspan.hf.call import LayerCall
 from longspan.hf.site import Site
-from longspan.positions.scheme import PositionEncoding
+from longspan.positions.scheme import PositionEncoding, SchemeModifier
+from longspan.util.errors import NotSupported
 
 
 @dataclass(frozen=True)
-class LogN(Method):
+class LogN(SchemeModifier):
     """A factor on queries that grows with their position. `window`: L in tokens, by default the model's window."""
 
     window: int | None = None
@@ -48,6 +48,13 @@ class LogN(Method):
 
     def neutral_length(self) -> int:
         return self.window or 0
+
+    def wrap(self, encoding: PositionEncoding, window: int, *, causal: bool) -> PositionEncoding:
+        if not causal:
+            raise NotSupported(
+                "logn scales a query by the number of keys before it, and in an encoder it sees all keys; leave logn out"
+            )
+        return LogNEncoding(encoding, self.window or max(2, window))
 
     def attach(self, site: Site) -> None:
         site.scale_queries(self._shared_scale)

@@ -85,6 +85,9 @@ class LeakyReRoPE(NearFar):
         assert self.factor is not None and self.window is not None
         return self.window + int((facts.window - 1 - self.window) * self.factor + 1e-6) + 1
 
+    def training_reach(self, facts: ModelFacts) -> int | None:
+        return int(facts.window * (self.factor or 1))
+
     def neutral_length(self) -> int:
         return 2**31 if self.factor == 1 else (self.window or 0) + 1  # a distance of w is w in both forms
 

@@ -70,6 +70,10 @@ class RopeScaling(Method):
     def reach(self, facts: ModelFacts) -> int | None:
         return int(facts.window * (self.factor or 1))
 
+    def training_reach(self, facts: ModelFacts) -> int | None:
+        """What the factor stretches the window to, even where frequencies do not carry as far without training (NTK)."""
+        return int(facts.window * (self.factor or 1))
+
     def neutral_length(self) -> int:
         return 2**31 if self.factor == 1 else 0
 

@@ -18,7 +18,7 @@ scale a pretrained model's rotation scale these models' too. `docs/adding-a-meth
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,9 @@ class Scheme(Method):
     cost = "time n², cache n"
     why_not_exportable = "a model is trained with its positions; longspan train makes one"
 
+    read_with: ClassVar[str] = ""
+    """The method that the scheme's paper puts on a trained model to read texts longer than its window; none if empty."""
+
     def build(self, shape: Shape) -> PositionEncoding:
         """The scheme's encoding for a model. Raises `SpecError` for a model that cannot have it."""
         return PositionEncoding()
@@ -137,3 +140,15 @@ class Scheme(Method):
 
     def attach(self, site: Site) -> None:
         self._refuse(site.facts)
+
+
+@dataclass(frozen=True)
+class SchemeModifier(Method):
+    """Base of methods that a model can be trained with beside its scheme: `position="rope + logn"`."""
+
+    def wrap(self, encoding: PositionEncoding, window: int, *, causal: bool) -> PositionEncoding:
+        """The scheme's `encoding` with the method around it, in a model of `window` tokens.
+
+        Raises `NotSupported` for a direction that the method is not for.
+        """
+        raise NotImplementedError

@@ -85,6 +85,7 @@ class XPos(Scheme):
     name = "xpos"
     title = "xPos: extrapolatable rotary positions"
     paper = "Sun 2023, arXiv 2212.10554"
+    read_with = "bca"
 
     def __post_init__(self) -> None:
         self.require(self.theta > 1, f"theta must be above 1, not {self.theta}")

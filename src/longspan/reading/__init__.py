@@ -1,1 +1,1 @@
-"""How methods and tasks read with a model: chat templates, prefill in chunks, forced and greedy decoding."""
+"""Reading with a model: chat templates, prefill in chunks, forced and greedy decoding."""

@@ -5,6 +5,8 @@ A document begins a user's message, `… document`, and each question ends it, `
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,11 +25,19 @@ def document_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
     """The ids of a document up to where a question begins. Raises `SpecError` for an empty document."""
     if not text.strip():
         raise SpecError("the document is empty")
+    text += reader_on(model).separator
     if not chat:
-        return with_bos(tokenizer, encode(tokenizer, text))
-    message = f"{text}{reader_on(model).separator}{_QUESTION}"
+        return with_bos(tokenizer, _before_a_word(lambda part: encode(tokenizer, part), text))
+    message = text + _QUESTION
     before, _, _ = render(tokenizer, [{"role": "user", "content": message}]).partition(_QUESTION)
-    return with_bos(tokenizer, encode_rendered(tokenizer, before))
+    return with_bos(tokenizer, _before_a_word(lambda part: encode_rendered(tokenizer, part), before))
+
+
+def _before_a_word(encoded: Callable[[str], list[int]], text: str) -> list[int]:
+    """The ids of `text` as they are before a word: many tokenizers split blank lines at a text's end otherwise."""
+    word = encoded("A")
+    ids = encoded(f"{text}A") if text[-1:].isspace() else []
+    return ids[: -len(word)] if ids[-len(word) :] == word else encoded(text)
 
 
 def read_document(model: PreTrainedModel, ids: list[int], *, chat: bool, on_tokens: OnTokens | None = None) -> Memory:
@@ -42,6 +52,6 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, memory: Memory, question: s
     if not question.strip():
         raise SpecError("the prompt is empty")
     if not memory.chat:
-        return encode(tokenizer, reader_on(memory.model).separator + question)
+        return encode(tokenizer, question)
     message = [{"role": "user", "content": _QUESTION + question}]
     return encode_rendered(tokenizer, render(tokenizer, message).partition(_QUESTION)[2])

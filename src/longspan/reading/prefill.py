@@ -30,14 +30,14 @@ Logits = Callable[[Tensor, int], None]
 
 @dataclass
 class Prefilled:
-    """The state after a prompt: the cache to continue with, and fp32 logits (vocabulary,) of the next token."""
+    """The cache after a prompt, and fp32 logits (vocabulary,) of the next token."""
 
     cache: Cache
     logits: Tensor
 
 
 def chunk_size(model: PreTrainedModel, length: int) -> int:
-    """The number of tokens of a prefill of `length` tokens that pass through the model at once.
+    """The tokens of a prefill that pass through the model at once.
 
     All of them where their activations take at most an eighth of the device's memory; else as many as do together with the
     mask of every further chunk (chunk × length entries, as booleans and as numbers), rounded down to a power of two, at
@@ -72,12 +72,13 @@ def chunked_prefill(
     logits: Literal["last"] | Logits = "last",
     first: int = 0,
 ) -> Prefilled:
-    """Reads `ids` into a KV cache, `chunk` tokens at once (None: `chunk_size`), timed as one prefill.
+    """Reads `ids` into a KV cache in chunks, timed as one prefill.
 
-    cache: a new one by default; a method may replace it, so continue with the returned one. logits: `last`, or a function
-    that receives the logits of every position from `first` on, in order, `ROWS` rows at once, so that vocabulary × length
-    is never in memory. Logits are computed after the timed pass, so that a prefill costs the same in every task; only where
-    the model's head is more than one matrix are they computed within it, in chunks of at most 2,048 tokens.
+    chunk: tokens that pass at once (None: `chunk_size`). cache: a new one by default; a method may replace it, so continue
+    with the returned one. logits: `last`, or a function that receives the logits of every position from `first` on,
+    in order, `ROWS` rows at once, so that vocabulary × length is never in memory. Logits are computed after the timed
+    pass, so that a prefill costs the same in every task; only where the model's head is more than one matrix are they
+    computed within it, in chunks of at most 2,048 tokens.
     """
     chunk = chunk or chunk_size(model, len(ids))
     cache = cache if cache is not None else DynamicCache(config=model.config)
@@ -97,8 +98,9 @@ def chunked_prefill(
 
 @torch.no_grad()
 def forced(model: PreTrainedModel, read: Prefilled, ids: Sequence[int], meter: Meter) -> Tensor:
-    """Feeds known `ids` one at a time, timed as decoding; returns fp32 logits (len(ids), vocabulary) after each.
+    """Feeds known `ids` one at a time, timed as decoding.
 
+    Returns fp32 logits (len(ids), vocabulary) after each.
     `read` is updated to the state after them.
     """
     tokens = torch.tensor([list(ids)], device=model.device)
@@ -116,7 +118,7 @@ def forced(model: PreTrainedModel, read: Prefilled, ids: Sequence[int], meter: M
 def greedy(
     model: PreTrainedModel, cache: Cache, first_logits: Tensor, n: int, meter: Meter, *, timing: bool = False
 ) -> list[int]:
-    """Token ids of the greedy continuation, at most `n`, without the first end-of-text token and what follows it.
+    """Token ids of the greedy continuation, at most `n`, up to the first end-of-text token.
 
     first_logits: (vocabulary,), from the prefill. timing: decodes all `n` tokens, past an end-of-text token too, and times
     their n - 1 forwards as decoding.

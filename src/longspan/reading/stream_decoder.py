@@ -1,4 +1,4 @@
-"""Decoding with a rolling KV cache as one step of fixed shape, which a CUDA graph replays.
+"""Decoding with a rolling KV cache as one fixed step, which a CUDA graph replays.
 
 Once the ring buffer is full, every step is the same work on the same tensors: rotate the sink keys of all layers by one more
 position, overwrite the oldest key and value, attend to all slots. Token number, slot and positions are on the device, so
@@ -33,7 +33,7 @@ PREFERRED = [
 
 
 class StreamDecoder:
-    """Decodes one token at a time with a model with `streaming` applied, from a cache that contains the prompt.
+    """Decodes token by token with `streaming`, from a cache that contains the prompt.
 
         decoder = StreamDecoder(model, cache)
         logits = decoder.step(ids)            # (B, 1) -> (B, vocabulary)
@@ -79,11 +79,12 @@ class StreamDecoder:
 
     @property
     def capacity(self) -> int:
+        """Slots of the ring buffer and the sinks together, in tokens."""
         return self.layers[0].sinks + self.layers[0].window
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
-        """Reads one token per row, (B, 1), and returns the logits of the next, (B, vocabulary).
+        """Reads one token per row, (B, 1), and returns the next logits, (B, vocabulary).
 
         With a graph the next step overwrites the result.
         """
@@ -98,7 +99,7 @@ class StreamDecoder:
 
     @torch.inference_mode()
     def greedy_step(self) -> Tensor:
-        """Reads the likeliest token of the last step and returns the next one, (B, 1), on the device.
+        """Reads the last step's likeliest token and returns the next, (B, 1), on the device.
 
         The next step overwrites the result.
         """
@@ -159,7 +160,10 @@ class StreamDecoder:
         return self.logits
 
     def _prepare(self) -> None:
-        """Once, stacks all layers' keys and records the graph; later, accounts for tokens read between steps."""
+        """Once, stacks all layers' keys and records the graph.
+
+        Later, accounts for tokens read between steps.
+        """
         if self._ready:
             if self._token_on_device != self.layers[0].seen:
                 self.token.fill_(self.layers[0].seen)
@@ -241,7 +245,10 @@ class StreamDecoder:
 
 
 def leading(model: PreTrainedModel) -> int:
-    """The number of tokens of its own that the model puts before a text: in the cache, not in the input."""
+    """The number of tokens that the model itself puts before a text.
+
+    They are in the cache and not in the input.
+    """
     return int(getattr(model.base_model, "leading", 0))
 
 

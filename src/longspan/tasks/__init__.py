@@ -1,1 +1,4 @@
-"""Benchmarks, one file each; the base class is in `base`, scoring of known answers in `answers`, long text in `text`."""
+"""Benchmarks, one file each.
+
+The base class is in `base`, scoring of known answers in `answers`, long text in `text`.
+"""

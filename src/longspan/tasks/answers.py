@@ -41,8 +41,9 @@ WORDS = tuple(_NOUNS.split())
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
-    """Token ids of `text` as the continuation of `before`; of `text` alone where the two would share a token.
+    """Token ids of `text` as the continuation of `before`.
 
+    Of `text` alone where the two would share a token.
     A tokenizer may encode the beginning of a text otherwise than its continuation.
     """
     return continuations(tokenizer, [(before, text)])[0]
@@ -62,7 +63,7 @@ def continuations(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str,
 
 @dataclass
 class Judged:
-    """Known tokens under a model: at the position of each the likeliest token, and the loss in nats."""
+    """Known tokens, with the model's likeliest token and the loss in nats for each."""
 
     ids: list[int]
     likeliest: list[int] = field(default_factory=list)
@@ -96,7 +97,10 @@ class Judged:
 
 
 def judge(model: PreTrainedModel, ids: list[int], first: int, meter: Meter) -> Judged:
-    """Scores ids[first:] (first ≥ 1) in one prefill; its last `TIMED` tokens are decoded one by one."""
+    """Scores ids[first:] (first ≥ 1) in one prefill.
+
+    Its last `TIMED` tokens are decoded one by one.
+    """
     judged = Judged(ids[first:])
     end = len(ids) - 1 - min(TIMED, len(ids) - 1 - first)
     read = chunked_prefill(model, ids[:end], meter=meter, logits=lambda rows, at: judged.add(rows), first=first - 1)
@@ -108,7 +112,7 @@ def judge(model: PreTrainedModel, ids: list[int], first: int, meter: Meter) -> J
 
 
 def judge_stream(model: PreTrainedModel, ids: list[int], spans: Sequence[Span], meter: Meter) -> list[Judged]:
-    """Scores each of `spans` in order, on one cache that is never read again from the beginning.
+    """Scores each of `spans` in order on one cache; nothing is read twice.
 
     The tokens before an answer are a prefill; the right answer, whatever the model would have produced, is then fed token
     by token, as in decoding.
@@ -129,7 +133,7 @@ def judge_stream(model: PreTrainedModel, ids: list[int], spans: Sequence[Span], 
 
 
 def check_options(options: Mapping[str, list[int]], task: str) -> None:
-    """Raises `LongspanError` where one option starts with all tokens of another, so that no choice can separate them."""
+    """Raises `LongspanError` where one option starts with all tokens of another."""
     for name, ids in options.items():
         for other, longer in options.items():
             if name != other and longer[: len(ids)] == ids:
@@ -157,7 +161,7 @@ def choose(model: PreTrainedModel, read: Prefilled, options: Mapping[str, list[i
 
 
 def by_position(places: Sequence[int], right: Sequence[bool], length: int) -> dict[str, Any]:
-    """The share right in each of `PARTS` equal parts of [0, length), with the number of questions there.
+    """The share right, and the number of questions, in `PARTS` equal parts of [0, length).
 
     places: the token index of each question. A part without questions has the share None.
     """
@@ -171,7 +175,10 @@ def by_position(places: Sequence[int], right: Sequence[bool], length: int) -> di
 
 
 class EarlierAnswers:
-    """Mix-in of tasks whose samples contain answered questions: `spans` of all answers, and `last`, the last one's ids."""
+    """Mix-in of tasks whose samples contain answered questions.
+
+    `meta` has `spans`, of all answers, and `last`, the ids of the last one.
+    """
 
     def answer(self, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
         """Token ids of the last answer, which follows the sample."""

@@ -1,4 +1,4 @@
-"""A task is a benchmark: its inputs and its score, independent of the method that is measured.
+"""A task is a benchmark: inputs and a score, independent of the measured method.
 
     ppl                       one task with its usual settings
     passkey:protocol=pi,depths=32,trials=10
@@ -38,7 +38,7 @@ class Sample:
 
 @dataclass
 class Outcome:
-    """The result of one sample: a finite score in the task's metric, and JSON data beside it.
+    """The result of one sample: a finite score, and JSON data in `detail`.
 
     failed: there is no score; the sample counts as the worst one.
     """
@@ -81,22 +81,37 @@ class Task(Registered, ABC):
 
     @abstractmethod
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, meter: Meter) -> Outcome:
-        """The outcome of one sample on a model with its method applied; `meter` measures prefill, decoding and cache."""
+        """The outcome of one sample on a model with its method applied.
+
+        `meter` measures prefill, decoding and cache.
+        """
 
     def answer(self, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
-        """Token ids of the right answer to a sample, for training; empty where a task has no such answer."""
+        """Token ids of the right answer to a sample, for training.
+
+        Empty where a task has no such answer.
+        """
         return []
 
     def answered(self, sample: Sample) -> list[tuple[int, int]]:
-        """Spans start … end - 1 of a sample's tokens that answer earlier questions, learnt in training beside `answer`."""
+        """Spans of a sample's tokens that answer earlier questions, for training beside `answer`.
+
+        A span (start, end) covers tokens start … end - 1.
+        """
         return []
 
     def data_digest(self) -> str:
-        """sha256, in hex, of the text or file that samples are drawn from; empty where everything is generated."""
+        """sha256, in hex, of the text or file that samples are drawn from.
+
+        Empty where everything is generated.
+        """
         return ""
 
     def describe_first(self, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """The first and last 200 characters of a sample, special tokens included, and its number of tokens."""
+        """The first and last 200 characters of a sample, and its number of tokens.
+
+        Special tokens are included.
+        """
         return {
             "head": str(tokenizer.decode(sample.tokens[:200]))[:200],
             "tail": str(tokenizer.decode(sample.tokens[-200:]))[-200:],
@@ -105,7 +120,10 @@ class Task(Registered, ABC):
 
     @property
     def spec(self) -> str:
-        """The task as text, with the settings that differ from their defaults; `parse_task` reads it back."""
+        """The task as text, with the settings that differ from their defaults.
+
+        `parse_task` reads it back.
+        """
         settings = [
             f"{f.name}={format_value(value)}"
             for f in dataclasses.fields(self)
@@ -115,7 +133,10 @@ class Task(Registered, ABC):
 
 
 def task_catalogue() -> dict[str, type[Task]]:
-    """Every task by name: those of this folder, of user files, and of packages in the entry-point group `longspan.tasks`."""
+    """Every task by name, in alphabetical order.
+
+    Those of this folder, of user files, and of packages in the entry-point group `longspan.tasks`.
+    """
     import_all(["tasks"], "longspan.tasks")
     return dict(sorted(Task.registry.items()))
 

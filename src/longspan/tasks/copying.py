@@ -48,8 +48,9 @@ class Sequence(Task):
         """The right answer, as numbers of symbols from 0."""
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Sequences of as many symbols as fit with the answer; a shorter length has a prefix of each.
+        """Sequences of as many symbols as fit with the answer.
 
+        A shorter length has a prefix of each.
         Raises `SpecError` where fewer than two symbols fit.
         """
         letters = self._letters(tokenizer)

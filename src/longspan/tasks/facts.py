@@ -1,4 +1,6 @@
-"""Facts in a long unrelated text, and a question at its end: RMT's three memory tasks (Bulatov 2023, arXiv 2304.11062).
+"""Facts in a long unrelated text, and a question at its end.
+
+RMT's three memory tasks (Bulatov 2023, arXiv 2304.11062):
 
     memorize    "Mary went to the kitchen." is the first sentence; where is Mary?
     detect      the same fact is at a random depth
@@ -43,7 +45,7 @@ _known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, str],
 
 
 class Story(NamedTuple):
-    """The content of a sample: facts (depth in the noise from 0 to 1, text), a question, and its answer.
+    """Facts (depth from 0 to 1, text), a question, and its answer.
 
     telling: index of the fact that answers the question. question: up to where the answer begins. place: the answer.
     """
@@ -56,7 +58,9 @@ class Story(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts(ReadsText, Task):
-    """Base of the three tasks, with `text` as noise; the score is the share of right places.
+    """Base of the three tasks, with `text` as noise.
+
+    The score is the share of right places.
 
     score: `choice` takes the likeliest of the six places, by the tokens in which they differ; `generation` decodes
     greedily, and the first word must be the place.
@@ -156,7 +160,7 @@ class Memorize(Facts):
 
 @dataclass(frozen=True)
 class Detect(Facts):
-    """One fact per sample, at a random depth within the sample's own of `count` equal parts."""
+    """One fact at a random depth, in another of `count` equal parts for each sample."""
 
     name: ClassVar[str] = "detect"
     title: ClassVar[str] = "Detect and memorize a fact"

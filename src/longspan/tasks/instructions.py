@@ -1,4 +1,4 @@
-"""Short instructions with an input and an output, for training and measuring gist tokens (Mu 2023, arXiv 2304.08467).
+"""Short instructions with an input and an output, for gist tokens (Mu 2023).
 
     instructions                  twelve kinds of instruction, generated: `seen`, those to train on
     instructions:split=unseen     five other kinds, which a training on `seen` never contains
@@ -8,7 +8,8 @@ Most generated instructions contain something random (a letter, a number, a word
 read and not only recognised. The prompt has gisting's form: "Instruction: …", "Input: …", "Output:". `instruction_tokens`
 of a sample is the number of tokens of the first part, after which gist tokens are placed.
 
-Samples are not filled up to the cell's length; a longer cell only admits longer ones from a file.
+Samples are not filled up to the cell's length; a longer cell only admits longer ones from a file. Mu 2023: arXiv
+2304.08467.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from longspan.util.errors import SpecError
 
 @dataclass(frozen=True)
 class Instructions(Task):
-    """`score=nll`: mean loss of the output in nats per token; `score=exact`: share of outputs that greedy decoding produces.
+    """`score=nll`: mean loss of the output in nats per token.
 
+    `score=exact`: share of outputs that greedy decoding produces.
     What decoding would produce after the output is ignored.
     """
 
@@ -70,7 +72,7 @@ class Instructions(Task):
         return digest.hexdigest()
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Instructions of every generated kind in turn, or `count` random ones of a file, none twice.
+        """Instructions of every generated kind in turn, or `count` different ones of a file.
 
         Those of a file that do not fit into `length` tokens with their output are skipped; `left_out` of every sample is
         their number. Raises `SpecError` where too few remain.

@@ -1,4 +1,4 @@
-"""ListOps: nested operations on lists of digits, whose result is one digit, drawn as for Long Range Arena.
+"""ListOps: nested operations on lists of digits, drawn as for Long Range Arena.
 
 Nangia 2018, arXiv 1804.06028; Tay 2021, arXiv 2011.04006.
 

@@ -1,4 +1,4 @@
-"""Dictionary look-up: very many keys with their values, and then questions for the values of some keys.
+"""Dictionary look-up: many keys with values, then questions for some values.
 
 The task of Focused Transformer's paper (Tworkowski 2023, arXiv 2307.03170, appendix): keys and values are four symbols
 each out of 64, a definition is `<k> k1 k2 k3 k4 <v> v1 v2 v3 v4`, a question the same with `<q>`, and the last 256 tokens
@@ -28,7 +28,10 @@ Symbols = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Signs:
-    """Token ids of the markers before a key, a value and a question, of a newline, and of every symbol."""
+    """Token ids of markers, of a newline, and of every symbol.
+
+    Markers precede a key, a value and a question.
+    """
 
     key: list[int]
     value: list[int]
@@ -47,7 +50,7 @@ class Signs:
 
 @dataclass(frozen=True)
 class Lookup(EarlierAnswers, Task):
-    """The score is the share of values found, among as many pairs as fit into the length.
+    """The score is the share of values found, among as many pairs as fit.
 
     questions: values asked for. width: symbols of a key and of a value. symbols: how many different ones there are.
     """
@@ -69,8 +72,9 @@ class Lookup(EarlierAnswers, Task):
         self.require(2 <= self.symbols <= len(WORDS), f"symbols must be from 2 to {len(WORDS)}, not {self.symbols}")
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Documents of at most `length` tokens with the last value; shorter ones define the first pairs of longer ones.
+        """Documents of at most `length` tokens with the last value.
 
+        Shorter ones define the first pairs of longer ones.
         Raises `SpecError` where fewer pairs fit than there are questions, or more than there are keys.
         """
         signs = self._signs(tokenizer)
@@ -124,7 +128,10 @@ class Lookup(EarlierAnswers, Task):
         return tuple(rng.randrange(self.symbols) for _ in range(self.width))
 
     def _new_key(self, rng: random.Random, known: dict[Symbols, Symbols]) -> Symbols:
-        """A key that is not in `known`; at most half of all keys are used, so that one is found quickly."""
+        """A key that is not in `known`.
+
+        At most half of all keys are used, so that one is found quickly.
+        """
         self.require(
             2 * len(known) < self.symbols**self.width,
             f"there are only {self.symbols**self.width:,} keys, too few for this length; use a larger width, such as "
@@ -144,7 +151,10 @@ class Lookup(EarlierAnswers, Task):
 
 
 def _ask(tokens: list[int], signs: Signs, pairs: list[tuple[Symbols, Symbols]]) -> tuple[list[Span], list[int]]:
-    """Appends questions with their values to `tokens`, without the last value; returns the values' spans, and the last one."""
+    """Appends questions with their values to `tokens`, without the last value.
+
+    Returns the values' spans, and the last one.
+    """
     spans: list[Span] = []
     last: list[int] = []
     for key, value in pairs:

@@ -1,4 +1,4 @@
-"""Passkey retrieval: a number is hidden in filler text, and the prompt ends with a question for it.
+"""Passkey retrieval: a number is hidden in filler text and asked for at the end.
 
 The prompt is Landmark Attention's (Mohtashami 2023, arXiv 2305.16300), which PI's paper (Chen 2023, arXiv 2306.15595) uses
 too. They differ in the rest:
@@ -38,7 +38,7 @@ QUESTION = "What is the pass key? The pass key is"
 
 
 class Prompt(NamedTuple):
-    """A prompt, its key, and the share of the filler before the key (0 to 1)."""
+    """A prompt, its key, and the share of filler before the key (0 to 1)."""
 
     text: str
     key: int
@@ -69,7 +69,7 @@ def read_key(answer: str) -> int | None:
 
 @dataclass(frozen=True)
 class Passkey(Task):
-    """The score is the share of keys found: the first number in the answer must be the key.
+    """The score is the share of answers whose first number is the key.
 
     depths, trials: PI's number of evenly spaced depths, and of keys at each; without them every sample has another depth.
     template: `chat` puts the prompt into the model's chat template; the papers use plain text. answer_tokens: longest
@@ -193,7 +193,10 @@ class Passkey(Task):
         return len(with_bos(tokenizer, encode_rendered(tokenizer, self._render(tokenizer, prompt.text))))
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-        """The text of the prompt, in the chat template if one is used; raises `NotSupported` where there is none."""
+        """The text of the prompt, in the chat template if one is used.
+
+        Raises `NotSupported` where there is none.
+        """
         if self.template == "none":
             return text
         if not tokenizer.chat_template:

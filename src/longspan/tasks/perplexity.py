@@ -43,7 +43,10 @@ TIMED = 8
 
 
 class Window(NamedTuple):
-    """The model reads tokens start … end - 2 and predicts first … end - 1, each from those before it in the window."""
+    """Tokens start to end - 1 of a sample; those from `first` on are predicted.
+
+    Each is predicted from those before it in the window.
+    """
 
     start: int
     end: int
@@ -56,12 +59,15 @@ def whole(total: int, length: int, stride: int) -> list[Window]:
 
 
 def nonoverlapping(total: int, length: int, stride: int) -> list[Window]:
-    """Disjoint blocks of `length` tokens, each predicting the next token as well; the last block may be shorter."""
+    """Disjoint blocks of `length` tokens, each predicting the next token as well.
+
+    The last block may be shorter.
+    """
     return [Window(s, min(s + length + 1, total), s + 1) for s in range(0, total - 1, length)]
 
 
 def sliding(total: int, length: int, stride: int) -> list[Window]:
-    """Windows every `stride` tokens: the first counts all its tokens, each further one its last `stride`.
+    """Windows every `stride` tokens, each but the first counting its last `stride` tokens.
 
     The remainder at the end is counted by a full window that ends there.
     """
@@ -87,7 +93,10 @@ def longlora(total: int, length: int, stride: int) -> list[Window]:
 
 
 def yarn(total: int, length: int, stride: int) -> list[Window]:
-    """Windows every `stride` tokens, each counted from the end of the one before; the last one may be shorter."""
+    """Windows every `stride` tokens, each counted from the end of the one before.
+
+    The last one may be shorter.
+    """
     windows: list[Window] = []
     for start in range(0, total, stride):
         end = min(start + length, total)
@@ -113,7 +122,7 @@ MEAN_OF = dict.fromkeys(PROTOCOLS, TOKENS) | dict.fromkeys(("longlora", "yarn"),
 
 
 def mean_loss(protocol: str, losses: Sequence[Tensor]) -> float:
-    """A protocol's score in nats per token, from the losses (tokens,) of each window, by `MEAN_OF`."""
+    """A protocol's score in nats per token, from the losses (tokens,) of each window."""
     if MEAN_OF[protocol] == WINDOW_MEANS:
         return math.fsum(float(x.mean()) for x in losses) / len(losses)
     return float(torch.cat(list(losses)).mean())
@@ -122,7 +131,10 @@ def mean_loss(protocol: str, losses: Sequence[Tensor]) -> float:
 def by_position(
     windows: Sequence[Window], losses: Sequence[Tensor], length: int
 ) -> tuple[list[float | None], list[int]]:
-    """Mean loss (None without tokens) and number of tokens in each of `BUCKETS` equal parts of a window."""
+    """Mean loss and number of tokens in each of `BUCKETS` equal parts of a window.
+
+    The loss of a part without tokens is None.
+    """
     place = torch.cat([torch.arange(w.first - w.start, w.end - w.start) for w in windows])
     bucket = (place * BUCKETS // length).clamp(max=BUCKETS - 1)
     counts = torch.bincount(bucket, minlength=BUCKETS)
@@ -171,7 +183,7 @@ class Perplexity(ReadsText, Task):
         check_text(self.text, self.name)
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Windows of exactly `length` tokens, BOS included, at starts that do not depend on `length` or `count`.
+        """Windows of exactly `length` tokens, BOS included; `length` does not change where they start.
 
         Starts follow the golden ratio, which spreads any number of them evenly, so shorter windows are prefixes of longer
         ones. Raises `SpecError` for too short a length, or too short a text.
@@ -187,7 +199,10 @@ class Perplexity(ReadsText, Task):
         return check_fits(samples, length)
 
     def _begin(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Ids before the text: BOS where the tokenizer uses it; `rolling` has BOS or EOS in any case."""
+        """Ids before the text: BOS where the tokenizer uses it.
+
+        `rolling` has BOS or EOS in any case.
+        """
         begin = bos_id(tokenizer)
         if self.protocol == "rolling" and begin is None:
             begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -218,7 +233,10 @@ class Perplexity(ReadsText, Task):
         return [sample.tokens[0], *ids[1:]] if self.protocol == "yarn" and sample.meta["begins_with"] else ids
 
     def _losses(self, model: PreTrainedModel, ids: list[int], first: int, meter: Meter, timed: bool) -> Tensor:
-        """Loss (tokens,) of ids[first:] in nats, float64 on the CPU; with `timed`, the last `TIMED` inputs are decoded."""
+        """Loss (tokens,) of ids[first:] in nats, float64 on the CPU.
+
+        With `timed`, the last `TIMED` inputs are decoded.
+        """
         end = len(ids) - 1 - (TIMED if timed else 0)
         losses: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""Receptive field: how far back the tokens are that influence the last state, by the cumulative normalised gradient.
+"""Receptive field: how far back tokens influence the last state, by gradients.
 
 Projections of the last position's hidden state on random directions are differentiated by every input embedding. The norms
 of these gradients, scaled to sum to one and added up from the newest token backwards, are the share of the influence within
@@ -19,14 +19,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.meter import Meter
 from longspan.tasks.base import Outcome, Sample
-from longspan.tasks.text import TEXT_SOURCES, check_text
+from longspan.tasks.text import check_text
 from longspan.tasks.windows import POINTS, TextWindows
 from longspan.util.errors import NotSupported
 
 
 @dataclass(frozen=True)
 class ReceptiveField(TextWindows):
-    """The score is the distance in tokens that contains `share` of the gradient, averaged over `directions` random ones."""
+    """The score is the distance in tokens that contains `share` of the gradient.
+
+    Gradients are averaged over `directions` random directions.
+    """
 
     share: float = 0.99
     directions: int = 4
@@ -35,10 +38,7 @@ class ReceptiveField(TextWindows):
     name: ClassVar[str] = "field"
     title: ClassVar[str] = "Receptive field"
     measures: ClassVar[str] = "how far back lie the tokens that move the last one's state"
-    source: ClassVar[str] = TEXT_SOURCES
-    default_count: ClassVar[int] = 4
     metric: ClassVar[str] = "tokens back"
-    rates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.require(0 < self.share < 1, f"share must be between 0 and 1, not {self.share}")
@@ -58,7 +58,7 @@ class ReceptiveField(TextWindows):
 
 
 def gradient_norms(model: PreTrainedModel, ids: list[int], directions: int = 4) -> Tensor:
-    """Norms (T,) of the gradient of the last position's state by each input embedding, float64 on the CPU.
+    """Norms (T,) of the last state's gradient by each input embedding, float64 on the CPU.
 
     Averaged over random directions of that state. Raises `NotSupported` for a model without gradients.
     """

@@ -1,11 +1,12 @@
-"""Attention resolution: how clearly mean attention scores fall with distance (Sun 2023, arXiv 2212.10554, eq. 11).
+"""Attention resolution: how clearly mean attention scores fall with distance (Sun 2023, eq. 11).
 
 With s[n] the mean score before the softmax of a query and the key n tokens before it, over queries, heads, layers and texts,
 
     R(s) = Σ_n e^s[n] · (e^s[n] - e^s[n+1]) / (Σ_n e^s[n])²
 
 is 0 where all distances have the same score, and grows where scores fall monotonically with distance. A position encoding
-whose scores rise again at distances beyond training loses resolution there. It describes a model and is not a quality.
+whose scores rise again at distances beyond training loses resolution there. It describes a model
+and is not a quality. Sun 2023: arXiv 2212.10554.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from longspan.lm.attention import SCHEME, query_scores, relative_scores
 from longspan.meter import Meter
 from longspan.positions.scheme import PositionEncoding
 from longspan.tasks.base import Outcome, Sample
-from longspan.tasks.text import TEXT_SOURCES, check_text
+from longspan.tasks.text import check_text
 from longspan.tasks.windows import POINTS, TextWindows
 from longspan.util.errors import NotSupported
 
@@ -45,10 +46,7 @@ class Resolution(TextWindows):
     name: ClassVar[str] = "resolution"
     title: ClassVar[str] = "Attention resolution"
     measures: ClassVar[str] = "how surely scores fall with distance"
-    source: ClassVar[str] = TEXT_SOURCES
-    default_count: ClassVar[int] = 4
     metric: ClassVar[str] = "resolution"
-    rates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_text(self.text, self.name)
@@ -64,14 +62,17 @@ class Resolution(TextWindows):
 
 
 def resolution(scores: Tensor) -> Tensor:
-    """R(s) of mean scores (N,) by distance, a scalar; beyond the last distance the last score is repeated."""
+    """R(s) of mean scores (N,) by distance, a scalar.
+
+    Beyond the last distance the last score is repeated.
+    """
     weights = (scores.double() - scores.double().amax()).exp()
     return (weights * (weights - torch.cat((weights[1:], weights[-1:])))).sum() / weights.sum() ** 2
 
 
 @torch.no_grad()
 def mean_scores(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Mean scores s[n] for n = 0 … T - 1, (T,), float64 on the CPU.
+    """Mean scores s[n] of all distances n, (T,), float64 on the CPU.
 
     Raises `NotSupported` where the model's attention does not expose its scores.
     """

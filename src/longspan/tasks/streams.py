@@ -40,7 +40,10 @@ Turn = tuple[str, str]
 
 @dataclass(frozen=True)
 class Stream(EarlierAnswers, Task):
-    """Base of both tasks; the score of a stream is the share of its questions that are answered exactly."""
+    """Base of both tasks.
+
+    The score of a stream is the share of its questions that are answered exactly.
+    """
 
     default_count: ClassVar[int] = 4
     metric: ClassVar[str] = "share right"
@@ -50,8 +53,9 @@ class Stream(EarlierAnswers, Task):
         """Turns without end; each follows the answer of the one before."""
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Streams of as many whole turns as fit, the last answer included; a shorter one is a prefix of a longer one.
+        """Streams of as many whole turns as fit, the last answer included.
 
+        A shorter one is a prefix of a longer one.
         Raises `SpecError` where not even one question fits.
         """
         samples = [self._sample(tokenizer, length, i, random.Random(f"{self.name}/{seed}/{i}")) for i in range(count)]
@@ -97,7 +101,9 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, turns: Iterator[Turn]) -> Itera
 
 @dataclass(frozen=True)
 class StreamEval(Stream):
-    """After every `every` lines, a question for the number in the line `distance` lines back (0: the line just read).
+    """After every `every` lines, a question for the number `distance` lines back.
+
+    A distance of 0 is the line just read.
 
     A method can answer as long as its cache contains that many lines. Numbers have `digits` digits.
     """

@@ -48,7 +48,7 @@ _known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, list[int]]]
 
 @dataclass(frozen=True)
 class Text:
-    """Documents in a fixed order, with the name or path by which the user chose them."""
+    """Documents in a fixed order, with the name or path of the text."""
 
     name: str
     documents: tuple[str, ...]
@@ -71,7 +71,7 @@ class Ring:
     ids: list[int]
 
     def take(self, start: int, length: int, task: str) -> list[int]:
-        """`length` token ids from `start` on, continued at the beginning of the text where it ends.
+        """`length` token ids from `start` on, continued at the beginning of the text.
 
         Raises `SpecError`, which names `task`, where the whole text is shorter.
         """
@@ -91,7 +91,7 @@ class Ring:
 
 
 class ReadsText:
-    """Mix-in of tasks with a setting `text`: a built-in text, or the path of a file or folder."""
+    """Mix-in of tasks with a setting `text`, a built-in text or a path."""
 
     name: ClassVar[str]
     text: str
@@ -106,13 +106,16 @@ class ReadsText:
 
 
 def check_text(name: str, task: str) -> None:
-    """Raises `SpecError` unless `name` is a built-in text, a text file, or a folder of them."""
+    """Raises `SpecError` unless `name` is a built-in text, a file, or a folder."""
     if name not in BUILT_IN:
         _files(name, task)
 
 
 def read_text(name: str, task: str) -> Text:
-    """The built-in text or file `name`; raises `SpecError` where it is missing, empty or not UTF-8."""
+    """The built-in text or file `name`.
+
+    Raises `SpecError` where it is missing, empty or not UTF-8.
+    """
     if name == "prose":
         documents = _prose(task)
     elif name == "code":

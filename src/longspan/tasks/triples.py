@@ -169,7 +169,10 @@ UNSEEN: dict[str, Draw] = {
 
 
 def data_files(name: str, task: str) -> list[Path]:
-    """The file `name`, or the .json and .jsonl files of a folder, in order; raises `SpecError` without any."""
+    """The file `name`, or the .json and .jsonl files of a folder, in order.
+
+    Raises `SpecError` without any.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if files := sorted(p for p in path.iterdir() if p.is_file() and p.suffix in SUFFIXES):

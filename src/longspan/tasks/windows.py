@@ -1,23 +1,30 @@
-"""Windows of a long text, for tasks that describe how a model uses its context."""
+"""Windows of a long text, for tasks that describe how models use context."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from longspan.core.tokens import bos_id
 from longspan.tasks.base import Sample, Task, check_fits
-from longspan.tasks.text import GOLDEN, SHORTEST, ReadsText
+from longspan.tasks.text import GOLDEN, SHORTEST, TEXT_SOURCES, ReadsText
 
 POINTS = 64
 """Distances at which a curve over distance is reported."""
 
 
 class TextWindows(ReadsText, Task):
-    """Base of tasks with a setting `text`, whose samples are windows with ends evenly spread over that text."""
+    """Base of tasks on windows of `text`, with ends evenly spread over it."""
+
+    source: ClassVar[str] = TEXT_SOURCES
+    default_count: ClassVar[int] = 4
+    rates: ClassVar[bool] = False
 
     def samples(self, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> list[Sample]:
-        """Windows of exactly `length` tokens, BOS included; where they end does not depend on their length.
+        """Windows of exactly `length` tokens, BOS included.
 
+        Where they end does not depend on their length.
         Raises `SpecError` for too short a length, or too short a text.
         """
         self.require(length >= SHORTEST, f"a length of at least {SHORTEST} tokens is needed, not {length:,}")

@@ -1,8 +1,9 @@
-"""The model that a recipe names: built from nothing, taken from somewhere to be tuned, or out of a checkpoint."""
+"""The model of a recipe: from scratch, from a trained one, or from a checkpoint."""
 
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 import longspan.lm  # noqa: F401 - makes transformers know the model type
 from longspan import models
-from longspan.apply import apply
-from longspan.core.facts import ModelFacts, text_config
+from longspan.apply import apply, config_entry
+from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.core.method import Combination, NoMethod, parse
-from longspan.memory.gist import method as gist
-from longspan.memory.landmark import method as landmark
-from longspan.memory.rmt import RMT, around
+from longspan.core.training_setup import TrainingSetup
+from longspan.hf.parts import add_parts
 from longspan.models import load_tokenizer, rows_needed
+from longspan.training.data import is_task
 from longspan.training.recipe import LoraRecipe, Recipe, TokenizerRecipe
 from longspan.util.errors import NotSupported, SpecError, nearest
 from longspan.util.fetching import reading
@@ -27,20 +28,23 @@ _NOT_SETTINGS = ("model_type", "transformers_version", "architectures", "name_or
 
 
 def weights_dtype(dtype: str) -> torch.dtype:
-    """What the weights are held in: float32, also under mixed precision, unless asked otherwise."""
+    """The dtype of the weights: float32, also under mixed precision, except for `pure-bf16`."""
     return torch.bfloat16 if dtype == "pure-bf16" else torch.float32
 
 
 def vocabulary(recipe: Recipe) -> int:
-    """The rows that the recipe's tokenizer needs or will need; 0 where the model brings its own."""
+    """Embedding rows that the recipe's tokenizer needs; 0 where the model has its own tokenizer."""
     if isinstance(recipe.tokenizer, TokenizerRecipe):
         return recipe.tokenizer.vocabulary
     return rows_needed(load_tokenizer(recipe.tokenizer)) if recipe.tokenizer else 0
 
 
 def model_config(recipe: Recipe, tokens: int, special: dict[str, int | None]) -> PreTrainedConfig:
-    """The configuration to train. From scratch, what the recipe leaves out of vocabulary, window and special tokens comes
-    from the tokenizer and from data.length. Raises `LongspanError` for a configuration that cannot be."""
+    """The configuration of the model to train.
+
+    From scratch, a vocabulary, window and special tokens that the recipe leaves out come from the tokenizer (`tokens`, `special`)
+    and from data.length. Raises `LongspanError` for settings that the architecture does not have.
+    """
     if isinstance(recipe.model, str):
         return models.read_config(recipe.model)
     settings = dict(recipe.model)
@@ -71,59 +75,60 @@ def _default_config(kind: str) -> PreTrainedConfig:
 
 
 def _closest(word: str, known: Any, lists: str) -> str:
-    """A hint for a name among too many to be listed: those that are like it, and where all are."""
+    """A hint for a wrong name among too many to list: the similar ones, and where all are listed."""
     close = difflib.get_close_matches(word, sorted(known), n=5, cutoff=0.5)
     likely = " or ".join(f'"{name}"' for name in close)
     return (f"did you mean {likely}? " if close else "") + f"{lists} names them all"
 
 
 def check_method(recipe: Recipe, facts: ModelFacts) -> Combination | None:
-    """The recipe's method with its settings filled in. Raises `LongspanError` where it cannot be, or where positions would be
-    trained that the model is not made for."""
+    """The recipe's method with its settings filled in; None where the recipe names none.
+
+    facts: of the model to train. Raises `LongspanError` where the method cannot be trained so, and for positions that the model
+    is not meant for.
+    """
     pose = recipe.positions.pose(recipe.data.length)
     target = pose.target if pose else recipe.data.length
-    wanted = parse(recipe.method).resolve(facts, target) if recipe.method else None
-    if recipe.lora is not None and gist.gist_of(wanted) is not None:
-        raise SpecError("lora: adapters do not train the gist token's own row; leave lora out")
-    if (marks := landmark.landmark_of(wanted)) is not None:
-        _check_landmarks(recipe, marks, facts)
-    reach = _reach(wanted or Combination((NoMethod(),)), facts)
+    method = parse(recipe.method).resolve(facts, target) if recipe.method else None
+    if method is not None:
+        _check_learnable(recipe, method, facts)
+    reach = (method or Combination((NoMethod(),))).training_reach(facts)
     if reach is not None and reach < target:
         key = "positions.target" if pose else "data.length"
         raise SpecError(
-            f"{key}={target}: {f'{wanted.spec} on ' if wanted else ''}this model reads {reach:,} tokens; "
+            f"{key}={target}: {f'{method.spec} on ' if method else ''}this model reads {reach:,} tokens; "
             + (
                 f"use method=yarn:factor={-(-target // facts.window)}"
                 if facts.rope
                 else f"set {key} to at most {reach}"
             )
         )
-    return wanted
+    return method
 
 
-def _check_landmarks(recipe: Recipe, method: landmark.Landmark, facts: ModelFacts) -> None:
-    """Raises `SpecError` for what landmark attention is not trained with."""
-    if recipe.lora is not None:
-        raise SpecError("lora: adapters do not train the landmark's own row; leave lora out")
-    if recipe.positions.kind != "ordinary":
-        raise SpecError("positions.kind: landmark counts positions by itself; use positions.kind=ordinary")
-    if recipe.data.packing == "boundaries":
-        raise SpecError("data.packing=boundaries: landmark's blocks go through a whole sample; use plain or none")
-    most = facts.window * method.block // (method.block + 1)
-    if recipe.data.length > most:
-        new = "set model.max_position_embeddings higher, or " if not isinstance(recipe.model, str) else ""
-        raise SpecError(
-            f"data.length={recipe.data.length}: with a landmark after every {method.block} tokens this model's window of "
-            f"{facts.window:,} holds {most:,}; {new}train on shorter texts, it reads longer ones afterwards"
-        )
+def _check_learnable(recipe: Recipe, method: Combination, facts: ModelFacts) -> None:
+    """Raises `SpecError` where one of the methods cannot be learned with the recipe."""
+    setup = training_setup(recipe)
+    for part in method.methods:
+        part.check_training(setup, facts)
+    if setup.lora and (trained := method.parts(facts)):
+        raise SpecError(f"lora: adapters do not train the parameters that {' and '.join(trained)} adds; leave lora out")
 
 
-def _reach(method: Combination, facts: ModelFacts) -> int | None:
-    """The longest input that a model trained with `method` is for: what a scaling stretches the window to, even where it does
-    not carry as far without training (NTK)."""
-    reach = method.reach(facts)
-    stretched = [int(facts.window * factor) for m in method.methods if (factor := getattr(m, "factor", None))]
-    return None if reach is None else max([reach, *stretched])
+def training_setup(recipe: Recipe) -> TrainingSetup:
+    """The recipe as methods see it."""
+    keys = {"data.train": recipe.data.train, "data.valid": recipe.data.valid}
+    return TrainingSetup(
+        steps=recipe.training.steps,
+        length=recipe.data.length,
+        batch=recipe.training.at_once(int(os.environ.get("WORLD_SIZE", "1"))),
+        packing=recipe.data.packing,
+        positions=recipe.positions.kind,
+        lora=recipe.lora is not None,
+        from_scratch=not isinstance(recipe.model, str),
+        texts={key: name for key, name in keys.items() if name is not None and not is_task(name)},
+        task=recipe.data.task,
+    )
 
 
 def build(recipe: Recipe, config: PreTrainedConfig, method: Combination | None, dtype: torch.dtype) -> nn.Module:
@@ -135,26 +140,40 @@ def build(recipe: Recipe, config: PreTrainedConfig, method: Combination | None, 
         with reading(f"model: no {config.model_type} model can be built"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if method is not None:
-        model = _with_method(model, method)
+        model = _with_method(model, method, recipe.seed)
     return model if recipe.lora is None else _adapted(model, recipe.lora)
 
 
-def _with_method(model: PreTrainedModel, method: Combination) -> PreTrainedModel:
-    if isinstance(method.methods[0], RMT):
-        return around(model, method.methods[0])
-    method.prepare_model(model)
-    return apply(model, method)
+def _with_method(model: PreTrainedModel, method: Combination, seed: int) -> PreTrainedModel:
+    """The model with its methods: first those that build another model around it, then those that are put on it."""
+    put_on = []
+    for part in method.methods:
+        if (built := part.build_model(model)) is None:
+            put_on.append(part)
+        else:
+            model = built
+            if (entry := config_entry("built_by", Combination((part,)))).get("files"):
+                text_config(model.config).longspan = entry  # which file must be loaded first
+    if not put_on:
+        return model
+    rest = Combination(tuple(put_on))
+    rest.prepare_model(model)
+    facts = facts_of(model)
+    if rest.added_parameters(facts):
+        set_seed(seed)
+        add_parts(model, rest, facts)
+    return apply(model, rest)
 
 
 def saved_parameters(model: nn.Module) -> int:
-    """How many parameters `save_pretrained` writes: the model's, or of a model with adapters these alone."""
+    """Parameters that `save_pretrained` writes: all of a model, or the adapters alone where it has some."""
     if isinstance(model, PreTrainedModel):
         return sum(p.numel() for p in model.parameters())
     return sum(p.numel() for p in _peft().get_peft_model_state_dict(model).values())
 
 
 def rebuild(recipe: Recipe, checkpoint: Path, method: Combination | None, dtype: torch.dtype) -> nn.Module:
-    """The model as it was when `checkpoint` was written."""
+    """The model as `checkpoint` holds it."""
     if recipe.lora is not None:
         assert isinstance(recipe.model, str)
         model, _ = models.load(recipe.model, dtype=dtype, device="cpu")
@@ -162,10 +181,8 @@ def rebuild(recipe: Recipe, checkpoint: Path, method: Combination | None, dtype:
             model if method is None else apply(model, method), checkpoint, is_trainable=True
         )
     model, _ = models.load(checkpoint, dtype=dtype, device="cpu")
-    if method is not None and not isinstance(
-        method.methods[0], RMT
-    ):  # scaling is in the configuration, and load put on the rest
-        text_config(model.config).longspan = {"method": method.spec}
+    if entry := models.saved_entry(checkpoint):  # load names only the methods that it has put on
+        text_config(model.config).longspan = entry
     return model
 
 
@@ -192,16 +209,16 @@ def _peft() -> Any:
         import peft
     except ImportError as error:
         raise NotSupported(
-            "lora needs the peft library: pip install 'longspan[train]'. Without lora the model is trained whole"
+            "lora needs the peft library: pip install 'longspan[train]'. Without lora all weights are trained"
         ) from error
     return peft
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keeps only what each layer reads, and makes the rest again in the backward pass."""
+    """Turns on activation checkpointing. Raises `NotSupported` for a model without it."""
     if not model.supports_gradient_checkpointing:
         raise NotSupported(
-            f"training.gradient_checkpointing: {type(model).__name__} does not know it; use training.gradient_checkpointing=false"
+            f"training.gradient_checkpointing: {type(model).__name__} does not support it; set it to false"
         )
     settings: dict[str, Any] = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.20 or so

@@ -1,9 +1,9 @@
-"""What a training reads, as token ids on disk: texts are tokenised once and read from a memory map ever after.
+"""The token ids that a training reads: a text is tokenised once and then read from a memory map on disk.
 
 A text is a .txt or .txt.gz file, a folder of them, `prose`, `code` or `novel` (`tasks/text.py`), or a data set on the hub
 (`owner/name` or `owner/name:config`, through the `datasets` library). A task of the catalogue that has answers, such as
-`passkey:protocol=pi`, is trained on too, with the loss on its answers alone. Tokens lie in the run's folder under a name that
-hashes the documents and the tokenizer, so that a changed text is never mistaken for the old one.
+`passkey:protocol=pi`, can be trained on too, with the loss on its answers alone. Tokens are stored in the run's folder under a
+hash of documents and tokenizer, so that a changed text is never taken for the old one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from longspan.core.method import parse
 from longspan.core.tokens import encode_all
-from longspan.memory.gist import method as gist
 from longspan.models import rows_needed
-from longspan.tasks.base import Task, parse_task, task_catalogue
+from longspan.tasks.base import Sample, Task, parse_task, task_catalogue
 from longspan.tasks.text import BUILT_IN, check_text, read_text
 from longspan.training.recipe import DataRecipe, Recipe, TokenizerRecipe
 from longspan.util.errors import NotSupported, SpecError, writing
@@ -34,7 +34,7 @@ from longspan.util.fetching import reading
 from longspan.util.files import write_atomically
 
 _READ_AS = "text without special tokens"
-"""Changes when the same texts give other tokens, so that old ones are made again."""
+"""Part of the hash; it changes when the same texts give other tokens."""
 _BATCH = 64
 """Documents that are tokenised together."""
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -43,8 +43,10 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Tokens:
-    """Documents one after another: ids (all tokens,), and ends (documents,), where each is over. learned (all tokens,),
-    boolean: which tokens a loss is taken of, where not all are."""
+    """Documents one after another: ids (tokens,), and the end of each document in them, ends (documents,).
+
+    learned (tokens,), boolean: the tokens that have a loss; None for all.
+    """
 
     ids: np.ndarray
     ends: np.ndarray
@@ -64,30 +66,30 @@ class Tokens:
 
 
 def source(data: DataRecipe, key: str) -> str | None:
-    """What `data.train`, `data.valid` or `data.task` names."""
+    """The text or task at the recipe's key `data.train`, `data.valid` or `data.task`."""
     return {"data.train": data.train, "data.valid": data.valid, "data.task": data.task}[key]
 
 
 def is_hub(name: str) -> bool:
-    """True for what can only be a data set on the hub."""
+    """True for a name that can only be a data set on the hub."""
     return name not in BUILT_IN and not Path(name).expanduser().exists() and bool(_HUB.fullmatch(name))
 
 
 def is_task(name: str) -> bool:
-    """True for the name, or the spec, of a task of the catalogue."""
+    """True for the name or the spec of a task."""
     known = name not in BUILT_IN and not Path(name).expanduser().exists()
     return known and name.partition(":")[0].strip() in task_catalogue()
 
 
 def check_source(recipe: Recipe, key: str) -> None:
-    """Raises `LongspanError` where no text and no task goes by the name at `key`, before anything is read."""
+    """Raises `LongspanError` where `key` names neither a text nor a task that can be trained on; reads no data."""
     data = recipe.data
     name = source(data, key)
     if name is None:
         return
     if key == "data.task":
         if not is_task(name):
-            raise SpecError(f"data.task={name}: there is no such task; longspan tasks lists them")
+            raise SpecError(f"data.task={name}: there is no such task; `longspan tasks` lists them")
         if is_task(data.train):
             raise SpecError(
                 "data.task is mixed into a text, and data.train is a task already; name a text at data.train"
@@ -97,11 +99,6 @@ def check_source(recipe: Recipe, key: str) -> None:
         if data.packing != "none":
             raise SpecError(f"{key}={name}: a task's samples are a window each: use data.packing=none")
         _check_task(recipe, parse_task(name), key)
-    elif gist.gist_of(recipe.method) is not None and data.task is None:
-        raise SpecError(
-            f"{key}={name}: gist tokens stand behind instructions, and a text has none; use {key}=instructions, or mix them in "
-            "with data.task=instructions"
-        )
     elif data.samples is not None and key == "data.train" and data.task is None:
         raise SpecError(
             f"data.samples={data.samples} would change nothing: it counts a task's samples, and {name} is a text"
@@ -120,16 +117,16 @@ def _check_task(recipe: Recipe, task: Task, key: str) -> None:
 
 
 def task_tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """A task's samples with their answers; those for validation are drawn with the next seed."""
+    """A task's samples with their answers, as the recipe's method changes them; validation draws with the next seed."""
     train = key != "data.valid"
     task = parse_task(source(recipe.data, key) or "")
     count = (recipe.data.samples or 1000) if train else recipe.data.valid_samples
     seed = recipe.seed + (not train)
-    if (wanted := gist.gist_of(recipe.method)) is None:
-        samples = task.samples(tokenizer, recipe.data.length, count, seed)
-    else:
-        wanted = wanted.prepare_tokenizer(tokenizer)
-        samples = gist.inserted(task.samples(tokenizer, recipe.data.length - wanted.tokens, count, seed), wanted)
+    methods = parse(recipe.method).prepare_tokenizer(tokenizer).methods if recipe.method else ()
+    room = sum(method.inserted_tokens() for method in methods)
+    samples: Sequence[Sample] = task.samples(tokenizer, recipe.data.length - room, count, seed)
+    for method in methods:
+        samples = method.training_samples(samples)
     whole = [[*s.tokens, *task.answer(tokenizer, s), tokenizer.eos_token_id] for s in samples]
     ids = np.array([i for one in whole for i in one], dtype=np.int64)
     ends = np.cumsum([len(one) for one in whole])
@@ -144,7 +141,7 @@ def task_tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def documents(data: DataRecipe, key: str) -> Sequence[str]:
-    """The documents of `data.train` or `data.valid`, as `key` says, in a fixed order."""
+    """The documents of the text at `key`, in a fixed order."""
     name = source(data, key)
     assert name is not None
     if not is_hub(name):
@@ -164,8 +161,8 @@ def _datasets(name: str, key: str) -> Any:
         import datasets
     except ImportError as error:
         raise NotSupported(
-            f"{key}: there is no text {name} here, and to read a data set of that name from the hub the datasets library is "
-            "needed: pip install 'longspan[train]'. A .txt or .txt.gz file or a folder of them needs nothing"
+            f"{key}: there is no text {name} here, and reading a data set of that name from the hub needs the datasets library: "
+            "pip install 'longspan[train]'. A .txt or .txt.gz file or a folder of them works without it"
         ) from error
     return datasets
 
@@ -173,28 +170,30 @@ def _datasets(name: str, key: str) -> Any:
 # Tokenizers
 
 
-def train_tokenizer(texts: Iterable[str], wanted: TokenizerRecipe) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts`; the same texts give the same tokenizer. Texts begin with <s>; </s> and <pad> are there."""
+def train_tokenizer(texts: Iterable[str], recipe: TokenizerRecipe) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`, the same for the same texts; it begins a text with <s>.
+
+    Raises `SpecError` where the texts give fewer tokens than `recipe.vocabulary`.
+    """
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     special = list(_SPECIAL.values())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=wanted.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=recipe.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     raw.train_from_iterator(texts, trainer)
-    if raw.get_vocab_size() < wanted.vocabulary:
-        have = raw.get_vocab_size()
+    if (size := raw.get_vocab_size()) < recipe.vocabulary:
         raise SpecError(
-            f"tokenizer.vocabulary={wanted.vocabulary}: the training text yields only {have} tokens; ask for at most {have}"
+            f"tokenizer.vocabulary={recipe.vocabulary}: the training text yields only {size} tokens; set at most {size}"
         )
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, **_SPECIAL)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256, in hex, of what decides a text's tokens."""
+    """sha256, in hex, of the tokenizer's rules and its end-of-text token."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{rules}\n{tokenizer.eos_token_id}".encode()).hexdigest()
@@ -206,13 +205,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def tokenise(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, cache: Path, *, title: str, show: bool = True
 ) -> Tokens:
-    """The tokens of every document, each begun as the tokenizer begins a text and ended by its end-of-text token.
+    """The tokens of every document, each with the tokenizer's beginning of a text and its end-of-text token.
 
-    cache: the folder in which they are kept. show: a progress bar on standard error.
+    cache: the folder of the files of tokens. title, show: of a progress bar on standard error.
     Raises `SpecError` for a tokenizer without an end-of-text token.
     """
     if tokenizer.eos_token_id is None:
-        raise SpecError("tokenizer: it has no end-of-text token, which documents are told apart by; use another")
+        raise SpecError("tokenizer: it has no end-of-text token, which separates documents; use another tokenizer")
     sha256 = _digest(texts)
     place = cache / hashlib.sha256(f"{sha256}\n{tokenizer_digest(tokenizer)}\n{_READ_AS}".encode()).hexdigest()[:24]
     if not (place / "ends.npy").is_file():

@@ -1,7 +1,7 @@
-"""What a training says: a file of metrics, a live line, a picture, and operations against what the device can do.
+"""Metrics of a training: a file of records, a progress line, a picture, and operations against the device's peak (MFU).
 
-`metrics.jsonl` is only ever appended to. A resumed run first says at which step it starts, so what stands before that with a
-higher step was lost in a kill and made again; `read_metrics` leaves it out, and a torn last line too.
+`metrics.jsonl` is only appended to. A resumed run first records the step at which it starts; earlier records of higher steps were
+lost in a kill and computed again, and `read_metrics` leaves them out, as well as a torn last line.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ PEAK_FLOPS = {
     "H100": 989.4e12,
     "A100": 312e12,
 }
-"""Dense bf16 operations a second by what is in the device's name, from NVIDIA's data sheets; the first that fits counts."""
+"""Dense bf16 operations a second by a part of the device's name, from NVIDIA's data sheets; the first match counts."""
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """What one device can do at most in a second, in this dtype; None where that is not known."""
+    """The device's peak operations a second in this dtype; None for an unknown device."""
     if device.type != "cuda" or dtype == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
@@ -48,7 +48,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of training on one token: `products` of weights, and `attention`, which grows with the length."""
+    """Operations of training on one token: products with weights, and attention, which grows with the length."""
 
     products: float
     attention: float
@@ -59,10 +59,13 @@ class Work:
 
 
 def work(causal: PreTrainedModel, length: int, labelled: float = 1.0) -> Work:
-    """Two operations a weight forward, two backward for the states and two for the weight if it trains; attention over the
-    pairs of `length` tokens that are seen, forward once and backward twice. Embeddings are looked up, unless they are the output
-    matrix too. labelled: the share of places that go through the output matrix. What gradient checkpointing makes again does not
-    count."""
+    """Operations of training the model on one token of a sample of `length` tokens.
+
+    Each weight takes two operations forward, two backward for the states and two for its gradient if it trains; attention is
+    counted over the visible pairs, once forward and twice backward. Embeddings are looked up and take none unless they are the
+    output matrix too. labelled: the share of positions that go through the output matrix. What gradient checkpointing recomputes
+    does not count.
+    """
     facts = facts_of(causal)
     head, read = causal.get_output_embeddings(), causal.get_input_embeddings()
     tied = head is not None and head.weight is read.weight
@@ -77,8 +80,10 @@ def work(causal: PreTrainedModel, length: int, labelled: float = 1.0) -> Work:
 
 
 def _keys_seen(config: PreTrainedConfig, facts: ModelFacts, length: int) -> float:
-    """By a query in the mean, added up over the layers: half of all keys, or what a pattern of ours shows. A mixer scores no
-    pairs; its sums are few operations beside its weights."""
+    """Visible keys of a query on average, summed over the layers: half of all keys, or those of the model's patterns.
+
+    A mixer scores no pairs; its sums are few operations beside its weights.
+    """
     if not isinstance(config, LongspanConfig):
         return facts.layers * length / 2
     kinds = config.attentions_of(causal=True)
@@ -88,7 +93,7 @@ def _keys_seen(config: PreTrainedConfig, facts: ModelFacts, length: int) -> floa
 
 
 class Journal:
-    """Appends records to a run's metrics, one JSON object a line."""
+    """Appends records to a run's `metrics.jsonl`, one JSON object a line."""
 
     def __init__(self, folder: Path):
         self.path = folder / METRICS
@@ -98,7 +103,7 @@ class Journal:
 
 
 def append_line(path: Path, record: Record) -> None:
-    """One line, whole before the next; floats that are not finite become null."""
+    """Appends a record as one line, after a torn line a new one; floats that are not finite become null."""
     safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with writing(path), open(path, "ab+") as file:
         if file.tell():
@@ -109,7 +114,7 @@ def append_line(path: Path, record: Record) -> None:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """The record of every whole line that has one; none where there is no file."""
+    """The JSON objects of a file's complete lines; an empty list without a file."""
     records = list[Record]()
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
@@ -119,7 +124,7 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records of a run in order, each step once, without those that a resumed run made again."""
+    """The records of a run in order, without those that a resumed run repeated."""
     found = list[Record]()
     for record in read_lines(folder / METRICS):
         if not isinstance(record.get("step"), int):
@@ -131,7 +136,7 @@ def read_metrics(folder: Path) -> list[Record]:
 
 
 class Live:
-    """The line that moves: steps, loss, tokens a second, MFU and the time left. Where nobody looks on, a line a record."""
+    """The progress line: steps, loss, tokens a second, MFU and the time left; without a terminal, a line for each record."""
 
     def __init__(self, total: int, show: bool):
         self.console = Console(stderr=True, quiet=not show, highlight=False, soft_wrap=True)
@@ -139,7 +144,7 @@ class Live:
         self._total = total
 
     def say(self, text: str) -> None:
-        """One line, as it is."""
+        """Prints one line without markup."""
         (self._bar.console if self._bar else self.console).print(text, markup=False)
 
     def start(self, done: int) -> None:
@@ -155,7 +160,7 @@ class Live:
             self._bar.update(self._bar.task_ids[0], completed=done)
 
     def record(self, record: Record) -> None:
-        """Shows what was just measured."""
+        """Shows the newest record."""
         text = describe(record)
         if self._bar and "loss" in record:
             self._bar.update(self._bar.task_ids[0], description=text)
@@ -169,7 +174,7 @@ class Live:
 
 
 def describe(record: Record) -> str:
-    """A record for people."""
+    """A record as one line of text."""
     parts = []
     for key, form in (
         ("loss", "loss {:.4g}"),
@@ -188,7 +193,7 @@ def describe(record: Record) -> str:
 
 
 def plot(records: list[Record], path: Path, title: str) -> None:
-    """Loss against steps, as a picture."""
+    """Draws training and validation loss against steps into a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""Before the first step: what the recipe says about positions is tried on the model itself.
+"""Trials before the first step: whether the model reads positions as the recipe means them.
 
-Whether a jump of positions is a jump or another document is decided deep in a model's masks, and a model that decides
-otherwise would train without any sign of it. So a few tokens are changed, and it is seen what changes after them.
+A model's masks decide whether a jump of positions is a jump or the start of another document, and a model that decides otherwise
+would train wrongly without any error. So a few tokens are changed, and the logits after them are compared.
 """
 
 from __future__ import annotations
@@ -24,31 +24,30 @@ def prove_jump(model: PreTrainedModel) -> None:
     first, second = _states(model, places, mask=True)
     if torch.equal(first[:, _HALF:], second[:, _HALF:]):
         raise NotSupported(
-            f"positions.kind=pose: {type(model).__name__} takes a jump of positions for the start of another text, so nothing "
-            "would be learned across it; use positions.kind=ordinary"
+            f"positions.kind=pose: {type(model).__name__} takes a jump of positions for the start of another document, so "
+            "nothing would be learned across it; use positions.kind=ordinary"
         )
 
 
 @torch.no_grad()
 def prove_boundaries(model: PreTrainedModel) -> None:
-    """Raises `NotSupported` unless positions that start anew keep a document from seeing the one before it."""
+    """Raises `NotSupported` unless positions that restart hide the document before them."""
     places = torch.arange(2 * _HALF, device=model.device)
     joined, apart = (_change(model, p) for p in (places, places % _HALF))
     if not apart <= 1e-2 * joined:
         raise NotSupported(
-            f"data.packing=boundaries: {type(model).__name__} lets a document see the one before it; use data.packing=plain or "
-            "none"
+            f"data.packing=boundaries: {type(model).__name__} attends to the document before; use data.packing=plain or none"
         )
 
 
 def _change(model: PreTrainedModel, places: Tensor) -> float:
-    """How far the second half's logits move when the first half's tokens are others."""
+    """Norm of the change of the second half's logits when the first half's tokens change."""
     first, second = _states(model, places, mask=False)
     return (first - second)[:, _HALF:].norm().item()
 
 
 def _states(model: PreTrainedModel, places: Tensor, *, mask: bool) -> tuple[Tensor, Tensor]:
-    """Logits (1, 2 halves, vocabulary) of an input, and of one whose first half has other tokens."""
+    """Logits (1, 2·_HALF, vocabulary) of an input, and of one with other tokens in its first half."""
     vocabulary = text_config(model.config).vocab_size
     ids = (torch.arange(2 * _HALF, device=model.device) * 7919 + 17)[None] % vocabulary
     other = ids.clone()

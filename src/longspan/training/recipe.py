@@ -1,4 +1,4 @@
-"""A recipe says how a training goes: a YAML file, read into frozen dataclasses, with `key=value` on top.
+"""The recipe of a training: a YAML file, read into frozen dataclasses, which `key=value` pairs override.
 
     out: runs/small
     model: {type: longspan, hidden_size: 256, num_hidden_layers: 8, num_attention_heads: 4}
@@ -6,8 +6,8 @@
     data: {train: books/train, valid: books/valid, length: 512}
     training: {steps: 2000, batch: 64, learning_rate: 1e-3}
 
-Every key has a type and mostly a default; what is unknown, of another type or impossible is refused before anything runs,
-with the nearest thing that works. docs/training.md lists all keys.
+Every key has a type and most have a default. Unknown keys, values of another type and impossible values are refused before
+anything runs, with the nearest value that works. docs/training.md lists all keys.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """A tokenizer made from the training data; `vocabulary` counts its special tokens."""
+    """A tokenizer trained on the training data; `vocabulary` includes its special tokens."""
 
     train: Literal["bpe"]
     vocabulary: int = 4096
@@ -52,7 +52,7 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What is read: `train` and `valid` name texts, `length` is tokens a sample. `task_share` of the samples are of `task`."""
+    """The data: `train` and `valid` name texts or tasks, a sample has `length` tokens, and `task_share` of them are `task`'s."""
 
     train: str
     valid: str | None = None
@@ -72,7 +72,7 @@ class DataRecipe:
         )
         _require(
             self.task is None or self.packing != "boundaries",
-            "data.packing=boundaries starts positions anew within a sample and data.task does not; use data.packing=plain",
+            "data.packing=boundaries restarts positions within a sample and data.task does not; use data.packing=plain",
         )
         _require(self.length >= 8, f"data.length must be at least 8 tokens, not {self.length}")
         _require(self.valid_samples >= 1, f"data.valid_samples must be at least 1, not {self.valid_samples}")
@@ -81,7 +81,7 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class PositionsRecipe:
-    """Which positions the tokens of a sample get: their places, or PoSE's."""
+    """The positions of a sample's tokens: 0, 1, 2, …, or PoSE's."""
 
     kind: Literal["ordinary", "pose"] = "ordinary"
     window: int | None = None
@@ -92,21 +92,21 @@ class PositionsRecipe:
 
     def __post_init__(self) -> None:
         if self.kind == "ordinary":
-            given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+            changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
             _require(
-                not given,
-                f"positions.{', '.join(given)} would change nothing; add positions.kind=pose, or leave it out",
+                not changed,
+                f"positions.{', '.join(changed)} would change nothing; add positions.kind=pose, or leave it out",
             )
         else:
             _require(self.target is not None, "positions.target must be given with pose, like positions.target=32k")
 
     def pose(self, length: int) -> PoSE | None:
-        """The sampler for samples of `length` tokens; None where positions are ordinary."""
+        """PoSE for samples of `length` tokens; None for ordinary positions."""
         if self.kind == "ordinary":
             return None
         _require(
             self.window in (None, length),
-            f"positions.window is {self.window} and data.length is {length}: a sample is one window; leave one of them out",
+            f"positions.window={self.window} differs from data.length={length}: a sample is one window; leave one of them out",
         )
         assert self.target is not None
         return PoSE(length, self.target, self.chunks, self.skips, self.content)
@@ -114,7 +114,7 @@ class PositionsRecipe:
 
 @dataclass(frozen=True)
 class LoraRecipe:
-    """Low-rank adapters in place of the weights themselves, through peft."""
+    """Low-rank adapters, which train in place of the weights (peft)."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -130,7 +130,7 @@ class LoraRecipe:
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Steps and batches are of sequences over all devices; `micro_batch` is what one device takes at once."""
+    """The optimisation: `batch` counts sequences a step over all devices, `micro_batch` those of one forward on a device."""
 
     steps: int = 1000
     batch: int = 64
@@ -168,22 +168,22 @@ class TrainingRecipe:
             below = max(self.log_every, (every or 0) // self.log_every * self.log_every)
             _require(
                 every is None or every % self.log_every == 0,
-                f"training.{name}={every} must be a multiple of training.log_every={self.log_every}, such as {below}: what is "
-                "logged is a mean since the last time, and a resumed run must log the same",
+                f"training.{name}={every} must be a multiple of training.log_every={self.log_every}, such as {below}: a "
+                "logged loss is the mean since the last record, and a resumed run must log the same",
             )
 
     def at_once(self, devices: int) -> int:
-        """Sequences that one of `devices` takes at once."""
+        """Sequences of one forward on one of `devices`."""
         return self.micro_batch or max(1, self.batch // devices)
 
     def number_format(self, cuda: bool) -> str:
-        """`dtype`, or what a device takes where that is left out."""
+        """`dtype`, or the device's default: bf16 on CUDA, else fp32."""
         return self.dtype or ("bf16" if cuda else "fp32")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The whole of it. `model` is a name to fine-tune, or `type` and the settings of a configuration to build from."""
+    """A whole recipe. `model` is the name of a model to tune, or a `type` and the settings of a new one's configuration."""
 
     out: str
     model: str | dict[str, Any]
@@ -207,10 +207,10 @@ class Recipe:
         if isinstance(self.model, str):
             _require(
                 not isinstance(self.tokenizer, TokenizerRecipe),
-                f"tokenizer.train: {self.model} knows only the tokens that it was trained with; leave tokenizer out",
+                f"tokenizer.train: {self.model} was trained with its own tokenizer; leave tokenizer out",
             )
             _require(
-                self.tokenizer is None, f"tokenizer={self.tokenizer}: {self.model} brings its own; leave tokenizer out"
+                self.tokenizer is None, f"tokenizer={self.tokenizer}: {self.model} has its own; leave tokenizer out"
             )
         else:
             _require(
@@ -219,9 +219,11 @@ class Recipe:
             )
             _require(
                 self.tokenizer is not None,
-                "tokenizer must be given for a model from scratch: a name, or tokenizer.train=bpe",
+                "a model from scratch needs a tokenizer: a name, or tokenizer.train=bpe",
             )
-            _require(self.lora is None, "lora adapts a trained model; a model from scratch is trained whole")
+            _require(
+                self.lora is None, "lora adapts a trained model, and this one is built from scratch; leave lora out"
+            )
         if self.lora is not None and self.lora.save == "adapter":
             _require(
                 self.method is None,
@@ -233,7 +235,7 @@ class Recipe:
         if self.positions.kind == "pose":
             _require(
                 self.data.packing != "boundaries",
-                "data.packing=boundaries starts positions anew at every document, and PoSE's run through the whole sample; use "
+                "data.packing=boundaries restarts positions at every document, and PoSE's run through the whole sample; use "
                 "data.packing=plain or none",
             )
         if self.data.valid is None:
@@ -243,13 +245,15 @@ class Recipe:
                 _require(value == default, f"{key}={value} would change nothing without data.valid; name a text there")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every key with its value, as YAML and JSON hold it."""
+        """Every key with its value, as data for YAML and JSON."""
         return _plain(dataclasses.asdict(self))
 
 
 def read_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
-    """The recipe in a file, or in a mapping of the same form, with `overrides` of dotted keys on top.
-    Raises `SpecError` for what cannot be read, is unknown or cannot be."""
+    """The recipe in a YAML file or a mapping, overridden by `overrides` of dotted keys.
+
+    Raises `SpecError` for YAML that cannot be read, unknown keys and impossible values.
+    """
     values = _plain(dict(source)) if isinstance(source, Mapping) else _read_file(Path(source))
     for key, value in overrides:
         _set(values, key, value)
@@ -257,17 +261,17 @@ def read_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[tupl
 
 
 def read_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """Values by dotted key, of texts such as `training.steps=200`. Raises `SpecError` for a key that is given twice."""
+    """Values by dotted key, from texts such as `training.steps=200`. Raises `SpecError` for a repeated key."""
     values: dict[str, Any] = {}
     for key, value in map(read_override, texts):
         if key in values:
-            raise SpecError(f"{key} is given twice, as {values[key]} and as {value}; leave one out")
+            raise SpecError(f"{key} is set twice, to {values[key]} and to {value}; leave one out")
         values[key] = value
     return values
 
 
 def read_override(text: str) -> tuple[str, Any]:
-    """`training.steps=200` as a dotted key and its value, written as in YAML."""
+    """The dotted key and the value in a text such as `training.steps=200`; the value is YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise SpecError(f"{text!r} is not key=value; write, for example, training.steps=200")
@@ -280,7 +284,10 @@ def read_override(text: str) -> tuple[str, Any]:
 
 
 def read_section(cls: type[T], name: str, values: Any) -> T:
-    """An instance of dataclass `cls` from a mapping; `name` is its dotted key, empty for the whole recipe."""
+    """An instance of the dataclass `cls` from a mapping.
+
+    name: the section's dotted key, empty for the whole recipe. Raises `SpecError` for unknown keys and wrong values.
+    """
     if not isinstance(values, Mapping):
         raise SpecError(f"{name or 'a recipe'} must be keys with values, not {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -291,18 +298,18 @@ def read_section(cls: type[T], name: str, values: Any) -> T:
     for key, known in fields.items():
         needed = known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING
         if needed and values.get(key) is None:
-            raise SpecError(f"{_join(name, key)} must be given")
+            raise SpecError(f"{_join(name, key)} needs a value")
     return cls(**{k: _read_value(_join(name, k), v, hints[k]) for k, v in values.items()})
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """What differs between two recipes, as `training.steps: 100 → 200`."""
+    """The differences between two recipes, each as `training.steps: 100 → 200`."""
     one, two = _flat(first), _flat(second)
     return [f"{k}: {one.get(k)} → {two.get(k)}" for k in sorted(one.keys() | two.keys()) if one.get(k) != two.get(k)]
 
 
 class _Twice(yaml.MarkedYAMLError):
-    """A key that a mapping has twice."""
+    """A repeated key of a mapping."""
 
     def __str__(self) -> str:
         assert self.context_mark is not None and self.problem_mark is not None
@@ -312,8 +319,10 @@ class _Twice(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which takes the last of two equal keys, made to refuse them as YAML asks for. Nodes are looked at
-    where they are composed: later, what `<<` merges stands among them."""
+    """PyYAML's safe loader, which takes the last of two equal keys, changed to refuse them as YAML demands.
+
+    Nodes are checked where they are composed; later, merged keys (`<<`) are among them.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node: Any = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
@@ -330,7 +339,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(read_text(path.expanduser()), _Loader)
     except FileNotFoundError as error:
-        raise SpecError(f"there is no recipe {path}; docs/training.md says how one is written") from error
+        raise SpecError(f"there is no recipe {path}; docs/training.md shows how to write one") from error
     except (OSError, UnicodeDecodeError) as error:
         raise LongspanError(f"{path} cannot be read: {error}") from error
     except _Twice as error:
@@ -343,7 +352,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Puts `value` at a dotted key; sections that are not there yet are made."""
+    """Sets a dotted key to `value`, with the sections around it where they are missing."""
     *sections, last = key.split(".")
     place = values
     for i, section in enumerate(sections):
@@ -352,7 +361,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
             inner = place[section] = {}
         if not isinstance(inner, dict):
             at = ".".join(sections[: i + 1])
-            raise SpecError(f"{key}: the recipe has {at}={inner}, which has no keys in it; set {at} as a whole")
+            raise SpecError(f"{key}: the recipe has {at}={inner}, which has no keys; set {at} as a whole")
         place = inner
     place[last] = value
 
@@ -362,7 +371,7 @@ def _read_value(what: str, value: Any, hint: Any) -> Any:
     if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in options):
         if type(None) in options:
             return None
-        raise SpecError(f"{what} must be given")
+        raise SpecError(f"{what} needs a value")
     sections = [o for o in options if dataclasses.is_dataclass(o) or typing.get_origin(o) is dict]
     others = [o for o in options if o is not type(None) and o not in sections]
     if sections and (isinstance(value, Mapping) or not others):
@@ -415,7 +424,7 @@ def _read_tuple(what: str, value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...
 
 
 def _plain(value: Any) -> Any:
-    """A copy in which tuples are lists, as YAML has them."""
+    """A copy with lists in place of tuples, for YAML."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,12 +1,12 @@
-"""`train`: a recipe carried out, from nothing to a model folder, or from wherever an earlier run was stopped.
+"""`train`: carries out a recipe, from its first step to a model folder, or from the last checkpoint of a stopped run.
 
-out/run.json           which training this is: the recipe with every key, digests of data and weights, the method's settings.
-                       Another one in the same folder is refused as long as anything that was trained is in it
-out/recipe.yaml        the recipe again, for people
-out/tokenizer/         where one was trained
+out/run.json           the training's identity: the recipe with every key, digests of data and weights, the method's settings.
+                       Another training in the same folder is refused once steps have been trained
+out/recipe.yaml        the recipe as YAML
+out/tokenizer/         a tokenizer that was trained
 out/tokens/            the data as token ids
-out/checkpoints/       the last two, each whole or not there
-out/metrics.jsonl      step by step
+out/checkpoints/       the last two checkpoints
+out/metrics.jsonl      a record for every `log_every` steps
 out/loss.png
 out/model/             the result: weights, tokenizer, recipe
 out/result.json        written last
@@ -23,7 +23,6 @@ import json
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,12 +33,11 @@ import torch
 import yaml
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from longspan import models
 from longspan.core.facts import facts_of, text_config
 from longspan.core.method import Combination, parse
-from longspan.memory.focused import method as focused
 from longspan.models import load_tokenizer, rows_needed
 from longspan.training import build
 from longspan.training.data import (
@@ -68,24 +66,26 @@ from longspan.training.trainer import (
     step_of,
 )
 from longspan.util.errors import LongspanError, NotSupported, SpecError, writing
-from longspan.util.files import read_object, write_atomically
+from longspan.util.files import filling, read_object, write_atomically
 from longspan.util.units import duration, size
 
 _RUN, _RESULT, _LOCK = "run.json", "result.json", ".lock"
-_LOST = "it says which training the folder holds: bring it back, or name another out"
+_LOST = "it says which training is in the folder: restore it, or name another out"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What the system says where a disk, a quota or a limit takes no more."""
+"""The system's errors where a disk is full, or a quota or a limit is reached."""
 _LOOKED_AT = 64
-"""Samples whose labels are counted, for the operations of a token."""
+"""Samples whose labels are counted for the estimate of a token's operations."""
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training came to. Losses are means in nats a token, the last that were measured; `seconds` and `tokens_per_s`
-    leave validation and saving out, and the speed the first record of every start too. `tokens`, and what follows from them,
-    are tokens that were read: padding does not count. `parameters` are those in the folder `model`: adapters that were merged
-    are none of their own, and adapters saved as such are alone. `resumed_from` is a step."""
+    """The outcome of a training.
+
+    tokens: without padding. parameters: those saved in the folder `model`, of adapters saved as such the adapters' alone. loss,
+    valid_loss: the last measured means, in nats a token. seconds, tokens_per_s: without validation and saving, and the speed also
+    without the first record after each start. resumed_from: a step; None for a run that was not resumed.
+    """
 
     out: str
     model: str
@@ -106,7 +106,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything that stands before the first step."""
+    """What is known before the first step."""
 
     recipe: Recipe
     out: Path
@@ -121,11 +121,11 @@ class _Job:
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> TrainResult:
-    """Trains as the recipe says, and returns what came of it; a run that was stopped goes on where it was.
+    """Carries out a training and returns its result; a stopped run resumes from its last checkpoint.
 
-    recipe: a YAML file, a mapping of the same form, or a recipe that was read. overrides: keys on top, dotted ones written
+    recipe: a YAML file, a mapping of the same form, or a `Recipe`. overrides: keys that replace the recipe's, dotted ones written
     `**{"training.steps": 200}`.
-    Raises `LongspanError` for what cannot be, before anything is written where that can be known.
+    Raises `LongspanError` for a recipe that cannot be trained, where possible before anything is written.
     """
     read = read_recipe(recipe.to_dict() if isinstance(recipe, Recipe) else recipe, overrides.items())
     check(read)
@@ -143,14 +143,10 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> 
 
 
 def check(recipe: Recipe) -> None:
-    """Raises `LongspanError` for what can be refused without reading data or weights."""
+    """Raises `LongspanError` for a recipe that cannot be trained, as far as that is known without data and weights."""
     for key in ("data.train", "data.valid", "data.task"):
         check_source(recipe, key)
-    method = build.check_method(recipe, facts_of(build.model_config(recipe, build.vocabulary(recipe), {})))
-    if method is not None:
-        at_once = recipe.training.at_once(int(os.environ.get("WORLD_SIZE", "1")))
-        ordinary = recipe.positions.kind == "ordinary" and recipe.data.packing != "boundaries"
-        focused.check_training(method, recipe.data.length, at_once, ordinary)
+    build.check_method(recipe, facts_of(build.model_config(recipe, build.vocabulary(recipe), {})))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise NotSupported(
             "longspan train splits the data among devices and keeps the whole model on each; run it under torchrun, or under "
@@ -162,62 +158,62 @@ def check(recipe: Recipe) -> None:
 
 
 def _arguments(recipe: Recipe) -> tuple[TrainingArguments, str]:
-    """The Trainer's settings, and the number format that was chosen."""
-    wanted, devices = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
+    """The Trainer's settings, and the dtype of the training."""
+    settings, devices = recipe.training, int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
-    dtype = wanted.number_format(cuda)
-    micro = wanted.at_once(devices)
-    if wanted.batch % (micro * devices):
-        near = max(1, round(wanted.batch / (micro * devices))) * micro * devices
+    dtype = settings.number_format(cuda)
+    micro = settings.at_once(devices)
+    if settings.batch % (micro * devices):
+        near = max(1, round(settings.batch / (micro * devices))) * micro * devices
         raise SpecError(
-            f"training.batch={wanted.batch} does not divide into micro-batches of {micro} on {devices} device"
+            f"training.batch={settings.batch} does not divide into micro-batches of {micro} on {devices} device"
             f"{'s' * (devices > 1)}; the nearest that does is training.batch={near}"
         )
     validates = recipe.data.valid is not None
-    made = TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(Path(recipe.out).expanduser() / CHECKPOINTS),
-        max_steps=wanted.steps,
+        max_steps=settings.steps,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=wanted.batch // (micro * devices),
-        learning_rate=wanted.learning_rate,
-        lr_scheduler_type=_SCHEDULES[wanted.schedule],
-        warmup_steps=wanted.warmup,
-        weight_decay=wanted.weight_decay,
-        adam_beta1=wanted.betas[0],
-        adam_beta2=wanted.betas[1],
-        max_grad_norm=wanted.clip or 0.0,
+        gradient_accumulation_steps=settings.batch // (micro * devices),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=_SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        max_grad_norm=settings.clip or 0.0,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         bf16=dtype == "bf16",
         use_cpu=not cuda,
         seed=recipe.seed,
         train_sampling_strategy="sequential",
-        logging_steps=wanted.log_every,
+        logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if wanted.save_every else "no",
-        save_steps=wanted.save_every or 1,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 1,
         save_total_limit=2,
         eval_strategy="steps" if validates else "no",
-        eval_steps=(wanted.eval_every or 10 * wanted.log_every) if validates else None,
+        eval_steps=(settings.eval_every or 10 * settings.log_every) if validates else None,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
         ddp_find_unused_parameters=False,
     )
-    if made.n_gpu > 1:
-        made._n_gpu = 1  # the Trainer would take DataParallel; several GPUs are for torchrun
-    return made, dtype
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # the Trainer would take DataParallel; several GPUs are for torchrun
+    return arguments, dtype
 
 
 @contextlib.contextmanager
 def _owned(out: Path) -> Iterator[None]:
-    """The run's folder, for this process alone; the lock is the kernel's, which a dead process does not keep."""
+    """Locks the run's folder for this process; the kernel releases the lock when the process ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise LongspanError(f"{out} cannot hold a run: {error.strerror or error}") from error
+        raise LongspanError(f"{out} cannot be a run's folder: {error.strerror or error}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -230,23 +226,25 @@ def _owned(out: Path) -> Iterator[None]:
 
 
 def _open(out: Path, recipe: Recipe) -> None:
-    """Makes a new folder this recipe's; refuses one that holds another's training, or anything else. What was made for a
-    training that never took a step is made again."""
+    """Writes the recipe into the run's folder, and removes the tokenizer of a training that never took a step.
+
+    Raises `LongspanError` for a folder with another training or with other files.
+    """
     now, before, trained = _as_json(recipe), _identity(out), _trained(out)
     if before is not None and trained:
         changed = differences({**before, "out": ""}, {**now, "out": ""})
         if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise SpecError(
-                f"{out} holds a run of another recipe ({'; '.join(changed[:5])}{more}); give the old values to go on with it, "
-                "or another out to start anew"
+                f"{out} holds a run of another recipe ({'; '.join(changed[:5])}{more}); use the old values to resume it, "
+                "or another out for a new run"
             )
     elif before is None and trained:
         raise LongspanError(
-            f"{out} has lost its {_RUN}, which says of which recipe its {trained} is; bring it back, or name another out"
+            f"{out} has lost its {_RUN}, which says which recipe its {trained} belongs to; restore it, or name another out"
         )
     elif before is None and (others := [p.name for p in out.iterdir() if p.name != _LOCK]):
-        raise LongspanError(f"{out} is not a run and is not empty ({min(others)} is in it); name a new folder")
+        raise LongspanError(f"{out} is not a run and is not empty (it has {min(others)}); name a new folder")
     else:
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
         write_atomically(out / _RUN, json.dumps({"recipe": now}, indent=1) + "\n")
@@ -254,16 +252,16 @@ def _open(out: Path, recipe: Recipe) -> None:
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as it comes back from a file, where keys are text."""
+    """The recipe as JSON data, with keys as text."""
     return json.loads(json.dumps(recipe.to_dict(), default=str))
 
 
 def _identity(out: Path) -> dict[str, Any] | None:
-    """The recipe that a folder was begun with; None where it holds no training."""
+    """The recipe of the training in a folder; None without one."""
     if not (out / _RUN).is_file():
         return None
     stored = read_object(out / _RUN, _LOST)
-    if "recipe" not in stored and "data.train" in stored:  # as it was when the recipe stood beside it
+    if "recipe" not in stored and "data.train" in stored:  # runs of earlier versions have it in a file of its own
         return _as_json(read_recipe(out / RECIPE))
     if not isinstance(stored.get("recipe"), dict):
         raise LongspanError(f"{out / _RUN} is damaged (it has no recipe); {_LOST}")
@@ -271,7 +269,7 @@ def _identity(out: Path) -> dict[str, Any] | None:
 
 
 def _trained(out: Path) -> str | None:
-    """What is in a folder that steps of a training made, by name; None where there is nothing."""
+    """The name of a file or checkpoint in the folder that a training step wrote; None without one."""
     if (out / _RESULT).exists():
         return _RESULT
     if (out / "model").exists():
@@ -301,11 +299,9 @@ def _prepare(recipe: Recipe, out: Path, arguments: TrainingArguments, dtype: str
 
 
 def _check_rows(config: PreTrainedConfig, method: Combination | None, read: Mapping[str, Tokens]) -> None:
-    """Raises `LongspanError` for tokens that the model has no row for."""
-    own = [
-        getattr(m, "id", None) or 0 for m in (method.methods if method else ())
-    ]  # a method's token gets a row of its own
-    rows = max([text_config(config).vocab_size, *(id + 1 for id in own)])
+    """Raises `LongspanError` for tokens that the model has no embedding row for."""
+    added = [id for part in (method.methods if method else ()) for id in part.token_ids()]
+    rows = max([text_config(config).vocab_size, *(id + 1 for id in added)])
     for key, tokens in read.items():
         if len(tokens.ids) and (highest := int(tokens.ids.max())) >= rows:
             raise LongspanError(
@@ -322,7 +318,7 @@ def _tokens(recipe: Recipe, key: str, tokenizer: PreTrainedTokenizerBase, out: P
 
 
 def _tokenizer(recipe: Recipe, out: Path) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer; one that is trained is trained once."""
+    """The recipe's tokenizer, trained where the recipe asks for it and the folder has none yet."""
     if isinstance(recipe.model, str):
         return load_tokenizer(recipe.model)
     if not isinstance(recipe.tokenizer, TokenizerRecipe):
@@ -331,13 +327,13 @@ def _tokenizer(recipe: Recipe, out: Path) -> PreTrainedTokenizerBase:
     place = out / "tokenizer"
     if not place.is_dir():
         texts = documents(recipe.data, "data.train")
-        with _filling(place) as folder:
+        with filling(place) as folder:
             train_tokenizer(texts, recipe.tokenizer).save_pretrained(folder)
     return load_tokenizer(str(place))
 
 
 def _same_inputs(job: _Job) -> None:
-    """Stores what was read with the recipe; refuses to go on with other data or other weights."""
+    """Stores digests of data and weights, or raises `LongspanError` where they differ from those that were stored."""
     now: dict[str, Any] = {
         "data.train": job.tokens.sha256,
         "data.valid": job.valid.sha256 if job.valid else None,
@@ -351,8 +347,8 @@ def _same_inputs(job: _Job) -> None:
         write_atomically(place, json.dumps(before | now, indent=1) + "\n")
     elif changed := [key for key in now if now[key] != before.get(key)]:
         raise LongspanError(
-            f"{job.out} was begun with other content of {', '.join(changed)}: what the name stands for has changed since. "
-            "Bring it back to go on, or name another out to start anew"
+            f"{job.out} was begun with other content of {', '.join(changed)}, which has changed under the same name since. "
+            "Restore it to resume, or name another out for a new run"
         )
 
 
@@ -388,7 +384,7 @@ def _carry_out(job: _Job) -> TrainResult:
 
 @contextlib.contextmanager
 def _keeping(out: Path, main: bool) -> Iterator[None]:
-    """Says of a disk that took no more what is safe on it; the part of a checkpoint that it did take is removed."""
+    """On a full disk, removes an incomplete checkpoint and raises `LongspanError` that names the last complete one."""
     try:
         with writing(out):
             yield
@@ -398,14 +394,14 @@ def _keeping(out: Path, main: bool) -> Iterator[None]:
         if main:
             clear_broken(out)
         newest = newest_checkpoint(out)
-        whole = f"{newest.name} is whole" if newest else "no checkpoint was written yet"
+        saved = f"{newest.name} is complete" if newest else "no checkpoint was written yet"
         raise LongspanError(
-            f"{error.filename} cannot be written: {error.strerror}; {whole}. Make room, and the same command goes on from there"
+            f"{error.filename} cannot be written: {error.strerror}; {saved}. Make room, and the same command resumes from there"
         ) from error
 
 
 def _check_space(job: _Job, model: nn.Module) -> None:
-    """Raises `LongspanError` where the disk has no room for what the training will save, before the first step."""
+    """Raises `LongspanError` where the disk has no room for the checkpoints and the model."""
     lora, every = job.recipe.lora, job.recipe.training.save_every
     whole, trained = (
         sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not only)
@@ -446,10 +442,10 @@ def _announce(job: _Job, live: Live, causal: nn.Module, checkpoint: Path | None)
     live.say(f"{what}, {count}, {len(job.tokens.ids):,} tokens of text, on {where}")
     if devices == 1 and torch.cuda.is_available() and torch.cuda.device_count() > 1:
         live.say(
-            f"{torch.cuda.device_count()} GPUs are here and one is used: torchrun --nproc-per-node=gpu -m longspan train …"
+            f"one of {torch.cuda.device_count()} GPUs is used; for all: torchrun --nproc-per-node=gpu -m longspan train …"
         )
     if checkpoint is not None:
-        live.say(f"going on from {checkpoint}")
+        live.say(f"resuming from {checkpoint}")
 
 
 def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
@@ -481,12 +477,17 @@ def _trainer(job: _Job, model: nn.Module, live: Live) -> RecipeTrainer:
         args=job.arguments,
         train_dataset=course,
         eval_dataset=validation,
-        callbacks=[recorder, *focused.callbacks(causal_model(model))],
+        callbacks=[recorder, *_callbacks(job.method, causal_model(model))],
     )
 
 
+def _callbacks(method: Combination | None, causal: PreTrainedModel) -> list[TrainerCallback]:
+    """The methods' callbacks for the training of the model."""
+    return [callback for part in (method.methods if method else ()) for callback in part.training_callbacks(causal)]
+
+
 def _reading(job: _Job, course: Course, causal: PreTrainedModel) -> Callable[[int, int], tuple[int, float]]:
-    """Tokens and operations of the steps after one and up to another, by the tokens of each sample without its padding."""
+    """A function of two steps: tokens without padding, and operations, of the steps after the first up to the second."""
     steps, length = job.recipe.training, job.recipe.data.length
     labelled = 1.0
     if steps.loss_chunk is not None:
@@ -506,11 +507,11 @@ def _reading(job: _Job, course: Course, causal: PreTrainedModel) -> Callable[[in
 
 
 def _finish(job: _Job, model: nn.Module, tokens: int) -> TrainResult:
-    """Writes the result; other processes wait for it."""
+    """Saves the model and the result, in the main process; other processes wait for them."""
     if job.arguments.process_index == 0:
         lora = job.recipe.lora
         final = model.merge_and_unload() if lora and lora.save == "merged" else model  # type: ignore[operator]
-        with _filling(job.out / "model") as folder:
+        with filling(job.out / "model") as folder:
             save_folder(final, job.tokenizer, job.recipe, folder)
         records = read_metrics(job.out)
         plot(records, job.out / "loss.png", job.out.resolve().name)
@@ -550,12 +551,11 @@ def _result(job: _Job, records: list[dict[str, Any]], parameters: int, tokens: i
 
 
 def _finished(out: Path) -> TrainResult | None:
-    """The result of a training that came to its end, with the paths as they are now: folders are moved. None where the model
-    is no longer there, which is then made again."""
+    """The result of a finished training, with the present paths, since folders are moved; None without its model."""
     place, model = out / _RESULT, out / "model"
     if not place.is_file() or not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
         return None
-    again = "remove it, and the same command makes it again"
+    again = "remove it, and the same command writes it again"
     stored = read_object(place, again)
     try:
         return TrainResult(**{**stored, "out": str(out), "model": str(model)})
@@ -571,16 +571,3 @@ def terminal(done: TrainResult, console: Console) -> None:
     took = f"{done.tokens:,} tokens in {duration(done.seconds)}{speed}"
     console.print(f"{done.steps:,} steps, {took}: {losses or 'no loss is on record'}")
     console.print(f"the model is in {done.model}, its course in {done.out}/loss.png and {done.out}/metrics.jsonl")
-
-
-@contextlib.contextmanager
-def _filling(place: Path) -> Iterator[Path]:
-    """A folder beside `place` that takes its place, whole, when the block ends well."""
-    part = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        shutil.rmtree(place, ignore_errors=True)
-        part.rename(place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

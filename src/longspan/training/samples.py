@@ -1,12 +1,11 @@
-"""Samples out of tokens: what a model reads, which token comes next, and at which positions.
+"""Samples of a training from its tokens: inputs, labels and positions.
 
-Step after step, sample i of the training is number i in one long row, which knows its epoch and, through a permutation of the
-seed and the epoch, its window. Nothing depends on what ran before, on the number of devices or on who asks: a resumed run
-reads what an unbroken one would.
+Sample i of a training follows from i alone: its epoch is i divided by the number of windows, and its window comes from a
+permutation by seed and epoch. So a resumed run, on any number of devices, reads what an uninterrupted one would.
 
-    plain        windows of the documents one after another; a window may hold the end of one and the start of another
-    boundaries   the same windows, with positions that start anew at every document and no attention across
-    none         one window a document, from its start; short ones are padded. Of a task's samples the answers alone have labels
+    plain        windows of the documents one after another; a window may contain the end of one and the start of another
+    boundaries   the same windows, with positions that restart at every document and no attention across
+    none         one window a document, from its start; short ones are padded. In a task's samples only answers have labels
 """
 
 from __future__ import annotations
@@ -25,27 +24,29 @@ from longspan.training.data import Tokens
 from longspan.util.errors import SpecError
 
 IGNORE = -100
-"""The label of a place where no loss is wanted."""
+"""The label of a position without a loss."""
 
 Sample = dict[str, np.ndarray]
 
 
 class Windows(Protocol):
-    """Samples by number; `epoch` is the repetition of the data that they are drawn for."""
+    """Samples by number; `epoch` counts the repetitions of the data."""
 
     def __len__(self) -> int: ...
 
     def sample(self, index: int, epoch: int) -> Sample: ...
 
     def read(self, indices: np.ndarray, epoch: int) -> np.ndarray:
-        """How many tokens these samples hold, padding left out, (samples,)."""
+        """Tokens of these samples without padding, (samples,)."""
         ...
 
 
 @dataclass(frozen=True)
 class TextWindows:
-    """Windows of `length` tokens with the labels one token ahead. With `pose`, positions and text are drawn anew for every
-    sample and epoch."""
+    """Windows of `length` tokens with the labels one token ahead.
+
+    pad: the token that fills short documents. pose: draws positions and text anew for every sample and epoch.
+    """
 
     tokens: Tokens
     length: int
@@ -83,7 +84,7 @@ class TextWindows:
         return np.minimum(sizes, self.length)
 
     def _bounded(self, ids: np.ndarray, start: int) -> Sample:
-        """Documents apart: transformers reads positions that start anew, without a mask, as documents to keep apart."""
+        """A window whose positions restart at every document, which transformers reads, without a mask, as separate documents."""
         places = np.arange(start, start + self.length)
         number = np.searchsorted(self.tokens.ends, places, side="right")
         begins = np.maximum(np.concatenate(([0], self.tokens.ends))[number], start)
@@ -95,8 +96,11 @@ class TextWindows:
         }
 
     def _document(self, index: int, epoch: int) -> Sample:
-        """A task's sample may have PoSE's positions too: its tokens stay as they are. What pads it is at its end, where no
-        token looks, so the mask can be the ones that PoSE needs."""
+        """One document, padded at its end.
+
+        A task's sample may have PoSE's positions, with its tokens unchanged. No token attends to padding at the end, so the mask
+        can be the ones that PoSE needs.
+        """
         number = self._documents[index]  # type: ignore[attr-defined]
         document, learned = self.tokens.document(number), self.tokens.learned_in(number)
         ids = document[: self.length + 1].astype(np.int64)
@@ -117,7 +121,7 @@ class TextWindows:
         }
 
     def _posed(self, index: int, epoch: int, pose: PoSE) -> Sample:
-        """The mask of ones matters: without it transformers takes a jump of positions for another document."""
+        """A window at PoSE's positions, with a mask of ones, without which transformers takes a jump for another document."""
         span = SPAN * self.length
         if self.packing == "none":
             text = self.tokens.document(self._documents[index])[:span]  # type: ignore[attr-defined]
@@ -134,8 +138,7 @@ class TextWindows:
 
 
 class Mixture:
-    """Windows of a text, and samples of a task that make up `share` of all; in every epoch of the text other ones, as far as they
-    reach."""
+    """Windows of a text mixed with samples of a task, `share` of all; each epoch of the text takes the next samples."""
 
     def __init__(self, text: Windows, task: Windows, share: float):
         self.text, self.task = text, task
@@ -145,8 +148,10 @@ class Mixture:
         return len(self.text) + self.extra if len(self.text) else 0
 
     def sample(self, index: int, epoch: int) -> Sample:
-        """A task's sample comes in the text's form: a window without padding has no mask, and none is needed for padding at
-        the end, where no token looks and no loss is taken."""
+        """A window of the text, or a sample of the task with the same entries.
+
+        Windows without padding have no mask, and padding at the end needs none: no token attends to it and it has no label.
+        """
         texts = len(self.text)
         if index < texts:
             return self.text.sample(index, epoch)
@@ -155,7 +160,7 @@ class Mixture:
         return {name: found[name] for name in self.text.sample(0, epoch)}
 
     def read(self, indices: np.ndarray, epoch: int) -> np.ndarray:
-        """Of a task's samples too, whose padding no mask shows here."""
+        """Tokens of these samples without padding, also where no mask marks it, (samples,)."""
         texts = len(self.text)
         numbers = epoch * self.extra + indices[indices >= texts] - texts
         found = np.empty(len(indices), dtype=np.int64)
@@ -165,8 +170,7 @@ class Mixture:
 
 
 class Course(Dataset[Sample]):
-    """Every sample of a training, in its order: `total` of them, through the windows again and again, shuffled anew each time
-    by (seed, epoch)."""
+    """The `total` samples of a training in order: all windows epoch after epoch, each shuffled by (seed, epoch)."""
 
     def __init__(self, windows: Windows, total: int, seed: int):
         self.windows, self.total, self.seed = windows, total, seed
@@ -180,7 +184,7 @@ class Course(Dataset[Sample]):
         return self.windows.sample(int(self._permutation(epoch)[rest]), epoch)
 
     def read(self, first: int, last: int) -> np.ndarray:
-        """How many tokens each of the samples first … last - 1 holds, padding left out, (last - first,)."""
+        """Tokens of each of the samples first … last - 1 without padding, (last - first,)."""
         size, parts = len(self.windows), [np.empty(0, dtype=np.int64)]
         while first < last:
             epoch, rest = divmod(first, size)
@@ -196,7 +200,7 @@ class Course(Dataset[Sample]):
 
 
 class Validation(Dataset[Sample]):
-    """At most `count` windows, evenly spread and always the same."""
+    """At most `count` windows, evenly spread over the data, the same in every run."""
 
     def __init__(self, windows: Windows, count: int):
         self.windows = windows
@@ -210,21 +214,23 @@ class Validation(Dataset[Sample]):
 
 
 def check_enough(windows: Windows, key: str, length: int, have: int) -> None:
-    """Raises `SpecError` where a text gives not even one window."""
+    """Raises `SpecError` where a text is shorter than one window."""
     if len(windows) == 0:
         raise SpecError(
-            f"{key} has {have:,} tokens, too few for data.length={length:,}; give a longer text or a lower length"
+            f"{key} has {have:,} tokens, too few for data.length={length:,}; use a longer text or a smaller length"
         )
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """A batch: every entry (B, length), int64. Where not every place has a label, `labelled` (places,) says which do, by their
-    numbers in the batch as one row."""
+    """A batch of samples, each entry (B, length), int64.
+
+    Where some positions have no label, `labelled` (places,) lists those that have one, as indices of the flattened batch.
+    """
     batch = {key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0]}
-    wanted = batch["labels"].flatten() != IGNORE
-    return batch if wanted.all() else {**batch, "labelled": wanted.nonzero()[:, 0]}
+    has_label = batch["labels"].flatten() != IGNORE
+    return batch if has_label.all() else {**batch, "labelled": has_label.nonzero()[:, 0]}
 
 
 def labelled_share(samples: Dataset[Sample], count: int) -> float:
-    """The share of places with a label, in the first `count` samples."""
+    """The share of positions with a label in the first `count` samples."""
     return float(np.mean([np.mean(samples[i]["labels"] != IGNORE) for i in range(count)]))

@@ -1,17 +1,17 @@
-"""The extrapolation study: every position scheme trained alike, then read far past the length it was trained on.
+"""The extrapolation study: position schemes trained with one recipe, then evaluated far past the training length.
 
     longspan study small.yaml -p rope -p alibi -p kerple --seeds 3 --out runs/extrapolation
 
-One recipe trains each scheme with each seed; all else is the same, the order of the data too. Every model is then tested at
-multiples of its training length on the same text, under two protocols that differ in how much context a token has:
+One recipe trains each scheme with each seed, on the same data in the same order. Every model is then evaluated at multiples of
+its training length on the same text, under two protocols that differ in the context of a token:
 
-    non-overlapping  disjoint windows of the length (ALiBi's default): early tokens of a window have little before them
-    sliding          a window of the length moved by a stride: every counted token has nearly the whole length before it
+    non-overlapping  disjoint windows of the length (ALiBi's default): early tokens of a window have little context
+    sliding          a window of the length moved by a stride: every counted token has nearly the whole length as context
 
-A scheme whose paper reads long texts in a way of its own (`READ_WITH`) is tested so too, as a curve of its own. Beside the
-loss stand the receptive field, how far back the tokens lie that move the last state, and the resolution of attention at the
-first two lengths. Every measurement is one line of `results.jsonl`, so that a study that was stopped goes on; `study.json` has
-the means, the spread over seeds and a verdict, and `curves.png` draws them.
+A scheme whose paper reads long texts under another method (`Scheme.read_with`) gets a second curve under that method. Two more
+figures are measured: the receptive field, the distance back to the tokens that change the last state, and the resolution of
+attention at the first two lengths. Every measurement is one line of `results.jsonl`, so that a stopped study resumes;
+`study.json` holds the means, the spread over seeds and a verdict, and `curves.png` draws them.
 """
 
 from __future__ import annotations
@@ -52,25 +52,23 @@ SCHEMES = (
     "tupe",
 )
 TIMES = (1, 2, 4, 8, 16, 32)
-READ_WITH = {"xpos": "bca"}
-"""Sun 2022 trains xPos with full attention and reads with blockwise causal attention."""
 HOLDS = 0.05
-"""A scheme holds where its loss past the training length is at most so many nats above its loss at it."""
+"""A scheme extrapolates where its loss past the training length is at most so many nats above its loss at that length."""
 FIELD_TIMES = 8
-"""The receptive field is taken within so many training lengths."""
+"""Training lengths within which the receptive field is measured."""
 TALL = 3.0
-"""Nats above the best that a plot still shows."""
+"""Nats above the lowest loss that the plot shows."""
 SLIDES = 8
-"""Strides that the longest sliding window makes over one sample."""
+"""Strides of the longest sliding window over one sample."""
 
-_ASKED = ("scheme", "seed", "protocol", "length", "text", "samples", "weights")
-"""What a measurement is of."""
+_KEY = ("scheme", "seed", "protocol", "length", "text", "samples", "weights")
+"""The entries of a record that identify its measurement."""
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a study measures: lengths as multiples of the training length, samples of each, seeds from 0 on."""
+    """The settings of a study: lengths as multiples of the training length, samples of each, seeds from 0 on."""
 
     schemes: tuple[str, ...] = SCHEMES
     seeds: int = 1
@@ -95,7 +93,7 @@ class Settings:
 
 @dataclass
 class Curve:
-    """A scheme's figures by length, in nats a token, over seeds: mean, lowest, highest; None where it has no positions."""
+    """A scheme's loss by length, in nats a token: mean, lowest and highest over seeds; None where it has no positions."""
 
     scheme: str
     protocol: str
@@ -106,7 +104,7 @@ class Curve:
 
     @property
     def holds(self) -> bool:
-        """Whether the loss at every length is at most `HOLDS` above that at the training length."""
+        """Whether the loss at every length is at most `HOLDS` above the loss at the training length."""
         first = self.mean[0]
         return first is not None and all(m is not None and m <= first + HOLDS for m in self.mean)
 
@@ -114,25 +112,27 @@ class Curve:
 def study(
     recipe: str | Path | dict[str, Any], settings: Settings, out: str | Path, say: Say = print, **overrides: Any
 ) -> Path:
-    """Trains, tests and draws; returns the folder. What is there already is not done again.
+    """Trains, evaluates and draws all schemes; returns the folder. Models and measurements that it has are not repeated.
 
-    recipe: of `longspan.train`, for a model of type longspan; its `out`, `seed` and `model.position` are the study's.
+    recipe: of `longspan.train`, for a model of type longspan; the study sets its `out`, `seed` and `model.position`.
     """
 
-    folder, asked = Path(out).expanduser(), []
+    folder, trainings = Path(out).expanduser(), []
     for seed in range(settings.seeds):
         for scheme in settings.schemes:
-            own = {
+            changes = {
                 "out": str(folder / "models" / f"{_plain(scheme)}-seed{seed}"),
                 "seed": seed,
                 "model.position": scheme,
             }
-            asked.append((scheme, seed, read_recipe(recipe, {**overrides, **own}.items())))
-    for _, _, one in asked[: len(settings.schemes)]:  # what the last cannot have is said before the first is trained
+            trainings.append((scheme, seed, read_recipe(recipe, {**overrides, **changes}.items())))
+    for _, _, one in trainings[
+        : len(settings.schemes)
+    ]:  # an impossible last one is refused before the first is trained
         check(one)
     folder.mkdir(parents=True, exist_ok=True)
     weights = set()
-    for scheme, seed, one in asked:
+    for scheme, seed, one in trainings:
         say(f"{scheme}, seed {seed}: training")
         trained = train(one)
         weights.add(_measure(Path(trained.model), scheme, seed, settings, folder, say))
@@ -144,39 +144,41 @@ def _plain(scheme: str) -> str:
 
 
 def _measure(model_folder: Path, scheme: str, seed: int, settings: Settings, folder: Path, say: Say) -> str:
-    """Adds what is not yet in `results.jsonl` of one model, whose fingerprint is returned."""
-    done = {tuple(r.get(key) for key in _ASKED) for r in read_results(folder)}
+    """Appends a model's missing measurements to `results.jsonl`; returns the model's fingerprint."""
+    done = {tuple(r.get(key) for key in _KEY) for r in read_results(folder)}
     weights = fingerprint(model_folder)
     model: PreTrainedModel | None = None
     tokenizer: Any = None
     window = read_config(model_folder).max_position_embeddings
     for label, method, (protocol, length, size, task) in _readings(scheme, window, settings):
-        asked = (label, seed, protocol, length, settings.text, settings.samples, weights)
-        if asked in done:
+        key = (label, seed, protocol, length, settings.text, settings.samples, weights)
+        if key in done:
             continue
         if model is None:
             model, tokenizer = load(model_folder)
         with applied(model, method):
             figures = _figures(model, tokenizer, task, size, settings.samples)
-        append_line(folder / "results.jsonl", dict(zip(_ASKED, asked, strict=True)) | figures)
+        append_line(folder / "results.jsonl", dict(zip(_KEY, key, strict=True)) | figures)
         shown = f"{figures['score']:.3f}" if figures["score"] is not None else figures["reason"]
         say(f"{label}, seed {seed}: {protocol} at {length:,} tokens: {shown}")
     return weights
 
 
 def _readings(scheme: str, window: int, settings: Settings) -> Iterator[tuple[str, str, tuple[str, int, int, Task]]]:
-    """(a curve's name, the method that is put on for it, measurement)."""
-    for asked in _tasks(window, settings):
-        yield scheme, "none", asked
-    if scheme in READ_WITH:
-        for asked in _tasks(window, settings):
-            if asked[0] in ("non-overlapping", "sliding"):
-                yield f"{scheme}, {READ_WITH[scheme]}", READ_WITH[scheme], asked
+    """A scheme's measurements: (name of the curve, method that is applied, measurement)."""
+    for measurement in _tasks(window, settings):
+        yield scheme, "none", measurement
+    if method := read_position(scheme)[0].read_with:
+        for measurement in _tasks(window, settings):
+            if measurement[0] in ("non-overlapping", "sliding"):
+                yield f"{scheme}, {method}", method, measurement
 
 
 def _tasks(window: int, settings: Settings) -> Iterator[tuple[str, int, int, Task]]:
-    """(protocol, length, tokens of a sample, task) of every measurement. The losses of all lengths are of the same texts, in
-    windows of `length`, so that a curve shows nothing but what the length does."""
+    """Every measurement: (protocol, length, tokens of a sample, task).
+
+    The losses of all lengths are of the same texts, so that a curve shows the effect of the length alone.
+    """
     longest, text = settings.times[-1] * window, settings.text
     for times in settings.times:
         length = times * window
@@ -195,8 +197,10 @@ def _tasks(window: int, settings: Settings) -> Iterator[tuple[str, int, int, Tas
 def _figures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, size: int, count: int
 ) -> dict[str, Any]:
-    """Mean score over the samples of `size` tokens, their scores, and by position or distance what the task tells; `score`
-    None with the reason where the model cannot read so far."""
+    """The mean score over samples of `size` tokens, their scores, and the task's details by position or distance, averaged.
+
+    `score` is None, with a `reason`, where the model cannot read so many tokens.
+    """
     scores, details = [], []
     for sample in task.samples(tokenizer, size, count, 0):
         try:
@@ -206,38 +210,38 @@ def _figures(
             return {"score": None, "reason": str(error)}
         scores.append(outcome.score)
         details.append(outcome.detail)
-    made: dict[str, Any] = {"score": statistics.fmean(scores), "scores": scores}
+    figures: dict[str, Any] = {"score": statistics.fmean(scores), "scores": scores}
     for name in ("nll_by_position", "share_within", "distances"):
         if name in details[0]:
             columns = zip(*(d[name] for d in details), strict=True)
-            made[name] = [statistics.fmean(c) if None not in c else None for c in columns]
-    return made
+            figures[name] = [statistics.fmean(c) if None not in c else None for c in columns]
+    return figures
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Every finished measurement; a line that a stop cut short is left out."""
+    """Every finished measurement, without a line that a stop cut short."""
     return read_lines(folder / "results.jsonl")
 
 
 def curves(records: Sequence[dict[str, Any]], protocol: str) -> list[Curve]:
-    """One curve for each scheme, in the order in which schemes were measured."""
-    made = []
-    mine = [r for r in records if r["protocol"] == protocol]
-    for scheme in dict.fromkeys(r["scheme"] for r in mine):
+    """One curve for each scheme, in the order of measurement."""
+    drawn = []
+    of_protocol = [r for r in records if r["protocol"] == protocol]
+    for scheme in dict.fromkeys(r["scheme"] for r in of_protocol):
         curve = Curve(scheme, protocol)
-        own = [r for r in mine if r["scheme"] == scheme]
-        for length in sorted({r["length"] for r in own}):
-            scores = [r["score"] for r in own if r["length"] == length and r["score"] is not None]
+        of_scheme = [r for r in of_protocol if r["scheme"] == scheme]
+        for length in sorted({r["length"] for r in of_scheme}):
+            scores = [r["score"] for r in of_scheme if r["length"] == length and r["score"] is not None]
             curve.lengths.append(length)
             curve.mean.append(statistics.fmean(scores) if scores else None)
             curve.low.append(min(scores) if scores else None)
             curve.high.append(max(scores) if scores else None)
-        made.append(curve)
-    return made
+        drawn.append(curve)
+    return drawn
 
 
 def _of_one_kind(records: Sequence[dict[str, Any]], settings: Settings, weights: Set[str]) -> list[dict[str, Any]]:
-    """The measurements on these samples, of each scheme and seed those of one model: of one in `weights`, or else the last."""
+    """The measurements on these samples, one model's for each scheme and seed: of one in `weights`, or else the last."""
     mine = [r for r in records if (r.get("text"), r.get("samples")) == (settings.text, settings.samples)]
     of: dict[tuple[str, int], str] = {}
     for r in mine:
@@ -247,14 +251,17 @@ def _of_one_kind(records: Sequence[dict[str, Any]], settings: Settings, weights:
 
 
 def report(folder: Path, settings: Settings, weights: Set[str]) -> Path:
-    """Writes `study.json` and `curves.png` from the measurements of models of these fingerprints; returns the folder."""
+    """Writes `study.json` and `curves.png` from the measurements; returns the folder.
+
+    weights: fingerprints of the models whose measurements come before those of others.
+    """
     import transformers
 
     records = _of_one_kind(read_results(folder), settings, weights)
     protocols = ["non-overlapping", *(["sliding"] if settings.sliding else [])]
     drawn = {protocol: curves(records, protocol) for protocol in protocols}
     fields = {c.scheme: c.mean[-1] for c in curves(records, "field")}
-    made = {
+    figures = {
         "settings": asdict(settings),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
@@ -263,19 +270,19 @@ def report(folder: Path, settings: Settings, weights: Set[str]) -> Path:
         "field": fields,
         "resolution": {c.scheme: c.mean for c in curves(records, "resolution")},
     }
-    write_atomically(folder / "study.json", json.dumps(made, indent=1))
+    write_atomically(folder / "study.json", json.dumps(figures, indent=1))
     _draw(folder / "curves.png", drawn, curves_of_field(records))
     return folder
 
 
 def curves_of_field(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
-    """Of each scheme, (distances, share of the gradient within them), averaged over seeds."""
+    """For each scheme (distances, share of the gradient within each), averaged over seeds."""
     found = {}
-    mine = [r for r in records if r["protocol"] == "field" and r["score"] is not None]
-    for scheme in dict.fromkeys(r["scheme"] for r in mine):
-        own = [r for r in mine if r["scheme"] == scheme]
-        shares = [statistics.fmean(column) for column in zip(*(r["share_within"] for r in own), strict=True)]
-        found[scheme] = (own[0]["distances"], shares)
+    fields = [r for r in records if r["protocol"] == "field" and r["score"] is not None]
+    for scheme in dict.fromkeys(r["scheme"] for r in fields):
+        of_scheme = [r for r in fields if r["scheme"] == scheme]
+        shares = [statistics.fmean(column) for column in zip(*(r["share_within"] for r in of_scheme), strict=True)]
+        found[scheme] = (of_scheme[0]["distances"], shares)
     return found
 
 
@@ -315,16 +322,16 @@ def _draw(path: Path, drawn: dict[str, list[Curve]], fields: dict[str, tuple[lis
 
 
 def table(folder: Path) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows for people: scheme, the loss at every length in disjoint windows, whether it holds, the field."""
-    made = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    found = made["curves"]["non-overlapping"]
+    """Headings and rows of a table: scheme, loss at every length in disjoint windows, whether it holds, receptive field."""
+    figures = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    found = figures["curves"]["non-overlapping"]
     rows = []
     for curve in found:
         losses = ["–" if m is None else f"{m:.3f}" for m in curve["mean"]]
-        reach = made["field"].get(curve["scheme"])
-        far = "–" if reach is None else f"{reach:,.0f}"
-        sharp = ["–" if r is None else f"{r:.3g}" for r in made["resolution"].get(curve["scheme"], [])]
-        held = "holds" if curve["holds"] else "does not hold"
-        rows.append([curve["scheme"], *losses, held, far, " / ".join(sharp)])
+        field = figures["field"].get(curve["scheme"])
+        distance = "–" if field is None else f"{field:,.0f}"
+        sharp = ["–" if r is None else f"{r:.3g}" for r in figures["resolution"].get(curve["scheme"], [])]
+        verdict = "holds" if curve["holds"] else "does not hold"
+        rows.append([curve["scheme"], *losses, verdict, distance, " / ".join(sharp)])
     lengths = [f"{n:,}" for n in found[0]["lengths"]]
     return ["scheme", *lengths, "past the training length", "field", f"resolution at {' / '.join(lengths[:2])}"], rows

@@ -1,7 +1,7 @@
-"""transformers' Trainer, with what a run here adds: whole checkpoints, an exact validation loss, and metrics.
+"""transformers' Trainer with verified checkpoints, an exact validation loss, and metrics.
 
-The loop, the devices, mixed precision and the optimiser are the Trainer's and accelerate's; so a recipe runs alike in one
-process and under torchrun or `accelerate launch`.
+The loop, devices, mixed precision and optimiser are the Trainer's and accelerate's, so a recipe runs the same in one process and
+under torchrun or `accelerate launch`.
 """
 
 from __future__ import annotations
@@ -42,42 +42,44 @@ from longspan.util.files import write_atomically
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
-"""Written last into a checkpoint: one without it was cut short."""
+"""The file that is written last into a checkpoint; a checkpoint without it is incomplete."""
 RECIPE = "recipe.yaml"
 
 
 def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: str | Path) -> None:
-    """Weights as safetensors, configuration, tokenizer and recipe."""
+    """Saves weights (safetensors), configuration, tokenizer and recipe in `folder`."""
     with quiet(), writing(folder):
         model.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
         (Path(folder) / RECIPE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def own_settings(model: nn.Module) -> list[tuple[nn.Parameter, dict[str, float]]]:
-    """The parameters that learn otherwise than the rest, and how (`lr`, `weight_decay`): modules with a method
-    `optimizer_settings` say so, by the names of their parameters."""
+def module_settings(model: nn.Module) -> list[tuple[nn.Parameter, dict[str, float]]]:
+    """The parameters with optimiser settings (`lr`, `weight_decay`) of their module, and these settings.
+
+    A module names them, by its parameters' names, in a method `optimizer_settings`.
+    """
     found = []
     for module in model.modules():
-        settings: Any = getattr(module, "optimizer_settings", dict)
-        found += [(getattr(module, name), own) for name, own in settings().items()]
-    return [(parameter, own) for parameter, own in found if parameter.requires_grad]
+        named: Any = getattr(module, "optimizer_settings", dict)
+        found += [(getattr(module, name), settings) for name, settings in named().items()]
+    return [(parameter, settings) for parameter, settings in found if parameter.requires_grad]
 
 
-def set_apart(optimizer: torch.optim.Optimizer, own: list[tuple[nn.Parameter, dict[str, float]]]) -> None:
-    """Moves parameters of a new optimizer into groups with their own settings, one for each kind."""
-    moved = {id(parameter) for parameter, _ in own}
+def group_by_settings(optimizer: torch.optim.Optimizer, chosen: list[tuple[nn.Parameter, dict[str, float]]]) -> None:
+    """Moves these parameters of a new optimizer into groups, one for each combination of settings."""
+    moved = {id(parameter) for parameter, _ in chosen}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in moved]
     kinds: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
-    for parameter, settings in own:
+    for parameter, settings in chosen:
         kinds.setdefault(tuple(sorted(settings.items())), []).append(parameter)
     for kind, parameters in kinds.items():
         optimizer.add_param_group({"params": parameters, **dict(kind)})
 
 
 class RecipeTrainer(Trainer):
-    """A Trainer over a `NextToken` module, whose inner model is what is saved."""
+    """A Trainer for a `NextToken` module, which saves the model inside it."""
 
     def __init__(self, *, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, **rest: Any):
         super().__init__(data_collator=collate, **rest)
@@ -90,24 +92,24 @@ class RecipeTrainer(Trainer):
         return self.model
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The inner model as a folder that loads; by the main process."""
+        """Saves the model inside `NextToken` as a folder that loads; only the main process writes."""
         if self.args.should_save:
             save_folder(self.next_token.model, self.tokenizer, self.recipe, output_dir or self.args.output_dir or "")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's, with the parameters that ask for settings of their own in groups of their own."""
+        """The Trainer's optimizer, with a separate group for parameters with separate settings."""
         optimizer = super().create_optimizer(model)
-        set_apart(optimizer, own_settings(self.next_token if model is None else model))
+        group_by_settings(optimizer, module_settings(self.next_token if model is None else model))
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing: the model was built from the checkpoint."""
+        """Does nothing: the model was built from the checkpoint."""
 
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The mean loss over all labels of the validation samples, whatever the batches and devices."""
+        """The mean loss over all labels of the validation samples, independent of batches and devices."""
         self.next_token.eval()
         rows = []
         for batch in self.get_eval_dataloader(eval_dataset):
@@ -121,13 +123,13 @@ class RecipeTrainer(Trainer):
 
 
 class Recorder(TrainerCallback):
-    """Writes what the Trainer logs into the run's metrics and onto the screen. Times leave validation and saving out."""
+    """Writes the Trainer's logs into the run's metrics and on the screen; times exclude validation and saving."""
 
     def __init__(
         self, journal: Journal, live: Live, *, read: Callable[[int, int], tuple[int, float]], peak: float | None
     ):
-        """read: tokens read, and their operations, from after one step to another, on all devices together; padding is not
-        read. peak: what all devices can do in a second."""
+        """read(first, last): tokens without padding, and their operations, of steps first + 1 … last on all devices.
+        peak: operations a second of all devices; None where unknown."""
         self.journal, self.live = journal, live
         self.read, self.peak = read, peak
         self._since, self._step = 0.0, 0
@@ -168,7 +170,7 @@ class Recorder(TrainerCallback):
             self.live.record(record)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise LongspanError(
-                f"the loss at step {state.global_step} is {logs['loss']}: the training has come apart. Try a lower "
+                f"the loss at step {state.global_step} is {logs['loss']}: the training has diverged. Try a lower "
                 "training.learning_rate, more training.warmup, or a lower training.clip"
             )
 
@@ -176,7 +178,7 @@ class Recorder(TrainerCallback):
         self._since = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Marks the checkpoint as whole once every process has written its part."""
+        """Marks the checkpoint as complete after every process has written its part."""
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
@@ -192,7 +194,7 @@ class Recorder(TrainerCallback):
         self.live.stop()
 
     def _measured(self, args: TrainingArguments, state: TrainerState, logs: dict[str, float]) -> dict[str, Any]:
-        """The record of the steps since the last one. The loss has been read from the device, so all work is done."""
+        """The record of the steps since the last one; the loss has been read from the device, so their work is done."""
         now, steps = time.perf_counter(), state.global_step - self._step
         seconds = now - self._since
         tokens, flops = self.read(self._step, state.global_step)
@@ -211,20 +213,20 @@ class Recorder(TrainerCallback):
 
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """The last whole checkpoint of a run; None where there is none."""
+    """The last complete checkpoint of a run; None without one."""
     found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if _is_whole(p)]
     return max(found, key=step_of, default=None)
 
 
 def clear_broken(out: Path) -> None:
-    """Removes checkpoints that a kill or a full disk cut short."""
+    """Removes incomplete checkpoints, left by a kill or a full disk."""
     for folder in (out / CHECKPOINTS).glob("checkpoint-*"):
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a checkpoint has its mark, and its files the sizes that they had then."""
+    """Whether a checkpoint has its mark and its files have the sizes in it."""
     try:
         sizes = json.loads((folder / COMPLETE).read_text(encoding="utf-8")).get("files", {})
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -233,13 +235,13 @@ def _is_whole(folder: Path) -> bool:
 
 
 def step_of(folder: Path) -> int:
-    """The number in a checkpoint's name."""
+    """The step in a checkpoint's name; -1 without one."""
     found = re.search(r"\d+$", folder.name)
     return int(found[0]) if found else -1
 
 
 def _sync(folder: Path) -> None:
-    """Has the files of a folder written through to the disk."""
+    """Flushes the files of a folder to the disk."""
     for file in folder.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         try:

@@ -185,10 +185,10 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
             blocks[-1][1] += number
     last = max(low, high - gap * (len(values) - 1))
     flat = [min(max(total / number, low), last) for total, number in blocks for _ in range(int(number))]
-    places = [0.0] * len(values)
+    positions = [0.0] * len(values)
     for rank, i in enumerate(order):
-        places[i] = flat[rank] + rank * gap
-    return places
+        positions[i] = flat[rank] + rank * gap
+    return positions
 
 
 def name_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
@@ -200,8 +200,8 @@ def name_ends(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None
     figure = axes.get_figure(root=True)
     assert figure is not None, "axes are always part of a figure"
     gap = (high - low) * 13 / (figure.get_size_inches()[1] * 72 * 0.8)  # a line of text, in data units
-    places = spread([y for _, _, y, _ in ends], gap, low, high)
-    for (name, x, y, colour), place in zip(ends, places, strict=True):
+    positions = spread([y for _, _, y, _ in ends], gap, low, high)
+    for (name, x, y, colour), place in zip(ends, positions, strict=True):
         line = {
             "arrowstyle": "-",
             "color": colour,

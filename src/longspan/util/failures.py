@@ -1,4 +1,4 @@
-"""What an exception means for a measurement: whether memory ran out, and the error in one line."""
+"""Whether an exception means that memory ran out, and its text in one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "not enoug
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """True where the error, or one that caused it, says that memory did not suffice, on any device."""
+    """True where an error, or its cause, means that memory ran out on any device."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return True
@@ -21,7 +21,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error, at most 500 characters, after its class unless it is a `LongspanError`."""
+    """An error's first line, after its class unless it is a `LongspanError`.
+
+    At most 500 characters.
+    """
     lines = str(error).strip().splitlines() or [""]
     kind = "" if isinstance(error, LongspanError) else f"{type(error).__name__}: "
     return f"{kind}{lines[0]}"[:500].removesuffix(": ")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,26 @@ def write_atomically(path: Path, text: str) -> None:
             temporary.unlink()  # on a full disk its part is in the way
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def filling(place: Path) -> Iterator[Path]:
+    """A new folder beside `place` that replaces it when the block succeeds; `place` stays as it was when the block raises."""
+    part = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+    old = part.with_suffix(".old")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if place.is_dir():
+            place.rename(old)
+        part.rename(place)
+    except OSError:
+        if old.is_dir() and not place.exists():
+            old.rename(place)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:

@@ -13,8 +13,10 @@ The paper's LED is a decoder with cross-attention to such an encoder: kind=encod
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from longspan.attention.longformer.layer import LongformerAttention
@@ -23,11 +25,12 @@ from longspan.engine.blocks.tables import Blocks, band
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.patterns import masked_attention, some_heads
 from longspan.engine.window.banded import banded_attention
+from longspan.hf.encoder_form import EncoderForm
 from longspan.lm.base import Pattern
 from longspan.lm.configuration import LongspanConfig
 from longspan.lm.layers import LongspanAttention
 from longspan.positions.scheme import PositionEncoding
-from longspan.util.errors import NotSupported
+from longspan.util.errors import NotSupported, SpecError
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,6 @@ class Longformer(Pattern):
     title = "Longformer: window, dilated heads, global tokens"
     also = ("led", "longformer-encoder-decoder")
     works_on = "from scratch, trained encoders (longspan apply)"
-    converts_encoders = True
     paper = "Beltagy 2020, arXiv 2004.05150"
     cost = "time n, cache constant"
     takes_globals = True
@@ -60,6 +62,30 @@ class Longformer(Pattern):
             f"dilated={self.dilated} heads with dilation={self.dilation} contradict each other; set both, such as "
             "dilated=2,dilation=2, or neither",
         )
+
+    def encoder_form(self) -> EncoderForm:
+        return EncoderForm(
+            encoder=transformers.LongformerModel,
+            masked=transformers.LongformerForMaskedLM,
+            check=self._check_encoder,
+            config=self._encoder_config,
+            bert_names=False,
+            copied=tuple((f".self.{part}.", f".self.{part}_global.") for part in ("query", "key", "value")),
+            note="name the global tokens in each call: global_attention_mask=(batch, tokens), 1 for them",
+        )
+
+    def _check_encoder(self, length: int) -> None:
+        if self != (known := Longformer(window=self.window)):
+            hint = " and name global tokens in each call with global_attention_mask" if self.globals else ""
+            raise NotSupported(f"{self.spec}: transformers' Longformer has no such settings; use {known.spec}{hint}")
+        if self.window % 2:
+            raise SpecError(f"an encoder sees half of the window on either side; use window={self.window + 1}")
+
+    def _encoder_config(
+        self, old: transformers.PreTrainedConfig, settings: dict[str, Any], length: int
+    ) -> transformers.LongformerConfig:
+        rows = length + old.pad_token_id + 1
+        return transformers.LongformerConfig(**settings, attention_window=self.window, max_position_embeddings=rows)
 
     def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         heads = config.num_attention_heads

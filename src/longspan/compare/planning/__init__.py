@@ -1,1 +1,1 @@
-"""What a run will measure: the request, checked against the model, as cells with their keys and a forecast."""
+"""The plan of a run: the request as cells, with keys and a forecast."""

@@ -1,4 +1,4 @@
-"""A cell: one method, one task and one length, with a key that hashes everything its result depends on.
+"""A cell: method, task and length, with a key for everything its result depends on.
 
 The same key means the same measurement; any change of weights, settings, samples, code or versions gives another key.
 """
@@ -37,7 +37,7 @@ class Cell:
 
     requested: the method as the user wrote it; `method` has every setting filled in. samples: how many are drawn.
     dtype, device: torch's names; processor: the device's own name, without which times mean nothing.
-    trained: folder of a trained model, which is measured as it was saved in place of `model`.
+    trained: folder of a trained model, which is measured as it was saved in place of `model`. saved: the methods in it.
     """
 
     model: str
@@ -52,16 +52,17 @@ class Cell:
     device: str
     processor: str
     trained: str | None = None
+    saved: tuple[Method, ...] = ()
 
     @property
     def spec(self) -> str:
-        """The name of the cell's row: the method's full spec, or the name of a trained model."""
+        """The name of the cell's row: the method's full spec, or a trained model's name."""
         return self.method.spec if self.trained is None else self.requested
 
     @property
     def parts(self) -> list[Method | Task]:
-        """The cell's methods and its task."""
-        return [*self.method.methods, self.task]
+        """The cell's methods and its task, whose files decide the result."""
+        return [*self.method.methods, *self.saved, self.task]
 
     @functools.cached_property
     def key(self) -> str:
@@ -116,7 +117,10 @@ def code_digest() -> str:
 
 
 def source_digest(cls: type[Method | Task]) -> str | None:
-    """sha256, in hex, of the file that defines a user's class; None for classes of this package."""
+    """sha256, in hex, of the file that defines a user's class.
+
+    None for classes of this package.
+    """
     if cls.__module__.startswith("longspan."):
         return None
     file = inspect.getsourcefile(cls)

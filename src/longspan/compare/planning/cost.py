@@ -48,7 +48,7 @@ def speed(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def card(facts: ModelFacts, dtype: torch.dtype) -> dict[str, Any]:
-    """The model's parameters, bytes of weights, and cache bytes per token, as the manifest records them."""
+    """The model's parameters, bytes of weights, and KV cache bytes per token."""
     return {
         "parameters": facts.parameters,
         "weights_bytes": facts.parameters * dtype.itemsize,

@@ -1,4 +1,4 @@
-"""Which lengths to measure where the user names none: as far as memory and half an hour allow."""
+"""Default lengths of a run: as far as memory and half an hour allow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ START = 2.0
 
 @dataclass(frozen=True)
 class Choice:
-    """Lengths in tokens, the most samples of a cell (None: each task's own number), and why."""
+    """Lengths in tokens, the most samples of a cell (None: no limit), and why."""
 
     lengths: list[int]
     most_samples: int | None
@@ -34,7 +34,7 @@ def choose_lengths(
     speed: float,
     keep_counts: bool = False,
 ) -> Choice:
-    """The native window, twice that, four times that, …, within 80 % of memory and half an hour.
+    """Doubled lengths from the native window on, within memory and half an hour.
 
     methods: how many rows. counts: each task's number of samples. memory: bytes, of which one input may take 80 %.
     speed: floating point operations a second. The native window and its double are kept in any case; where even these

@@ -1,4 +1,4 @@
-"""The plan of a run: which cells it has, in which order, roughly how long each takes, and the manifest that says so."""
+"""The plan of a run: cells in order, a forecast of time, the manifest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from longspan.util import environment
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that has been checked against the model: what will run, and what was chosen for the user.
+    """A request, checked against the model and completed with the user's defaults.
 
     speed: floating point operations a second that the forecast assumes. machine: `environment.machine` of the device.
     """
@@ -51,10 +51,14 @@ class Plan:
 
     @property
     def dtype_name(self) -> str:
+        """The dtype's name, such as `bfloat16`."""
         return str(self.dtype).removeprefix("torch.")
 
     def cells(self) -> list[Cell]:
-        """Every cell, the bare model's first, then short lengths before long, so that a stopped run can be read."""
+        """Every cell, the bare model's first, then short lengths before long.
+
+        So the part of a stopped run can be read.
+        """
         cells = [
             Cell(
                 model=self.request.model,
@@ -69,6 +73,7 @@ class Plan:
                 device=self.device.type,
                 processor=self.machine["device_name"],
                 trained=chosen.trained,
+                saved=chosen.saved,
             )
             for chosen in self.methods
             for task in self.tasks
@@ -116,7 +121,14 @@ class Plan:
             "spec": chosen.spec,
             "asked": chosen.requested,
             **(_trained_facts(chosen) if chosen.trained else self._applied_facts(chosen.method)),
+            **self._notes(chosen),
         }
+
+    def _notes(self, chosen: Chosen) -> dict[str, Any]:
+        """The sentences for the report that the row's methods bring along, as `notes`; no entry without any."""
+        facts, methods = chosen.facts or self.facts, (*chosen.method.methods, *chosen.saved)
+        notes = [note for method in methods for note in method.report_notes(facts, self.lengths[-1])]
+        return {"notes": notes} if notes else {}
 
     def _applied_facts(self, method: Combination) -> dict[str, Any]:
         return {
@@ -144,8 +156,9 @@ class Plan:
 
 def _trained_facts(chosen: Chosen) -> dict[str, Any]:
     assert chosen.facts is not None
+    methods = f" with {Combination(chosen.saved).spec}" if chosen.saved else ""
     return {
-        "title": f"a model that was trained from this one, {chosen.facts.architecture}",
+        "title": f"a model that was trained from this one, {chosen.facts.architecture}{methods}",
         "reach": chosen.facts.window,
         "exportable": True,
         "training": trained.training_cost(chosen.requested),
@@ -153,7 +166,10 @@ def _trained_facts(chosen: Chosen) -> dict[str, Any]:
 
 
 def make_plan(request: Request) -> Plan:
-    """Reads and checks a request; no weights are loaded. Raises `LongspanError` for whatever cannot be carried out."""
+    """Reads and checks a request.
+
+    No weights are loaded. Raises `LongspanError` for whatever cannot be carried out.
+    """
     request.check()
     facts = models.inspect_model(request.model)
     device = models.pick_device(request.device)

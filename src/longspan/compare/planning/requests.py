@@ -42,7 +42,7 @@ class Request:
     device: str | torch.device | None = None
 
     def check(self) -> None:
-        """Raises `SpecError` for a seed or a number of samples that is not a whole number in range."""
+        """Raises `SpecError` for a seed or a number of samples out of range."""
         if not _is_whole(self.seed) or self.seed < 0:
             raise SpecError(f"seed must be a whole number from 0 up, not {self.seed!r}")
         if self.samples is not None and (not _is_whole(self.samples) or self.samples < 1):
@@ -51,24 +51,26 @@ class Request:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A row of the table: a method as requested and with every setting filled in, or a trained model.
+    """A row: a method as requested and with all settings, or a trained model.
 
     trained, facts: the folder of a model that was trained from the compared one, and its facts; None for a method.
+    saved: the methods that the trained model was saved with.
     """
 
     requested: str
     method: Combination
     trained: str | None = None
     facts: ModelFacts | None = None
+    saved: tuple[Method, ...] = ()
 
     @property
     def spec(self) -> str:
-        """The name of the row: the method's full spec, or the name of a trained model."""
+        """The name of the row: the method's full spec, or a trained model's name."""
         return self.method.spec if self.trained is None else self.requested
 
 
 def as_list(value: Any, kinds: tuple[type, ...]) -> list[Any] | None:
-    """A single value of `kinds` as a list of one, another iterable as a list, None for nothing.
+    """A value of `kinds` or an iterable of them as a list; None for nothing.
 
     Raises `SpecError` for anything else.
     """
@@ -101,7 +103,9 @@ def read_tasks(tasks: Iterable[str | Task] | None) -> list[Task]:
 def read_methods(
     methods: Iterable[MethodLike] | None, facts: ModelFacts, longest: int, model: str
 ) -> tuple[list[Chosen], dict[str, str]]:
-    """The methods with settings for `longest` tokens, the bare model first, each once; and what is left out, with reasons.
+    """The methods with settings for `longest` tokens, and the reasons of those left out.
+
+    The bare model is first, and none is twice.
 
     methods: None for every method of the catalogue that the model can take; only then is anything left out.
     Raises `LongspanError` for a requested method that is wrong or that the model cannot take.
@@ -115,13 +119,13 @@ def read_methods(
     unique: dict[str, Chosen] = {}
     for one in (bare, *chosen):
         unique.setdefault(one.spec, one)
-        for method in one.method.methods:
+        for method in (*one.method.methods, *one.saved):
             check_importable(type(method))
     return list(unique.values()), left_out
 
 
 def request_name(method: MethodLike) -> str:
-    """A requested method as text: its spec, or the folder of a trained model as it was written."""
+    """A requested method as text: its spec, or the folder of a trained model."""
     return str(method) if trained.is_folder(method) else _combination(method).spec
 
 
@@ -136,8 +140,8 @@ def check_importable(cls: type) -> None:
 
 def _chosen(method: MethodLike, facts: ModelFacts, longest: int, model: str) -> Chosen:
     if trained.is_folder(method):
-        folder, its_facts = trained.trained_model(str(method), model)
-        return Chosen(str(method), combination(NoMethod.name), folder, its_facts)
+        folder, its_facts, saved = trained.trained_model(str(method), model)
+        return Chosen(str(method), combination(NoMethod.name), folder, its_facts, saved.methods)
     read = _combination(method)
     return Chosen(read.spec, read.resolve(facts, longest))
 

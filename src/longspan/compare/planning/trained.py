@@ -1,4 +1,4 @@
-"""Models that were trained from the compared one, as rows beside its methods: the folder of a training, with its cost.
+"""Models trained from the compared one, as rows beside its methods.
 
 A method such as RMT or PoSE is not a setting of a model but another model. Its folder is written where a method would be
 (`-m runs/pose`); it is measured on the same samples, and its row says what the training took.
@@ -11,6 +11,7 @@ from typing import Any
 
 from longspan import models
 from longspan.core.facts import ModelFacts
+from longspan.core.method import Combination
 from longspan.util.errors import LongspanError, NotSupported
 from longspan.util.files import read_object
 
@@ -18,12 +19,12 @@ PROBE = "The quick brown fox jumps over 13 lazy dogs; naïve? 世界!\n    def f
 
 
 def is_folder(value: Any) -> bool:
-    """True for a path, as text or `Path`, of a model's folder or of a training that has one."""
+    """True for the path of a model's folder, or of a training with a model."""
     return isinstance(value, str | Path) and _model_folder(value) is not None
 
 
-def trained_model(path: str | Path, base: str) -> tuple[str, ModelFacts]:
-    """The folder with the trained model's weights, and its facts.
+def trained_model(path: str | Path, base: str) -> tuple[str, ModelFacts, Combination]:
+    """The folder with the trained model's weights, its facts, and the methods that it was saved with.
 
     Raises `NotSupported` where its tokenizer differs from that of `base`, the compared model, and `LongspanError` where
     there is no model in `path`.
@@ -38,7 +39,7 @@ def trained_model(path: str | Path, base: str) -> tuple[str, ModelFacts]:
             f"{path} was not trained from {base}: its tokenizer splits a text into other tokens, so their samples cannot be the "
             "same. Compare it in a run of its own"
         )
-    return str(folder), facts
+    return str(folder), facts, models.saved_methods(folder)
 
 
 def training_cost(path: str | Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The advice of a report in one sentence: which method for this model and length, at what cost, and why.
+"""The advice of a report in one sentence: method, cost, and reason.
 
 Only measurements decide, in this order:
 
@@ -86,7 +86,7 @@ def advise(results: Results) -> Advice:
 
 
 def forgets(results: Results, method: str, informative: Sequence[TaskFacts]) -> bool:
-    """True where a method keeps the loss with a smaller KV cache but fails tasks with a score."""
+    """True where a method keeps the loss but, with a smaller cache, fails other tasks."""
     losses = [t for t in informative if not t.higher_is_better]
     scored = [t for t in informative if t.higher_is_better and results.ok(method, t, results.target)]
     keeps_loss = bool(losses) and all(_works(results, method, t) for t in losses)
@@ -330,7 +330,12 @@ def _notes(results: Results, chosen: str | None, informative: Sequence[TaskFacts
     ]
     if ended:
         notes.append(f"Out of memory at {results.target:,} tokens: {_and([_named(m) for m in ended])}.")
-    return notes + _overlap_notes(results) + _few_notes(results, informative)
+    return notes + _method_notes(results) + _overlap_notes(results) + _few_notes(results, informative)
+
+
+def _method_notes(results: Results) -> list[str]:
+    """What the methods say of themselves (`Method.report_notes`)."""
+    return [f"{m['spec']}: {note}" for m in results.manifest["methods"] for note in m.get("notes", ())]
 
 
 def _overlap_notes(results: Results) -> list[str]:

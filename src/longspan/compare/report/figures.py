@@ -1,4 +1,4 @@
-"""The figures of a report: loss by position, keys found by depth, quality against cost, harm at the native length.
+"""The figures of a report: positions, depths, quality against cost, native length.
 
 Each figure has a caption, a text alternative and a table of its numbers.
 """
@@ -50,7 +50,10 @@ def pictures(results: Results) -> list[Picture]:
 
 
 def loss_by_position(results: Results, task: TaskFacts) -> Picture | None:
-    """A figure of the loss over positions, one line a method; None where the task does not record it."""
+    """A figure of the loss over positions, one line a method.
+
+    None where the task does not record it.
+    """
     lines = _lines(results, task)
     if not lines:
         return None
@@ -82,7 +85,10 @@ Line = tuple[np.ndarray, np.ndarray, int]
 
 
 def _lines(results: Results, task: TaskFacts) -> dict[str, Line]:
-    """The line of each method at the longest length that it finished; none where the task records no positions."""
+    """The line of each method at the longest length that it finished.
+
+    None where the task records no positions.
+    """
     lines = {}
     for method in results.methods:
         done = [c for n in results.lengths if (c := results.ok(method, task, n))]
@@ -160,7 +166,10 @@ def _loss_table(task: TaskFacts, lines: dict[str, Line], longest: int, columns: 
 
 
 def by_depth(results: Results, task: TaskFacts) -> Picture | None:
-    """A heat map for each method, depth by length; None where the task has no depths."""
+    """A heat map for each method, depth by length.
+
+    None where the task has no depths.
+    """
     records = {(m, n): r for m in results.methods for n in results.lengths if (r := results.ok(m, task, n))}
     found = {key: d for key, record in records.items() if (d := depths(record))}
     if not found:
@@ -309,7 +318,10 @@ class _Axis:
 
 
 def quality_and_cost(results: Results) -> Picture | None:
-    """Scatter plots, one for each task and cost, a point a method; None where no cost was measured."""
+    """Scatter plots, one for each task and cost, a point a method.
+
+    None where no cost was measured.
+    """
     prefill = {m: v for m in results.methods if (v := results.cost(m)["prefill_s"])}
     peaks = {m: v for m in results.methods if (v := results.peak(m))}
     sides = [
@@ -412,7 +424,10 @@ def _bar(results: Results, method: str, task: TaskFacts) -> tuple[float, float] 
 
 
 def at_native_length(results: Results) -> Picture | None:
-    """Differences to the bare model at its native length; None where no method was measured there."""
+    """Differences to the bare model at its native length.
+
+    None where no method was measured there.
+    """
     panels, rows = [], []
     for task in results.tasks:
         found = {m: results.difference(m, BARE, task, results.native) for m in results.methods}
@@ -480,7 +495,7 @@ def _draw_harm(axes: Axes, results: Results, task: TaskFacts, changes: Changes) 
 
 
 def png(manifest: dict[str, Any], cells: Sequence[Record], path: str | Path) -> None:
-    """Saves a picture for a README: loss by position on the left, a score by length on the right.
+    """Saves a picture of loss by position and of a score by length.
 
     One of them where the run has only one. Raises `LongspanError` where it has neither.
     """

@@ -1,4 +1,4 @@
-"""A run as a table in the terminal, as JSON data, and as one self-contained HTML page.
+"""A run as a table in the terminal, as JSON, and as an HTML page.
 
 All three are computed from the manifest and the cells' records alone: no model is loaded and nothing is measured.
 """
@@ -61,7 +61,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Cost:
-    """A column of costs: its key in a record, its heading, its unit, and the factor from seconds or bytes to that unit."""
+    """A column of costs: key in a record, heading, unit, factor.
+
+    The factor converts seconds or bytes to the unit.
+    """
 
     name: str
     title: str
@@ -81,7 +84,9 @@ COST_COLUMNS = (
 
 
 def terminal(manifest: dict[str, Any], cells: Sequence[Record], console: Console) -> None:
-    """Prints the advice, its notes, the table (in parts where it is wider than the console) and the protocol.
+    """Prints the advice, its notes, the table and the protocol.
+
+    The table is printed in parts where it is wider than the console.
 
     Raises `LongspanError` where no cell has finished.
     """
@@ -111,7 +116,7 @@ def terminal(manifest: dict[str, Any], cells: Sequence[Record], console: Console
 
 
 def table_json(manifest: dict[str, Any], cells: Sequence[Record]) -> dict[str, Any]:
-    """The report as JSON data: the advice, and one row for each planned cell, in seconds and bytes.
+    """The report as JSON data, in seconds and bytes: advice, and a row per cell.
 
     Missing figures are None. Raises `LongspanError` where no cell has finished.
     """
@@ -169,7 +174,10 @@ def render(manifest: dict[str, Any], cells: Sequence[Record]) -> str:
 
 
 def html(manifest: dict[str, Any], cells: Sequence[Record], path: str | Path) -> Path:
-    """Writes the HTML page to `path` and returns the path; raises `LongspanError` where no cell has finished."""
+    """Writes the HTML page to `path` and returns the path.
+
+    Raises `LongspanError` where no cell has finished.
+    """
     target = Path(path)
     write_atomically(target, render(manifest, cells))
     return target
@@ -241,7 +249,10 @@ def _interval(task: TaskFacts, interval: Sequence[float] | None) -> str:
 
 
 def _costs(results: Results) -> list[list[tuple[str, bool]]]:
-    """The costs of each method as text, each with whether it is the lowest; training last, where there was any."""
+    """The costs of each method as text, each with whether it is the lowest.
+
+    Training last, where there was any.
+    """
     costs = [results.cost(m) for m in results.methods]
     lowest = {name: min((v for c in costs if (v := c[name]) is not None), default=None) for name in COSTS}
     shown = [
@@ -269,7 +280,10 @@ def _figure(value: float | None, factor: float) -> str:
 
 
 def _window_lines(results: Results, task: TaskFacts) -> list[str]:
-    """Lines with each method's effective window by length, after its definition; none for tasks without a key."""
+    """Lines with each method's effective window by length, after its definition.
+
+    None for tasks without a key.
+    """
     lines = []
     for method in results.methods:
         known = [(n, w) for n in results.lengths if (w := results.effective_window(method, task, n)) is not None]

@@ -1,4 +1,4 @@
-"""A run's records by method, task and length, from which advice, table and figures are derived.
+"""A run's records by method, task and length, for advice, table and figures.
 
 Neither torch nor transformers is imported: a report takes a second, also on a machine without them.
 """
@@ -32,7 +32,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """A task as the manifest describes it; `worst` is the score of a failed sample, in the task's metric."""
+    """A task as the manifest describes it.
+
+    `worst` is the score of a failed sample, in the task's metric.
+    """
 
     spec: str
     name: str
@@ -68,7 +71,7 @@ class TaskFacts:
         return value if self.higher_is_better else -value
 
     def number(self, value: float | None, signed: bool = False) -> str:
-        """A score as text: two decimals where more is better, three for a loss, a dash for None."""
+        """A score as text: two decimals, three for a loss, a dash for None."""
         if value is None:
             return "–"
         digits = 2 if self.higher_is_better else 3
@@ -77,7 +80,10 @@ class TaskFacts:
 
 
 class Results:
-    """The results of a run; `target` is the longest length, in tokens, at which any cell finished."""
+    """The results of a run.
+
+    `target` is the longest length, in tokens, at which any cell finished.
+    """
 
     def __init__(self, manifest: dict[str, Any], cells: Sequence[Record]):
         """Raises `LongspanError` where no cell has finished."""
@@ -102,7 +108,7 @@ class Results:
 
     @property
     def name(self) -> str:
-        """The model's name: of a path its last part, or `run/model` for the folder of a training."""
+        """The model's name; of a path its last part, or `run/model` of a training."""
         path = Path(self.model)
         if not path.is_absolute() and not self.model.startswith("."):
             return self.model
@@ -145,13 +151,16 @@ class Results:
         return self._estimates[key]
 
     def effective_window(self, method: str, task: TaskFacts, length: int) -> int | None:
-        """Tokens, as `EFFECTIVE_WINDOW` defines; None where the cell did not finish, or the task hides no key."""
+        """Tokens, as `EFFECTIVE_WINDOW` defines.
+
+        None where the cell did not finish, or the task hides no key.
+        """
         record = self.ok(method, task, length)
         trials = distances(record) if record else []
         return stats.effective_window(trials) if trials else None
 
     def effective_window_words(self, task: TaskFacts) -> str:
-        """The definition, and from how many trials the figures are: one trial a distance ends at its first miss."""
+        """The definition of the effective window, and the number of trials behind the figures."""
         cells = [d for c in self.cells() if c["task_spec"] == task.spec and (d := distances(c))]
         places = max((len({round(depth, 6) for depth, *_ in d}) for d in cells), default=1)
         trials = max(map(len, cells), default=0) // places
@@ -159,7 +168,7 @@ class Results:
         return f"{EFFECTIVE_WINDOW}; {number}"
 
     def overlaps(self, task: TaskFacts) -> dict[int, tuple[int, float]]:
-        """By length at which a task's windows overlap: their number, and the effective number of independent ones.
+        """Lengths at which windows overlap, with their number and effective number.
 
         Of the method with the most samples.
         """
@@ -182,7 +191,7 @@ class Results:
         return self._differences[key]
 
     def worse(self, method: str, other: str, task: TaskFacts, length: int) -> bool:
-        """True where the whole interval of the paired difference is on the side where `method` is worse."""
+        """True where the whole interval of the paired difference says `method` is worse."""
         interval = self.difference(method, other, task, length).interval
         return interval is not None and max(map(task.gain, interval)) < 0
 
@@ -206,13 +215,19 @@ class Results:
         return bool(record and record["cost"].get("decode_s_per_token"))
 
     def cost(self, method: str) -> dict[str, float | None]:
-        """Seconds and bytes at the target length, by the names in `COSTS`; None where not measured."""
+        """Seconds and bytes at the target length, by the names in `COSTS`.
+
+        None where not measured.
+        """
         record = self.ok(method, self.cost_task, self.target)
         return {name: (record["cost"].get(name) if record else None) for name in COSTS}
 
     @functools.cached_property
     def trainings(self) -> dict[str, dict[str, Any]]:
-        """By spec of a row that is a trained model: `seconds`, `tokens`, `steps` and `peak_bytes` of its training."""
+        """The cost of training of each row that is a trained model, by spec.
+
+        Keys: `seconds`, `tokens`, `steps`, `peak_bytes`.
+        """
         return {str(m["spec"]): m["training"] for m in self.manifest["methods"] if m.get("training")}
 
     def peak(self, method: str) -> float | None:
@@ -222,13 +237,13 @@ class Results:
         return max(peaks, default=None)
 
     def full_cache(self) -> float | None:
-        """Bytes of the bare model's KV cache at the target length: measured, or from the model's shape."""
+        """Bytes of the bare model's KV cache at the target length, measured or computed."""
         measured = self.cost(BARE)["cache_bytes"]
         per_token = self.manifest.get("card", {}).get("cache_bytes_per_token")
         return measured or (per_token * self.target if per_token else None)
 
     def protocol(self, task: TaskFacts) -> dict[str, str]:
-        """The settings of a task's samples: entries of their detail that are equal in all of them."""
+        """The settings of a task: entries of detail that all samples share."""
         details = [s["detail"] or {} for c in self.cells() if c["task_spec"] == task.spec for s in c["samples"]]
         same = dict(details[0]) if details else {}
         for detail in details:
@@ -252,7 +267,7 @@ class Results:
 
     @functools.cached_property
     def labels(self) -> dict[str, str]:
-        """A short name for each method: without settings where that is unique, else the whole spec."""
+        """A short name for each method: without settings, or else the whole spec."""
         bare = {m: " + ".join(part.partition(":")[0].strip() for part in m.split("+")) for m in self.methods}
         names = list(bare.values())
         labels = {m: _shorten(bare[m] if names.count(bare[m]) == 1 else m) for m in self.methods}
@@ -265,7 +280,7 @@ def failed_samples(record: Record | None) -> int:
 
 
 def curve(record: Record) -> tuple[list[float | None], int] | None:
-    """Mean loss in equal stretches of positions, over a cell's samples, and the tokens that they cover together.
+    """Mean loss in equal stretches of positions, and the tokens that they cover.
 
     A stretch without tokens has the loss None. None where the task does not record the loss by position.
     """
@@ -282,13 +297,18 @@ def curve(record: Record) -> tuple[list[float | None], int] | None:
 
 
 def depths(record: Record) -> list[tuple[float, bool]]:
-    """(depth from 0 to 1, found) of each sample with a key at a depth; a failed sample counts as not found."""
+    """(depth from 0 to 1, found) of each sample with a key at a depth.
+
+    A failed sample counts as not found.
+    """
     found = [(s["detail"] or {}, s["failed"]) for s in record["samples"]]
     return [(float(d["depth"]), bool(d.get("found")) and not failed) for d, failed in found if "depth" in d]
 
 
 def distances(record: Record) -> list[tuple[float, int, bool]]:
-    """(depth from 0 to 1, tokens from the key to the prompt's end, found) of each sample with a key's position.
+    """(depth, distance, found) of each sample with a key's position.
+
+    Depths are from 0 to 1, distances in tokens from the key to the prompt's end.
 
     Computed from token positions, since `k` of older runs was a share of the nominal length.
     """
@@ -301,7 +321,7 @@ def distances(record: Record) -> list[tuple[float, int, bool]]:
 
 
 def shares_right(record: Record) -> tuple[list[float], list[int]] | None:
-    """Right answers and questions in each of equal stretches of a stream, over a cell's samples.
+    """Right answers and questions in equal stretches of a stream, over a cell's samples.
 
     None where the task is not a stream.
     """
@@ -317,7 +337,7 @@ def shares_right(record: Record) -> tuple[list[float], list[int]] | None:
 
 
 def pareto(points: dict[str, tuple[float, float]], task: TaskFacts) -> list[str]:
-    """The Pareto front of points (cost, score), as names in order of cost: no other point is better and no dearer."""
+    """The Pareto front of points (cost, score), as names in order of cost."""
     front: list[str] = []
     for name in sorted(points, key=lambda n: (points[n][0], -task.gain(points[n][1]))):
         if not front or task.gain(points[name][1]) > task.gain(points[front[-1]][1]):

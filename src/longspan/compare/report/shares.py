@@ -1,4 +1,4 @@
-"""The share of right answers by position in a stream: a figure for the page, and lines for the terminal.
+"""The share of right answers by position in a stream, as figure and as text.
 
 A method that fails beyond its cache or its window answers well up to there, which the share of the whole stream hides.
 """
@@ -20,7 +20,10 @@ Stretches = dict[str, tuple[np.ndarray, np.ndarray, int]]
 
 
 def right_by_position(results: Results, task: TaskFacts) -> Picture | None:
-    """A figure of the share right over positions, one line a method; None where the task is not a stream."""
+    """A figure of the share right over positions, one line a method.
+
+    None where the task is not a stream.
+    """
     lines = _stretches(results, task)
     if not lines:
         return None
@@ -48,7 +51,10 @@ def right_by_position(results: Results, task: TaskFacts) -> Picture | None:
 
 
 def terminal_lines(results: Results, task: TaskFacts) -> list[str]:
-    """Lines with the shares in eighths of the stream, one a method; none where the task is not a stream."""
+    """Lines with the shares in eighths of the stream, one a method.
+
+    None where the task is not a stream.
+    """
     return [
         f"{task.spec}, right in each eighth of {span:,} tokens: {results.labels[m]} {_words(hits, questions)}"
         for m, (hits, questions, span) in _stretches(results, task).items()
@@ -67,7 +73,10 @@ def _stretches(results: Results, task: TaskFacts) -> Stretches:
 
 
 def _figures(hits: np.ndarray, questions: np.ndarray, part: float) -> list[str]:
-    """Shares in `STRETCHES` parts of the longest stream, of which this one covers `part`; – without questions."""
+    """Shares in `STRETCHES` parts of the longest stream, of which this one covers `part`.
+
+    A dash for parts without questions.
+    """
     place = (np.arange(len(hits)) + 0.5) / len(hits) * part * STRETCHES
     sums = [
         (hits[(place >= i) & (place < i + 1)].sum(), questions[(place >= i) & (place < i + 1)].sum())

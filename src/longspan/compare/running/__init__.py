@@ -1,1 +1,1 @@
-"""How a run is carried out: one worker process after another, a cell in each, and what the terminal shows meanwhile."""
+"""Execution of a run: one worker process after another, a cell in each."""

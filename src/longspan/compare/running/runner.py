@@ -1,4 +1,4 @@
-"""Runs a comparison: plans the cells, runs the missing ones one after another, and stores each when it is done.
+"""Runs a comparison: plans the cells, runs missing ones, stores each.
 
 A wrong request is refused before the first cell starts. After that only Ctrl-C, a kill or a full disk ends a run: running
 out of memory is a result, and a cell that fails is recorded and runs again next time. The same command resumes a run.
@@ -58,7 +58,7 @@ def compare(
     progress: bool = True,
     timeout: float | None = None,
 ) -> Run:
-    """Measures methods × tasks × lengths on a model, for quality and cost, into the folder `out`; returns the run.
+    """Measures methods × tasks × lengths into the folder `out`, and returns the run.
 
     Defaults: every method of the catalogue that the model can take, the tasks `ppl` and `passkey`, and lengths from the
     native window upwards as far as memory and half an hour allow. The native window and the bare model are always among
@@ -184,7 +184,9 @@ class Workers:
             self._context.set_forkserver_preload(modules_to_preload(plan.facts.model_type))
 
     def run(self, cell: Cell, folder: Path, timeout: float | None, screen: Screen) -> Ending:
-        """Runs a cell to its end and returns the worker's last message; in every case the process has ended afterwards.
+        """Runs a cell to its end and returns the worker's last message.
+
+        The process has ended afterwards, whatever happens.
 
         timeout: seconds. Raises `LongspanError` where no worker can be started at all, and lets `KeyboardInterrupt`
         through.
@@ -213,7 +215,10 @@ class Workers:
         return ending
 
     def listen(self, process: Any, receive: Connection, timeout: float | None, screen: Screen) -> Ending | None:
-        """Receives a worker's messages up to its last; None where the fork server has made CUDA unusable for its children."""
+        """Receives a worker's messages up to its last.
+
+        None where the fork server has made CUDA unusable for its children.
+        """
         started, end = False, None  # the time for the cell begins when the worker has begun
         with contextlib.suppress(EOFError):
             while receive.poll(max(0.0, end - time.monotonic()) if end else None):
@@ -233,7 +238,10 @@ class Workers:
 
 
 def _died(exitcode: int | None, started: bool) -> Ending:
-    """The ending of a worker that sent no last message. Raises `LongspanError` for one that never began."""
+    """The ending of a worker that sent no last message.
+
+    Raises `LongspanError` for one that never began.
+    """
     if exitcode == -signal.SIGKILL:
         return "out_of_memory", "killed, most likely by the kernel for memory"
     if exitcode is not None and exitcode < 0:
@@ -262,7 +270,10 @@ def _script_hidden(cell: Cell) -> Iterator[None]:
 
 
 def modules_to_preload(model_type: str) -> list[str]:
-    """Modules that a worker imports, which the fork server imports once; importing them must not initialise a device."""
+    """Modules that a worker imports, which the fork server imports once.
+
+    Importing them must not initialise a device.
+    """
     root = Path(__file__).parents[2]
     package = [f"longspan.{d}.{m.name}" for d in SOURCES for m in pkgutil.iter_modules([str(root / d)])]
     modeling = f"transformers.models.{model_type}.modeling_{model_type}"

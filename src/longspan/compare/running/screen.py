@@ -1,4 +1,4 @@
-"""The terminal while a comparison runs: progress bars with the time left, and one line for each finished cell.
+"""Progress of a comparison: bars with the time left, a line per finished cell.
 
 All of it goes to standard error, so that standard output stays free for results.
 """
@@ -18,7 +18,10 @@ from longspan.util.units import duration, size
 
 
 def result_line(record: dict[str, Any], metric: str) -> str:
-    """One line about a finished cell: score with interval, time, peak memory, failed samples; or how it ended."""
+    """One line about a cell: score with interval, time, peak memory, failed samples.
+
+    For a cell without a result, how it ended.
+    """
     head = f"{record['method']}  {record['task_spec']}  {record['length']:,}  "
     if record["status"] != "ok":
         status = "out of memory" if record["status"] == "out_of_memory" else "failed"
@@ -35,7 +38,10 @@ def result_line(record: dict[str, Any], metric: str) -> str:
 
 
 class Screen:
-    """Shows the cells of a run as they finish. `work`: each cell's estimated time in seconds, by key."""
+    """Shows the cells of a run as they finish.
+
+    `work`: each cell's estimated time in seconds, by key.
+    """
 
     def __init__(self, enabled: bool, cells: Sequence[Cell], work: dict[str, float]):
         self.console = Console(stderr=True, quiet=not enabled, highlight=False, soft_wrap=True)
@@ -75,14 +81,14 @@ class Screen:
             self._bars.reset(self._samples, total=None, description=name, note="loading the model")
 
     def sample(self, done: int, of: int, tokens: int) -> None:
-        """Shows that `done` of `of` samples of the current cell are finished, with `tokens` tokens in all."""
+        """Shows how many of the current cell's samples are finished, and their tokens."""
         if self._bars:
             note = f"{done}/{of} samples" + (f", {tokens:,} tokens" if tokens else "")
             self._bars.update(self._samples, completed=done, total=of, note=note)
             self._bars.update(self._cells, note=self._forecast())
 
     def finish(self, cell: Cell, record: dict[str, Any]) -> None:
-        """Prints the line of a cell that ended, and corrects the forecast by the time that it took."""
+        """Prints the line of a cell that ended, and corrects the forecast."""
         # the worker's own time, without the fork server's start; a worker that failed has reported none
         self._spent += record["cost"].get("wall_s") or time.perf_counter() - self._started
         self._estimated += self._work[cell.key]

@@ -1,4 +1,4 @@
-"""One cell in one process: loads the model, applies the method, runs the samples, and reports through a pipe.
+"""One cell in one process: loads the model, applies the method, runs the samples.
 
 A fresh process gives every cell its own memory peak and device context. It ends when its parent does, however that
 happens; running out of memory is a result that it reports like any other; what libraries print goes to the cell's log.
@@ -44,7 +44,7 @@ from longspan.util.failures import is_out_of_memory, one_line
 
 @dataclass(frozen=True)
 class Job:
-    """The arguments of a worker: a pickled cell, the device, the path of the log, and environment variables.
+    """The arguments of a worker: pickled cell, device, log path, environment variables.
 
     The cell is unpickled in the worker, since its classes may come from files that `environment` names.
     """
@@ -56,7 +56,10 @@ class Job:
 
 
 def run_job(job: Job, pipe: Connection) -> None:
-    """Runs a worker process from start to end; sends the messages of this module's docstring through `pipe`."""
+    """Runs a worker process from start to end.
+
+    Sends the messages of this module's docstring through `pipe`.
+    """
     _end_with_parent()
     _prepare_process(job)
     try:
@@ -71,7 +74,7 @@ def run_job(job: Job, pipe: Connection) -> None:
 
 
 def measure(cell: Cell, device: str, pipe: Connection) -> dict[str, Any]:
-    """Runs a cell and returns its part of the record as JSON data: score, interval, samples, cost, first prompt.
+    """Runs a cell and returns score, interval, samples, cost and first prompt as JSON data.
 
     Raises `LongspanError` for samples that are wrong, or a method that is not on the loaded model.
     """
@@ -120,7 +123,7 @@ def sample_record(sample: Sample, outcome: Outcome) -> dict[str, Any]:
 
 
 def check_samples(samples: list[Sample], cell: Cell) -> None:
-    """Raises `LongspanError` where samples are missing, share an id, or are longer than the cell's length."""
+    """Raises `LongspanError` where samples are missing, share an id, or are too long."""
     if not samples:
         raise LongspanError(f"{cell.task.spec} has no samples of {cell.length:,} tokens")
     if len({s.id for s in samples}) < len(samples):

@@ -36,7 +36,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from longspan.core.facts import ModelFacts
-from longspan.core.method import Combination, Method
+from longspan.core.method import Method
+from longspan.core.training_setup import TrainingSetup
 from longspan.engine.core import attention
 from longspan.engine.patterns import roll
 from longspan.engine.retrieval import crossbatch, memories
@@ -166,6 +167,29 @@ class Focused(Method):
     def contexts(self, step: int) -> int:
         """d at a step of training, from 0."""
         return self.late if self.late is not None and self.after is not None and step >= self.after else self.d
+
+    def check_training(self, setup: TrainingSetup, facts: ModelFacts) -> None:
+        """Refuses samples without text before a context, batches with too few documents, and positions that are counted anew."""
+        assert self.local is not None, "resolve() has filled it in"
+        if setup.length <= self.local:
+            raise SpecError(
+                f"data.length={setup.length}: focused learns from what is before a context of {self.local} tokens; use "
+                f"data.length={2 * self.local}, or a smaller local"
+            )
+        most = max(self.d, self.late or 0)
+        if setup.batch < most:
+            raise SpecError(
+                f"{self.spec}: {most} contexts are of as many documents, and {setup.batch} are read at once; use "
+                f"training.micro_batch={most}, or a smaller d"
+            )
+        if setup.positions != "ordinary" or setup.packing == "boundaries":
+            raise SpecError(
+                "focused counts positions within its contexts; use positions.kind=ordinary and data.packing=plain or none"
+            )
+
+    def training_callbacks(self, model: PreTrainedModel) -> list[TrainerCallback]:
+        """Tells the method which step a training is at, for `late`."""
+        return [Steps(reader_of(model))]
 
     def attach(self, site: Site) -> None:
         zero = any(getattr(m, "zero_key", False) for m in site.model.modules())
@@ -443,33 +467,3 @@ def reader_of(model: PreTrainedModel) -> Reader:
     if not isinstance(state, Reader):
         raise NotSupported('this model has no memory: longspan.apply(model, "focused") first')
     return state
-
-
-def callbacks(model: PreTrainedModel) -> list[TrainerCallback]:
-    """What a Trainer must call while it trains `model`: nothing where the method is not on it."""
-    state = getattr(site_of(model), "state", None)
-    return [Steps(state)] if isinstance(state, Reader) else []
-
-
-def check_training(method: Combination, length: int, at_once: int, ordinary: bool) -> None:
-    """Raises `SpecError` for a training in which crossbatch could not be. length: tokens a sample; at_once: rows of a forward;
-    ordinary: whether positions are the tokens' places."""
-    wanted = next((m for m in method.methods if isinstance(m, Focused)), None)
-    if wanted is None:
-        return
-    assert wanted.local is not None, "resolve() has filled it in"
-    if length <= wanted.local:
-        raise SpecError(
-            f"data.length={length}: focused learns from what is before a context of {wanted.local} tokens; use "
-            f"data.length={2 * wanted.local}, or a smaller local"
-        )
-    most = max(wanted.d, wanted.late or 0)
-    if at_once < most:
-        raise SpecError(
-            f"{wanted.spec}: {most} contexts are of as many documents, and {at_once} are read at once; use "
-            f"training.micro_batch={most}, or a smaller d"
-        )
-    if not ordinary:
-        raise SpecError(
-            "focused counts positions within its contexts; use positions.kind=ordinary and data.packing=plain or none"
-        )

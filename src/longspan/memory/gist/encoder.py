@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from longspan.core.tokens import bos_id, encode_all
 from longspan.engine.retrieval.gist_masks import kept, visible
-from longspan.hf import encoder_decoder as crossing
+from longspan.hf import encoder_decoder
 from longspan.hf.site import Site
 from longspan.memory.base import CacheReader
 from longspan.memory.gist.settings import method_on
@@ -49,7 +49,7 @@ class EncoderReader(CacheReader[Any]):
                 'take; load the model with attn_implementation="sdpa"'
             )
         self._prove(encoder)
-        crossing.around_encoder(self.site, self._before, self._after)
+        encoder_decoder.around_encoder(self.site, self._before, self._after)
         self.site.before_forward(self._before_decoder)
         for layer in layers_of(encoder):
             self.site.keep_for_undo(layer.register_forward_pre_hook(_into_layer).remove)
@@ -64,7 +64,7 @@ class EncoderReader(CacheReader[Any]):
         ids[:, 4] = int(self.method.id or 0)
         training, trial = encoder.training, Site(self.site.model, self.site.methods, self.site.facts)
         hiding = EncoderReader(replace(self.method, mode="negative"), trial)
-        crossing.around_encoder(trial, hiding._before, hiding._after)
+        encoder_decoder.around_encoder(trial, hiding._before, hiding._after)
         try:
             states = encoder.eval()(input_ids=ids).last_hidden_state
         finally:

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Combination, combination
 from longspan.core.tokens import encode, with_bos
+from longspan.core.training_setup import TrainingSetup
 from longspan.hf.site import Site
 from longspan.hf.trial import evaluating
 from longspan.memory import files
@@ -86,6 +87,35 @@ class Gist(TokenMethod):
         """Without gist tokens nothing changes, however long a text is."""
         return 2**31
 
+    def check_training(self, setup: TrainingSetup, facts: ModelFacts) -> None:
+        """Refuses adapters, and data without instructions for the gist tokens to stand behind."""
+        if setup.lora:
+            raise SpecError("lora: adapters do not train the gist token's own row; leave lora out")
+        for key, text in setup.texts.items():
+            if setup.task is None:
+                raise SpecError(
+                    f"{key}={text}: gist tokens stand behind instructions, and a text has none; use {key}=instructions, or mix "
+                    "them in with data.task=instructions"
+                )
+
+    def inserted_tokens(self) -> int:
+        return self.tokens
+
+    def training_samples(self, samples: Sequence[Any]) -> list[Any]:
+        """The samples with the gist tokens behind each one's instruction.
+
+        Raises `SpecError` for a task whose samples do not say how many of their tokens that is (`meta["instruction_tokens"]`).
+        """
+        if not all("instruction_tokens" in s.meta for s in samples):
+            raise SpecError(
+                f"{self.name}: it must be known which tokens are the instruction; use data.train=instructions, or "
+                "data.train=instructions:data=FOLDER for a folder in Alpaca's format"
+            )
+        return [self._with_gists(sample, int(sample.meta["instruction_tokens"])) for sample in samples]
+
+    def _with_gists(self, sample: Any, at: int) -> Any:
+        return replace(sample, tokens=[*sample.tokens[:at], *_gists(self), *sample.tokens[at:]])
+
     def attach(self, site: Site) -> None:
         if self.id is None and (known := known_id(site.model, Gist)) is not None:
             raise NotSupported(f"gist: this model's gist token is {known}: use {replace(self, id=known).spec}")
@@ -135,21 +165,6 @@ def joined(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
     before = with_bos(tokenizer, encode(tokenizer, prompt))
     after = gist_encoder.text_ids(tokenizer, text) if model.config.is_encoder_decoder else encode(tokenizer, text)
     return [*before, *_gists(method_on(model)), *after]
-
-
-def inserted(samples: Sequence[Any], method: Gist) -> list[Any]:
-    """Samples of a task with the gist tokens behind each one's instruction. Raises `SpecError` for a task that does not say how
-    many of a sample's tokens those are (`instruction_tokens`)."""
-    if not all("instruction_tokens" in s.meta for s in samples):
-        raise SpecError(
-            f"{method.name}: it must be known which tokens are the instruction; use data.train=instructions, or "
-            "data.train=instructions:data=FOLDER for a folder in Alpaca's format"
-        )
-    made = []
-    for sample in samples:
-        at = int(sample.meta["instruction_tokens"])
-        made.append(replace(sample, tokens=[*sample.tokens[:at], *_gists(method), *sample.tokens[at:]]))
-    return made
 
 
 def _gists(method: Gist) -> list[int]:

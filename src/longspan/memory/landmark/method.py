@@ -34,6 +34,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from longspan.core.facts import ModelFacts
 from longspan.core.method import Combination, combination
 from longspan.core.tokens import encode, with_bos
+from longspan.core.training_setup import TrainingSetup
 from longspan.engine.retrieval.landmarks import Layout
 from longspan.hf import compat
 from longspan.hf.site import Site, site_of
@@ -129,6 +130,22 @@ class Landmark(TokenMethod):
     def keys_seen(self, facts: ModelFacts, length: int) -> int:
         """The retrieved blocks', the chunk's, and all landmarks."""
         return min(self.cache_tokens(facts, length), self.positions - self.layout.size + length // self.block)
+
+    def check_training(self, setup: TrainingSetup, facts: ModelFacts) -> None:
+        """Refuses adapters, positions that are not counted in order, and samples that exceed the window with landmarks."""
+        if setup.lora:
+            raise SpecError("lora: adapters do not train the landmark's own row; leave lora out")
+        if setup.positions != "ordinary":
+            raise SpecError("positions.kind: landmark counts positions by itself; use positions.kind=ordinary")
+        if setup.packing == "boundaries":
+            raise SpecError("data.packing=boundaries: landmark's blocks go through a whole sample; use plain or none")
+        most = facts.window * self.block // (self.block + 1)
+        if setup.length > most:
+            new = "set model.max_position_embeddings higher, or " if setup.from_scratch else ""
+            raise SpecError(
+                f"data.length={setup.length}: with a landmark after every {self.block} tokens this model's window of "
+                f"{facts.window:,} holds {most:,}; {new}train on shorter texts, it reads longer ones afterwards"
+            )
 
     def attach(self, site: Site) -> None:
         known = known_id(site.model, Landmark)
