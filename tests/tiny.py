@@ -13,6 +13,19 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+SIZES = {
+    "vocab_size": 270,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": 1,
+}
+"""Sizes of a configuration for tests that make models of several families; they name the window."""
+
 
 def tokenizer(gap: int = 1) -> PreTrainedTokenizerFast:
     """One token for each byte, `<s>` and `</s>`; plain text starts with `<s>`. The ids of bytes are `gap` apart."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+import scripts
 
 SMALL = [
     "--length",
@@ -30,12 +31,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "reproductions" / "reformer_duplication.py"
-    spec = importlib.util.spec_from_file_location("reformer_duplication", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("reformer_duplication")
 
 
 def test_texts_are_a_word_twice(script: ModuleType) -> None:

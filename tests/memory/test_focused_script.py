@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,20 +9,15 @@ from typing import Any
 
 import pytest
 
+import scripts
 import tiny
 from longspan.models import load_tokenizer
 from longspan.tasks.base import parse_task
 
-PATH = Path(__file__).parents[2] / "reproductions" / "focused.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("focused_script", PATH)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    return scripts.load("focused")
 
 
 def records(scores: list[float]) -> list[dict[str, Any]]:

@@ -43,18 +43,7 @@ from shared_model import (
     in_the_midst,
 )
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 270,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": None,
-    "pad_token_id": 1,
-}
+SIZES: dict[str, Any] = {**tiny.SIZES, "max_position_embeddings": 128}
 FAMILIES: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES),
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),

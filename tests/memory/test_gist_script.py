@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,20 +9,15 @@ import pytest
 import torch
 
 import longspan as ls
+import scripts
 import tiny
 from longspan.memory.gist import method as method
 from longspan.tasks.base import parse_task
 
-PATH = Path(__file__).parents[2] / "reproductions" / "gist.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gist_script", PATH)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    return scripts.load("gist")
 
 
 def found(script: ModuleType, **shift: float) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,15 +10,12 @@ from typing import Any
 
 import pytest
 
+import scripts
+
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "reproductions" / "landmark.py"
-    spec = importlib.util.spec_from_file_location("landmark_script", path)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    return scripts.load("landmark")
 
 
 @pytest.mark.slow

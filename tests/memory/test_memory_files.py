@@ -35,18 +35,7 @@ from longspan.memory.gist.method import joined, method_on
 from longspan.memory.rmt import RMT, around
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 270,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": None,
-    "pad_token_id": 1,
-}
+SIZES: dict[str, Any] = {**tiny.SIZES, "max_position_embeddings": 256}
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES),
     "mistral": MistralConfig(**SIZES, sliding_window=9),

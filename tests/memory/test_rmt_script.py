@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import scripts
 import tiny
 from longspan.memory.rmt import RMT, around
 from longspan.tasks import base
 from longspan.tasks.base import parse_task
 
-PATH = Path(__file__).parents[2] / "reproductions" / "rmt_memorize.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
     """The script, whose own task is in the catalogue no longer than these tests run."""
-    spec = importlib.util.spec_from_file_location("rmt_memorize", PATH)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = made  # dataclasses look their module up
-    spec.loader.exec_module(made)
+    made = scripts.load("rmt_memorize")
     yield made
-    del sys.modules[spec.name], base.Task.registry[made.Varied.name]
+    del sys.modules[made.__name__], base.Task.registry[made.Varied.name]
 
 
 def test_answers_are_judged_as_in_one_pass(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

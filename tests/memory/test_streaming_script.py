@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import longspan as ls
+import scripts
 import tiny
 from longspan.bench.timings import Row
 
@@ -21,12 +21,7 @@ GIVEN = ["--method", "streaming:sinks=2,window=30", "--tokens", "500", "--prompt
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "reproductions" / "streaming_llm.py"
-    spec = importlib.util.spec_from_file_location("streaming_llm", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("streaming_llm")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import scripts
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 
 SMALL = ["model.hidden_size=32", "model.head_dim=8", "model.num_hidden_layers=1", "data.length=64", "training.batch=2"]
@@ -21,12 +21,7 @@ SMALL += ["training.micro_batch=2", "training.warmup=1", "tokenizer.vocabulary=2
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "reproductions" / "transformer_xl.py"
-    spec = importlib.util.spec_from_file_location("transformer_xl_script", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("transformer_xl")
 
 
 def words(count: int, seed: int) -> str:

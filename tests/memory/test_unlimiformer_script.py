@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,15 +9,12 @@ from typing import Any
 
 import pytest
 
+import scripts
+
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "reproductions" / "unlimiformer.py"
-    spec = importlib.util.spec_from_file_location("unlimiformer_script", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("unlimiformer")
 
 
 def test_reads_answers_and_judges(

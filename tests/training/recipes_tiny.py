@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
+import longspan as ls
 import tiny
 
 MODEL = {
@@ -60,3 +65,14 @@ def recipe(have: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
         merged = key in ("data", "training") and isinstance(value, dict)
         made[key] = {**made[key], **value} if merged else value
     return made
+
+
+def assert_resumes_alike(recipe: Any, out: Path) -> None:
+    """A training in `out` that finished after step 12 is taken back to step 8, and ends with the same weights again."""
+    weights = load_file(out / "model" / "model.safetensors")
+    for name in ("model", "checkpoints/checkpoint-12"):
+        shutil.rmtree(out / name)
+    (out / "result.json").unlink()
+    assert ls.train(recipe).resumed_from == 8
+    again = load_file(out / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +46,7 @@ def test_trained_resumed_and_loaded(have: Have, tmp_path: Path) -> None:
     assert not torch.equal(row, mean) and (row - mean).norm() < 0.5 * mean.norm() + 0.5  # learned, from the mean on
     prompt = tokenizer("alpha beta gamma delta on off up down alpha beta", return_tensors="pt")
     assert id not in model.generate(**prompt, max_new_tokens=30)[0]
-    for name in ("model", "checkpoints/checkpoint-12"):  # as if it had been stopped after step 8
-        shutil.rmtree(tmp_path / "out" / name)
-    (tmp_path / "out" / "result.json").unlink()
-    assert ls.train(asked).resumed_from == 8
-    again = load_file(Path(done.model) / "model.safetensors")
-    assert all(torch.equal(again[name], now[name]) for name in now)
+    recipes_tiny.assert_resumes_alike(asked, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+import scripts
 import tiny
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "reproductions" / "pose.py"
-    spec = importlib.util.spec_from_file_location("pose_script", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pose_script"] = module  # a dataclass looks its module up
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("pose")
 
 
 def test_variants(script: ModuleType, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

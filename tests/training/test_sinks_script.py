@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import longspan as ls
+import scripts
 from longspan.lm import LongspanConfig, LongspanForCausalLM
 
 SMALL = ["model.hidden_size=32", "model.head_dim=8", "model.num_hidden_layers=1", "data.length=64", "training.batch=2"]
@@ -22,12 +22,7 @@ SMALL += ["training.micro_batch=2", "training.warmup=1", "tokenizer.vocabulary=2
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "reproductions" / "sinks.py"
-    spec = importlib.util.spec_from_file_location("sinks", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("sinks")
 
 
 def test_trains_streams_and_judges(script: ModuleType, have: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
