@@ -13,7 +13,7 @@ from longspan.engine.blocks import lists as block_lists
 from longspan.engine.blocks.lists import listed_attention, refusal
 from longspan.engine.call import AttentionCall, AttentionShape
 from longspan.engine.core import reference_attention
-from longspan.engine.kernels import INTERPRETED, strided
+from longspan.engine.kernels import INTERPRETED
 from longspan.util.errors import SpecError
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -91,9 +91,9 @@ def test_parts_of_a_list_of_all_blocks_of_a_long_text() -> None:
     from longspan.engine.blocks.kernels import forward
 
     forward[(1, 1)](
-        **strided(query=query, key=key, value=value, out=query),
-        **block_lists.arguments(query, key, 0.2, lse, work, starts, index, 16),
-        **{"part_out": got, "part_lse": lse, "slots": 1},
+        *(query, key, value, query, lse, got, lse, work, starts, index, 1, 16, 1, 1, 0.2),
+        *block_lists._strides(query, key, value, query),
+        **block_lists._choices(query, key, 16),
     )
     want = reference_attention(query, key, value, torch.ones(16, 16, dtype=torch.bool, device=DEVICE), 0.2)
     torch.testing.assert_close(got[:, :, 0], want, rtol=1e-4, atol=1e-4)

@@ -71,7 +71,7 @@ def test_steps_of_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_that_torch_knows_nothing_of(monkeypatch: pytest.MonkeyPatch) -> None:
     entered, found = Entered(), []
 
-    def attend(**arguments: Any) -> None:
+    def attend(*tensors: Any, **arguments: Any) -> None:
         found.append(list(entered.now))
 
     def flash(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> tuple[Tensor, None]:

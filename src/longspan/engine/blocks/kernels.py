@@ -10,20 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longspan.engine.kernel_parts import (
-    LOG2E,
-    add_query_gradient,
-    add_value_gradient,
-    add_values,
-    empty_softmax,
-    head_of,
-    read_rows,
-    read_sums,
-    read_tile,
-    softmax_weights,
-    split_pair,
-    store_tile,
-)
+from longspan.engine.kernel_parts import LOG2E, read_rows
 
 UNSPECIALISED = ["heads", "tokens", "count", "slots"]
 """Numbers that say nothing about alignment: a kernel compiled for one length serves all."""
@@ -39,33 +26,66 @@ def _share(starts, line, part, parts):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def forward(
-    query, key, value, out, lse, part_out, part_lse, work, starts, index,
-    heads, tokens, count, slots, scale,
-    query_strides, key_strides, value_strides, out_strides,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    out,
+    lse,
+    part_out,
+    part_lse,
+    work,
+    starts,
+    index,
+    heads,
+    tokens,
+    count,
+    slots,
+    scale,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    o_batch,
+    o_head,
+    o_row,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """A block of queries over a part of the blocks of keys in its list. work (N, 4): block, part, of how many parts, and the slot
     of part_out (B, H, slots, BLOCK, WIDTH) and part_lse (B, H, slots, BLOCK) that takes it, -1 for a list that is whole. The
     log-sum-exp is to base 2."""
     pair = tl.program_id(1)
-    batch, head = split_pair(pair, heads)
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
     task = work + 4 * tl.program_id(0)
     block, slot = tl.load(task), tl.load(task + 3)
     begin, end = _share(starts, head * count + block, tl.load(task + 1), tl.load(task + 2))
     m = block * BLOCK
-    q = read_tile(query, query_strides, batch, head, m, tokens, BLOCK, WIDTH)
-    k_base = head_of(key, key_strides, batch, head // GROUP)
-    v_base = head_of(value, value_strides, batch, head // GROUP)
-    k_row, v_row = key_strides.row, value_strides.row
-    acc, total, top = empty_softmax(False, BLOCK, WIDTH)
+    q = read_rows(query + batch * q_batch + head * q_head, m, q_row, tokens, True, BLOCK, WIDTH)
+    k_base = key + batch * k_batch + head // GROUP * k_head
+    v_base = value + batch * v_batch + head // GROUP * v_head
+    acc = tl.zeros([BLOCK, WIDTH], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
     by = scale * LOG2E
     for at in range(begin, end):
         n = tl.load(index + at) * BLOCK
         k = read_rows(k_base, n, k_row, tokens, True, BLOCK, WIDTH)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * by
         s = tl.where((n + tl.arange(0, BLOCK) < tokens)[None, :], s, float("-inf"))
-        new_top, p, shrink = softmax_weights(s, top, False)
-        acc, total = add_values(acc, total, p, shrink, v_base, n, v_row, tokens, True, BLOCK, WIDTH, PRECISION)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        v = read_rows(v_base, n, v_row, tokens, True, BLOCK, WIDTH)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
     i = tl.arange(0, BLOCK)
     columns = tl.arange(0, WIDTH)[None, :]
@@ -74,7 +94,8 @@ def forward(
     )  # another head may have the longer list, and this one nothing for this part
     result, log_sum = acc / total[:, None], top + tl.log2(total)
     if slot < 0:
-        store_tile(out, out_strides, batch, head, m + i, result, m + i < tokens, WIDTH)
+        place = out + batch * o_batch + head * o_head + (m + i).to(tl.int64)[:, None] * o_row + columns
+        tl.store(place, result.to(out.dtype.element_ty), mask=(m + i < tokens)[:, None])
         tl.store(lse + pair.to(tl.int64) * tokens + m + i, log_sum, mask=m + i < tokens)
     else:
         line = (pair.to(tl.int64) * slots + slot) * BLOCK + i
@@ -84,19 +105,31 @@ def forward(
 
 @triton.jit(do_not_specialize=["heads", "tokens", "slots"])
 def join_forward(
-    part_out, part_lse, out, lse, owners,
-    heads, tokens, slots,
-    out_strides,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    part_out,
+    part_lse,
+    out,
+    lse,
+    owners,
+    heads,
+    tokens,
+    slots,
+    o_batch,
+    o_head,
+    o_row,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One softmax of the parts of a block's list. owners (N, 3): block, its first slot, its parts."""
     pair = tl.program_id(1)
-    batch, head = split_pair(pair, heads)
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
     owner = owners + 3 * tl.program_id(0)
     m, first, parts = tl.load(owner) * BLOCK, tl.load(owner + 1), tl.load(owner + 2)
     i = tl.arange(0, BLOCK)
     columns = tl.arange(0, WIDTH)[None, :]
-    acc, total, top = empty_softmax(False, BLOCK, WIDTH)
+    acc = tl.zeros([BLOCK, WIDTH], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
     for slot in range(first, first + parts):
         line = (pair.to(tl.int64) * slots + slot) * BLOCK + i
         one = tl.load(part_lse + line)
@@ -106,20 +139,29 @@ def join_forward(
         acc = acc * shrink[:, None] + tl.load(part_out + line[:, None] * WIDTH + columns) * weight[:, None]
         total = total * shrink + weight
         top = new_top
-    store_tile(out, out_strides, batch, head, m + i, acc / total[:, None], m + i < tokens, WIDTH)
+    place = out + batch * o_batch + head * o_head + (m + i).to(tl.int64)[:, None] * o_row + columns
+    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=(m + i < tokens)[:, None])
     tl.store(lse + pair.to(tl.int64) * tokens + m + i, top + tl.log2(total), mask=m + i < tokens)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "slots"])
 def join_gradients(
-    sums, gradient, owners,
-    heads, tokens, slots,
-    gradient_strides,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    sums,
+    gradient,
+    owners,
+    heads,
+    tokens,
+    slots,
+    batch_step,
+    head_step,
+    row_step,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Adds up sums (B, H, slots, BLOCK, WIDTH) of the parts of a block's list into `gradient`, whose heads `heads` counts."""
     pair = tl.program_id(1)
-    batch, head = split_pair(pair, heads)
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
     owner = owners + 3 * tl.program_id(0)
     m, first, parts = tl.load(owner) * BLOCK, tl.load(owner + 1), tl.load(owner + 2)
     i = tl.arange(0, BLOCK)
@@ -128,31 +170,64 @@ def join_gradients(
     for slot in range(first, first + parts):
         line = (pair.to(tl.int64) * slots + slot) * BLOCK + i
         acc += tl.load(sums + line[:, None] * WIDTH + columns)
-    store_tile(gradient, gradient_strides, batch, head, m + i, acc, m + i < tokens, WIDTH)
+    place = gradient + batch * batch_step + head * head_step + (m + i).to(tl.int64)[:, None] * row_step + columns
+    tl.store(place, acc.to(gradient.dtype.element_ty), mask=(m + i < tokens)[:, None])
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def backward_queries(
-    query, key, value, d_out, d_query, part_query, lse, delta, work, starts, index,
-    heads, tokens, count, slots, scale,
-    query_strides, key_strides, value_strides, d_out_strides, d_query_strides,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    d_out,
+    d_query,
+    part_query,
+    lse,
+    delta,
+    work,
+    starts,
+    index,
+    heads,
+    tokens,
+    count,
+    slots,
+    scale,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    g_batch,
+    g_head,
+    g_row,
+    dq_batch,
+    dq_head,
+    dq_row,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """The derivative by a block of queries, of a part of its list; `work` as in `forward`."""
     pair = tl.program_id(1)
-    batch, head = split_pair(pair, heads)
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
     task = work + 4 * tl.program_id(0)
     block, slot = tl.load(task), tl.load(task + 3)
     begin, end = _share(starts, head * count + block, tl.load(task + 1), tl.load(task + 2))
     m = block * BLOCK
     rows = m + tl.arange(0, BLOCK)
-    q = read_tile(query, query_strides, batch, head, m, tokens, BLOCK, WIDTH)
-    do = read_tile(d_out, d_out_strides, batch, head, m, tokens, BLOCK, WIDTH)
+    q = read_rows(query + batch * q_batch + head * q_head, m, q_row, tokens, True, BLOCK, WIDTH)
+    do = read_rows(d_out + batch * g_batch + head * g_head, m, g_row, tokens, True, BLOCK, WIDTH)
     line = pair.to(tl.int64) * tokens + rows
-    top, weight = read_sums(lse, delta, line, rows < tokens, True)
-    k_base = head_of(key, key_strides, batch, head // GROUP)
-    v_base = head_of(value, value_strides, batch, head // GROUP)
-    k_row, v_row = key_strides.row, value_strides.row
+    top = tl.load(lse + line, mask=rows < tokens, other=float("inf"))
+    weight = tl.load(delta + line, mask=rows < tokens, other=0.0)
+    k_base = key + batch * k_batch + head // GROUP * k_head
+    v_base = value + batch * v_batch + head // GROUP * v_head
     dq = tl.zeros([BLOCK, WIDTH], tl.float32)
     by = scale * LOG2E
     for at in range(begin, end):
@@ -161,10 +236,12 @@ def backward_queries(
         v = read_rows(v_base, n, v_row, tokens, True, BLOCK, WIDTH)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * by - top[:, None])
         p = tl.where((n + tl.arange(0, BLOCK) < tokens)[None, :], p, 0.0)
-        dq = add_query_gradient(dq, p, do, k, v, weight, PRECISION)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - weight[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     columns = tl.arange(0, WIDTH)[None, :]
     if slot < 0:
-        store_tile(d_query, d_query_strides, batch, head, rows, dq * scale, rows < tokens, WIDTH)
+        place = d_query + batch * dq_batch + head * dq_head + rows.to(tl.int64)[:, None] * dq_row + columns
+        tl.store(place, (dq * scale).to(d_query.dtype.element_ty), mask=(rows < tokens)[:, None])
     else:
         line = (pair.to(tl.int64) * slots + slot) * BLOCK + tl.arange(0, BLOCK)
         tl.store(part_query + line[:, None] * WIDTH + columns, dq * scale)
@@ -172,44 +249,91 @@ def backward_queries(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def backward_keys(
-    query, key, value, d_out, d_key, d_value, part_key, part_value, lse, delta, work, starts, index,
-    heads, tokens, count, slots, scale,
-    query_strides, key_strides, value_strides, d_out_strides, d_key_strides, d_value_strides,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    d_out,
+    d_key,
+    d_value,
+    part_key,
+    part_value,
+    lse,
+    delta,
+    work,
+    starts,
+    index,
+    heads,
+    tokens,
+    count,
+    slots,
+    scale,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    g_batch,
+    g_head,
+    g_row,
+    dk_batch,
+    dk_head,
+    dk_row,
+    dv_batch,
+    dv_head,
+    dv_row,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """The derivative by a block of keys and values of one key head, over the query heads that share it, of a part of their
     lists, which are of blocks of queries; `work` as in `forward`, the parts' sums of as many heads as keys have."""
     pair = tl.program_id(1)
     kv_heads = heads // GROUP
-    batch, kv_head = split_pair(pair, kv_heads)
+    batch = (pair // kv_heads).to(tl.int64)
+    kv_head = (pair % kv_heads).to(tl.int64)
     task = work + 4 * tl.program_id(0)
     block, part, parts, slot = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
     n = block * BLOCK
     rows = n + tl.arange(0, BLOCK)
-    k = read_tile(key, key_strides, batch, kv_head, n, tokens, BLOCK, WIDTH)
-    v = read_tile(value, value_strides, batch, kv_head, n, tokens, BLOCK, WIDTH)
+    k = read_rows(key + batch * k_batch + kv_head * k_head, n, k_row, tokens, True, BLOCK, WIDTH)
+    v = read_rows(value + batch * v_batch + kv_head * v_head, n, v_row, tokens, True, BLOCK, WIDTH)
     dk = tl.zeros([BLOCK, WIDTH], tl.float32)
     dv = tl.zeros([BLOCK, WIDTH], tl.float32)
     by = scale * LOG2E
     for member in range(GROUP):
         head = kv_head * GROUP + member
         begin, end = _share(starts, head * count + block, part, parts)
-        q_base = head_of(query, query_strides, batch, head)
-        g_base = head_of(d_out, d_out_strides, batch, head)
+        q_base = query + batch * q_batch + head * q_head
+        g_base = d_out + batch * g_batch + head * g_head
         line = (batch * heads + head) * tokens
         for at in range(begin, end):
             m = tl.load(index + at) * BLOCK
             i = m + tl.arange(0, BLOCK)
-            q = read_rows(q_base, m, query_strides.row, tokens, True, BLOCK, WIDTH)
-            do = read_rows(g_base, m, d_out_strides.row, tokens, True, BLOCK, WIDTH)
-            top, weight = read_sums(lse + line, delta + line, i, i < tokens, True)
+            q = read_rows(q_base, m, q_row, tokens, True, BLOCK, WIDTH)
+            do = read_rows(g_base, m, g_row, tokens, True, BLOCK, WIDTH)
+            top = tl.load(lse + line + i, mask=i < tokens, other=float("inf"))
+            weight = tl.load(delta + line + i, mask=i < tokens, other=0.0)
             p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * by - top[None, :])
-            dv, ds = add_value_gradient(dv, p, do, v, weight, PRECISION)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - weight[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    inside = (rows < tokens)[:, None]
     columns = tl.arange(0, WIDTH)[None, :]
+    at = rows.to(tl.int64)[:, None]
     if slot < 0:
-        store_tile(d_key, d_key_strides, batch, kv_head, rows, dk * scale, rows < tokens, WIDTH)
-        store_tile(d_value, d_value_strides, batch, kv_head, rows, dv, rows < tokens, WIDTH)
+        tl.store(
+            d_key + batch * dk_batch + kv_head * dk_head + at * dk_row + columns,
+            (dk * scale).to(d_key.dtype.element_ty), mask=inside,
+        )  # fmt: skip
+        tl.store(
+            d_value + batch * dv_batch + kv_head * dv_head + at * dv_row + columns,
+            dv.to(d_value.dtype.element_ty), mask=inside,
+        )  # fmt: skip
     else:
         line = (pair.to(tl.int64) * slots + slot) * BLOCK + tl.arange(0, BLOCK)
         tl.store(part_key + line[:, None] * WIDTH + columns, dk * scale)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.engine.kernels import contiguous_rows, gradient_shapes, result_shapes, strided
+from longspan.engine.kernels import contiguous_rows
 from longspan.engine.window import window_sinks
 from longspan.util.device import on_device
 from longspan.util.errors import SpecError
@@ -107,30 +107,9 @@ def listed_attention(query: Tensor, key: Tensor, value: Tensor, lists: BlockList
     return _Listed.apply(query, key, value, *lists.seeing.tables, *lists.seen.tables, lists.block, scale)[0]
 
 
-def arguments(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    lse: Tensor,
-    work: Tensor,
-    starts: Tensor,
-    index: Tensor,
-    block: int,
-    *,
-    accumulators: int = 1,
-) -> dict[str, Any]:
-    """What all kernels that go through lists take by name, and how they are compiled.
-
-    accumulators: how many results (BLOCK, WIDTH) a program carries; two wide ones take the registers of 8 warps."""
+def _choices(query: Tensor, key: Tensor, block: int, *, accumulators: int = 1) -> dict[str, Any]:
+    """accumulators: how many results (BLOCK, WIDTH) a program carries; two wide ones take the registers of 8 warps."""
     return {
-        "lse": lse,
-        "work": work,
-        "starts": starts,
-        "index": index,
-        "heads": query.shape[1],
-        "tokens": query.shape[2],
-        "count": (len(starts) - 1) // query.shape[1],
-        "scale": scale,
         "GROUP": query.shape[1] // key.shape[1],
         "WIDTH": query.shape[-1],
         "BLOCK": block,
@@ -146,6 +125,10 @@ def _room(like: Tensor, work: Tensor, starts: Tensor, owners: Tensor, heads: int
     count = (len(starts) - 1) // heads
     slots = len(work) - (count - len(owners))
     return like.new_empty((*like.shape[:2], slots, block, width), dtype=torch.float32)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 @torch.library.custom_op("longspan::listed_forward", mutates_args=())
@@ -167,23 +150,17 @@ def _forward(
     batch, heads, tokens, width = query.shape
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     part_out, part_lse = (_room(query, work, starts, owners, heads, block, n) for n in (width, 1))
-    parts = {"part_out": part_out, "part_lse": part_lse, "slots": part_out.shape[2]}
+    count, slots = (len(starts) - 1) // heads, part_out.shape[2]
+    choices = _choices(query, key, block)
     with on_device(query.device):
         forward[(len(work), batch * heads)](
-            **strided(query=query, key=key, value=value, out=out),
-            **arguments(query, key, scale, lse, work, starts, index, block),
-            **parts,
+            *(query, key, value, out, lse, part_out, part_lse, work, starts, index, heads, tokens, count, slots, scale),
+            *_strides(query, key, value, out),
+            **choices,
         )
         if len(owners):
             join_forward[(len(owners), batch * heads)](
-                **strided(out=out),
-                **parts,
-                lse=lse,
-                owners=owners,
-                heads=heads,
-                tokens=tokens,
-                WIDTH=width,
-                BLOCK=block,
+                *(part_out, part_lse, out, lse, owners, heads, tokens, slots), *_strides(out), WIDTH=width, BLOCK=block
             )
     return out, lse
 
@@ -216,40 +193,40 @@ def _backward(
     delta = (out.float() * d_out.float()).sum(-1)
     part_query = _room(query, work, starts, owners, heads, block, width)
     part_key, part_value = (_room(key, key_work, key_starts, key_owners, heads, block, width) for _ in range(2))
-    inputs = strided(query=query, key=key, value=value, d_out=d_out) | {"delta": delta}
+    count = (len(starts) - 1) // heads
     with on_device(query.device):
         backward_queries[(len(work), batch * heads)](
-            **inputs,
-            **strided(d_query=dq),
-            **arguments(query, key, scale, lse, work, starts, index, block),
-            part_query=part_query,
-            slots=part_query.shape[2],
+            *(query, key, value, d_out, dq, part_query, lse, delta, work, starts, index),
+            *(heads, tokens, count, part_query.shape[2], scale),
+            *_strides(query, key, value, d_out, dq),
+            **_choices(query, key, block),
         )
         backward_keys[(len(key_work), batch * kv_heads)](
-            **inputs,
-            **strided(d_key=dk, d_value=dv),
-            **arguments(query, key, scale, lse, key_work, key_starts, key_index, block, accumulators=2),
-            part_key=part_key,
-            part_value=part_value,
-            slots=part_key.shape[2],
+            *(query, key, value, d_out, dk, dv, part_key, part_value, lse, delta, key_work, key_starts, key_index),
+            *(heads, tokens, count, part_key.shape[2], scale),
+            *_strides(query, key, value, d_out, dk, dv),
+            **_choices(query, key, block, accumulators=2),
         )
         for sums, gradient, of in ((part_query, dq, owners), (part_key, dk, key_owners), (part_value, dv, key_owners)):
             if len(of):
                 join_gradients[(len(of), batch * gradient.shape[1])](
-                    **strided(gradient=gradient),
-                    sums=sums,
-                    owners=of,
-                    heads=gradient.shape[1],
-                    tokens=tokens,
-                    slots=sums.shape[2],
+                    *(sums, gradient, of, gradient.shape[1], tokens, sums.shape[2]),
+                    *_strides(gradient),
                     WIDTH=width,
                     BLOCK=block,
                 )
     return dq, dk, dv
 
 
-_forward.register_fake(result_shapes)
-_backward.register_fake(gradient_shapes)
+@_forward.register_fake
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(contiguous_rows(query)[0]), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x) for x in contiguous_rows(query, key, value))
+    return dq, dk, dv
 
 
 class _Listed(torch.autograd.Function):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longspan.engine.kernel_parts import head_of
-
 
 @triton.jit
 def attend(
@@ -21,8 +19,12 @@ def attend(
     kv_heads,
     q_batch,
     q_head,
-    key_strides,
-    value_strides,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
     SCALE: tl.constexpr,  # as an argument a compiler would hand it over in double precision
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -41,7 +43,6 @@ def attend(
     columns = tl.arange(0, WIDTH)
     real = rows < GROUP
     q_heads = head * GROUP + rows
-    k_base, v_base = head_of(key, key_strides, batch, head), head_of(value, value_strides, batch, head)
     q = tl.load(query + batch * q_batch + q_heads[:, None] * q_head + columns[None, :], mask=real[:, None], other=0.0)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -50,8 +51,8 @@ def attend(
         keys = (split * BLOCKS + block) * KEYS + tl.arange(0, KEYS)
         inside = keys < size
         at = keys.to(tl.int64)[:, None]
-        k = tl.load(k_base + at * key_strides.row + columns, mask=inside[:, None], other=0.0)
-        v = tl.load(v_base + at * value_strides.row + columns, mask=inside[:, None], other=0.0)
+        k = tl.load(key + batch * k_batch + head * k_head + at * k_row + columns, mask=inside[:, None], other=0.0)
+        v = tl.load(value + batch * v_batch + head * v_head + at * v_row + columns, mask=inside[:, None], other=0.0)
         scores = tl.where(inside[None, :], tl.dot(q, tl.trans(k)) * SCALE, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)

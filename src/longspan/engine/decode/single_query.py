@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from longspan.engine import kernels
-from longspan.engine.kernels import strided
 from longspan.util.device import on_device
 
 KEYS = 64
@@ -51,16 +50,18 @@ def one_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float)
     weight = torch.empty(batch * kv_heads * parts * rows * 2, dtype=torch.float32, device=query.device)
     with on_device(query.device):
         attend[(batch * kv_heads, parts)](
-            query=query,
-            q_batch=query.stride(0),
-            q_head=query.stride(1),
-            **strided(key=key, value=value),
-            out=out,
-            partial=partial,
-            weight=weight,
-            arrived=_counters(query.device, batch * kv_heads),
-            size=size,
-            kv_heads=kv_heads,
+            query,
+            key,
+            value,
+            out,
+            partial,
+            weight,
+            _counters(query.device, batch * kv_heads),
+            size,
+            kv_heads,
+            *query.stride()[:2],
+            *key.stride()[:3],
+            *value.stride()[:3],
             SCALE=scale * 1.4426950408889634,  # powers of two are what the hardware has
             GROUP=group,
             ROWS=rows,
