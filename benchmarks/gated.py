@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import steps
 import torch
 import transformers
 
@@ -68,12 +69,7 @@ def step(model: LongspanForCausalLM, ids: torch.Tensor) -> Callable[[], None]:
     def run() -> None:
         with dense_first(ids.device), torch.autocast(ids.device.type, torch.bfloat16, enabled=cuda):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if cuda:
-            torch.cuda.synchronize()
+        steps.finish(model, optimizer, loss)
 
     return run
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import steps
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -71,12 +72,7 @@ def step(model: PreTrainedModel, own_loss: bool, ids: torch.Tensor) -> Callable[
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             else:
                 loss = wrapped(input_ids=ids, labels=ids.roll(-1, 1))["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if cuda:
-            torch.cuda.synchronize()
+        steps.finish(model, optimizer, loss)
 
     return run
 

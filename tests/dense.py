@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import tiny
+
 
 def llama(layers: int = 1, window: int = 32, theta: float = 10_000.0, seed: int = 0) -> LlamaForCausalLM:
     """A small Llama in float64 whose logits answer to every key."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **tiny.sizes(96, 48, 64, layers, 4, 2),
         head_dim=12,
         max_position_embeddings=window,
         rope_parameters={"rope_type": "default", "rope_theta": theta},

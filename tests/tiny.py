@@ -27,6 +27,20 @@ SIZES = {
 """Sizes of a configuration for tests that make models of several families; they name the window."""
 
 
+def sizes(
+    vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None
+) -> dict[str, int]:
+    """The sizes of a model as arguments of most configurations of transformers; kv_heads: none for families without them."""
+    named = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    return named if kv_heads is None else {**named, "num_key_value_heads": kv_heads}
+
+
 def tokenizer(gap: int = 1) -> PreTrainedTokenizerFast:
     """One token for each byte, `<s>` and `</s>`; plain text starts with `<s>`. The ids of bytes are `gap` apart."""
     special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -47,12 +61,7 @@ def model(window: int = 128, seed: int = 0) -> LlamaForCausalLM:
     """Two layers, four heads on two key-value heads; `</s>` is never its likeliest token."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=264,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **sizes(264, 64, 96, 2, 4, 2),
         max_position_embeddings=window,
         bos_token_id=0,
         eos_token_id=1,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, BigBirdConfig, BigBirdModel
 
 import checks
+import tiny
 from growth import growth
 from longspan.attention.bigbird import BigBird
 from longspan.engine.blocks import gathered as blocks
@@ -193,11 +194,7 @@ def test_equals_transformers(length: int, block: int, drawn: int, training: bool
     torch.manual_seed(4)
     theirs = BigBirdModel(
         BigBirdConfig(
-            vocab_size=100,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
+            **tiny.sizes(100, 16, 24, 2, 2),
             max_position_embeddings=4096,
             block_size=block,
             num_random_blocks=drawn,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, LongformerConfig, LongformerModel
 
 import checks
+import tiny
 from growth import growth
 from longspan.attention.longformer.layer import LongformerAttention
 from longspan.attention.longformer.pattern import Longformer
@@ -187,11 +188,7 @@ def test_equals_transformers(globals_: list[list[int]], padded: bool) -> None:
     torch.manual_seed(4)
     theirs = LongformerModel(
         LongformerConfig(
-            vocab_size=100,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
+            **tiny.sizes(100, 32, 48, 2, 4),
             max_position_embeddings=80,
             attention_window=[8, 16],
             hidden_dropout_prob=0.0,

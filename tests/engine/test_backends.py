@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+import tiny
 from longspan.attention.window import Window
 from longspan.engine import backends
 from longspan.engine.backends import choose, use_backend
@@ -190,12 +191,7 @@ def test_texts_of_many_lengths_on_cuda(causal: bool) -> None:
 @torch.no_grad()
 def test_a_whole_model_gives_the_same_on_every_backend() -> None:
     config = LongspanConfig(
-        vocab_size=96,
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **tiny.sizes(96, 128, 64, 2, 4, 2),
         max_position_embeddings=64,
         attention="window:size=20,sinks=2",
     )

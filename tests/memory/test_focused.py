@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import longspan as ls
+import tiny
 from longspan.core.facts import facts_of
 from longspan.core.method import combination, parse
 from longspan.engine.retrieval import memories
@@ -48,12 +49,7 @@ def model(layers: int = 4, kind: str = "llama", dtype: torch.dtype = torch.float
     }[kind]
     made = cls(
         config(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **tiny.sizes(128, 64, 96, layers, 4, 2),
             head_dim=16,
             max_position_embeddings=128,
             bos_token_id=0,
@@ -98,10 +94,15 @@ def plain(made: Any, tokens: Tensor, layers: tuple[int, ...], *, k: int | None =
             seen = seen | before if k is None else seen | _best(far, before, k)
         return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
 
+    return _logits_under(site, attend, tokens)
+
+
+def _logits_under(site: Site, attend: Any, tokens: Tensor) -> Tensor:
+    """Logits of the site's model where every layer's attention is `attend`; nothing stays on the model."""
     site.attention(attend, own_mask=True)
     try:
         with torch.no_grad():
-            return made(tokens, use_cache=False).logits
+            return site.model(tokens, use_cache=False).logits
     finally:
         site.undo()
 
@@ -173,12 +174,7 @@ def first_by_rotation(made: Any, tokens: Tensor, layers: tuple[int, ...]) -> Ten
         seen = (same & causal) | before if layer_number(call.module) in layers else same & causal
         return torch.where(same, near, far).masked_fill(~seen, float("-inf")).softmax(-1) @ value
 
-    site.attention(attend, own_mask=True)
-    try:
-        with torch.no_grad():
-            return made(tokens, use_cache=False).logits
-    finally:
-        site.undo()
+    return _logits_under(site, attend, tokens)
 
 
 @pytest.mark.parametrize("more", ["", ",k=100"])

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, Lla
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dense
+import tiny
 from longspan.apply import apply
 from longspan.core.facts import RopeFacts, facts_of, rotary_modules
 from longspan.core.method import parse
@@ -213,12 +214,7 @@ def test_the_model_turns_by_these_frequencies(model_type: str, settings: dict, f
 
 def test_only_full_attention_layers_of_gemma3_are_scaled() -> None:
     config = Gemma3TextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **tiny.sizes(64, 32, 32, 2, 2, 1),
         head_dim=16,
         max_position_embeddings=64,
         layer_types=["sliding_attention", "full_attention"],

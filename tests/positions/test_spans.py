@@ -23,6 +23,7 @@ from transformers import (
 
 import checks
 import dense
+import tiny
 from longspan.apply import applied, apply
 from longspan.attention.window import Window
 from longspan.core.facts import facts_of
@@ -215,12 +216,7 @@ def test_the_window_is_streaming_without_sinks(model: LlamaForCausalLM) -> None:
 def test_layers_that_look_back_less_far(method: Span, at_once: None) -> None:
     """Both limits hold at once, also where the cache has dropped what the layer no longer sees."""
     config = MistralConfig(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **tiny.sizes(96, 48, 64, 2, 4, 2),
         sliding_window=10,
     )
     ids, cache = dense.tokens(1, 40), DynamicCache(config=config)

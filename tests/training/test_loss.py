@@ -84,12 +84,7 @@ def test_sums_and_counts_belong_to_sequences_and_micro_batches_add_up() -> None:
 
 def test_a_capped_head_is_refused_in_chunks_and_right_without() -> None:
     config = Gemma2Config(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **tiny.sizes(264, 32, 48, 2, 2, 1),
         head_dim=16,
         final_logit_softcapping=0.1,
     )
