@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import survey
 from longspan.bench import contenders as bench_contenders
 from longspan.bench.attention import AttentionBench, Row
 from longspan.core.method import catalogue
@@ -34,6 +35,12 @@ def test_what_is_here() -> None:
     ours = {n for n, c in catalogue().items() if issubclass(c, Attention) and c.__module__.startswith("longspan.")}
     named = {entry.method for entry in SURVEY + here_otherwise() if entry.method}
     assert ours == named
+
+
+def test_a_method_without_a_paper_has_no_year(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue()["longnet"], "paper", "this page")
+    monkeypatch.setattr(survey, "OTHERS", tuple(entry for entry in OTHERS if entry.method != "longnet"))
+    assert f"| {catalogue()['longnet'].title} |  | {catalogue()['longnet'].cost} |" in page({})
 
 
 def test_measured_exponents(tmp_path: Path) -> None:

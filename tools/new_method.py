@@ -57,6 +57,7 @@ KINDS = {
     "memory": Kind("memory", (Entry("docs/memory.md", "`{name}`", "with what it keeps and an example"),)),
 }
 NOTES = {
+    "task": "No test draws from a task by itself: write tests/tasks/test_NAME.py. `answer` makes it one to train on.",
     "pattern": "Run `make tables`. A pattern for models of our own alone derives from Pattern in place of OnTrained.",
     "memory": "Run `make tables`. A method that needs a tuned model has a line in TRAINED of tests/conformance/forwards.py.",
     "scheme": "A scheme that is not relative, has an end, or is not for encoders has a line in tests/lm/schemes.py that says so.",

@@ -70,9 +70,10 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One model. `complexity` in the text's length N and other sizes; `decodes` whether it can write token by token;
-    `classes` keys of CLASSES; `method` the longspan method with its idea, None where there is none; `grows` the exponent of
-    time that its complexity promises at long lengths with all other settings fixed, for those that are here."""
+    """One model. `year` is 0 where none is known; `complexity` is in the text's length N and other sizes; `decodes` whether it
+    can write token by token; `classes` keys of CLASSES; `method` the longspan method with its idea, None where there is none;
+    `grows` the exponent of time that its complexity promises at long lengths with all other settings fixed, for those that are
+    here."""
 
     model: str
     year: int
@@ -178,7 +179,7 @@ def _row(entry: Entry, exponents: Mapping[str, Growth]) -> str:
         promised = "" if entry.grows is None else f"{entry.grows:g}"
         found = str(exponents[entry.method]) if entry.method in exponents else UNKNOWN
     classes, decodes = " + ".join(entry.classes), "yes" if entry.decodes else "no"
-    cells = entry.model, str(entry.year), entry.complexity, decodes, classes, here, promised, found
+    cells = entry.model, str(entry.year or ""), entry.complexity, decodes, classes, here, promised, found
     return "| " + " | ".join(cells) + " |"
 
 

@@ -11,10 +11,12 @@ import functools
 import json
 import re
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import families
+import transformers
 from transformers import PreTrainedModel
 
 from longspan.apply import applied
@@ -165,4 +167,6 @@ def documented(family: str, line: Line) -> str:
 if __name__ == "__main__":
     import forwards  # which imports this file
 
+    transformers.logging.set_verbosity_error()  # tiny models are warned of, a hundred times over
+    warnings.simplefilter("ignore", FutureWarning)
     print(table(), forwards.section(), sep="\n\n")
