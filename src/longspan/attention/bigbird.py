@@ -97,8 +97,8 @@ class BigBird(Pattern):
                 "with kind=encoder-decoder and decoder_attention=full"
             )
 
-    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
-        table, counts = self._tables(grid, queries.device)
+    def mask(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor:
+        table, counts = self._tables(shape, queries.device)
         q, k = (torch.div(x - self.globals, self.block, rounding_mode="floor") for x in (queries, keys))
         row = torch.arange(len(table), device=queries.device)[:, None]
         listed = table.transpose(1, 2)[row, q.clamp(0, table.shape[2] - 1)].transpose(1, 2)  # (B or 1, H, Tq, slots)
@@ -109,30 +109,30 @@ class BigBird(Pattern):
         last = counts.view(-1, 1, 1, 1) - 1
         return mask | (q == 0) | (k == 0) | (q == last) | (k == last)
 
-    def visited(self, grid: AttentionShape, device: torch.device) -> float | None:
+    def visited(self, shape: AttentionShape, device: torch.device) -> float | None:
         """The pairs of the lists that the kernels visit; None with global tokens, for which there are no lists."""
         if self.globals:
             return None
-        lists = visible_lists(self, -(-grid.length // self.block), grid.heads, grid.layer, device)
+        lists = visible_lists(self, -(-shape.length // self.block), shape.heads, shape.layer, device)
         return float(lists.visited())
 
-    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
+    def run(self, call: AttentionCall, shape: AttentionShape) -> Tensor:
         """Attention (B, H, T, D) in longspan's kernels, a row at a time where lengths differ; otherwise over gathered keys."""
         refused = refusal(call.query, call.key, call.value, self.block)
         if self.globals or not call.plain or call.zero_key or refused is not None:
-            return self._gathered(call, grid)
+            return self._gathered(call, shape)
 
         def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             count = -(-query.shape[2] // self.block)
             return listed_attention(
-                query, key, value, visible_lists(self, count, grid.heads, grid.layer, query.device), call.scale
+                query, key, value, visible_lists(self, count, shape.heads, shape.layer, query.device), call.scale
             )
 
         return by_row(rows, call.query, call.key, call.value, call.padding)
 
-    def _gathered(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
+    def _gathered(self, call: AttentionCall, shape: AttentionShape) -> Tensor:
         length = call.query.shape[2]
-        table, counts = self._tables(grid, call.query.device)
+        table, counts = self._tables(shape, call.query.device)
         if length <= self.globals:
             out = torch.zeros_like(call.query)
         else:
@@ -157,14 +157,14 @@ class BigBird(Pattern):
         real = torch.cat((inside >= 0, last >= self.block), dim=1) & (index < length)
         return Chosen(index.clamp(0, length - 1), real)
 
-    def _tables(self, grid: AttentionShape, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _tables(self, shape: AttentionShape, device: torch.device) -> tuple[Tensor, Tensor]:
         """(B or 1, H, blocks, slots) and how many blocks each row has, (B or 1)."""
-        lengths = torch.tensor([grid.length]) if grid.lengths is None else grid.lengths.cpu()
+        lengths = torch.tensor([shape.length]) if shape.lengths is None else shape.lengths.cpu()
         counts = (-((self.globals - lengths) // self.block)).clamp(min=0)
-        most = max(1, -((self.globals - grid.length) // self.block))
-        table = torch.full((len(counts), grid.heads, most, self._slots), -1)
+        most = max(1, -((self.globals - shape.length) // self.block))
+        table = torch.full((len(counts), shape.heads, most, self._slots), -1)
         for row, count in enumerate(counts.tolist()):
-            table[row, :, :count] = _table(self, count, grid.heads, grid.layer)
+            table[row, :, :count] = _table(self, count, shape.heads, shape.layer)
         return table.to(device), counts.to(device)
 
     @property

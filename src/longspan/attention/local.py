@@ -45,32 +45,32 @@ class Blockwise(Pattern):
         self.require(self.block >= 1, f"block must be at least 1 token, not {self.block}")
         self.require(0 <= self.globals <= most, f"globals must be from 0 to {most} tokens, not {self.globals}")
 
-    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor:
         start = queries[:, None, :, None].div(self.block, rounding_mode="floor") * self.block
         queries, keys = queries[:, None, :, None], keys[:, None, None, :]
         near = (keys >= start - self.halo) & (keys < start + self.block + self.halo)
         return near | (keys < self.globals) | (queries < self.globals)
 
-    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
-        if start < self.globals and not grid.causal:
-            return [(0, grid.length)]
+    def ranges(self, start: int, end: int, shape: AttentionShape) -> list[tuple[int, int]]:
+        if start < self.globals and not shape.causal:
+            return [(0, shape.length)]
         low = max(self.globals, start // self.block * self.block - self.halo)
-        high = min(grid.length, -(-end // self.block) * self.block + self.halo)
+        high = min(shape.length, -(-end // self.block) * self.block + self.halo)
         return [(0, self.globals), (low, high)]
 
-    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
+    def run(self, call: AttentionCall, shape: AttentionShape) -> Tensor:
         """Attention (B, H, T, D) by dense calls over blocks, half blocks and global tokens, joined in one softmax.
 
         With a bias on scores or dropout it runs in blocks of queries under a mask.
         """
         if not call.plain:
-            return masked_attention(self, call, grid)
+            return masked_attention(self, call, shape)
 
         def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            chunks = self.chunks(query.shape[2], grid.causal)
+            chunks = self.chunks(query.shape[2], shape.causal)
             return joint_attention(query, key, value, chunks, call.scale, zero_key=call.zero_key)
 
-        return by_row(rows, call.query, call.key, call.value, None if grid.causal else call.padding)
+        return by_row(rows, call.query, call.key, call.value, None if shape.causal else call.padding)
 
     def chunks(self, length: int, causal: bool) -> list[Chunk]:
         """Where the pieces lie in a text of `length` tokens."""

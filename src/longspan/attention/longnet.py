@@ -77,12 +77,12 @@ class LongNet(OnTrained):
         """(w_i, r_i) of every pattern."""
         return list(zip(self._list("segments"), self._list("dilations"), strict=True))
 
-    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
-        return self.multiplicity(queries, keys, grid) > 0
+    def mask(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor:
+        return self.multiplicity(queries, keys, shape) > 0
 
-    def multiplicity(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
+    def multiplicity(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor:
         queries, keys = queries[:, None, :, None], keys[:, None, None, :]
-        heads = torch.arange(grid.heads, device=keys.device)[None, :, None, None]
+        heads = torch.arange(shape.heads, device=keys.device)[None, :, None, None]
         found = torch.zeros((), dtype=torch.uint8, device=keys.device)
         for size, step in self.patterns:
             same = queries.div(size, rounding_mode="floor") == keys.div(size, rounding_mode="floor")
@@ -90,38 +90,38 @@ class LongNet(OnTrained):
             found = found + (same & q_selected & k_selected).to(found.dtype)
         return found
 
-    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
+    def ranges(self, start: int, end: int, shape: AttentionShape) -> list[tuple[int, int]]:
         sizes = self._list("segments")
-        return [(min(start // w * w for w in sizes), min(grid.length, max(-(-end // w) * w for w in sizes)))]
+        return [(min(start // w * w for w in sizes), min(shape.length, max(-(-end // w) * w for w in sizes)))]
 
-    def visited(self, grid: AttentionShape, device: torch.device) -> float:
+    def visited(self, shape: AttentionShape, device: torch.device) -> float:
         """The number of visited pairs, summed over patterns and heads: a key of two patterns is visited twice."""
-        return float(sum(dilated.visited(grid.length, grid.heads, *at, causal=grid.causal) for at in self.patterns))
+        return float(sum(dilated.visited(shape.length, shape.heads, *at, causal=shape.causal) for at in self.patterns))
 
-    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
+    def run(self, call: AttentionCall, shape: AttentionShape) -> Tensor:
         """Attention (B, H, T, D) in longspan's kernels, otherwise one dense call for each pattern and offset.
 
         With a bias on scores or dropout it runs in blocks of queries under a mask.
         """
         if not call.plain:
-            return masked_attention(self, call, grid)
+            return masked_attention(self, call, shape)
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
         if not (self.weights == "detached" and learns) and refusal(call.query, call.key, call.value) is None:
-            ends = None if grid.causal or call.padding is None else call.padding.sum(-1)
+            ends = None if shape.causal or call.padding is None else call.padding.sum(-1)
             return dilated_attention(
                 *(call.query, call.key, call.value, self.patterns),
-                causal=grid.causal,
+                causal=shape.causal,
                 scale=call.scale,
                 ends=ends,
                 zero_key=call.zero_key,
             )
 
         def rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            chunks = self.chunks(query.shape[2], grid.heads, grid.causal)
+            chunks = self.chunks(query.shape[2], shape.heads, shape.causal)
             how = {"detached": self.weights == "detached", "zero_key": call.zero_key}
             return joint_attention(query, key, value, chunks, call.scale, **how)
 
-        return by_row(rows, call.query, call.key, call.value, None if grid.causal else call.padding)
+        return by_row(rows, call.query, call.key, call.value, None if shape.causal else call.padding)
 
     def chunks(self, length: int, heads: int, causal: bool) -> list[Chunk]:
         """The segments in a text of `length` tokens, in chunks whose ends no segment crosses."""

@@ -46,10 +46,10 @@ class OnTrained(Pattern):
         """Attention (B, H, Tq, D) of the call's queries to the keys that the pattern shows."""
         heads, new, total = call.query.shape[1], call.query.shape[2], call.key.shape[2]
         end = call.forward.once("end", lambda: int(call.position_ids.max()) + 1)
-        grid = AttentionShape(heads, end, layer_number(call.module), causal=True)
+        shape = AttentionShape(heads, end, layer_number(call.module), causal=True)
         if self._is_whole(site, call):
-            return self.run(AttentionCall(call.query, call.key, call.value, call.scale), grid)
-        columns = call.forward.once(f"columns:{total}", lambda: self._columns(call, grid))
+            return self.run(AttentionCall(call.query, call.key, call.value, call.scale), shape)
+        columns = call.forward.once(f"columns:{total}", lambda: self._columns(call, shape))
         query, key, value = map(Slices, (call.query, call.key, call.value))
         parts = []
         for start, visible in zip(range(0, new, QUERIES_AT_ONCE), columns, strict=True):
@@ -57,13 +57,13 @@ class OnTrained(Pattern):
             part = call.part(rows, visible)
             part = replace(part, query=query[:, :, rows], key=key[:, :, visible], value=value[:, :, visible])
             queries, keys = part.position_ids, part.key_positions
-            mask = self.mask(queries, keys, grid)
+            mask = self.mask(queries, keys, shape)
             if part.mask is None:
                 numbers = torch.arange(total - new, total, device=visible.device)[rows]
                 mask = mask & (visible <= numbers[:, None])
             else:
                 mask = mask & part.mask
-            parts.append(site.own_attention(part, mask, self.multiplicity(queries, keys, grid)))
+            parts.append(site.own_attention(part, mask, self.multiplicity(queries, keys, shape)))
         return torch.cat(parts, dim=2)
 
     def _is_whole(self, site: Site, call: LayerCall) -> bool:
@@ -75,14 +75,14 @@ class OnTrained(Pattern):
         numbers = torch.arange(call.query.shape[2], device=call.query.device)
         return call.forward.once("in order", lambda: bool((call.position_ids == numbers).all()))
 
-    def _columns(self, call: LayerCall, grid: AttentionShape) -> list[Tensor]:
+    def _columns(self, call: LayerCall, shape: AttentionShape) -> list[Tensor]:
         """The columns of the keys that each block of queries sees, ascending."""
         blocks = call.position_ids.split(QUERIES_AT_ONCE, dim=-1)
         lowest, highest = (torch.stack(x).tolist() for x in ([b.min() for b in blocks], [b.max() for b in blocks]))
         keys, found = call.key_positions, []
         for low, high in zip(lowest, highest, strict=True):
             visible = torch.zeros(keys.shape[-1], dtype=torch.bool, device=keys.device)
-            for first, last in self.ranges(low, high + 1, grid):
+            for first, last in self.ranges(low, high + 1, shape):
                 visible |= ((keys >= first) & (keys < last)).any(0)
             found.append(visible.nonzero()[:, 0])
         return found

@@ -66,23 +66,23 @@ class Window(Span, Pattern):
         self.require(self.size is not None, "a model is built with a size, such as window:size=256")
         return super().build(config, layer, encoding, causal=causal)
 
-    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor:
         assert self.size is not None
         distance = queries[:, None, :, None] - keys[:, None, None, :]
         near = distance.abs() < self.size
         return near | (keys < self.sinks)[:, None, None, :] if self.sinks else near
 
-    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
+    def ranges(self, start: int, end: int, shape: AttentionShape) -> list[tuple[int, int]]:
         assert self.size is not None
-        low, high = max(0, start - self.size + 1), min(grid.length, end if grid.causal else end + self.size - 1)
+        low, high = max(0, start - self.size + 1), min(shape.length, end if shape.causal else end + self.size - 1)
         if low <= self.sinks:
-            return [(0, max(high, min(self.sinks, grid.length)))]
+            return [(0, max(high, min(self.sinks, shape.length)))]
         return [(0, self.sinks), (low, high)] if self.sinks else [(low, high)]
 
-    def blocks(self, grid: AttentionShape, size: int, device: torch.device) -> Blocks:
+    def blocks(self, shape: AttentionShape, size: int, device: torch.device) -> Blocks:
         assert self.size is not None
-        lengths, window = (grid.length, grid.length), min(self.size, grid.length)
-        return band(lengths, window=window, sinks=self.sinks, causal=grid.causal, size=size, device=device)
+        lengths, window = (shape.length, shape.length), min(self.size, shape.length)
+        return band(lengths, window=window, sinks=self.sinks, causal=shape.causal, size=size, device=device)
 
     def sinks_and_window(self) -> tuple[int, int]:
         assert self.size is not None

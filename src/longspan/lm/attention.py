@@ -142,8 +142,10 @@ def _attend_block(
     if pattern := getattr(module, "pattern", None):
         bias = encoding.bias if encoding.defines("bias") else None
         optional = (inputs.padding, bias, dropout, scores, inputs.columns, inputs.always_visible, zero_key)
-        grid = AttentionShape(query.shape[1], inputs.total, layer, bool(module.is_causal), text_lengths(inputs.padding))
-        return attend(pattern, AttentionCall(query, key, value, scaling, *optional), grid)
+        shape = AttentionShape(
+            query.shape[1], inputs.total, layer, bool(module.is_causal), text_lengths(inputs.padding)
+        )
+        return attend(pattern, AttentionCall(query, key, value, scaling, *optional), shape)
     causal = bool(module.is_causal) and inputs.mask is None and query.shape[2] > 1
     if inputs.pair_bias is None and scores is None:
         if not encoding.defines("bias"):

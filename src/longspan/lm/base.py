@@ -45,13 +45,13 @@ class Attention(AttentionMethod):
 class Pattern(Attention):
     """Softmax attention over some of the keys.
 
-    Tokens are numbered from 0 at a row's first real token, so padding and chunks change nothing. `grid` is the shape of a call.
+    Tokens are numbered from 0 at a row's first real token, so padding and chunks change nothing. `shape` is the shape of a call.
     """
 
     runs_zero_key: ClassVar[bool] = False
     """Whether its own `run` handles `AttentionCall.zero_key`; otherwise such calls run under its mask."""
 
-    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor:
         """The keys that each query sees: boolean (B or 1, H or 1, Tq, Tk), for token numbers queries (B or 1, Tq), keys (B or
         1, Tk).
 
@@ -59,45 +59,45 @@ class Pattern(Attention):
         """
         raise NotImplementedError
 
-    def multiplicity(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor | None:
+    def multiplicity(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor | None:
         """How often each visible key counts in the softmax: integers, of the shape of `mask`. None: once."""
         return None
 
-    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
+    def ranges(self, start: int, end: int, shape: AttentionShape) -> list[tuple[int, int]]:
         """Ranges (first, last + 1) of all keys that the queries start … end - 1 see, ascending and disjoint."""
-        return [(0, grid.length)]
+        return [(0, shape.length)]
 
-    def blocks(self, grid: AttentionShape, size: int, device: torch.device) -> Blocks | None:
+    def blocks(self, shape: AttentionShape, size: int, device: torch.device) -> Blocks | None:
         """`mask` and causality as blocks of `size` tokens, for FlexAttention; None where the pattern has no blocks.
 
         The same arguments give the same object. No mask of pairs is computed for it.
         """
         return None
 
-    def pairs(self, grid: AttentionShape) -> float:
+    def pairs(self, shape: AttentionShape) -> float:
         """The number of visible pairs of a query and a key, summed over heads.
 
         In texts of more than SAMPLED tokens it is estimated from one random query in each of SAMPLED parts.
         """
-        count = min(grid.length, SAMPLED)
+        count = min(shape.length, SAMPLED)
         draw = torch.Generator().manual_seed(0)
-        edges = torch.linspace(0, grid.length, count + 1).long()
+        edges = torch.linspace(0, shape.length, count + 1).long()
         chosen = edges[:-1] + (torch.rand(count, generator=draw) * edges.diff()).long()
         visible = 0.0
         for query in chosen.tolist():
-            keys = torch.cat([torch.arange(low, high) for low, high in self.ranges(query, query + 1, grid)])
-            keys = keys[keys <= query] if grid.causal else keys
-            mask = self.mask(torch.tensor([[query]]), keys[None], grid)
-            visible += float(mask.expand(1, grid.heads, 1, len(keys)).sum())
-        return visible * grid.length / count
+            keys = torch.cat([torch.arange(low, high) for low, high in self.ranges(query, query + 1, shape)])
+            keys = keys[keys <= query] if shape.causal else keys
+            mask = self.mask(torch.tensor([[query]]), keys[None], shape)
+            visible += float(mask.expand(1, shape.heads, 1, len(keys)).sum())
+        return visible * shape.length / count
 
-    def visited(self, grid: AttentionShape, device: torch.device) -> float | None:
+    def visited(self, shape: AttentionShape, device: torch.device) -> float | None:
         """The number of pairs in the blocks that kernels visit, summed over heads: of `blocks`, or of a pattern's own lists.
 
         A pair in two blocks counts twice. None where the pattern has no blocks.
         """
-        blocks = self.blocks(grid, SIZE, device)
-        return None if blocks is None else float(grid.heads * blocks.visited())
+        blocks = self.blocks(shape, SIZE, device)
+        return None if blocks is None else float(shape.heads * blocks.visited())
 
     def sinks_and_window(self) -> tuple[int, int] | None:
         """(sinks, window) where a decoder's token sees exactly the first `sinks` tokens and the last `window`, itself included.
@@ -113,12 +113,12 @@ class Pattern(Attention):
         """
         return self.sinks_and_window()
 
-    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
+    def run(self, call: AttentionCall, shape: AttentionShape) -> Tensor:
         """Self-attention (B, H, T, D) of whole texts, whose rows begin at their first real token.
 
         It runs on the fastest backend that can compute it (`longspan.engine.backends`), unless a pattern overrides this.
         """
-        return backends.run(self, call, grid)
+        return backends.run(self, call, shape)
 
     def check_position_encoding(self, config: LongspanConfig, encoding: PositionEncoding) -> None:
         """Raises `NotSupported` for a scheme that cannot be combined with the pattern."""
@@ -150,12 +150,12 @@ class Full(Pattern):
     cost = "time n², cache n"
     takes_mask = True
 
-    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor:
         return torch.ones(1, 1, queries.shape[1], keys.shape[1], dtype=torch.bool, device=queries.device)
 
-    def blocks(self, grid: AttentionShape, size: int, device: torch.device) -> Blocks:
-        lengths = grid.length, grid.length
-        return band(lengths, window=grid.length, causal=grid.causal, size=size, device=device)
+    def blocks(self, shape: AttentionShape, size: int, device: torch.device) -> Blocks:
+        lengths = shape.length, shape.length
+        return band(lengths, window=shape.length, causal=shape.causal, size=size, device=device)
 
     def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
         return LongspanAttention(config, layer, encoding, causal=causal)

@@ -74,7 +74,7 @@ class TransformerXL(Pattern):
         self.check_position_encoding(config, encoding)
         return SegmentAttention(config, layer, encoding, causal=causal, pattern=self)
 
-    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
+    def mask(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor:
         far = queries[:, None, :, None] - keys[:, None, None, :]
         if self.same_length:
             return far < self.length
@@ -88,9 +88,9 @@ class TransformerXL(Pattern):
         """As many as the last token of a segment sees."""
         return 0, self.length if self.same_length else self.segment + self.length
 
-    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
+    def ranges(self, start: int, end: int, shape: AttentionShape) -> list[tuple[int, int]]:
         first = start - self.length + 1 if self.same_length else start // self.segment * self.segment - self.length
-        return [(max(0, first), min(grid.length, end))]
+        return [(max(0, first), min(shape.length, end))]
 
 
 class SegmentAttention(LongspanAttention):

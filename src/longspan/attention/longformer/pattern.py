@@ -104,22 +104,22 @@ class Longformer(Pattern):
     def module_class(self) -> type[LongspanAttention]:
         return LongformerAttention
 
-    def mask(self, queries: Tensor, keys: Tensor, grid: AttentionShape) -> Tensor:
-        apart = torch.ones(grid.heads, 1, 1, dtype=torch.long, device=queries.device)
-        apart[grid.heads - self.dilated :] = self.dilation
+    def mask(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor:
+        apart = torch.ones(shape.heads, 1, 1, dtype=torch.long, device=queries.device)
+        apart[shape.heads - self.dilated :] = self.dilation
         distance = queries[:, None, :, None] - keys[:, None, None, :]
-        before, after = self._sides(grid)
+        before, after = self._sides(shape)
         return (distance % apart == 0) & (distance <= before * apart) & (distance >= -after * apart)
 
-    def ranges(self, start: int, end: int, grid: AttentionShape) -> list[tuple[int, int]]:
-        before, after = (side * self.dilation for side in self._sides(grid))
-        return [(max(0, start - before), min(grid.length, end + after))]
+    def ranges(self, start: int, end: int, shape: AttentionShape) -> list[tuple[int, int]]:
+        before, after = (side * self.dilation for side in self._sides(shape))
+        return [(max(0, start - before), min(shape.length, end + after))]
 
-    def blocks(self, grid: AttentionShape, size: int, device: torch.device) -> Blocks | None:
+    def blocks(self, shape: AttentionShape, size: int, device: torch.device) -> Blocks | None:
         if self.dilated:
             return None
-        lengths, window = (grid.length, grid.length), min(self._sides(grid)[0] + 1, grid.length)
-        return band(lengths, window=window, causal=grid.causal, size=size, device=device)
+        lengths, window = (shape.length, shape.length), min(self._sides(shape)[0] + 1, shape.length)
+        return band(lengths, window=window, causal=shape.causal, size=size, device=device)
 
     def sinks_and_window(self) -> tuple[int, int] | None:
         return None if self.dilated else (0, self.window + 1)
@@ -127,20 +127,20 @@ class Longformer(Pattern):
     def cached(self) -> tuple[int, int]:
         return 0, self.window * self.dilation + 1
 
-    def run(self, call: AttentionCall, grid: AttentionShape) -> Tensor:
+    def run(self, call: AttentionCall, shape: AttentionShape) -> Tensor:
         if call.query_scores is not None:
-            return masked_attention(self, call, grid)
-        if not self.dilated and call.always_visible is None and backends.choose(self, call, grid).backend != "masks":
-            return backends.run(self, call, grid)
-        before, after = self._sides(grid)
-        plain = grid.heads - self.dilated
-        if plain == grid.heads:
+            return masked_attention(self, call, shape)
+        if not self.dilated and call.always_visible is None and backends.choose(self, call, shape).backend != "masks":
+            return backends.run(self, call, shape)
+        before, after = self._sides(shape)
+        plain = shape.heads - self.dilated
+        if plain == shape.heads:
             return banded_attention(call, before, after)
-        dilated = banded_attention(some_heads(call, plain, grid.heads), before, after, self.dilation)
+        dilated = banded_attention(some_heads(call, plain, shape.heads), before, after, self.dilation)
         if not plain:
             return dilated
         return torch.cat((banded_attention(some_heads(call, 0, plain), before, after), dilated), dim=1)
 
-    def _sides(self, grid: AttentionShape) -> tuple[int, int]:
+    def _sides(self, shape: AttentionShape) -> tuple[int, int]:
         """The numbers of visible tokens before and after a token."""
-        return (self.window, 0) if grid.causal else (self.window // 2, self.window // 2)
+        return (self.window, 0) if shape.causal else (self.window // 2, self.window // 2)
