@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 
+from longspan.compare import compare
 from longspan.tasks.base import Outcome, Sample, Task
 
 
@@ -116,6 +117,5 @@ for _task in (TinyLoss, TinyHit, TinyTrouble, TinyTooLong):
 
 def main(model: str, out: str, samples: str = "4") -> None:
     """What the tests start and kill: a small comparison with the bars off."""
-    from longspan.compare import compare
 
     compare(model, methods=["ntk"], tasks=[TinyLoss(), TinyHit()], lengths=[256], out=out, samples=int(samples))

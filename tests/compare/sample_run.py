@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from longspan.compare import statistics as stats
+from longspan.compare.report.pages import html
+from longspan.compare.storing import Store
 
 WINDOW = 8192
 BUCKETS = 64
@@ -124,7 +126,6 @@ def sample_run(
 
 def write_run(folder: Path, manifest: dict[str, Any], cells: list[dict[str, Any]]) -> Path:
     """The run as files, through the code that writes real ones."""
-    from longspan.compare.storing import Store
 
     with Store(folder) as store:
         store.write_manifest(manifest)
@@ -299,8 +300,6 @@ def _manifest(
 
 
 if __name__ == "__main__":
-    from longspan.compare.report.pages import html
-
     target = Path(sys.argv[1])
     made = json.loads(json.dumps(sample_run()))
     write_run(target, *made)

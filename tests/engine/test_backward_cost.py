@@ -30,12 +30,14 @@ from longspan.engine.patterns import attend
 from longspan.engine.retrieval import grouped
 from longspan.engine.retrieval.grouped import grouped_attention, grouped_weights
 from longspan.engine.window import banded
+from longspan.lm import attention as scheme_attention
 from longspan.lm.base import Pattern
 from longspan.memory import streaming
 from longspan.positions import near_far, spans
 from longspan.positions.kerple import Kerple
 from longspan.positions.scheme import PositionEncoding, Shape
 from longspan.positions.t5_bias import T5Bias
+from longspan.positions.xl import XL
 
 SHAPE = Shape(layers=1, hidden=8, heads=2, head_dim=4, window=64, causal=True)
 LENGTH = 1024
@@ -55,11 +57,8 @@ def drawn(scheme: Kerple | T5Bias) -> PositionEncoding:
 
 
 def query_scores(length: int) -> Callable[[slice, Tensor], Tensor]:
-    from longspan.lm.attention import query_scores
-    from longspan.positions.xl import XL
-
     query = torch.randn(1, 2, length, 4, requires_grad=True)
-    asking = query_scores(XL().build(SHAPE), query, torch.arange(length)[None], 0)
+    asking = scheme_attention.query_scores(XL().build(SHAPE), query, torch.arange(length)[None], 0)
     assert asking is not None
     return asking
 

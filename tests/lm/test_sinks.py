@@ -21,6 +21,7 @@ from longspan.engine.core import attention, expand_heads, with_zero_key
 from longspan.engine.patterns import attend
 from longspan.lm import LongspanConfig, LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
 from longspan.lm.base import Pattern
+from longspan.lm.layers import rotated
 from longspan.reading.stream_decoder import StreamDecoder
 from longspan.util.errors import NotSupported, SpecError
 
@@ -139,8 +140,6 @@ def test_zero_sink_in_a_model(position: str) -> None:
     model(ids)
     q, k, v = (layer._heads(p(seen["states"])) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     if position == "rope":
-        from longspan.lm.layers import rotated
-
         tables = model.model.rotary_emb(q, torch.arange(20)[None])
         q, k = rotated(q, tables), rotated(k, tables)
     scores = q @ expand_heads(k, 4).mT * layer.scaling

@@ -26,7 +26,7 @@ import longspan as ls
 import tiny
 from longspan.core.facts import facts_of
 from longspan.core.method import combination, parse
-from longspan.engine.retrieval import memories
+from longspan.engine.retrieval import crossbatch, memories
 from longspan.hf.call import LayerCall
 from longspan.hf.compat import CACHE, cache_of
 from longspan.hf.rotary import rotate
@@ -388,7 +388,6 @@ def test_gradients_reach_the_negatives_and_no_other_row() -> None:
 
 def test_crossbatch_by_its_formula() -> None:
     """The attention of one layer: own context at its places, d earlier contexts at place 0."""
-    from longspan.engine.retrieval import crossbatch
 
     g = torch.Generator().manual_seed(0)
     q = torch.randn(3, 4, 5, 16, dtype=torch.float64, generator=g)

@@ -23,6 +23,7 @@ from longspan.core.facts import facts_of
 from longspan.core.method import parse
 from longspan.lm import LongspanConfig
 from longspan.memory.rmt import RMT, RMTForCausalLM, around
+from longspan.meter import cache_bytes
 from longspan.util.errors import NotSupported, SpecError
 from shared_model import assert_checkpoints_change_no_gradient, assert_threads_get_what_each_gets_alone, in_the_midst
 
@@ -240,7 +241,6 @@ def test_saved_and_loaded(family: str, tmp_path: Path) -> None:
 
 def test_state_has_one_size() -> None:
     """After any number of whole segments only the memory is there."""
-    from longspan.meter import cache_bytes
 
     model, sizes = build(), []
     for length in (16, 160):

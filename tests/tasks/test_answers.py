@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import longspan as ls
 from longspan.core.tokens import encode
-from longspan.reading.prefill import Prefilled, chunked_prefill, greedy
+from longspan.reading.prefill import Prefilled, chunked_prefill, forced, greedy
 from longspan.tasks.answers import PARTS, WORDS, by_position, check_options, choose, continuation, judge, judge_stream
 from longspan.util.errors import LongspanError
 
@@ -156,7 +156,6 @@ def test_shares_by_position() -> None:
 
 
 def test_forcing_leaves_the_reader_where_it_is() -> None:
-    from longspan.reading.prefill import forced
 
     model, meter = llama(), FakeMeter()
     read = chunked_prefill(model, IDS[:50], meter=meter)

@@ -10,6 +10,7 @@ from tasks_tiny import FakeMeter
 
 from longspan.core.tokens import bos_id
 from longspan.hf.heads import plain_head
+from longspan.models import load
 from longspan.tasks.base import parse_task
 from longspan.tasks.passkey import landmark_prompt
 
@@ -18,7 +19,6 @@ pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def built_in() -> tuple[Any, Any]:
-    from longspan.models import load
 
     return load("smollm2-135m", device="cpu")
 

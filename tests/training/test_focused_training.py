@@ -12,8 +12,10 @@ import yaml
 
 import longspan as ls
 from longspan.hf.site import current
+from longspan.training.data import documents, tokenise
 from longspan.training.metrics import read_metrics
 from longspan.training.recipe import read_recipe
+from longspan.training.samples import TextWindows, Validation
 from longspan.util.errors import SpecError
 
 Have = dict[str, Path]
@@ -55,8 +57,6 @@ def test_validation_reads_its_own_text_alone(have: Have, tmp_path: Path) -> None
     data = {"valid": str(have["valid"]), "valid_samples": 3}
     done = ls.train(recipe(have, tmp_path / "out", data=data, training={"steps": 1, "micro_batch": 2, "eval_every": 1}))
     model, tokenizer = ls.load(done.model, device="cpu")
-    from longspan.training.data import documents, tokenise
-    from longspan.training.samples import TextWindows, Validation
 
     wanted = read_recipe(recipe(have, tmp_path / "out", data=data))
     tokens = tokenise(documents(wanted.data, "data.valid"), tokenizer, tmp_path / "tokens", title="", show=False)
