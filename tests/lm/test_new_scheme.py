@@ -1,4 +1,4 @@
-"""The scheme of the guide: one file, and the one line that has it tested as the others are."""
+"""The scheme of the guide: one file, tested as the others are under the line that a scheme without peculiarities has."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
         re.search(r"<!-- example: rootdecay.py -->\n```python\n(.*?)```", text, re.S)[1]
     )
     load_user_file(tmp_path / "rootdecay.py")
-    written = re.search(r'^Line\("(.*?)"\),?$', text, re.M)
+    written = re.search(r'`Line\("(.*?)"', text)
     return Line(written[1])
 
 
