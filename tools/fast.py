@@ -20,7 +20,7 @@ WHOLE = (
     "tests/compare/test_runner.py",
     "tests/compare/test_trained.py",
     "tests/engine/test_dilated_shards.py",
-    "tests/engine/test_one_query.py",
+    "tests/engine/test_single_query.py",
     "tests/test_cli.py",
     "tests/test_export.py",
     "tests/test_small_model.py",
