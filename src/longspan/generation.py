@@ -157,6 +157,8 @@ def generate_text(
     says so.
     """
     sampling = check_settings(max_new_tokens, temperature, top_p, seed)
+    if memory is not None:
+        memory.check_model(model)
     unread = prompt_ids(tokenizer, prompt, chat=chat) if memory is None else question_ids(tokenizer, memory, prompt)
     ids = unread if memory is None else [*memory.ids.tolist(), *unread]
     ends, chunk = end_tokens(model, tokenizer), chunk_size(model, len(ids))
