@@ -29,6 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from longspan.core.chat_template import Messages, encode_rendered, render
 from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.core.method import combination
 from longspan.core.tokens import encode, with_bos
@@ -36,7 +37,6 @@ from longspan.hf.compat import cache_of, with_cache
 from longspan.hf.site import current, site_of
 from longspan.memory.document import Memory
 from longspan.meter import cache_bytes
-from longspan.reading.chat_template import Messages, encode_rendered, render
 from longspan.reading.documents import question_ids
 from longspan.reading.prefill import chunk_size
 from longspan.reading.stream_decoder import StreamDecoder, steps_are_faster, stream_generate

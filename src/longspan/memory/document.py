@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.core.chat_template import QUESTION, encode_rendered, render
 from longspan.core.method import NoMethod
 from longspan.core.tokens import encode, with_bos
 from longspan.hf import compat
 from longspan.hf.caches import Stored
 from longspan.memory import files
 from longspan.memory.base import OnTokens, TextReader, reader_on, spec_on
-from longspan.reading.chat_template import QUESTION, encode_rendered, render
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.core.chat_template import QUESTION, encode_rendered, render
 from longspan.core.tokens import encode, with_bos
 from longspan.memory.base import OnTokens, reader_on
 from longspan.memory.document import Memory
-from longspan.reading.chat_template import QUESTION, encode_rendered, render
 from longspan.reading.prefill import chunk_size
 from longspan.util.errors import SpecError
 
