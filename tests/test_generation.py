@@ -8,10 +8,10 @@ from transformers import ByT5Tokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 import longspan as ls
 import tiny
+from longspan.core.chat_template import encode_rendered
 from longspan.core.facts import facts_of
 from longspan.core.tokens import encode, encode_all
 from longspan.generation import Chat, default_chat_method, generate_text, prompt_ids
-from longspan.reading.chat_template import encode_rendered
 from longspan.util.errors import NotSupported, SpecError
 
 

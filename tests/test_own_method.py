@@ -321,3 +321,66 @@ def test_a_model_type_of_a_users_own(space: Path, tmp_path: Path, command: Calla
     again = recipe(space, tmp_path / "run", method="louder", training={"loss_chunk": None})
     assert ls.train(again).resumed_from == 4
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text()) == config
+
+
+TWICE = '''
+"""Queries times two, on every input."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from longspan.core.method import Method
+
+
+@dataclass(frozen=True)
+class Twice(Method):
+    name: ClassVar[str] = "twice"
+    title: ClassVar[str] = "Queries times two"
+    slots: ClassVar[frozenset[str]] = frozenset({"queries"})
+
+    def attach(self, site):
+        site.scale_queries(self.scale)
+
+    def scale(self, call):
+        return call.query.new_full((), 2)
+
+
+@dataclass(frozen=True)
+class TwiceInside(Method):
+    name: ClassVar[str] = "twice-inside"
+    title: ClassVar[str] = "Scores times two"
+    slots: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    def attach(self, site):
+        site.attention(self.attend)
+
+    def attend(self, call):
+        from longspan.engine.core import attention
+
+        mask = call.query.new_ones(call.query.shape[2], call.key.shape[2]).tril(call.key.shape[2] - call.query.shape[2]).bool()
+        return attention(call.query * 2, call.key, call.value, mask, call.scale)
+'''
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beside", ["window:size=64", "twice-inside"])
+def test_scaled_queries_beside_a_method_of_attention(beside: str, tmp_path: Path) -> None:
+    """Both change every input, or one does: each is tried without the other's trial in its way, and both come off again."""
+    (tmp_path / "twice.py").write_text(TWICE)
+    ids, model = torch.arange(5, 25)[None], tiny.model()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight *= 20
+    before = model(ids).logits
+    try:
+        load_user_file(tmp_path / "twice.py")
+        ls.apply(model, f"{beside} + twice")
+        after = model(ids).logits
+        ls.remove(model)
+    finally:
+        for name in ("twice", "twice-inside"):
+            method.Method.registry.pop(name, None)
+    assert torch.equal(model(ids).logits, before)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight *= 4 if beside == "twice-inside" else 2
+    torch.testing.assert_close(after, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after, before, rtol=1e-3)

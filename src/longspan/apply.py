@@ -146,7 +146,7 @@ def _attach_attention(site: Site, method: Method) -> None:
     try:
         neutral = method.neutral_length()
         length = min(SHORT, neutral) or SHORT
-        if not neutral:
+        if not neutral and site.attend is None:  # or another method's attention would be compared with plain attention
             prove_attention(site)
         before = probe(site.model, length)
         tolerance = tolerance_of(site, before) if neutral else 0.0

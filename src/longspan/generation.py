@@ -29,6 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from longspan.core.chat_template import Messages, encode_rendered, render
 from longspan.core.facts import ModelFacts, facts_of, text_config
 from longspan.core.method import combination
 from longspan.core.tokens import encode, with_bos
@@ -36,7 +37,6 @@ from longspan.hf.compat import cache_of, with_cache
 from longspan.hf.site import current, site_of
 from longspan.memory.document import Memory
 from longspan.meter import cache_bytes
-from longspan.reading.chat_template import Messages, encode_rendered, render
 from longspan.reading.documents import question_ids
 from longspan.reading.prefill import chunk_size
 from longspan.reading.stream_decoder import StreamDecoder, steps_are_faster, stream_generate
@@ -157,6 +157,8 @@ def generate_text(
     says so.
     """
     sampling = check_settings(max_new_tokens, temperature, top_p, seed)
+    if memory is not None:
+        memory.check_model(model)
     unread = prompt_ids(tokenizer, prompt, chat=chat) if memory is None else question_ids(tokenizer, memory, prompt)
     ids = unread if memory is None else [*memory.ids.tolist(), *unread]
     ends, chunk = end_tokens(model, tokenizer), chunk_size(model, len(ids))

@@ -28,11 +28,13 @@ from transformers import (
 
 import longspan as ls
 import tiny
+from longspan.generation import generate_text
 from longspan.hf.compat import CACHE
 from longspan.lm import LongspanConfig
 from longspan.memory import gist, landmark
 from longspan.memory.gist.method import joined, method_on
 from longspan.memory.rmt import RMT, around
+from longspan.reading.documents import document_ids
 from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 SIZES: dict[str, Any] = {**tiny.SIZES, "max_position_embeddings": 256}
@@ -147,6 +149,27 @@ def test_sixteen_bits_go_through_a_file_unchanged(kind: str, tmp_path: Path) -> 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_goes_from_one_dtype_to_another(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """With every tensor in the dtype that the model itself would keep it in: states stay wide."""
+    wide, tokenizer = model_of(kind), tiny.tokenizer()
+    narrow = copy.deepcopy(wide).to(dtype)
+    for writer, reader in ((wide, narrow), (narrow, wide)):
+        ls.Memory.read(writer, tokenizer, TEXT).save(tmp_path / "book.memory")
+        again = ls.Memory.load(tmp_path / "book.memory", reader)
+        assert len(again.ask(reader, tokenizer, " Who?", **SETTINGS)) > 0
+        again.save(tmp_path / "again.memory")
+        ls.Memory.read(reader, tokenizer, TEXT).save(tmp_path / "own.memory")
+        assert dtypes_in(tmp_path / "again.memory") == dtypes_in(tmp_path / "own.memory")
+
+
+def dtypes_in(path: Path) -> dict[str, torch.dtype]:
+    with safe_open(str(path), "pt") as file:
+        return {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+
+
+@torch.no_grad()
 def test_pieces_give_what_one_forward_gives() -> None:
     """Tokens of one forward, and what is told of progress."""
     for kind in ("plain", "hybrid", "streaming", "focused", "landmark", "rmt"):
@@ -256,6 +279,86 @@ def test_what_cannot_be_read_is_refused_before_it_is() -> None:
         ls.Memory.read(ls.apply(model, "gist:mode=negative", tokenizer=tokenizer), tokenizer, TEXT)
     with pytest.raises(LongspanError, match="no longer has none on it"):
         book.save("never.memory")
+
+
+@torch.no_grad()
+def test_a_memory_is_of_the_model_as_it_was(tmp_path: Path) -> None:
+    """It is neither asked nor saved with another one, or with this one trained since."""
+    model, tokenizer = model_of(), tiny.tokenizer()
+    book, other = ls.Memory.read(model, tokenizer, TEXT), copy.deepcopy(model)
+    assert book.ask(other, tokenizer, " Who?", **SETTINGS) == book.ask(model, tokenizer, " Who?", **SETTINGS)
+    other.model.layers[0].self_attn.q_proj.weight *= 1.01
+    with pytest.raises(LongspanError, match="of another model"):
+        book.ask(other, tokenizer, " Who?", **SETTINGS)
+    with pytest.raises(LongspanError, match="of another model"):
+        generate_text(other, tokenizer, "Who?", memory=book)
+    model.model.layers[0].self_attn.q_proj.weight *= 1.01
+    with pytest.raises(LongspanError, match="trained further"):
+        book.save(tmp_path / "book.memory")
+    with pytest.raises(LongspanError, match="read under none, and the model has yarn:factor=2 on it"):
+        book.ask(ls.apply(model, "yarn:factor=2"), tokenizer, " Who?", **SETTINGS)
+
+
+@torch.no_grad()
+def test_a_row_that_was_trained_alone_makes_another_model(tmp_path: Path) -> None:
+    """Of a large vocabulary, most of whose rows the fingerprint does not look at."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "vocab_size": 5000, "hidden_size": 32}))
+    ls.apply(model.eval(), "gist:tokens=3", tokenizer=tiny.tokenizer())
+    ls.Memory.read(model, tiny.tokenizer(), TEXT).save(tmp_path / "book.memory")
+    model.get_input_embeddings().weight[method_on(model).id, 1:] *= 1.5
+    with pytest.raises(LongspanError, match="of another model"):
+        ls.Memory.load(tmp_path / "book.memory", model)
+
+
+@torch.no_grad()
+def test_a_question_ends_the_message_that_a_document_began() -> None:
+    model, tokenizer = model_of(), tiny.tokenizer()
+    ids = document_ids(model, tokenizer, TEXT, chat=True)
+    book = ls.Memory.read(model, None, torch.tensor(ids), chat=True)
+    answer = generate_text(model, tokenizer, "Who?", memory=book, max_new_tokens=8)
+    whole = torch.tensor([[*ids, *book.question_ids(tokenizer, "Who?")]])
+    assert book.ask(model, tokenizer, "Who?", **SETTINGS) == answer.text
+    assert tokenizer.decode(whole[0]).endswith("Who?</s>\n<|assistant|>")
+    said = model.generate(whole, attention_mask=torch.ones_like(whole), **SETTINGS)[0, whole.shape[1] :]
+    assert tokenizer.decode(said, skip_special_tokens=True) == answer.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["plain", "sliding", "streaming", "focused", "landmark", "gist"])
+def test_beams_are_named_in_both_calls(kind: str) -> None:
+    """`ask` names them by itself."""
+    model, tokenizer = model_of(kind), tiny.tokenizer()
+    book = ls.Memory.read(model, tokenizer, TEXT)
+    with pytest.raises(NotSupported, match="a cache of 1 rows does not go with 3 rows of input"):
+        model.generate(**book.inputs(question()), num_beams=3, **SETTINGS)
+    said = model.generate(**book.inputs(question(), beams=3), num_beams=3, **SETTINGS)[0, -8:]
+    assert book.ask(model, tokenizer, " Who?", num_beams=3, **SETTINGS) == tokenizer.decode(
+        said, skip_special_tokens=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ("", "the document is empty"),
+        ([5, 6], "not list"),
+        (torch.tensor([5.0, 6.0]), "not torch.float32"),
+        (torch.tensor([5, 999]), "ids from 5 to 999, and the model's are from 0 to 269"),
+        (torch.tensor([-1, 5]), "ids from -1 to 5"),
+    ],
+)
+def test_a_document_that_is_none_is_refused(document: Any, said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        ls.Memory.read(model_of(), tiny.tokenizer(), document)
+
+
+def test_counts_below_one_are_refused() -> None:
+    model, tokenizer = model_of(), tiny.tokenizer()
+    with pytest.raises(SpecError, match="at_once must be at least 1 token, not 0"):
+        ls.Memory.read(model, tokenizer, TEXT, at_once=0)
+    with pytest.raises(SpecError, match="beams must be at least 1, not 0"):
+        ls.Memory.read(model, tokenizer, TEXT).inputs(question(), beams=0)
 
 
 # Files of earlier versions

@@ -81,6 +81,15 @@ class Stored:
         return copied
 
 
+def check_rows(held: Tensor, new: Tensor) -> None:
+    """Raises `NotSupported` for new keys (B, …) that are not as many rows as those held."""
+    if held.numel() and len(held) != len(new):
+        raise NotSupported(
+            f"a cache of {len(held)} rows does not go with {len(new)} rows of input; a memory's inputs take the beams of "
+            f"generate, or its samples: inputs(question, beams={len(new)})"
+        )
+
+
 class CountedLayer(Stored, CacheLayerMixin):
     """Base of our cache layers: `seen` is the number of tokens read, however many of them are kept."""
 
@@ -127,11 +136,14 @@ class Ordinary(Owned, Stored):
     written_in_place = False
     keys: Any
     values: Any
+    is_initialized: bool
     marks: Tensor | None = None
     """(B, T), of the tokens in the layer."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.check_owner()
+        if self.is_initialized:
+            check_rows(self.keys, key_states)
         made: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
         return made
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from longspan.hf.caches import CountedLayer, Owned
+from longspan.hf.caches import CountedLayer, Owned, check_rows
 from longspan.util.errors import NotSupported
 
 
@@ -59,6 +59,7 @@ class StreamingLayer(Owned, CountedLayer):
         self.check_owner()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        check_rows(self.keys, key_states)
         start, new = self.seen, key_states.shape[2]
         ring = self.in_ring(start, new, key_states)
         old = None if ring else self._slots(max(self.sinks, start - self.window + 1), start)

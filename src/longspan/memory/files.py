@@ -27,6 +27,7 @@ from transformers import Cache, PreTrainedModel
 from longspan.core.facts import decoder_of, text_config
 from longspan.core.method import NoMethod
 from longspan.hf import compat
+from longspan.hf.site import current
 from longspan.memory.base import LayerTensors, TextReader, reader_on, reading_spec, spec_on
 from longspan.util.errors import LongspanError, writing
 from longspan.util.version import __version__
@@ -55,6 +56,8 @@ class MemoryFile:
     layers: list[dict[str, Any]]
     tensors: dict[str, Tensor]
     chat: bool = False
+    model_float16: str | None = None
+    """The fingerprint by which a model in float16 is the same one; None in files of earlier versions."""
     by_vectors: bool = False
     """Whether `model` is a fingerprint of the weights' vectors, as it was for landmark and gist."""
 
@@ -66,31 +69,45 @@ class MemoryFile:
                 f"{self.path} was read under {self.method}, and the model has {spec} on it; apply that method, or read the text "
                 "again"
             )
-        fingerprint = vectors_fingerprint(model, reader) if self.by_vectors else weights_fingerprint(model)
-        if self.model != fingerprint or self.config not in (None, config_fingerprint(model)):
-            raise LongspanError(
-                f"{self.path} is of another model, or of this one before it was trained further; read the text again"
-            )
         here = reader.reading() if self.config is None else reading_spec(model)
         if self.reading not in (None, here):
             raise LongspanError(
                 f"{self.path} was read with other settings ({self.reading}; the model has {here}); apply these, or read the text "
                 "again"
             )
+        if self.by_vectors:
+            same = self.model == vectors_fingerprint(model, reader)
+        else:
+            same = Fingerprints(self.model, self.model_float16).are_of(model)
+        if not same or self.config not in (None, config_fingerprint(model)):
+            raise LongspanError(
+                f"{self.path} is of another model, or of this one before it was trained further; read the text again"
+            )
 
     def layer_tensors(self, model: PreTrainedModel) -> LayerTensors:
         """The tensors of a layer by its number, on that layer's device and in the model's dtype."""
-        reader, devices = reader_on(model), layer_devices(model)
+        reader, devices, widths = reader_on(model), layer_devices(model), self._widths(model)
 
         def tensors_of(number: int) -> dict[str, Tensor]:
             lead, device = f"{number}.", devices.get(number, compat.input_device(model))
             found = {n.removeprefix(lead): x for n, x in self.tensors.items() if n.startswith(lead)}
             return {
-                name: self.cast(x, model).to("cpu" if reader.stays_on_cpu(name) else device)
+                name: (x.to(widths[lead + name]) if lead + name in widths else self.cast(x, model)).to(
+                    "cpu" if reader.stays_on_cpu(name) else device
+                )
                 for name, x in found.items()
             }
 
         return tensors_of
+
+    def _widths(self, model: PreTrainedModel) -> dict[str, torch.dtype]:
+        """The dtypes of states, which may stay wide in a model of 16 bits, where `model` is in another than the file's."""
+        if self.dtype in (None, model.dtype) or all(layer["kind"] != "state" for layer in self.layers):
+            return {}
+        reader = reader_on(model)
+        layers, tensors = reader.parts(reader.read(torch.zeros(1, dtype=torch.long))[1])
+        states = {str(number) for number, layer in enumerate(layers) if layer["kind"] == "state"}
+        return {name: x.dtype for name, x in tensors.items() if name.partition(".")[0] in states}
 
     def cast(self, x: Tensor, model: PreTrainedModel) -> Tensor:
         """x in the model's dtype where it was in that of the model that wrote it."""
@@ -106,9 +123,11 @@ def write(
     tensors: dict[str, Tensor],
     *,
     chat: bool = False,
+    weights: Fingerprints | None = None,
 ) -> None:
-    """Writes a cache of `model` and further tensors, such as `ids`. tokens: length of the document; chat: `Memory.chat`."""
-    reader = reader_on(model)
+    """Writes a cache of `model` and further tensors, such as `ids`. tokens: length of the document; chat: `Memory.chat`; weights:
+    of the model when it read, if known."""
+    reader, weights = reader_on(model), weights or fingerprints(model)
     layers, parts = reader.parts(cache) if cache is not None else ([], {})
     metadata = {
         "longspan": _MARK,
@@ -116,7 +135,8 @@ def write(
         "kind": reader.kind,
         "method": spec_on(model),
         "reading": reading_spec(model),
-        "model": weights_fingerprint(model),
+        "model": weights.bfloat16,
+        "model_float16": weights.float16 or "",
         "config": config_fingerprint(model),
         "tokens": str(tokens),
         "chat": str(chat).lower(),
@@ -178,6 +198,7 @@ def _parsed(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) ->
         getattr(torch, metadata["dtype"]),
         json.loads(metadata["layers"]),
         tensors,
+        model_float16=metadata.get("model_float16"),
         chat=metadata["chat"] == "true",
     )
 
@@ -224,12 +245,42 @@ def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
 # Fingerprints
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """sha256, in hex, of at most 1,024 numbers of every weight, evenly spread, which any training changes. As bfloat16, so that a
-    model in another dtype is the same one."""
+@dataclass(frozen=True)
+class Fingerprints:
+    """Of a model's weights as bfloat16 and as float16: rounded to one of the two, those of a model in another dtype are the same.
+    float16: None where it is not known."""
+
+    bfloat16: str
+    float16: str | None
+
+    def are_of(self, model: PreTrainedModel) -> bool:
+        """Whether these are `model`'s, in any dtype."""
+        if self.bfloat16 == weights_fingerprint(model):
+            return True
+        return self.float16 == weights_fingerprint(model, torch.float16)
+
+
+def fingerprints(model: PreTrainedModel) -> Fingerprints:
+    """Those of a model as it is now."""
+    return Fingerprints(weights_fingerprint(model), weights_fingerprint(model, torch.float16))
+
+
+def weights_fingerprint(model: PreTrainedModel, rounded: torch.dtype = torch.bfloat16) -> str:
+    """sha256, in hex, of at most 1,024 numbers of every weight, evenly spread, and of the rows of methods' tokens: what any
+    training changes. rounded: to this dtype, so that a model in another one is the same."""
     named = sorted(model.named_parameters(), key=lambda one: one[0])
-    flat = ((name, weight.shape, weight.detach().reshape(-1)) for name, weight in named)
-    return _digest((name, shape, x[:: max(1, len(x) // 1024)]) for name, shape, x in flat)
+    flat = ((name, weight.shape, weight.detach().reshape(-1)) for name, weight in named if not weight.is_meta)
+    spread = ((name, shape, x[:: max(1, len(x) // 1024)]) for name, shape, x in flat)
+    return _digest((*spread, *_token_rows(model)), rounded)
+
+
+def _token_rows(model: PreTrainedModel) -> Iterator[tuple[str, torch.Size, Tensor]]:
+    """The embeddings of the special tokens of methods on the model, which may be all that a training changed."""
+    methods, table = current(model), model.get_input_embeddings().weight
+    for method in methods.methods if methods else ():
+        for id in method.token_ids() if not table.is_meta else ():
+            row = table[id].detach()  # type: ignore[index]
+            yield f"{method.name} token {id}", row.shape, row
 
 
 def vectors_fingerprint(model: PreTrainedModel, reader: TextReader) -> str:
@@ -250,10 +301,10 @@ def config_fingerprint(model: PreTrainedModel) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _digest(parts: Iterable[tuple[str, torch.Size, Tensor]]) -> str:
-    """sha256, in hex, of names, shapes and numbers as bfloat16."""
+def _digest(parts: Iterable[tuple[str, torch.Size, Tensor]], rounded: torch.dtype = torch.bfloat16) -> str:
+    """sha256, in hex, of names, shapes and numbers, rounded to a dtype of 16 bits."""
     total = hashlib.sha256()
     for name, shape, numbers in parts:
         total.update(f"{name} {tuple(shape)}\n".encode())
-        total.update(numbers.cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(numbers.cpu().to(rounded).contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

@@ -10,15 +10,12 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.core.chat_template import QUESTION, encode_rendered, render
 from longspan.core.tokens import encode, with_bos
 from longspan.memory.base import OnTokens, reader_on
 from longspan.memory.document import Memory
-from longspan.reading.chat_template import encode_rendered, render
 from longspan.reading.prefill import chunk_size
 from longspan.util.errors import SpecError
-
-_QUESTION = "\u2063question\u2063"
-"""Stands for the question where the template is rendered."""
 
 
 def document_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> list[int]:
@@ -28,8 +25,8 @@ def document_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
     text += reader_on(model).separator
     if not chat:
         return with_bos(tokenizer, _before_a_word(lambda part: encode(tokenizer, part), text))
-    message = text + _QUESTION
-    before, _, _ = render(tokenizer, [{"role": "user", "content": message}]).partition(_QUESTION)
+    message = text + QUESTION
+    before, _, _ = render(tokenizer, [{"role": "user", "content": message}]).partition(QUESTION)
     return with_bos(tokenizer, _before_a_word(lambda part: encode_rendered(tokenizer, part), before))
 
 
@@ -51,7 +48,4 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, memory: Memory, question: s
     """The ids of a question that goes on from a memory. Raises `SpecError` for an empty one."""
     if not question.strip():
         raise SpecError("the prompt is empty")
-    if not memory.chat:
-        return encode(tokenizer, question)
-    message = [{"role": "user", "content": _QUESTION + question}]
-    return encode_rendered(tokenizer, render(tokenizer, message).partition(_QUESTION)[2])
+    return memory.question_ids(tokenizer, question)

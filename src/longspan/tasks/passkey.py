@@ -20,9 +20,9 @@ from typing import ClassVar, Literal, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longspan.core.chat_template import encode_rendered, render
 from longspan.core.tokens import encode, with_bos
 from longspan.meter import Meter
-from longspan.reading.chat_template import encode_rendered, render
 from longspan.reading.prefill import chunked_prefill, greedy
 from longspan.tasks.base import Outcome, Sample, Task, check_fits
 from longspan.util.errors import NotSupported

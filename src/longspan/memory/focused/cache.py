@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine.retrieval.memories import Indexes, Store
-from longspan.hf.caches import CountedLayer, Owned
+from longspan.hf.caches import CountedLayer, Owned, check_rows
 from longspan.util.errors import NotSupported
 
 
@@ -47,6 +47,8 @@ class FocusedLayer(Owned, CountedLayer):
         self.check_owner()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.seen:
+            check_rows(self.keys, key_states)
         keys, values = (torch.cat(pair, dim=2) for pair in ((self.keys, key_states), (self.values, value_states)))
         self.before = self.base
         self.seen += key_states.shape[2]

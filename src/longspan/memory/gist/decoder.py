@@ -21,7 +21,7 @@ from longspan.core.tokens import encode
 from longspan.engine.core import causal_mask
 from longspan.engine.retrieval.gist_masks import visible
 from longspan.hf import compat
-from longspan.hf.caches import Ordinary, own_layers
+from longspan.hf.caches import Ordinary, check_rows, own_layers
 from longspan.hf.call import LayerCall
 from longspan.hf.forward import forward_of
 from longspan.hf.trial import evaluating
@@ -232,6 +232,7 @@ class GistCache(DynamicCache):
         before = getattr(self, _AT, None)
         if before is None:
             before = torch.arange(self.tokens, device=positions.device) + self.shift[:, None]
+        check_rows(before, positions)
         at = torch.cat((before[:, :past], positions), dim=1)
         setattr(self, _AT, at)
         self._placed = True

@@ -15,6 +15,8 @@ from longspan.core.tokens import encode
 from longspan.util.errors import NotSupported
 
 Messages = list[dict[str, str]]
+QUESTION = "\u2063question\u2063"
+"""Stands for a question about a document where the template is rendered."""
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 """Noncharacters of Unicode that mark what looks like a control token in a message while the template is rendered."""
 _MARKED = re.compile(f"{_BEGIN}([^{_BEGIN}{_END}]*){_END}")
