@@ -126,7 +126,9 @@ def _attach(site: Site) -> None:
 
 
 def _attach_attention(site: Site, method: Method) -> None:
-    """Attaches a method of attention after a trial on a short input. Raises `NotSupported` where the trial fails.
+    """Attaches a method of attention after a trial on a short input.
+
+    Raises `NotSupported` where the trial fails.
 
     Every layer must call the method's attention, logits must stay where the method changes nothing, and a KV cache must
     continue a text. For a method that changes every input, plain attention in its place is compared first.
@@ -178,7 +180,9 @@ def _attach_attention(site: Site, method: Method) -> None:
 
 
 def _attach_frequencies(site: Site, method: Method) -> None:
-    """Attaches a method of frequencies. Raises `NotSupported` where other angles do not change the logits of distant tokens.
+    """Attaches a method of frequencies.
+
+    Raises `NotSupported` where other angles do not change the logits of distant tokens.
 
     That is so where a model has a rotary module and does not call it.
     """
@@ -208,7 +212,10 @@ def _attach_frequencies(site: Site, method: Method) -> None:
 
 
 def _attach_to_encoder_decoder(site: Site, method: Method) -> None:
-    """Attaches a method to an encoder-decoder. Raises `NotSupported` where it changes logits that it must not change."""
+    """Attaches a method to an encoder-decoder.
+
+    Raises `NotSupported` where it changes logits that it must not change.
+    """
     length = min(SHORT, method.neutral_length())
     try:
         before = probe(site.model, length)

@@ -33,7 +33,10 @@ class _Phase:
 
 
 class Meter:
-    """Measures the phases that a task marks. `tokens` is the number of tokens of all phases so far."""
+    """Measures the phases that a task marks.
+
+    `tokens` is the number of tokens of all phases so far.
+    """
 
     def __init__(self, device: torch.device | str, model: nn.Module | None = None):
         self.device = torch.device(device)

@@ -154,7 +154,10 @@ def local_folder(name: Name) -> Path | None:
 
 
 def ready_folder(name: Name) -> Path:
-    """The folder of the model's files, downloaded and converted where necessary. Raises `LongspanError` where that fails."""
+    """The folder of the model's files, downloaded and converted where necessary.
+
+    Raises `LongspanError` where that fails.
+    """
     folder, kind = local_folder(name), _kind(name)
     if kind == "alias":
         alias = ALIASES[str(name)]
@@ -170,7 +173,10 @@ def ready_folder(name: Name) -> Path:
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of this name, by default the first accelerator or the CPU. Raises `LongspanError` where there is none."""
+    """The device of this name, by default the first accelerator or the CPU.
+
+    Raises `LongspanError` where there is none.
+    """
     if device is None:
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -191,7 +197,10 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> torch.dtype:
-    """The dtype of this name, by default that of `device`. Raises `LongspanError` for dtypes that weights cannot have."""
+    """The dtype of this name, by default that of `device`.
+
+    Raises `LongspanError` for dtypes that weights cannot have.
+    """
     if dtype is None:
         return _DEFAULT_DTYPES.get(torch.device(device).type, torch.float32)
     found = _DTYPES.get(str(dtype).removeprefix("torch.").lower())
@@ -297,7 +306,10 @@ def saved_entry(folder: Path) -> dict[str, Any]:
 
 
 def _parse_saved(folder: Path, entry: Any) -> Combination | None:
-    """The methods of a saved entry; None where it names none. Raises `SpecError` for one that is not loaded."""
+    """The methods of a saved entry; None where it names none.
+
+    Raises `SpecError` for one that is not loaded.
+    """
     spec = (entry.get("method") or entry.get("built_by")) if isinstance(entry, dict) else None
     if spec is None:
         return None
@@ -402,7 +414,10 @@ def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, de
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, or of a folder that has only a tokenizer. Raises `LongspanError`."""
+    """The tokenizer of a model, or of a folder that has only a tokenizer.
+
+    Raises `LongspanError`.
+    """
     folder = ready_folder(name)
     with reading(f"the tokenizer of {name} cannot be read"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -35,9 +35,11 @@ from longspan.util.errors import NotSupported, SpecError
 
 @dataclass(frozen=True)
 class BigBird(Pattern):
-    """Block-sparse attention of encoders. `block`, `globals` and `among` in tokens; `random`: random blocks of each block and
-    head; `among`: how many first tokens of a text they are drawn from, by default all. Every token of a text of few blocks sees
-    all."""
+    """Block-sparse attention of encoders.
+
+    `block`, `globals` and `among` in tokens; `random`: random blocks of each block and head; `among`: how many first
+    tokens of a text they are drawn from, by default all. Every token of a text of few blocks sees all.
+    """
 
     block: int = 64
     random: int = 3

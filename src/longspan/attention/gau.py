@@ -89,7 +89,10 @@ def _rotated(views: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class QuadraticUnit(GatedUnit):
-    """GAU's unit. A decoder's KV cache has the keys and values of all tokens, in one head."""
+    """GAU's unit.
+
+    A decoder's KV cache has the keys and values of all tokens, in one head.
+    """
 
     method: GAU
 
@@ -118,7 +121,10 @@ class QuadraticUnit(GatedUnit):
 
 
 class ChunkedUnit(GatedUnit):
-    """FLASH's unit. A decoder's state is the sums over whole chunks and the tokens of the last chunk."""
+    """FLASH's unit.
+
+    A decoder's state is the sums over whole chunks and the tokens of the last chunk.
+    """
 
     method: Flash
 
@@ -159,8 +165,11 @@ class ChunkedUnit(GatedUnit):
 
 @dataclass(frozen=True)
 class GatedMixer(Mixer):
-    """Base of both mixers. `expansion`: width of gate and values over the model's; `size`: channels of the head; `buckets` of
-    distances, of which those of `far` tokens and more share the last."""
+    """Base of both mixers.
+
+    `expansion`: width of gate and values over the model's; `size`: channels of the head; `buckets` of distances, of
+    which those of `far` tokens and more share the last.
+    """
 
     expansion: float = 2.0
     size: int = 128
@@ -198,9 +207,12 @@ class GatedMixer(Mixer):
 
 @dataclass(frozen=True)
 class GAU(GatedMixer):
-    """Gated attention over the whole text. `scale`: how scores are normalised. `paper`: relu(qk/n + b)² with n the tokens of
-    the text in an encoder and the training length in a decoder; `count`: the same with n the tokens that a query sees; `su`:
-    relu(qk/sqrt(size) + b)²/n with the same n (Su 2022, kexue.fm/archives/8934)."""
+    """Gated attention over the whole text.
+
+    `scale`: how scores are normalised. `paper`: relu(qk/n + b)² with n the tokens of the text in an encoder and the
+    training length in a decoder; `count`: the same with n the tokens that a query sees; `su`: relu(qk/sqrt(size) +
+    b)²/n with the same n (Su 2022, kexue.fm/archives/8934).
+    """
 
     scale: Literal["paper", "count", "su"] = "paper"
 
@@ -220,10 +232,12 @@ class GAU(GatedMixer):
 
 @dataclass(frozen=True)
 class Flash(GatedMixer):
-    """Gated attention within chunks of `chunk` tokens, linear between them. `scale` within chunks: `paper`, relu(qk/c + b)²;
-    `su`, relu(qk/sqrt(size) + b)²/c. `linear`: the divisor of sums between chunks: `paper`, the tokens of the text in an
-    encoder and the training length in a decoder; in a decoder also `chunk`, the tokens of a chunk, or Su's `count`, those of
-    all chunks before."""
+    """Gated attention within chunks of `chunk` tokens, linear between them.
+
+    `scale` within chunks: `paper`, relu(qk/c + b)²; `su`, relu(qk/sqrt(size) + b)²/c. `linear`: the divisor of sums
+    between chunks: `paper`, the tokens of the text in an encoder and the training length in a decoder; in a decoder
+    also `chunk`, the tokens of a chunk, or Su's `count`, those of all chunks before.
+    """
 
     chunk: int = 256
     scale: Literal["paper", "su"] = "paper"

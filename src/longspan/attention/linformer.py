@@ -27,8 +27,11 @@ from longspan.util.errors import NotSupported
 
 
 class Projection(nn.Module):
-    """E and, where it differs, F: (heads or 1, k, n). Entries are drawn normal with variance 1 / k, as in the paper's Theorem
-    2; the paper does not say how its trained models were initialised."""
+    """E and, where it differs, F: (heads or 1, k, n).
+
+    Entries are drawn normal with variance 1 / k, as in the paper's Theorem 2; the paper does not say how its trained
+    models were initialised.
+    """
 
     def __init__(self, method: Linformer, heads: int, length: int):
         super().__init__()
@@ -44,7 +47,10 @@ class Projection(nn.Module):
             nn.init.normal_(weight, std=self.method.k**-0.5)
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, k, D), projected from (B, H, T, D). Raises `NotSupported` for more tokens than E has columns."""
+        """Keys and values (B, H, k, D), projected from (B, H, T, D).
+
+        Raises `NotSupported` for more tokens than E has columns.
+        """
         new = key.shape[2]
         if new > self.length:
             raise NotSupported(
@@ -56,8 +62,10 @@ class Projection(nn.Module):
 
 
 class LinformerAttention(MixerModule, LongspanAttention):
-    """Attention to projected keys and values. With share=layerwise the first layer with this method has the projection, and the
-    others use it."""
+    """Attention to projected keys and values.
+
+    With share=layerwise the first layer with this method has the projection, and the others use it.
+    """
 
     def __init__(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, method: Linformer):
         super().__init__(config, layer, encoding, causal=False)
@@ -97,8 +105,11 @@ def _aligned(x: Tensor, padding: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Linformer(Mixer):
-    """Attention to `k` projected keys. `share`: none (E and F of each head), headwise (E and F of each layer), kv (E = F in each
-    layer) or layerwise (one matrix for the whole model)."""
+    """Attention to `k` projected keys.
+
+    `share`: none (E and F of each head), headwise (E and F of each layer), kv (E = F in each layer) or layerwise (one
+    matrix for the whole model).
+    """
 
     k: int = 256
     share: Literal["none", "headwise", "kv", "layerwise"] = "headwise"

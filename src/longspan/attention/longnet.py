@@ -41,9 +41,12 @@ TOKENS_AT_ONCE = 2**17
 
 @dataclass(frozen=True)
 class LongNet(OnTrained):
-    """Dilated attention. `segments`: w_i in tokens, `dilations`: r_i, both as lists such as 2k/4k/8k; the first dilation is 1.
-    The defaults are those of the paper's language models. `weights`: whether gradients pass through α (exact) or, as in the
-    authors' code, do not (detached)."""
+    """Dilated attention.
+
+    `segments`: w_i in tokens, `dilations`: r_i, both as lists such as 2k/4k/8k; the first dilation is 1. The defaults
+    are those of the paper's language models. `weights`: whether gradients pass through α (exact) or, as in the
+    authors' code, do not (detached).
+    """
 
     segments: str = "2048/4096/8192/16384/32768"
     dilations: str = "1/2/4/6/12"

@@ -52,11 +52,15 @@ ONE_FACTOR = 128
 
 @dataclass(frozen=True)
 class Lsh(Mixer):
-    """Attention within hash buckets. `chunk` in tokens (section 5 names 128 as typical). `hashes`: rounds (2 in the authors'
-    enwik8 settings; a model can run with more than in training). `buckets`: even, or 1 for no hashing, by default 2·L/chunk for
-    the training length L. `form`: `aligned` depends on earlier tokens alone and decodes as it was trained; in `paper` and
-    `trax`, the publication's and its code's, later tokens change which keys are seen where a bucket is longer than a chunk, and
-    decoding is an approximation. `scaled`: scores are divided by sqrt(d), besides the key's length 1. `seed` of the rotations."""
+    """Attention within hash buckets.
+
+    `chunk` in tokens (section 5 names 128 as typical). `hashes`: rounds (2 in the authors' enwik8 settings; a model
+    can run with more than in training). `buckets`: even, or 1 for no hashing, by default 2·L/chunk for the training
+    length L. `form`: `aligned` depends on earlier tokens alone and decodes as it was trained; in `paper` and `trax`,
+    the publication's and its code's, later tokens change which keys are seen where a bucket is longer than a chunk,
+    and decoding is an approximation. `scaled`: scores are divided by sqrt(d), besides the key's length 1. `seed` of
+    the rotations.
+    """
 
     chunk: int = 128
     hashes: int = 2
@@ -124,8 +128,10 @@ class LshAttention(MixerModule):
         self.register_buffer("rotations", self._draw())
 
     def _draw(self) -> Tensor:
-        """The rotations (H, rounds, D, sum of factors / 2). Each round has its own seed, so more rounds begin with the same
-        ones."""
+        """The rotations (H, rounds, D, sum of factors / 2).
+
+        Each round has its own seed, so more rounds begin with the same ones.
+        """
         shape = self.heads, self.head_dim, sum(self.factors) // 2
         rounds = []
         for number in range(self.method.hashes):

@@ -129,7 +129,10 @@ class OnTrainedModel:
         self.features: dict[int, RandomFeatures] = {}
 
     def before_forward(self, arguments: dict[str, Any]) -> None:
-        """Stores which tokens of a forward are real. Raises `NotSupported` for masks of pairs and for packed texts."""
+        """Stores which tokens of a forward are real.
+
+        Raises `NotSupported` for masks of pairs and for packed texts.
+        """
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise NotSupported(

@@ -75,7 +75,10 @@ class StateSpace(nn.Module):
         raise NotImplementedError
 
     def recurrence(self, direction: int = 0, memory: MixerState | None = None) -> Recurrence:
-        """The system of one direction as a recurrence. memory: a cache layer for what is computed once for all tokens."""
+        """The system of one direction as a recurrence.
+
+        memory: a cache layer for what is computed once for all tokens.
+        """
         raise NotImplementedError
 
     def kernel(self, direction: int, length: int) -> Tensor:
@@ -117,7 +120,10 @@ class DiagonalSpace(StateSpace):
 
 
 class LowRankSpace(StateSpace):
-    """The state spaces of S4. `exit` is C~ = C(I - Ā^L) for L = `length`, so training computes no power of Ā (appendix C.3)."""
+    """The state spaces of S4.
+
+    `exit` is C~ = C(I - Ā^L) for L = `length`, so training computes no power of Ā (appendix C.3).
+    """
 
     own_rate = (*StateSpace.own_rate, "low")
 
@@ -189,7 +195,10 @@ class StateSpaceLayer(MixerModule):
         return convolve(x, self.ssm.kernel(0, length), reverse)
 
     def _recurrent(self, x: Tensor, real: Tensor | None, memory: MixerState) -> Tensor:
-        """The same output after the state in `memory`, which is updated. Padding is no time step."""
+        """The same output after the state in `memory`, which is updated.
+
+        Padding is no time step.
+        """
         length, before = x.shape[2], memory.tensors.get("state")
         recurrence = self.ssm.recurrence(0, memory)
         if before is not None and length == 1:
@@ -224,9 +233,12 @@ def _padding_first(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(frozen=True)
 class StateSpaceMixer(Mixer):
-    """Base of both mixers. `states`: N, the real size of a channel's state; `systems`: the number of A and B, which channels
-    share evenly; `dt_min`, `dt_max`: bounds of the initial steps; `lr`: the learning rate of A, B and Δ (none: the training's);
-    `mlp`: whether a feed-forward network follows."""
+    """Base of both mixers.
+
+    `states`: N, the real size of a channel's state; `systems`: the number of A and B, which channels share evenly;
+    `dt_min`, `dt_max`: bounds of the initial steps; `lr`: the learning rate of A, B and Δ (none: the training's);
+    `mlp`: whether a feed-forward network follows.
+    """
 
     states: int = 64
     systems: int = 1
@@ -266,8 +278,10 @@ class StateSpaceMixer(Mixer):
 
 @dataclass(frozen=True)
 class S4(StateSpaceMixer):
-    """State spaces of HiPPO-LegS, diagonal plus rank one, by the bilinear rule. `length`: the L of C~, by default the training
-    length; longer texts need doublings of it."""
+    """State spaces of HiPPO-LegS, diagonal plus rank one, by the bilinear rule.
+
+    `length`: the L of C~, by default the training length; longer texts need doublings of it.
+    """
 
     length: int | None = None
 

@@ -26,8 +26,10 @@ from longspan.util.errors import NotSupported
 
 @dataclass(frozen=True)
 class Window(Span, Pattern):
-    """Attention to the last `size` tokens, by default a trained model's window. `sinks`: first tokens that all see, in longspan
-    models."""
+    """Attention to the last `size` tokens, by default a trained model's window.
+
+    `sinks`: first tokens that all see, in longspan models.
+    """
 
     size: int | None = None
     sinks: int = 0

@@ -43,9 +43,12 @@ PER_TOKEN_AT = tuple(2**n for n in range(16, 25))
 
 @dataclass
 class Row:
-    """One contender at one length. Seconds are medians of one call, forward without gradients; `peak_bytes` is what a forward
-    and a backward add to what was there, on CUDA; tflops count the pairs that a pattern sees, twice two products each (five
-    in the backward)."""
+    """One contender at one length.
+
+    Seconds are medians of one call, forward without gradients; `peak_bytes` is what a forward and a backward add to
+    what was there, on CUDA; tflops count the pairs that a pattern sees, twice two products each (five in the
+    backward).
+    """
 
     name: str
     kind: str
@@ -158,10 +161,12 @@ def attention(
     begun: AttentionBench | None = None,
     on_row: Callable[[Row, AttentionBench], None] | None = None,
 ) -> AttentionBench:
-    """specs: which attentions; left out, all of the catalogue. most_s: a contender stops before the length at which one call
-    would take longer. begun: an earlier run, of which what was measured is not measured again. on_row: is given every row when
-    it is there, and all that there is. Raises `SpecError` for what is no attention or no length, or where `begun` has other
-    settings."""
+    """specs: which attentions; left out, all of the catalogue.
+
+    most_s: a contender stops before the length at which one call would take longer. begun: an earlier run, of which
+    what was measured is not measured again. on_row: is given every row when it is there, and all that there is.
+    Raises `SpecError` for what is no attention or no length, or where `begun` has other settings.
+    """
     chosen = sorted(set(lengths)) or list(LENGTHS[shape.device.type])
     if chosen[0] < 2:
         raise SpecError(f"a text has at least 2 tokens, not {chosen[0]}")

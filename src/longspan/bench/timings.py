@@ -254,8 +254,10 @@ def _none_generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Row:
 
 
 def generate_row(model: PreTrainedModel, prompt: Tensor, tokens: int, *, static: bool = False) -> Row:
-    """Steps of `model.generate`, greedy, as its streamer sees them; the second of two calls counts. static: with transformers'
-    static cache, which compiles the step on CUDA. The row has no name."""
+    """Steps of `model.generate`, greedy, as its streamer sees them; the second of two calls counts.
+
+    static: with transformers' static cache, which compiles the step on CUDA. The row has no name.
+    """
     settings: dict[str, Any] = {"cache_implementation": "static"} if static else {}
 
     def run() -> _Clock:

@@ -35,7 +35,10 @@ def tasks(
 
 
 def models(as_json: Json = False) -> None:
-    """The built-in models. A folder, a hub id and a .gguf file can stand wherever their names can."""
+    """The built-in models.
+
+    A folder, a hub id and a .gguf file can stand wherever their names can.
+    """
     from longspan.models import aliases
 
     known = {name: dataclasses.asdict(alias) for name, alias in aliases().items()}

@@ -45,7 +45,10 @@ def compare(
     as_json: Json = False,
     include: Include = None,
 ) -> None:
-    """Methods × tasks × lengths, quality and cost, in one table and one page. The same command resumes."""
+    """Methods × tasks × lengths, quality and cost, in one table and one page.
+
+    The same command resumes.
+    """
     from longspan.compare import compare as run_comparison
 
     run = run_comparison(

@@ -84,8 +84,10 @@ def chat(
     device: Device = None,
     include: Include = None,
 ) -> None:
-    """A conversation without end under constant memory. /stats, /reset and /exit are commands in it. A model without a chat
-    template goes on with what you write."""
+    """A conversation without end under constant memory. /stats, /reset and /exit are commands in it.
+
+    A model without a chat template goes on with what you write.
+    """
     from longspan import generation
     from longspan.models import inspect_model
 

@@ -25,7 +25,10 @@ def train(
     as_json: Json = False,
     include: Include = None,
 ) -> None:
-    """A model from scratch, or a longer one of a model, as a recipe says. The same command resumes."""
+    """A model from scratch, or a longer one of a model, as a recipe says.
+
+    The same command resumes.
+    """
     from longspan import training
     from longspan.training.recipe import read_overrides, read_recipe
 
@@ -56,7 +59,10 @@ def study(
     as_json: Json = False,
     include: Include = None,
 ) -> None:
-    """Every position scheme trained alike and read far past its training length. The same command resumes."""
+    """Every position scheme trained alike and read far past its training length.
+
+    The same command resumes.
+    """
     from longspan.training import study as studies
     from longspan.training.recipe import read_overrides
     from longspan.util.units import read_size

@@ -13,8 +13,11 @@ from longspan.util.errors import NotSupported
 
 @dataclass(frozen=True)
 class RopeFacts:
-    """The rotary positions of a model. dim: rotated channels of a head; window: the training length in tokens, before any scaling
-    that the checkpoint already has."""
+    """The rotary positions of a model.
+
+    dim: rotated channels of a head; window: the training length in tokens, before any scaling that the checkpoint
+    already has.
+    """
 
     theta: float
     dim: int
@@ -165,8 +168,10 @@ def _schemes(config: PreTrainedConfig) -> frozenset[str]:
 
 
 def _window(config: PreTrainedConfig) -> int:
-    """The longest input in tokens; of an encoder-decoder, the encoder's. T5 has no limit: it was trained with 512, which only
-    some of its configurations name."""
+    """The longest input in tokens; of an encoder-decoder, the encoder's.
+
+    T5 has no limit: it was trained with 512, which only some of its configurations name.
+    """
     names = ["max_position_embeddings"]
     if config.is_encoder_decoder:
         names = ["max_encoder_position_embeddings", "max_position_embeddings", "n_positions"]

@@ -41,7 +41,10 @@ _FOLDERS = ("positions", "attention", "memory", "prompts")
 
 @dataclass(frozen=True)
 class Method(Registered):
-    """Base of every method. Class attributes describe it; dataclass fields, which have annotations, are its settings."""
+    """Base of every method.
+
+    Class attributes describe it; dataclass fields, which have annotations, are its settings.
+    """
 
     noun: ClassVar[str] = "method"
     name: ClassVar[str] = ""
@@ -336,7 +339,10 @@ def _import_methods() -> None:
 
 
 def parse(text: str) -> Combination:
-    """The methods of a spec string, `name:key=value,key=value + name…`. Raises `SpecError` with the nearest valid form."""
+    """The methods of a spec string, `name:key=value,key=value + name…`.
+
+    Raises `SpecError` with the nearest valid form.
+    """
     if not isinstance(text, str) or not text.strip():
         raise SpecError('a method is written "name:key=value,key=value", for example "yarn:factor=4"')
     head = text.partition(":")[0].strip().lower()
@@ -346,7 +352,10 @@ def parse(text: str) -> Combination:
 
 
 def combination(method: str | Method | Combination | Iterable[str | Method]) -> Combination:
-    """A spec string, a method, or several of them as one combination. Raises `SpecError` and `CannotCombine`."""
+    """A spec string, a method, or several of them as one combination.
+
+    Raises `SpecError` and `CannotCombine`.
+    """
     if isinstance(method, Combination):
         return method
     if isinstance(method, str):

@@ -13,7 +13,9 @@ from longspan.util.errors import LongspanError
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool = False
 ) -> list[list[int]]:
-    """Token ids of each text. What looks like a special token in a text (`<s>`, `<pad>`) is encoded as plain text.
+    """Token ids of each text.
+
+    What looks like a special token in a text (`<s>`, `<pad>`) is encoded as plain text.
 
     add_special_tokens: whether the tokenizer adds the tokens that begin and end a text.
     """

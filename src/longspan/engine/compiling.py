@@ -19,7 +19,10 @@ LIMIT_OF_ITS_OWN = "recompile_limit" in inspect.signature(torch.compile).paramet
 def compiled(
     function: Callable[..., Any], shapes: int, backend: str | Callable = "inductor", own_limit: bool = LIMIT_OF_ITS_OWN
 ) -> Callable[..., Any]:
-    """`function`, compiled anew for each of up to `shapes` shapes. own_limit: whether torch.compile takes the limit itself."""
+    """`function`, compiled anew for each of up to `shapes` shapes.
+
+    own_limit: whether torch.compile takes the limit itself.
+    """
     settings: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": backend}
     if own_limit:
         return torch.compile(function, **settings | {"recompile_limit": shapes})

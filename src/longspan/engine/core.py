@@ -41,9 +41,12 @@ def attention(
     softcap: float | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """softmax(scale · q kᵀ) v through SDPA: (B, H, Tq, D). SDPA has no softcap; with one, the reference runs.
+    """softmax(scale · q kᵀ) v through SDPA: (B, H, Tq, D).
 
-    causal: without a mask, each query sees the keys up to its own, the last query's being the last one."""
+    SDPA has no softcap; with one, the reference runs.
+
+    causal: without a mask, each query sees the keys up to its own, the last query's being the last one.
+    """
     queries, keys = query.shape[2], key.shape[2]
     if causal and mask is None and (softcap is not None or queries != keys):  # SDPA's first query has the first key
         mask, causal = causal_mask(queries, keys, query.device), False

@@ -82,7 +82,10 @@ def joint_attention(
 
 
 def by_row(call: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
-    """`call` on each row's real tokens, which come first in it; zeros elsewhere. padding (B, T), or None where all are real."""
+    """`call` on each row's real tokens, which come first in it; zeros elsewhere.
+
+    padding (B, T), or None where all are real.
+    """
     if padding is None:
         return call(query, key, value)
     rows = zip(padding.sum(-1).tolist(), *(x.split(1) for x in (query, key, value)), strict=True)

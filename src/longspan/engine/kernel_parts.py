@@ -81,7 +81,10 @@ def add_values(
     acc, total, p, shrink, base, n, row, keys, MASK: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weighted values and sums of weights with those of the keys n .. n + BN - 1 added, whose weights are p."""
+    """Weighted values and sums of weights with those of the keys n ..
+
+    n + BN - 1 added, whose weights are p.
+    """
     total = total * shrink + tl.sum(p, 1)
     v = read_rows(base, n, row, keys, MASK, BN, WIDTH)
     return tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION), total

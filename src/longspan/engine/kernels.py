@@ -1,4 +1,7 @@
-"""Whether Triton kernels can run here, and their arguments by name. Kernels themselves are imported when they are launched."""
+"""Whether Triton kernels can run here, and their arguments by name.
+
+Kernels themselves are imported when they are launched.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,10 @@ def text_lengths(padding: Tensor | None) -> Tensor | None:
 
 
 def attend(pattern: Pattern, call: AttentionCall, shape: AttentionShape) -> Tensor:
-    """Attention of the call under the pattern: (B, H, Tq, D). Padding tokens get numbers that no other token reads."""
+    """Attention of the call under the pattern: (B, H, Tq, D).
+
+    Padding tokens get numbers that no other token reads.
+    """
     if call.columns is not None:
         return backends.run_rolled(pattern, call, shape)
     padded_left = call.padding is not None and not bool((call.padding[:, 1:] <= call.padding[:, :-1]).all())

@@ -17,7 +17,10 @@ _again: ContextVar[Iterator[Tensor] | None] = ContextVar("again", default=None)
 
 
 def decided(make: Callable[[], Tensor]) -> Tensor:
-    """What `make` decides, or what it decided in the run that is repeated. Nothing is differentiated through it."""
+    """What `make` decides, or what it decided in the run that is repeated.
+
+    Nothing is differentiated through it.
+    """
     again, recorded = _again.get(), _recorded.get()
     if again is not None:
         return next(again)

@@ -98,7 +98,10 @@ def converts_encoders(method: Combination) -> bool:
 
 
 def _with_form(method: str | Method | Combination) -> tuple[Method, EncoderForm]:
-    """The one method, and what becomes of an encoder with it. Raises `NotSupported` for any other."""
+    """The one method, and what becomes of an encoder with it.
+
+    Raises `NotSupported` for any other.
+    """
     methods = combination(method).methods
     form = methods[0].encoder_form() if len(methods) == 1 else None
     if form is None:

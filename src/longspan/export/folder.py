@@ -68,7 +68,9 @@ class ExportReport:
 
 
 def free_place(out: Path, overwrite: bool, source: Path | None) -> Path:
-    """The absolute path of `out`. Raises `LongspanError` for a file, for `source` itself, and for a folder with files in it.
+    """The absolute path of `out`.
+
+    Raises `LongspanError` for a file, for `source` itself, and for a folder with files in it.
 
     overwrite: an earlier model in the folder may be replaced.
     """
@@ -87,7 +89,10 @@ def free_place(out: Path, overwrite: bool, source: Path | None) -> Path:
 
 @contextlib.contextmanager
 def filling(place: Path) -> Iterator[Path]:
-    """A new folder that replaces `place` when the block succeeds. Raises `LongspanError` where the disk refuses a write."""
+    """A new folder that replaces `place` when the block succeeds.
+
+    Raises `LongspanError` where the disk refuses a write.
+    """
     try:
         with files.filling(place) as part, writing(place):
             yield part

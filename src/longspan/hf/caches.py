@@ -204,8 +204,11 @@ class OwnedSlidingLayer(Ordinary, DynamicSlidingWindowLayer):
 
 
 def claim(cache: Cache, spec: str, *, checked: bool) -> None:
-    """Makes `cache` the method's before a forward of it. Raises `NotSupported` where another method, or the plain model, has put
-    tokens into it. checked: whether the method has looked by itself, as those with layers of their own do."""
+    """Makes `cache` the method's before a forward of it.
+
+    Raises `NotSupported` where another method, or the plain model, has put tokens into it. checked: whether the
+    method has looked by itself, as those with layers of their own do.
+    """
     before: str | None = getattr(cache, _FILLED_BY, None)
     if any(isinstance(layer, Ordinary) and layer.filled_by is None for layer in cache.layers):
         before = None  # emptied since

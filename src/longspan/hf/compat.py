@@ -52,7 +52,10 @@ def takes_keywords(forward: Callable[..., Any]) -> bool:
 
 
 def cache_argument(module: nn.Module) -> str:
-    """The name of the argument of `module`'s forward for the KV cache. Raises `NotSupported` where there is none."""
+    """The name of the argument of `module`'s forward for the KV cache.
+
+    Raises `NotSupported` where there is none.
+    """
     return _cache_argument(type(module))  # type: ignore[arg-type]
 
 
@@ -90,13 +93,19 @@ def output_cache(cache: Any) -> dict[str, Any]:
 
 
 def given_cache(arguments: dict[str, Any]) -> Any:
-    """The KV cache out of keyword arguments, under either name, which are removed. Raises `ValueError` where there are two."""
+    """The KV cache out of keyword arguments, under either name, which are removed.
+
+    Raises `ValueError` where there are two.
+    """
     old, new = arguments.pop(OLD, None), arguments.pop(NEW, None)
     return one_cache(new, old)
 
 
 def one_cache(cache: Any, past_key_values: Any) -> Any:
-    """The KV cache under either of its names, or None. Raises `ValueError` where there are two."""
+    """The KV cache under either of its names, or None.
+
+    Raises `ValueError` where there are two.
+    """
     if cache is not None and past_key_values is not None:
         raise ValueError("the KV cache was given twice, as cache= and as past_key_values=; pass one of them")
     return past_key_values if cache is None else cache

@@ -228,5 +228,8 @@ def is_stand_in(states: Tensor) -> bool:
 
 
 def stand_in(rows: int, like: Tensor) -> Tensor:
-    """A placeholder (rows, 1, d) for encoder states that are kept elsewhere. It is NaN, so that any use of it shows."""
+    """A placeholder (rows, 1, d) for encoder states that are kept elsewhere.
+
+    It is NaN, so that any use of it shows.
+    """
     return torch.full((rows, 1, like.shape[-1]), float("nan"), dtype=like.dtype, device=like.device)

@@ -145,7 +145,10 @@ class ModelHooks:
         return torch.arange(cached, cached + new, device=positions.device)[None]
 
     def _claim(self, arguments: dict[str, Any]) -> None:
-        """Makes the forward's cache this method's. A cache that the decoder would make is made here, as it would make it."""
+        """Makes the forward's cache this method's.
+
+        A cache that the decoder would make is made here, as it would make it.
+        """
         cache, use = arguments["cache"], arguments.get("use_cache")
         config = self.decoder.config
         use = getattr(config, "use_cache", False) if use is None else use

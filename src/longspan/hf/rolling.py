@@ -104,8 +104,11 @@ class StreamingLayer(Owned, CountedLayer):
             first += count
 
     def _keep_sinks(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Fills the sink slots from the first real tokens of each row, as they come. Returns the sinks' keys and values, with
-        gradients to those that came just now. `sink_keys` is another tensor whenever what it holds is another."""
+        """Fills the sink slots from the first real tokens of each row, as they come.
+
+        Returns the sinks' keys and values, with gradients to those that came just now. `sink_keys` is another tensor
+        whenever what it holds is another.
+        """
         start, new = self.seen, keys.shape[2]
         held = self.sink_keys, self.values[:, :, : self.sinks]
         if self.sinks == 0 or start >= max(self.settled, self.sinks):

@@ -87,8 +87,11 @@ def scheme_attention(
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """Queries and keys of one call of `scheme_attention`, whose shapes these are. q_positions (B or 1, Tq) and k_positions (B or
-    1, Tk); columns: the token numbers of a rolling cache's keys; total: the number of tokens up to the last query."""
+    """Queries and keys of one call of `scheme_attention`, whose shapes these are.
+
+    q_positions (B or 1, Tq) and k_positions (B or 1, Tk); columns: the token numbers of a rolling cache's keys;
+    total: the number of tokens up to the last query.
+    """
 
     query: Tensor
     key: Tensor
@@ -283,7 +286,10 @@ def consecutive(positions: Tensor) -> bool:
 
 
 def _blocks(query: Tensor, key: Tensor) -> list[tuple[int, int]]:
-    """(start, end) of blocks of queries. With gradients every bias is kept anyway, so there is one block."""
+    """(start, end) of blocks of queries.
+
+    With gradients every bias is kept anyway, so there is one block.
+    """
     total = query.shape[2]
     size = total
     if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):

@@ -60,7 +60,10 @@ class Pattern(Attention):
         raise NotImplementedError
 
     def multiplicity(self, queries: Tensor, keys: Tensor, shape: AttentionShape) -> Tensor | None:
-        """How often each visible key counts in the softmax: integers, of the shape of `mask`. None: once."""
+        """How often each visible key counts in the softmax: integers, of the shape of `mask`.
+
+        None: once.
+        """
         return None
 
     def ranges(self, start: int, end: int, shape: AttentionShape) -> list[tuple[int, int]]:
@@ -133,7 +136,10 @@ class Pattern(Attention):
         return LongspanAttention
 
     def build(self, config: LongspanConfig, layer: int, encoding: PositionEncoding, *, causal: bool) -> nn.Module:
-        """The attention module of one layer. Raises `NotSupported` and `SpecError` for a configuration that it cannot be in."""
+        """The attention module of one layer.
+
+        Raises `NotSupported` and `SpecError` for a configuration that it cannot be in.
+        """
         self.check_direction(causal)
         self.check_position_encoding(config, encoding)
         return self.module_class()(config, layer, encoding, causal=causal, pattern=self)

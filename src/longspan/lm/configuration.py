@@ -125,7 +125,10 @@ class LongspanConfig(PreTrainedConfig):
 
     @property
     def attentions(self) -> tuple[AttentionMethod, ...]:
-        """The methods that `attention` or `memory` name, repeated over the layers. Raises `SpecError` for anything else."""
+        """The methods that `attention` or `memory` name, repeated over the layers.
+
+        Raises `SpecError` for anything else.
+        """
         return _read_attentions(self.attention) if self.memory == "none" else (self._read_memory(),)
 
     def attentions_of(self, *, causal: bool) -> tuple[AttentionMethod, ...]:
@@ -217,7 +220,10 @@ def _read_attention(spec: str) -> AttentionMethod:
 
 
 def read_position(spec: str) -> tuple[Scheme, list[SchemeModifier]]:
-    """The scheme of a `position` setting, and the methods around it (log-n). Raises `SpecError` for anything else."""
+    """The scheme of a `position` setting, and the methods around it (log-n).
+
+    Raises `SpecError` for anything else.
+    """
     methods = parse(spec).methods
     schemes = [m for m in methods if isinstance(m, Scheme)]
     modifiers = [m for m in methods if isinstance(m, SchemeModifier)]

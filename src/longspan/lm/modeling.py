@@ -196,7 +196,10 @@ class LongspanModel(LongspanPreTrainedModel):
         }
 
     def _apart(self, embeds: Tensor, positions: Tensor, kwargs: dict[str, Any]) -> BaseModelOutputWithPast:
-        """Final states of rows of several texts, each text read by itself. There is no cache: several texts cannot go on."""
+        """Final states of rows of several texts, each text read by itself.
+
+        There is no cache: several texts cannot go on.
+        """
         positions = positions.expand(embeds.shape[:2])
         shared = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor) or v.shape[:2] != embeds.shape[:2]}
         parts = []
@@ -314,7 +317,10 @@ class LongspanModel(LongspanPreTrainedModel):
             )
 
     def _positions(self, position_ids: Tensor | None, mask: Tensor | None, cached: int, embeds: Tensor) -> Tensor:
-        """Positions (B or 1, T). With a padding mask each row's first real token is at 0, whichever side the padding is on."""
+        """Positions (B or 1, T).
+
+        With a padding mask each row's first real token is at 0, whichever side the padding is on.
+        """
         if position_ids is not None:
             return position_ids
         if mask is not None and mask.ndim == 2 and mask.shape[1] == cached + embeds.shape[1]:

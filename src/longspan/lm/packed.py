@@ -15,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts of similar length. index (texts, longest): of their tokens among all tokens of all rows; real: False for padding."""
+    """Texts of similar length.
+
+    index (texts, longest): of their tokens among all tokens of all rows; real: False for padding.
+    """
 
     index: Tensor
     real: Tensor

@@ -90,7 +90,10 @@ class SinkToken(nn.Module):
 
 
 def _begins(mask: Tensor | None, new: int, cached: int) -> Tensor | None:
-    """The padding tokens (B,) at the start of each row; None without a mask. cached: tokens in the cache, with the sink."""
+    """The padding tokens (B,) at the start of each row; None without a mask.
+
+    cached: tokens in the cache, with the sink.
+    """
     if mask is None:
         return None
     whole = new + max(0, cached - 1)

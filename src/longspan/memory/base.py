@@ -107,8 +107,11 @@ class TextReader:
     def restore(
         self, tensors: dict[str, Tensor], numbers: list[dict[str, Any]], tensors_of: LayerTensors, spec: str | None
     ) -> Cache:
-        """The cache that `parts` was taken of. tensors: the whole file's, on the CPU; tensors_of: the tensors of one layer, on
-        its device, by the layer's number."""
+        """The cache that `parts` was taken of.
+
+        tensors: the whole file's, on the CPU; tensors_of: the tensors of one layer, on its device, by the layer's
+        number.
+        """
         layers = self.empty_layers(tensors, numbers)
         for number, layer in enumerate(layers):
             layer.restore(numbers[number], tensors_of(number))
@@ -119,7 +122,10 @@ class TextReader:
         return False
 
     def empty_layers(self, tensors: dict[str, Tensor], numbers: list[dict[str, Any]]) -> list[Stored]:
-        """New layers for a file's. Raises `LongspanError` for a kind that this version does not know."""
+        """New layers for a file's.
+
+        Raises `LongspanError` for a kind that this version does not know.
+        """
         unknown = {one["kind"] for one in numbers} - set(Stored.kinds)
         if unknown:
             raise LongspanError(
@@ -162,9 +168,12 @@ class CacheReader(TextReader, Generic[Layer]):
         return [cast(Any, layer).settings for layer in self.new_layers()]
 
     def cache_layers(self, arguments: dict[str, Any]) -> list[Layer] | None:
-        """The layers of this forward's cache; None where it has none. An empty `DynamicCache`, which `generate` and most callers
-        bring, gets the method's layers in place, so that whoever holds the cache goes on with it. Raises `NotSupported` for a
-        cache of another kind, or filled under other settings."""
+        """The layers of this forward's cache; None where it has none.
+
+        An empty `DynamicCache`, which `generate` and most callers bring, gets the method's layers in place, so that
+        whoever holds the cache goes on with it. Raises `NotSupported` for a cache of another kind, or filled under
+        other settings.
+        """
         cache = requested_cache(self.site, arguments)
         if cache is None:
             return None

@@ -30,8 +30,11 @@ from longspan.util.errors import LongspanError, NotSupported, SpecError
 
 @dataclass
 class Memory:
-    """The KV cache of one document. ids (n,): what `generate` is given before a question; tokens: length of the document; method:
-    the spec that it was read under."""
+    """The KV cache of one document.
+
+    ids (n,): what `generate` is given before a question; tokens: length of the document; method: the spec that it was
+    read under.
+    """
 
     ids: Tensor
     cache: Cache

@@ -125,8 +125,10 @@ def write(
     chat: bool = False,
     weights: Fingerprints | None = None,
 ) -> None:
-    """Writes a cache of `model` and further tensors, such as `ids`. tokens: length of the document; chat: `Memory.chat`; weights:
-    of the model when it read, if known."""
+    """Writes a cache of `model` and further tensors, such as `ids`.
+
+    tokens: length of the document; chat: `Memory.chat`; weights: of the model when it read, if known.
+    """
     reader, weights = reader_on(model), weights or fingerprints(model)
     layers, parts = reader.parts(cache) if cache is not None else ([], {})
     metadata = {
@@ -147,7 +149,10 @@ def write(
 
 
 def method_of(path: str | Path) -> str | None:
-    """The spec that a file's document was read under; None for the plain model. Raises `LongspanError` for no such file."""
+    """The spec that a file's document was read under; None for the plain model.
+
+    Raises `LongspanError` for no such file.
+    """
     with opened(path) as (metadata, _):
         mark = metadata["longspan"]
         spec = f"focused:{metadata['settings']}" if _BEFORE.get(mark) == "focused" else metadata["method"]
@@ -156,7 +161,10 @@ def method_of(path: str | Path) -> str | None:
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[tuple[dict[str, str], Any]]:
-    """A memory's file: its metadata, and what gives its tensors. Raises `LongspanError` where it is none or is damaged."""
+    """A memory's file: its metadata, and what gives its tensors.
+
+    Raises `LongspanError` where it is none or is damaged.
+    """
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
@@ -176,8 +184,10 @@ def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str])
 
 
 def read(path: str | Path, model: PreTrainedModel) -> MemoryFile:
-    """A file that `model` may read. Raises `LongspanError` where it is none, is damaged, or was written by another model or under
-    another method."""
+    """A file that `model` may read.
+
+    Raises `LongspanError` where it is none, is damaged, or was written by another model or under another method.
+    """
     with opened(path) as (metadata, file):
         found = _parsed(Path(path), metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     found.check(model)

@@ -99,8 +99,10 @@ class RMT(Method):
 
 
 def around(model: PreTrainedModel, method: RMT) -> RMTForCausalLM:
-    """A model with memory, made of `model`, whose modules it takes over. Raises `NotSupported` for a model that does more to
-    its logits than its output matrix."""
+    """A model with memory, made of `model`, whose modules it takes over.
+
+    Raises `NotSupported` for a model that does more to its logits than its output matrix.
+    """
 
     if plain_head(model) is None:
         raise NotSupported(
@@ -215,7 +217,10 @@ class Row:
     filled: int = 0
 
     def picked(self, places: Tensor) -> Row:
-        """A copy of some rows. Keys are only ever replaced, never written into, so what is copied may be shared."""
+        """A copy of some rows.
+
+        Keys are only ever replaced, never written into, so what is copied may be shared.
+        """
         places = places.to(self.memory.device)
         made = Row(self.memory[places], None, self.filled)
         if self.cache is not None:
@@ -268,8 +273,11 @@ class RMTModel(RMTPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """attention_mask (B, all tokens so far): padding, on either side. position_ids may only count a text's tokens: within a
-        segment these stand behind the memory, and that is all the model has ever seen."""
+        """attention_mask (B, all tokens so far): padding, on either side.
+
+        position_ids may only count a text's tokens: within a segment these stand behind the memory, and that is all
+        the model has ever seen.
+        """
         compat.refuse_unknown(self, kwargs)
         for what in ("output_hidden_states", "output_attentions"):
             if kwargs.get(what, getattr(self.config, what, False)):
@@ -309,7 +317,10 @@ class RMTModel(RMTPreTrainedModel):
         return roll(self._recurrence(roll(embeds, first, 1), roll(mask, first, 1).bool()), -first, 1)
 
     def _recurrence(self, embeds: Tensor, real: Tensor | None) -> Tensor:
-        """Rows begin at column 0. `memories` are the same vectors with gradients that go back 0, 1, … segments."""
+        """Rows begin at column 0.
+
+        `memories` are the same vectors with gradients that go back 0, 1, … segments.
+        """
         config = self.config
         deep = config.depth if torch.is_grad_enabled() and config.depth >= 0 else None
         memories = [self.memory.to(embeds.dtype).expand(len(embeds), -1, -1)]
@@ -331,7 +342,10 @@ class RMTModel(RMTPreTrainedModel):
         return self._segment(memory, part, real)
 
     def _segment(self, memory: Tensor, part: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States of the segment (B, S, hidden), and the memory after it. A row that is all padding keeps its memory."""
+        """States of the segment (B, S, hidden), and the memory after it.
+
+        A row that is all padding keeps its memory.
+        """
         count = memory.shape[1]
         inputs = torch.cat((memory, part, memory), dim=1)
         seen: dict[str, Tensor] = {}

@@ -51,7 +51,10 @@ class TokenMethod(Method):
         return () if self.id is None else (self.id,)
 
     def check_token(self, site: Site, id: int | None) -> int:
-        """`id`, where the model has a row for it. Raises `NotSupported` for None and for an id past the vocabulary."""
+        """`id`, where the model has a row for it.
+
+        Raises `NotSupported` for None and for an id past the vocabulary.
+        """
         if id is None:
             raise NotSupported(
                 f"{site.facts.architecture} has no {self.name} token: longspan train with method={self.spec} teaches it one, and "
@@ -71,7 +74,10 @@ def known_id(model: PreTrainedModel, method: type[TokenMethod]) -> int | None:
 
 
 def add_token(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """The id of `token`, which is added to a tokenizer that lacks it. Raises `NotSupported` where the id is another token's."""
+    """The id of `token`, which is added to a tokenizer that lacks it.
+
+    Raises `NotSupported` where the id is another token's.
+    """
     if token not in tokenizer.get_vocab():
         tokenizer.add_tokens([token], special_tokens=True)
     id: Any = tokenizer.convert_tokens_to_ids(token)

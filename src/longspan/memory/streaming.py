@@ -48,8 +48,11 @@ PAPER_WINDOW = 1020
 
 @dataclass(frozen=True)
 class StreamingLLM(Method):
-    """`sinks` first tokens and `window` most recent tokens are kept. Left out, the window is the 1,020 of the paper's cache of
-    1,024 tokens, or what the model's own window holds beside the sinks where that is less."""
+    """`sinks` first tokens and `window` most recent tokens are kept.
+
+    Left out, the window is the 1,020 of the paper's cache of 1,024 tokens, or what the model's own window holds
+    beside the sinks where that is less.
+    """
 
     sinks: int = 4
     window: int | None = None

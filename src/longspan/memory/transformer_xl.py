@@ -147,8 +147,11 @@ class SegmentAttention(LongspanAttention):
         padding: Tensor | None,
         positions: Tensor,
     ) -> Tensor:
-        """New tokens after those of a cache. Each is there twice, for its own segment and cut off for the later ones, and a mask
-        says which of the two a query sees."""
+        """New tokens after those of a cache.
+
+        Each is there twice, for its own segment and cut off for the later ones, and a mask says which of the two a
+        query sees.
+        """
         pattern, new = cast(TransformerXL, self.pattern), hidden.shape[1]
         query = self._queries(hidden, rotation)
         own, past = self._projected(hidden, rotation), self._projected(hidden.detach(), rotation)
@@ -196,8 +199,10 @@ class SegmentAttention(LongspanAttention):
     def _keep(
         self, cache: Cache, key: Tensor, value: Tensor, padding: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Puts constant keys and values into the cache. Returns those that new tokens may see, which tokens they are, (B or 1,
-        Tk), and how many there are in all."""
+        """Puts constant keys and values into the cache.
+
+        Returns those that new tokens may see, which tokens they are, (B or 1, Tk), and how many there are in all.
+        """
         given: dict[str, Any] = {"padding": padding}
         key, value = self._update(cache, key, value, given)
         rolling = given["rolling"]

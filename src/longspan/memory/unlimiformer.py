@@ -143,8 +143,11 @@ class Window(NamedTuple):
 
 
 def windows(length: int, window: int, overlap: float = 0.5) -> list[Window]:
-    """The windows of a text of `length` tokens. Each token is kept once; what is kept has at least half the overlap on both
-    sides, except at the text's ends. The last window is moved back until it is full."""
+    """The windows of a text of `length` tokens.
+
+    Each token is kept once; what is kept has at least half the overlap on both sides, except at the text's ends. The
+    last window is moved back until it is full.
+    """
     if length <= window:
         return [Window(0, length, 0, length)]
     margin = int(window * overlap / 2)
@@ -166,8 +169,11 @@ class Encoded:
     def of(
         cls, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any
     ) -> Encoded:
-        """Reads texts (B, N) of any length once, without gradients. Raises `NotSupported` for a model without the method.
-        more: what else the encoder takes for each token, such as LED's `global_attention_mask`."""
+        """Reads texts (B, N) of any length once, without gradients.
+
+        Raises `NotSupported` for a model without the method. more: what else the encoder takes for each token, such
+        as LED's `global_attention_mask`.
+        """
         with torch.no_grad():
             output = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask, **more)
         found = getattr(output, _ENCODED, None)
@@ -181,7 +187,10 @@ class Encoded:
         return cls([row if mask is None else row[mask[i].bool()] for i, row in enumerate(states)])
 
     def outputs(self) -> BaseModelOutput:
-        """What `generate` and the model take as `encoder_outputs`. A call of its own for each of them: they change it."""
+        """What `generate` and the model take as `encoder_outputs`.
+
+        A call of its own for each of them: they change it.
+        """
         output = BaseModelOutput(last_hidden_state=self.stand_in())
         setattr(output, _ENCODED, self)
         return output
@@ -191,7 +200,10 @@ class Encoded:
         return encoder_decoder.attach(encoder_decoder.stand_in(len(self.rows), self.rows[0]), self)
 
     def __add__(self, other: Encoded) -> Encoded:
-        """The texts of both, joined row by row; one row joins every row. Which comes first makes no difference."""
+        """The texts of both, joined row by row; one row joins every row.
+
+        Which comes first makes no difference.
+        """
         count = max(len(self.rows), len(other.rows))
         if {len(self.rows), len(other.rows)} - {1, count}:
             raise LongspanError(f"{len(self.rows)} and {len(other.rows)} texts cannot be joined row by row")
@@ -206,8 +218,10 @@ class Encoded:
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> Encoded:
-        """Reads what `save` wrote, onto the model's device. Raises `LongspanError` where it is no such file, or another encoder
-        made it."""
+        """Reads what `save` wrote, onto the model's device.
+
+        Raises `LongspanError` where it is no such file, or another encoder made it.
+        """
         try:
             with safe_open(str(path), "pt", device=str(model.device)) as file:
                 said = file.metadata() or {}
@@ -413,7 +427,10 @@ class Reader:
     def _attend(
         self, projections: encoder_decoder.Projections, given: Given, query: Tensor, scale: float, dropout: float
     ) -> Tensor:
-        """(B, H, T, D). The rows of a text stand together: beams and samples of one share its store."""
+        """(B, H, T, D).
+
+        The rows of a text stand together: beams and samples of one share its store.
+        """
         key, value = projections.key, projections.value
         heads, width = query.shape[1], query.shape[3]
         moved = torch.einsum("bhtd,hdm->bhtm", query * scale, key.weight.unflatten(0, (heads, width)))

@@ -106,7 +106,10 @@ class NoPositions(Scheme):
 
 @dataclass(frozen=True)
 class RoPE(Scheme):
-    """Rotary positions (Su 2021). `theta`: the base of the wavelengths; `share`: the share of a head's channels that rotate."""
+    """Rotary positions (Su 2021).
+
+    `theta`: the base of the wavelengths; `share`: the share of a head's channels that rotate.
+    """
 
     theta: float = 10_000.0
     share: float = 1.0

@@ -42,7 +42,10 @@ class ALiBiEncoding(PositionEncoding):
 
 @dataclass(frozen=True)
 class ALiBi(Scheme):
-    """A linear bias by distance. In an encoder it falls in both directions, which the paper leaves open."""
+    """A linear bias by distance.
+
+    In an encoder it falls in both directions, which the paper leaves open.
+    """
 
     name = "alibi"
     title = "ALiBi: attention with linear biases"

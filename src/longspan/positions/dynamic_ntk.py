@@ -28,7 +28,10 @@ from longspan.util.errors import NotSupported
 
 @dataclass(frozen=True)
 class DynamicNTK(Method):
-    """A base by length. `factor`: how much faster s grows than the length; `step`: tokens that share a base past the window."""
+    """A base by length.
+
+    `factor`: how much faster s grows than the length; `step`: tokens that share a base past the window.
+    """
 
     factor: float = 1.0
     step: int = 512

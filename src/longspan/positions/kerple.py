@@ -59,7 +59,10 @@ def _bounded(x: Tensor, least: float, most: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Kerple(Scheme):
-    """A trained bias by distance. `kind`: the kernel; `scale=before` adds it before the division by sqrt(d), as in the paper."""
+    """A trained bias by distance.
+
+    `kind`: the kernel; `scale=before` adds it before the division by sqrt(d), as in the paper.
+    """
 
     kind: Literal["log", "power"] = "log"
     scale: Literal["after", "before"] = "after"

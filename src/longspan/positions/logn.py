@@ -26,7 +26,10 @@ from longspan.util.errors import NotSupported
 
 @dataclass(frozen=True)
 class LogN(SchemeModifier):
-    """A factor on queries that grows with their position. `window`: L in tokens, by default the model's window."""
+    """A factor on queries that grows with their position.
+
+    `window`: L in tokens, by default the model's window.
+    """
 
     window: int | None = None
 

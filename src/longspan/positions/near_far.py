@@ -96,7 +96,10 @@ class NearFar(Method):
         return near, far
 
     def merged(self, call: LayerCall, near: Pair, far: Pair) -> Tensor:
-        """Attention by definition: both score matrices, merged by distance, in one softmax. near and far: (query, key)."""
+        """Attention by definition: both score matrices, merged by distance, in one softmax.
+
+        near and far: (query, key).
+        """
         heads = call.query.shape[1]
         # In float32: products of 16-bit numbers may exceed the range of 16 bits, and fused kernels do not round them either.
         scores = [(q.float() @ expand_heads(k, heads).float().mT) * call.scale for q, k in (near, far)]

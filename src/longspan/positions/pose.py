@@ -22,8 +22,11 @@ SPAN = 5
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample. positions (window,) of its tokens; tokens (window + 1,): their indices in the text, and that of the next token;
-    biases (chunks,): u_i; starts (chunks,): the index in the window at which each chunk begins."""
+    """One sample.
+
+    positions (window,) of its tokens; tokens (window + 1,): their indices in the text, and that of the next token;
+    biases (chunks,): u_i; starts (chunks,): the index in the window at which each chunk begins.
+    """
 
     positions: np.ndarray
     tokens: np.ndarray

@@ -54,8 +54,11 @@ class ReRoPE(NearFar):
 
 @dataclass(frozen=True)
 class LeakyReRoPE(NearFar):
-    """Distances that grow by 1/k beyond the window. `window`: w in tokens, by default a quarter of the model's window;
-    `factor`: k, by default the smallest that keeps the distances of the target length within the model's window."""
+    """Distances that grow by 1/k beyond the window.
+
+    `window`: w in tokens, by default a quarter of the model's window; `factor`: k, by default the smallest that keeps
+    the distances of the target length within the model's window.
+    """
 
     window: int | None = None
     factor: float | None = None

@@ -286,7 +286,10 @@ class LongRoPE(RopeScaling):
         self.read_factors()
 
     def read_factors(self) -> list[float]:
-        """The factors (d/2) in the file. Raises `SpecError` where it cannot be read or holds other values."""
+        """The factors (d/2) in the file.
+
+        Raises `SpecError` where it cannot be read or holds other values.
+        """
         path = Path(self.factors or "")
         try:
             data = json.loads(read_text(path))

@@ -47,7 +47,10 @@ class Shape:
 
 
 class PositionEncoding(nn.Module):
-    """A scheme in one model. Shapes: positions (B or 1, T), integers; query (B, H, Tq, D); key (B, H_kv, Tk, D)."""
+    """A scheme in one model.
+
+    Shapes: positions (B or 1, T), integers; query (B, H, Tq, D); key (B, H_kv, Tk, D).
+    """
 
     score_scale: float = 1.0
     """A factor on scores besides 1 / sqrt(D)."""
@@ -59,7 +62,10 @@ class PositionEncoding(nn.Module):
         return x
 
     def rotate_qk(self, query: Tensor, key: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and key as their product is computed. The KV cache keeps keys as they were before."""
+        """Query and key as their product is computed.
+
+        The KV cache keeps keys as they were before.
+        """
         return query, key
 
     def query_blocks(self, positions: Tensor, dtype: torch.dtype) -> list[tuple[int, int]]:
@@ -109,7 +115,10 @@ class PositionEncoding(nn.Module):
 
 @dataclass(frozen=True)
 class Scheme(Method):
-    """Base of all schemes. A model is trained with its scheme, so a scheme cannot be applied to a trained model."""
+    """Base of all schemes.
+
+    A model is trained with its scheme, so a scheme cannot be applied to a trained model.
+    """
 
     slots = frozenset({"position"})
     works_on = "from scratch"

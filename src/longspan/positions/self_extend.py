@@ -21,7 +21,10 @@ from longspan.util.errors import SpecError
 
 @dataclass(frozen=True)
 class SelfExtend(NearFar):
-    """Grouped distances beyond a window. `group`: G, `window`: W, in tokens; both follow from a target length."""
+    """Grouped distances beyond a window.
+
+    `group`: G, `window`: W, in tokens; both follow from a target length.
+    """
 
     group: int | None = None
     window: int | None = None

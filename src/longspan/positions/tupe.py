@@ -60,7 +60,10 @@ class TupeEncoding(PositionEncoding):
 
 @dataclass(frozen=True)
 class Tupe(Scheme):
-    """Untied scores of positions. `relative` adds T5's buckets (TUPE-R); `cls` unties the first token, by default in encoders."""
+    """Untied scores of positions.
+
+    `relative` adds T5's buckets (TUPE-R); `cls` unties the first token, by default in encoders.
+    """
 
     relative: bool = False
     cls: bool | None = None

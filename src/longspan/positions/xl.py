@@ -51,8 +51,10 @@ def halves(distance: Tensor, width: int, base: float = 10_000.0) -> Tensor:
 
 @dataclass(frozen=True)
 class XL(Scheme):
-    """Scores by distance. `clamp`: distances above it, in tokens, count as it; the paper evaluates past the training length
-    so."""
+    """Scores by distance.
+
+    `clamp`: distances above it, in tokens, count as it; the paper evaluates past the training length so.
+    """
 
     clamp: int | None = None
 

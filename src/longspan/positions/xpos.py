@@ -75,8 +75,10 @@ def _spread(positions: Tensor) -> int:
 
 @dataclass(frozen=True)
 class XPos(Scheme):
-    """RoPE with decay. `scale_base`: the distance in tokens over which a pair decays by its zeta; with an infinite one xPos is
-    RoPE."""
+    """RoPE with decay.
+
+    `scale_base`: the distance in tokens over which a pair decays by its zeta; with an infinite one xPos is RoPE.
+    """
 
     theta: float = 10_000.0
     scale_base: float = 512.0

@@ -19,7 +19,10 @@ from longspan.util.errors import SpecError
 
 
 def document_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> list[int]:
-    """The ids of a document up to where a question begins. Raises `SpecError` for an empty document."""
+    """The ids of a document up to where a question begins.
+
+    Raises `SpecError` for an empty document.
+    """
     if not text.strip():
         raise SpecError("the document is empty")
     text += reader_on(model).separator
@@ -45,7 +48,10 @@ def read_document(model: PreTrainedModel, ids: list[int], *, chat: bool, on_toke
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, memory: Memory, question: str) -> list[int]:
-    """The ids of a question that goes on from a memory. Raises `SpecError` for an empty one."""
+    """The ids of a question that goes on from a memory.
+
+    Raises `SpecError` for an empty one.
+    """
     if not question.strip():
         raise SpecError("the prompt is empty")
     return memory.question_ids(tokenizer, question)

@@ -75,7 +75,10 @@ class TrainPlan:
 
 
 def plan_training(recipe: Recipe) -> TrainPlan:
-    """Estimates of the recipe's training on this machine. Raises `LongspanError` for a recipe that cannot be trained."""
+    """Estimates of the recipe's training on this machine.
+
+    Raises `LongspanError` for a recipe that cannot be trained.
+    """
     check(recipe)
     device, devices = models.pick_device(), int(os.environ.get("WORLD_SIZE", "1"))
     dtype = recipe.training.number_format(device.type == "cuda")

@@ -183,7 +183,10 @@ class TrainingRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. `model` is the name of a model to tune, or a `type` and the settings of a new one's configuration."""
+    """A whole recipe.
+
+    `model` is the name of a model to tune, or a `type` and the settings of a new one's configuration.
+    """
 
     out: str
     model: str | dict[str, Any]

@@ -112,7 +112,9 @@ class Curve:
 def study(
     recipe: str | Path | dict[str, Any], settings: Settings, out: str | Path, say: Say = print, **overrides: Any
 ) -> Path:
-    """Trains, evaluates and draws all schemes; returns the folder. Models and measurements that it has are not repeated.
+    """Trains, evaluates and draws all schemes; returns the folder.
+
+    Models and measurements that it has are not repeated.
 
     recipe: of `longspan.train`, for a model of type longspan; the study sets its `out`, `seed` and `model.position`.
     """

@@ -63,8 +63,11 @@ class Style:
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing. label: what it shows, for screen readers; narrow: the drawing for a phone, where its layout differs; method:
-    the one whose swatch is in the title."""
+    """One drawing.
+
+    label: what it shows, for screen readers; narrow: the drawing for a phone, where its layout differs; method: the
+    one whose swatch is in the title.
+    """
 
     title: str
     svg: str

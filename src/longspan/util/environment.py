@@ -17,7 +17,10 @@ from longspan.util.version import __version__
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Facts of the device and the host. Memory is in bytes; `device_memory` is what a run can use of it."""
+    """Facts of the device and the host.
+
+    Memory is in bytes; `device_memory` is what a run can use of it.
+    """
     facts: dict[str, Any] = {
         "device": device.type,
         "device_name": _processor_name(),

@@ -153,7 +153,10 @@ def _download(alias: Fetched, into: Path) -> Path:
 
 
 def from_hub(name: str, files: list[str]) -> Path:
-    """The folder of a hub snapshot with `files`. Raises `LongspanError`, or `Unreachable` where the hub is out of reach."""
+    """The folder of a hub snapshot with `files`.
+
+    Raises `LongspanError`, or `Unreachable` where the hub is out of reach.
+    """
     try:
         return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"], etag_timeout=5))
     except HFValidationError as error:
@@ -189,7 +192,10 @@ def cache_folder() -> Path:
 
 
 def convert_file(gguf: Path) -> Path:
-    """The folder of safetensors of a GGUF file, converted where that has not been done. Raises `LongspanError`."""
+    """The folder of safetensors of a GGUF file, converted where that has not been done.
+
+    Raises `LongspanError`.
+    """
     return _convert_once(digest(gguf), lambda scratch: gguf)
 
 
@@ -241,8 +247,10 @@ def _write_manifest(folder: Path, sha256: str) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """A context for one process at a time. Where the system has no file locks two may convert at once, each in its own folder,
-    with the same result."""
+    """A context for one process at a time.
+
+    Where the system has no file locks two may convert at once, each in its own folder, with the same result.
+    """
     try:
         import fcntl
     except ImportError:

@@ -12,7 +12,9 @@ def read_text(path: Path) -> str:
 
 
 def decode(data: bytes) -> str:
-    """The text of UTF-8 bytes, without a byte-order mark and with line feeds alone. Raises `UnicodeDecodeError`.
+    """The text of UTF-8 bytes, without a byte-order mark and with line feeds alone.
+
+    Raises `UnicodeDecodeError`.
 
     Marks and carriage returns come from the editor and not from the text, and a model would read them as tokens.
     """

@@ -6,7 +6,10 @@ from longspan.util.errors import SpecError
 
 
 def read_size(text: str, what: str = "length") -> int:
-    """A number of tokens from `4096`, `4k` (= 4,096) or `1m` (= 1,048,576). Raises `SpecError` for other text."""
+    """A number of tokens from `4096`, `4k` (= 4,096) or `1m` (= 1,048,576).
+
+    Raises `SpecError` for other text.
+    """
     units = {"k": 1024, "m": 1024**2}
     number, unit = (text[:-1], units[text[-1].lower()]) if text and text[-1].lower() in units else (text, 1)
     try:

@@ -35,9 +35,12 @@ from longspan.util.errors import NotSupported, SpecError
 
 @dataclass(frozen=True)
 class Longformer(Pattern):
-    """Window attention with global tokens. `window`: tokens that a token sees besides itself, an even number in an encoder.
-    `dilated`: the number of heads, the last ones, in which they are `dilation` apart. `globals`: first tokens of a text that are
-    global, besides those of `global_attention_mask` (B, T); in an encoder only, as in the paper."""
+    """Window attention with global tokens.
+
+    `window`: tokens that a token sees besides itself, an even number in an encoder. `dilated`: the number of heads,
+    the last ones, in which they are `dilation` apart. `globals`: first tokens of a text that are global, besides
+    those of `global_attention_mask` (B, T); in an encoder only, as in the paper.
+    """
 
     window: int = 512
     dilated: int = 0

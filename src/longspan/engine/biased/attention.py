@@ -105,8 +105,10 @@ def reference(
     window: int | None = None,
     starts: Tensor | None = None,
 ) -> Tensor:
-    """`biased_attention` by its formula, in float32, in float64 where the inputs are. At most MOST_SCORES scores are held at
-    once, in the backward too, which computes them again."""
+    """`biased_attention` by its formula, in float32, in float64 where the inputs are.
+
+    At most MOST_SCORES scores are held at once, in the backward too, which computes them again.
+    """
     _check(query, key, value, bias, scale, causal, window, starts)
     queries, keys = query.shape[2], key.shape[2]
     rows = max(1, MOST_SCORES // max(1, query.shape[0] * query.shape[1] * keys))
@@ -347,8 +349,11 @@ def _(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse
 
 
 class _Biased(torch.autograd.Function):
-    """The two operators as one function with a derivative. A registration with the operator itself would do for autograd
-    and torch.compile, but torch.func goes through a Function with `setup_context` only."""
+    """The two operators as one function with a derivative.
+
+    A registration with the operator itself would do for autograd and torch.compile, but torch.func goes through a
+    Function with `setup_context` only.
+    """
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:

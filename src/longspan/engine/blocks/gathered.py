@@ -17,8 +17,11 @@ ENTRIES_AT_ONCE = 2**24
 
 
 def block_sparse_attention(call: AttentionCall, table: Tensor, block: int, start: int = 0) -> Tensor:
-    """(B, H, T - start, D). table (B or 1, H, blocks, slots): the blocks of keys that each block of queries sees, -1 for
-    none; what is named twice counts twice. The first `start` tokens belong to no block and are seen by all."""
+    """(B, H, T - start, D).
+
+    table (B or 1, H, blocks, slots): the blocks of keys that each block of queries sees, -1 for none; what is named
+    twice counts twice. The first `start` tokens belong to no block and are seen by all.
+    """
     rows, heads, length, width = call.query.shape
     count, slots = table.shape[2:]
     missing = count * block - (length - start)

@@ -58,9 +58,11 @@ def forward(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block of queries over a part of the blocks of keys in its list. work (N, 4): block, part, of how many parts, and the slot
-    of part_out (B, H, slots, BLOCK, WIDTH) and part_lse (B, H, slots, BLOCK) that takes it, -1 for a list that is whole. The
-    log-sum-exp is to base 2."""
+    """A block of queries over a part of the blocks of keys in its list.
+
+    work (N, 4): block, part, of how many parts, and the slot of part_out (B, H, slots, BLOCK, WIDTH) and part_lse (B,
+    H, slots, BLOCK) that takes it, -1 for a list that is whole. The log-sum-exp is to base 2.
+    """
     pair = tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
     head = (pair % heads).to(tl.int64)
@@ -119,7 +121,10 @@ def join_forward(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One softmax of the parts of a block's list. owners (N, 3): block, its first slot, its parts."""
+    """One softmax of the parts of a block's list.
+
+    owners (N, 3): block, its first slot, its parts.
+    """
     pair = tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
     head = (pair % heads).to(tl.int64)

@@ -65,8 +65,10 @@ def forward(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, ENDS: tl.constexpr, LAST: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """BM queries of one head and segment over the segment's keys. sums (B, H, T, WIDTH) and lse (B, H, T), to base 2, hold what
-    there is so far; LAST writes to `out`."""
+    """BM queries of one head and segment over the segment's keys.
+
+    sums (B, H, T, WIDTH) and lse (B, H, T), to base 2, hold what there is so far; LAST writes to `out`.
+    """
     pair = tl.program_id(1)
     m = (blocks - 1 - tl.program_id(0) % blocks) * BM
     batch, head, first, apart, rows, keys = _lane(pair, ends, heads, text, size, step, blocks, ENDS, FAR)

@@ -42,9 +42,11 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """phi: (…, D) float32 or float64 → (…, M). `logarithms`: whether these are logarithms of features. `normalised`: whether
-    the sum over values is divided by the sum of weights; without it features must not be logarithms, since only in the
-    quotient their level falls out."""
+    """phi: (…, D) float32 or float64 → (…, M).
+
+    `logarithms`: whether these are logarithms of features. `normalised`: whether the sum over values is divided by
+    the sum of weights; without it features must not be logarithms, since only in the quotient their level falls out.
+    """
 
     phi: Callable[[Tensor], Tensor]
     logarithms: bool = False
@@ -116,7 +118,10 @@ def causal(
 
 
 def bidirectional(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, real: Tensor | None = None) -> Tensor:
-    """Each token attends to all; shapes as in `causal`. The level is the greatest logarithm of all keys."""
+    """Each token attends to all; shapes as in `causal`.
+
+    The level is the greatest logarithm of all keys.
+    """
     with _full_precision(query):
         state = read(key, value, kernel, real=real)
         run = _recomputed(_look_up, query, key, value)

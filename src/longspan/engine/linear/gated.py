@@ -31,7 +31,10 @@ Bias = Callable[[Tensor], Tensor]
 
 
 class Heads(NamedTuple):
-    """The one head's parts, each (B, T, ·). Values of padding are zero, and so are its far keys."""
+    """The one head's parts, each (B, T, ·).
+
+    Values of padding are zero, and so are its far keys.
+    """
 
     query: Tensor
     key: Tensor
@@ -44,8 +47,11 @@ class Heads(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What FLASH's decoder keeps of the past. sums (B, s, e): Σ kᵀv over whole chunks; key, far_key (B, c, s) and value
-    (B, c, e): the tokens of the chunk that is not whole yet, and after them what is never read; tokens (B,): how many in all."""
+    """What FLASH's decoder keeps of the past.
+
+    sums (B, s, e): Σ kᵀv over whole chunks; key, far_key (B, c, s) and value (B, c, e): the tokens of the chunk that
+    is not whole yet, and after them what is never read; tokens (B,): how many in all.
+    """
 
     sums: Tensor
     key: Tensor
@@ -86,9 +92,12 @@ def quadratic(
     *,
     causal: bool,
 ) -> Tensor:
-    """(B, Tq, e). The queries are the last of the keys; numbers (B or 1, Tk): the tokens' in the text, None where these run
-    without a gap; inner, outer (B or 1, Tq or 1, 1). In training scores are made again in the backward pass, so that memory
-    grows with the length and not with its square."""
+    """(B, Tq, e).
+
+    The queries are the last of the keys; numbers (B or 1, Tk): the tokens' in the text, None where these run without
+    a gap; inner, outer (B or 1, Tq or 1, 1). In training scores are made again in the backward pass, so that memory
+    grows with the length and not with its square.
+    """
     new, total = query.shape[1], key.shape[1]
     inner, outer = (x.expand(-1, new, -1) for x in (inner, outer))
     again = torch.is_grad_enabled() and new > QUERIES_AT_ONCE
@@ -179,8 +188,11 @@ def mixed_both_ways(heads: Heads, rule: Rule, share: Tensor, real: Tensor | None
 def mixed_causal(
     heads: Heads, rule: Rule, share: Callable[[Tensor], Tensor], real: Tensor | None, memory: Memory | None
 ) -> tuple[Tensor, Memory]:
-    """(B, T, e) for a decoder, and what it keeps. V_lin = share(g)·q Σ kᵀv over the g chunks before the query's own (Hua 2022,
-    section 3.2); share takes numbers of chunks."""
+    """(B, T, e) for a decoder, and what it keeps.
+
+    V_lin = share(g)·q Σ kᵀv over the g chunks before the query's own (Hua 2022, section 3.2); share takes numbers of
+    chunks.
+    """
     if memory is not None and heads.value.shape[1] == 1:
         return _step(heads, rule, share, real, memory)
     layout = Layout(heads.value.shape[1], rule.chunk, real, None if memory is None else memory.tokens % rule.chunk)

@@ -29,7 +29,10 @@ class Others:
     real: Tensor | None = None
 
     def rows(self) -> Tensor:
-        """(B, contexts): whose contexts each row meets, its own first. Raises `NotSupported` for more than there are rows."""
+        """(B, contexts): whose contexts each row meets, its own first.
+
+        Raises `NotSupported` for more than there are rows.
+        """
         batch = len(self.key)
         if self.contexts > batch:
             raise NotSupported(

@@ -44,8 +44,10 @@ def grouped_softmax(scores: Tensor, own: Tensor, offset: Tensor, shown: Tensor |
 
 
 def grouped_weights(scores: Tensor, block: int, first: int = 0) -> Tensor:
-    """Weights (…, queries, keys) in float32 or wider from scaled scores of that shape. Key i is a landmark where
-    i % (block + 1) == block, and query i is key first + i."""
+    """Weights (…, queries, keys) in float32 or wider from scaled scores of that shape.
+
+    Key i is a landmark where i % (block + 1) == block, and query i is key first + i.
+    """
     count, keys, size = *scores.shape[-2:], block + 1
     scores = F.pad(wide(scores), (0, -keys % size))
     at = torch.arange(first, first + count, device=scores.device)

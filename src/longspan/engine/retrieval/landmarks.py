@@ -32,8 +32,10 @@ _NONE = torch.iinfo(torch.int64).min
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes: tokens of a block, pages of a chunk (`local`), pages that are retrieved. `shared`: the queries that are read
-    together in a chunk take the same pages, head by head."""
+    """Sizes: tokens of a block, pages of a chunk (`local`), pages that are retrieved.
+
+    `shared`: the queries that are read together in a chunk take the same pages, head by head.
+    """
 
     block: int
     local: int

@@ -54,7 +54,10 @@ class Store:
             key, value = key[:, :, taken:], value[:, :, taken:]
 
     def _room(self, key: Tensor, value: Tensor) -> int:
-        """Free places of the last block. The first one grows by doubling, so that a short text takes little."""
+        """Free places of the last block.
+
+        The first one grows by doubling, so that a short text takes little.
+        """
         size = self.blocks[-1][0].shape[2] if self.blocks else 0
         if self._filled < size:
             return size - self._filled

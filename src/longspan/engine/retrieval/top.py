@@ -65,8 +65,11 @@ def nearest_among(queries: Tensor, parts: Iterable[Tensor], k: int) -> Tensor:
 
 
 class FaissIndex:
-    """Inner-product search by faiss, on the CPU. `faiss` is exact; `ivf` looks into `probes` of N / 128 lists, and then only the
-    search is approximate: `attend` takes exact scores of what was found. Raises `NotSupported` without faiss."""
+    """Inner-product search by faiss, on the CPU.
+
+    `faiss` is exact; `ivf` looks into `probes` of N / 128 lists, and then only the search is approximate: `attend`
+    takes exact scores of what was found. Raises `NotSupported` without faiss.
+    """
 
     def __init__(self, states: Tensor, kind: Kind, probes: int):
         faiss = need_faiss()
@@ -81,7 +84,10 @@ class FaissIndex:
             self.index.nprobe = min(probes, lists)
 
     def add(self, states: Tensor) -> None:
-        """More states (n, d), numbered after those that are there. Of `faiss`, whose search stays exact."""
+        """More states (n, d), numbered after those that are there.
+
+        Of `faiss`, whose search stays exact.
+        """
         self.index.add(states.detach().float().cpu().numpy())
 
     def __call__(self, queries: Tensor, k: int) -> Tensor:

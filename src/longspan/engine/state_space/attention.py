@@ -30,8 +30,11 @@ LEAST_BLOCK = 64
 
 @dataclass(frozen=True)
 class Modes:
-    """H channels of M = N/2 modes each. step Δ (H,) real; poles Λ (H, M), entry B (H, M), exit C (H, M) and low P (H, M),
-    complex; low is None for diagonal systems."""
+    """H channels of M = N/2 modes each.
+
+    step Δ (H,) real; poles Λ (H, M), entry B (H, M), exit C (H, M) and low P (H, M), complex; low is None for
+    diagonal systems.
+    """
 
     step: Tensor
     poles: Tensor
@@ -259,8 +262,11 @@ class DiagonalRecurrence(Recurrence):
 
 
 class LowRankRecurrence(Recurrence):
-    """Of modes with a part of rank one, by the bilinear rule. One token costs O(N) a channel (Gu 2022, appendix C.2); many go
-    through the matrix Ā and its squares, (H, N, N). `exit` is C itself."""
+    """Of modes with a part of rank one, by the bilinear rule.
+
+    One token costs O(N) a channel (Gu 2022, appendix C.2); many go through the matrix Ā and its squares, (H, N, N).
+    `exit` is C itself.
+    """
 
     def __init__(self, modes: Modes):
         assert modes.low is not None

@@ -36,7 +36,10 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Band:
-    """Every `step`-th token of a text, from number `first` (N) on, with its band. seen (N, L): which may be seen in it."""
+    """Every `step`-th token of a text, from number `first` (N) on, with its band.
+
+    seen (N, L): which may be seen in it.
+    """
 
     call: AttentionCall
     seen: Tensor

@@ -28,7 +28,10 @@ INSTALL = "pip install --pre 'flash-attn-4[cu13]'"
 
 @cache
 def installed() -> bool:
-    """Whether there is such a package with what compiles it. FlashAttention 2 has the same name and no `cute` in it."""
+    """Whether there is such a package with what compiles it.
+
+    FlashAttention 2 has the same name and no `cute` in it.
+    """
     try:
         return all(importlib.util.find_spec(name) is not None for name in ("flash_attn.cute", "cutlass.cute"))
     except ModuleNotFoundError:

@@ -42,8 +42,10 @@ class FocusedLayer(Owned, CountedLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes in T tokens and returns keys and values from column `before` on. What is kept is detached: gradients reach the
-        tokens of this call only."""
+        """Takes in T tokens and returns keys and values from column `before` on.
+
+        What is kept is detached: gradients reach the tokens of this call only.
+        """
         self.check_owner()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

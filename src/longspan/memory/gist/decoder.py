@@ -140,16 +140,20 @@ class DecoderReader(CacheReader[Any]):
         return self.site.own_attention(call, mask if now.gist is None else self._hiding(call, mask, now.gist))
 
     def _hiding(self, call: LayerCall, mask: Tensor | None, gist: Tensor) -> Tensor:
-        """Boolean (B, 1, Tq, Tk): a mask without what gist tokens stand for. A layer with a sliding window holds the last keys
-        only."""
+        """Boolean (B, 1, Tq, Tk): a mask without what gist tokens stand for.
+
+        A layer with a sliding window holds the last keys only.
+        """
         new, held = call.query.shape[2], call.key.shape[2]
         sees = call.forward.once("gist", lambda: visible(gist, new, self.method.mode))
         own = causal_mask(new, held, call.query.device)[None, None] if mask is None else mask
         return own & sees[:, None, :, -held:].to(own.device)
 
     def _window(self, call: LayerCall, real: Tensor | None) -> Tensor:
-        """Boolean (B, 1, Tq, Tk): a sliding window counted in positions. The model's own counts columns, and padding may stand
-        between gist tokens and a text."""
+        """Boolean (B, 1, Tq, Tk): a sliding window counted in positions.
+
+        The model's own counts columns, and padding may stand between gist tokens and a text.
+        """
         assert call.sliding_window is not None
         keys, queries = call.key_positions[:, None, :], call.position_ids[:, :, None]
         near = causal_mask(call.query.shape[2], call.key.shape[2], keys.device) & (keys > queries - call.sliding_window)
@@ -159,7 +163,9 @@ class DecoderReader(CacheReader[Any]):
 
 
 class GistCache(DynamicCache):
-    """Keys and values of gist tokens, B prompts of k each. `shift` (B,): the tokens of each prompt that are gone.
+    """Keys and values of gist tokens, B prompts of k each.
+
+    `shift` (B,): the tokens of each prompt that are gone.
 
     `inputs` makes what `generate` takes, with a cache of its own, so one GistCache serves any number of texts. It runs only
     on a model with `gist` on it, which gives tokens their positions.
@@ -204,8 +210,11 @@ class GistCache(DynamicCache):
     def inputs(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str], *, beams: int = 1
     ) -> dict[str, Any]:
-        """What `generate` takes to go on after the prompts: input_ids, attention_mask and a cache. The ids begin with the gist
-        tokens, which are in the cache. beams: `num_beams` of that call, or its `num_return_sequences` where it samples."""
+        """What `generate` takes to go on after the prompts: input_ids, attention_mask and a cache.
+
+        The ids begin with the gist tokens, which are in the cache. beams: `num_beams` of that call, or its
+        `num_return_sequences` where it samples.
+        """
         rows = [encode(tokenizer, text) for text in ([texts] if isinstance(texts, str) else texts)]
         if not rows or not all(rows):
             raise SpecError("gist: a text to go on with is empty; give at least one token for each")

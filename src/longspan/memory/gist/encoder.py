@@ -91,7 +91,10 @@ class EncoderReader(CacheReader[Any]):
         return gist if self.method.mode != "positive" and bool(gist.any()) else None
 
     def _numbers(self, gist: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, 1, T, T), to be added to the scores. Every token sees itself, so padding stays numbers."""
+        """(B, 1, T, T), to be added to the scores.
+
+        Every token sees itself, so padding stays numbers.
+        """
         count = gist.shape[1]
         sees = visible(gist, count, self.method.mode)
         if mask is not None:
@@ -122,8 +125,11 @@ class EncoderReader(CacheReader[Any]):
 
 @dataclass
 class GistStates:
-    """Gist tokens of B prompts, k of each, in an encoder of L layers. states (L + 1, B, k, d): what goes into each layer, and
-    the encoder's output. shift (B,): the tokens of each prompt that are gone."""
+    """Gist tokens of B prompts, k of each, in an encoder of L layers.
+
+    states (L + 1, B, k, d): what goes into each layer, and the encoder's output. shift (B,): the tokens of each
+    prompt that are gone.
+    """
 
     states: Tensor
     shift: Tensor
@@ -194,8 +200,11 @@ def layers_of(encoder: nn.Module) -> nn.ModuleList:
 
 @dataclass(frozen=True)
 class _Doing:
-    """What one call of an encoder does besides. change: is handed what goes into each layer, (B, T, d), to get what shall;
-    places (B, T): the rows of the table of positions that are added to its tokens, where not the usual ones."""
+    """What one call of an encoder does besides.
+
+    change: is handed what goes into each layer, (B, T, d), to get what shall; places (B, T): the rows of the table of
+    positions that are added to its tokens, where not the usual ones.
+    """
 
     change: Callable[[Tensor], Tensor]
     places: Tensor | None = None

@@ -52,7 +52,10 @@ Held = GistCache | GistStates
 
 @dataclass(frozen=True)
 class Gist(TokenMethod):
-    """`tokens` gist tokens stand for a prompt. `id` is the gist token's, which a training fills in."""
+    """`tokens` gist tokens stand for a prompt.
+
+    `id` is the gist token's, which a training fills in.
+    """
 
     tokens: int = 1
     mode: Literal["gist", "positive", "negative"] = "gist"
@@ -137,8 +140,9 @@ def gist_of(method: Combination | str | None) -> Gist | None:
 
 
 def compress(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: str | Sequence[str]) -> Held:
-    """Reads prompts, each with the gist tokens behind it, and keeps the gist tokens alone. Raises `NotSupported` for a model
-    without gist tokens, or with a control on it.
+    """Reads prompts, each with the gist tokens behind it, and keeps the gist tokens alone.
+
+    Raises `NotSupported` for a model without gist tokens, or with a control on it.
 
     The prompt is what stands before the gist tokens in training, to the letter: of the task `instructions`
     "Instruction: …", and what follows begins with a new line.
@@ -184,8 +188,10 @@ def save(held: Held, path: str | Path, model: PreTrainedModel) -> None:
 
 
 def load(path: str | Path, model: PreTrainedModel) -> Held:
-    """Reads what `save` wrote, onto the model's device and in its dtype. Raises `LongspanError` where it is no such file, or
-    another model made it."""
+    """Reads what `save` wrote, onto the model's device and in its dtype.
+
+    Raises `LongspanError` where it is no such file, or another model made it.
+    """
     method_on(model)
     file = files.read(path, model)
     if "states" in file.tensors:

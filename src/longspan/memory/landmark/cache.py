@@ -27,7 +27,10 @@ KEPT = 256
 
 
 class Rows:
-    """What the rows of a cache hold. real (B, columns), boolean, and ids (B, columns), both on the CPU."""
+    """What the rows of a cache hold.
+
+    real (B, columns), boolean, and ids (B, columns), both on the CPU.
+    """
 
     def __init__(self, block: int):
         self.block = block
@@ -206,8 +209,10 @@ class PageLayer(Owned, CountedLayer):
     # The CPU's memory
 
     def settle(self, filled: Tensor) -> None:
-        """Where it `offloads`: moves pages of chunks that are over into the CPU's memory. filled (B,), on the CPU: slots in
-        use."""
+        """Where it `offloads`: moves pages of chunks that are over into the CPU's memory.
+
+        filled (B,), on the CPU: slots in use.
+        """
         size = self.layout.size
         base = filled // size // self.layout.local * self.layout.local
         if not self.offloads or bool((base <= self.base).all()):
@@ -296,7 +301,10 @@ class PageLayer(Owned, CountedLayer):
     # Copies and files
 
     def copied_to(self, rows: Rows, index: Tensor) -> PageLayer:
-        """A layer of its own with rows `index` of this one. Pages in the CPU's memory are shared where the rows are the same."""
+        """A layer of its own with rows `index` of this one.
+
+        Pages in the CPU's memory are shared where the rows are the same.
+        """
         made = PageLayer(rows, self.layout, offloads=self.offloads, leads=self.leads)
         made.dtype, made.device, made.is_initialized = self.dtype, self.device, True
         made.filled_by = self.filled_by

@@ -233,8 +233,11 @@ class Memory:
     def inputs(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str], *, beams: int = 1
     ) -> dict[str, Any]:
-        """What `generate` takes to go on after the documents: input_ids, attention_mask and a cache. The ids begin with the
-        documents', which are in the cache. beams: `num_beams` of that call, or its `num_return_sequences` where it samples."""
+        """What `generate` takes to go on after the documents: input_ids, attention_mask and a cache.
+
+        The ids begin with the documents', which are in the cache. beams: `num_beams` of that call, or its
+        `num_return_sequences` where it samples.
+        """
         rows = [encode(tokenizer, text) for text in ([texts] if isinstance(texts, str) else texts)]
         if not rows or not all(rows):
             raise SpecError("landmark: a text to go on with is empty; give at least one token for each")
@@ -252,7 +255,10 @@ class Memory:
 
 @torch.no_grad()
 def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str]) -> Memory:
-    """Reads documents, as a prompt begins, and keeps their blocks. Raises `NotSupported` for a model without landmarks."""
+    """Reads documents, as a prompt begins, and keeps their blocks.
+
+    Raises `NotSupported` for a model without landmarks.
+    """
     reader = reader_on(model)
     rows = [with_bos(tokenizer, encode(tokenizer, t)) for t in ([texts] if isinstance(texts, str) else texts)]
     if not rows or not all(rows):

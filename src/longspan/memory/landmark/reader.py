@@ -32,8 +32,11 @@ CHUNKS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Piece:
-    """Queries of one chunk of each row. columns (B, T): which of the forward's queries; offset (B, T): their place in the
-    chunk; first (B,), on the CPU, and before (B,): the chunk's first page."""
+    """Queries of one chunk of each row.
+
+    columns (B, T): which of the forward's queries; offset (B, T): their place in the chunk; first (B,), on the CPU,
+    and before (B,): the chunk's first page.
+    """
 
     columns: Tensor
     offset: Tensor
@@ -44,8 +47,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward: slots start … start + width - 1 of each row. start and filled (B,), on the CPU: slots in use before and
-    after it. out (B, columns): where each of the caller's tokens has its state."""
+    """One forward: slots start … start + width - 1 of each row.
+
+    start and filled (B,), on the CPU: slots in use before and after it. out (B, columns): where each of the caller's
+    tokens has its state.
+    """
 
     start: Tensor
     filled: Tensor

@@ -57,8 +57,11 @@ def _query_tiles(
     keys, window, zero, nearest, farthest, BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq over the keys from `begin` to `end`. `row` is what every score of a row gets: minus its log-sum-exp, and any part
-    of the bias that is one number for these tiles."""
+    """dq over the keys from `begin` to `end`.
+
+    `row` is what every score of a row gets: minus its log-sum-exp, and any part of the bias that is one number for
+    these tiles.
+    """
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
     for n in range(begin, end, BN):
@@ -194,9 +197,11 @@ def _query_ranges(
     n, shift, start, queries, keys, window, nearest, farthest, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The queries that see the keys n .. n + BN - 1, cut at multiples of BM: from `first` masked, from `full` on every score
-    counts and distances are at most `nearest`, from `near` between, from `past` at least `farthest`, from `ragged` to `end`
-    masked again."""
+    """The queries that see the keys n ..
+
+    n + BN - 1, cut at multiples of BM: from `first` masked, from `full` on every score counts and distances are at
+    most `nearest`, from `near` between, from `past` at least `farthest`, from `ragged` to `end` masked again.
+    """
     first = tl.maximum(start - shift, 0)
     full = first
     end = queries

@@ -118,9 +118,12 @@ def key_ranges(
     low_query, start, keys, window, nearest, farthest, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """The keys that the queries at positions low_query .. low_query + BM - 1 see, cut at multiples of BN: from `first` masked,
-    from `full` on every score counts and distances are at least `farthest`, from `near` between, from `ahead` at most
-    `nearest`, from `ragged` to `end` masked again."""
+    """The keys that the queries at positions low_query ..
+
+    low_query + BM - 1 see, cut at multiples of BN: from `first` masked, from `full` on every score counts and
+    distances are at least `farthest`, from `near` between, from `ahead` at most `nearest`, from `ragged` to `end`
+    masked again.
+    """
     first = start
     full = start
     end = keys
@@ -148,8 +151,10 @@ def _forward_tiles(
     window, zero, nearest, farthest, BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The softmax carried over the keys from `begin` to `end`. `number` is the one number of the bias: a slope, or what is
-    added to every score of these tiles."""
+    """The softmax carried over the keys from `begin` to `end`.
+
+    `number` is the one number of the bias: a slope, or what is added to every score of these tiles.
+    """
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
     for n in range(begin, end, BN):
@@ -192,8 +197,11 @@ def forward(
     KIND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """BM queries of one head over all keys that they see. KIND: none, linear, table (with one number past either end) or
-    curve (a table as long as the distances go). The log-sum-exp is to base 2, +inf for a row that sees nothing."""
+    """BM queries of one head over all keys that they see.
+
+    KIND: none, linear, table (with one number past either end) or curve (a table as long as the distances go). The
+    log-sum-exp is to base 2, +inf for a row that sees nothing.
+    """
     pair = tl.program_id(1)
     batch, head = split_pair(pair, heads)
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first

@@ -98,7 +98,10 @@ def _key_tiles(
     window, MASK: tl.constexpr, FAR: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv over the queries from `begin` to `end`. Query r is at position `shift` + r."""
+    """dk and dv over the queries from `begin` to `end`.
+
+    Query r is at position `shift` + r.
+    """
     i = tl.arange(0, BM)[None, :]
     j = tl.arange(0, BN)[:, None]
     for m in range(begin, end, BM):
@@ -147,8 +150,11 @@ def backward_sinks(
 
 @triton.jit
 def near_queries(n, shift, queries, window, BM: tl.constexpr, BN: tl.constexpr):
-    """The queries near the keys n .. n + BN - 1, cut at multiples of BM: from `first` masked, from `full` on every score
-    counts, from `ragged` to `end` masked again."""
+    """The queries near the keys n ..
+
+    n + BN - 1, cut at multiples of BM: from `first` masked, from `full` on every score counts, from `ragged` to `end`
+    masked again.
+    """
     first = tl.maximum(n - shift, 0) // BM * BM
     end = tl.maximum(tl.minimum(queries, n + BN - 1 + window - shift), first)
     full = (tl.maximum(n + BN - 1 - shift, 0) + BM - 1) // BM * BM

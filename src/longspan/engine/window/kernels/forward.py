@@ -29,8 +29,11 @@ UNSPECIALISED = ["heads", "queries", "keys", "window", "sinks"]
 
 @triton.jit
 def near_keys(low, keys, window, BM: tl.constexpr, BN: tl.constexpr):
-    """The keys near the queries at positions low .. low + BM - 1, cut at multiples of BN: from `first` masked, from `full` on
-    every score counts, from `ragged` to `end` masked again."""
+    """The keys near the queries at positions low ..
+
+    low + BM - 1, cut at multiples of BN: from `first` masked, from `full` on every score counts, from `ragged` to
+    `end` masked again.
+    """
     end = tl.minimum(keys, low + BM)
     first = tl.maximum(low - window + 1, 0) // BN * BN
     full = (tl.maximum(low + BM - window, 0) + BN - 1) // BN * BN
@@ -41,7 +44,10 @@ def near_keys(low, keys, window, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def far_end(low, window, sinks, BM: tl.constexpr):
-    """How many keys are sinks that some of the queries at positions low .. low + BM - 1 are far from."""
+    """How many keys are sinks that some of the queries at positions low ..
+
+    low + BM - 1 are far from.
+    """
     return tl.minimum(sinks, tl.maximum(low + BM - window, 0))
 
 
